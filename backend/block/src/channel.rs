@@ -1,0 +1,81 @@
+//! A device, and a reactor's own way to it.
+
+use crate::geometry::Geometry;
+use crate::request::{Completion, Request};
+use crate::stats::StatsSet;
+use hawser_runtime::{Runtime, SourceId};
+use std::sync::Arc;
+
+/// How a device is doing, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// Never reached yet: its geometry is not known.
+    Connecting,
+    /// Takes requests.
+    Ready,
+    /// Was reached before and is not now; requests wait.
+    Reconnecting,
+    /// Requests fail.
+    Failed,
+}
+
+impl DeviceState {
+    /// The word that people and the API see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceState::Connecting => "connecting",
+            DeviceState::Ready => "ready",
+            DeviceState::Reconnecting => "reconnecting",
+            DeviceState::Failed => "failed",
+        }
+    }
+}
+
+/// A block device that all threads share.
+pub trait Device: Send + Sync {
+    /// The name from the configuration.
+    fn name(&self) -> &str;
+
+    /// What it is now; `None` until it was reached once. Only ever grows.
+    fn geometry(&self) -> Option<Geometry>;
+
+    /// How it is doing.
+    fn state(&self) -> DeviceState;
+
+    /// Why it is not `Ready`: one line for people; empty when it is.
+    fn trouble(&self) -> String {
+        String::new()
+    }
+
+    /// A UUID that is the same for the same blocks wherever they are reached; all zero when not known.
+    fn uuid(&self) -> [u8; 16];
+
+    /// Calls `listener` whenever geometry or state has changed, on whatever thread noticed. It must be quick and must not
+    /// call back into the device. It is kept as long as the device lives; hold weak references in it.
+    fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>);
+
+    /// Opens a way to it on this reactor. When requests have ended, `user` is woken ([`Runtime::wake`]) to reap them.
+    ///
+    /// Only once the geometry is known.
+    fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel>;
+
+    /// Counters and latencies of all its channels.
+    fn stats(&self) -> Arc<StatsSet>;
+}
+
+/// One user's way to a device, on one reactor.
+///
+/// A channel is dropped only when it is idle: every request that went in has been reaped.
+pub trait Channel {
+    /// Takes all requests out of `batch` and starts them; they may end at once. The doorbell is rung once, here or at the
+    /// reactor's next enter. A request above [`Geometry::transfer_blocks_max`] or past the end ends as `Invalid`.
+    fn submit(&mut self, batch: &mut Vec<Request>);
+
+    /// Moves the ends of requests to `ended`, in the order in which they ended.
+    fn reap(&mut self, ended: &mut Vec<Completion>);
+
+    /// Ends all requests as soon as that can be done safely (tearing an association down if need be): they are still
+    /// reaped as usual, `Aborted` or however they ended. For a user that has waited long enough.
+    fn abort(&mut self) {}
+}

@@ -1,0 +1,172 @@
+//! A small executor for what is not hot: straight-line control code (`async`) on the reactor's thread.
+//!
+//! Tasks are woken through the reactor's inbox, so a waker may travel to any thread. An operation that a task awaits
+//! keeps its buffers until it is terminal even when the task is dropped in between: they live in the executor's slab.
+
+use crate::op::{Completed, Op};
+use crate::reactor::{Runtime, SourceId, WakeTask};
+use crate::slab::Slab;
+use crate::time::Instant;
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+#[derive(Default)]
+pub(crate) struct Executor {
+    tasks: RefCell<Slab<Option<Task>>>,
+    waits: RefCell<Slab<WaitState>>,
+}
+
+struct WaitState {
+    done: Option<Completed>,
+    waker: Option<Waker>,
+    abandoned: bool,
+    /// What the operation points to.
+    _owned: Option<Box<dyn Any>>,
+}
+
+struct TaskWaker {
+    task: usize,
+    reactor: Arc<dyn WakeTask>,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.reactor.wake_task(self.task);
+    }
+}
+
+impl Executor {
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + 'static) -> usize {
+        self.tasks.borrow_mut().insert(Some(Box::pin(future)))
+    }
+
+    /// Polls one task. A wake-up for a task that has ended, or is being polled, is harmless.
+    pub(crate) fn run(&self, task: usize, reactor: &Arc<dyn WakeTask>) {
+        let Some(mut future) = self.tasks.borrow_mut().get_mut(task).and_then(Option::take) else { return };
+        let waker = Waker::from(Arc::new(TaskWaker { task, reactor: Arc::clone(reactor) }));
+        let ended = future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
+        let mut tasks = self.tasks.borrow_mut();
+        if ended {
+            tasks.remove(task);
+        } else if let Some(place) = tasks.get_mut(task) {
+            *place = Some(future);
+        }
+        drop(tasks);
+    }
+
+    /// Delivers the completion or the time-out that the wait `key` stands for.
+    pub(crate) fn complete(&self, key: u32, completed: Completed) {
+        let key = key as usize;
+        let mut waits = self.waits.borrow_mut();
+        let Some(wait) = waits.get_mut(key) else { return };
+        if wait.abandoned {
+            waits.remove(key);
+            return;
+        }
+        wait.done = Some(completed);
+        let waker = wait.waker.take();
+        drop(waits);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn insert(&self, owned: Option<Box<dyn Any>>) -> u32 {
+        let wait = WaitState { done: None, waker: None, abandoned: false, _owned: owned };
+        u32::try_from(self.waits.borrow_mut().insert(wait)).expect("fewer than 2^32 operations are awaited")
+    }
+}
+
+/// The end of one operation, or of a sleep. Dropping it asks for cancellation.
+pub struct OpFuture {
+    runtime: Runtime,
+    key: u32,
+    kind: Kind,
+    finished: bool,
+}
+
+enum Kind {
+    Op,
+    Sleep(crate::TimerId),
+}
+
+impl Future for OpFuture {
+    type Output = Completed;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Completed> {
+        let executor = Rc::clone(self.runtime.executor());
+        let mut waits = executor.waits.borrow_mut();
+        let wait = waits.get_mut(self.key as usize).expect("a wait lives as long as its future");
+        match wait.done {
+            Some(completed) => {
+                waits.remove(self.key as usize);
+                self.finished = true;
+                Poll::Ready(completed)
+            }
+            None => {
+                wait.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for OpFuture {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        let executor = Rc::clone(self.runtime.executor());
+        let mut waits = executor.waits.borrow_mut();
+        let Some(wait) = waits.get_mut(self.key as usize) else { return };
+        match self.kind {
+            Kind::Sleep(timer) => {
+                self.runtime.cancel_timer(timer);
+                waits.remove(self.key as usize);
+            }
+            Kind::Op if wait.done.is_some() => {
+                waits.remove(self.key as usize);
+            }
+            Kind::Op => {
+                wait.abandoned = true;
+                drop(waits);
+                self.runtime.submit(SourceId::EXECUTOR, 0, &Op::Cancel { key: self.key });
+            }
+        }
+    }
+}
+
+impl Runtime {
+    /// Runs `future` on this reactor until it ends.
+    pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        let task = self.executor().spawn(future);
+        self.wake_task_here(task);
+    }
+
+    /// Submits `op` and awaits its end. `owned` is whatever `op` points to: it is kept until the operation is terminal,
+    /// also when the future is dropped before.
+    pub fn operate(&self, op: &Op, owned: Option<Box<dyn Any>>) -> OpFuture {
+        let key = self.executor().insert(owned);
+        self.submit(SourceId::EXECUTOR, key, op);
+        OpFuture { runtime: self.clone(), key, kind: Kind::Op, finished: false }
+    }
+
+    /// Awaits `deadline`.
+    pub fn sleep_until(&self, deadline: Instant) -> OpFuture {
+        let key = self.executor().insert(None);
+        let timer = self.timer(SourceId::EXECUTOR, deadline, key);
+        OpFuture { runtime: self.clone(), key, kind: Kind::Sleep(timer), finished: false }
+    }
+
+    /// Awaits the passing of `duration`.
+    pub fn sleep(&self, duration: std::time::Duration) -> OpFuture {
+        self.sleep_until(self.now() + duration)
+    }
+}
