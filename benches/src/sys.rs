@@ -1,0 +1,283 @@
+//! Processes as a bench sees them: their CPU time, the core that they run on, and their end.
+//!
+//! Owns: `/proc`, `sched_setaffinity`, `PR_SET_PDEATHSIG`. Must not know: what the processes do.
+//! Invariant: a child made by [`spawn_group`] ends when its [`Child`] guard is dropped, and when this process dies.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::{to_f64, to_usize};
+
+/// Pins the calling thread, and the threads that it will start, to one CPU.
+pub fn pin_to(cpu: usize) -> io::Result<()> {
+    // SAFETY: an all-zero cpu_set_t is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    if cpu >= std::mem::size_of::<libc::cpu_set_t>() * 8 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("cpu {cpu}: no such CPU")));
+    }
+    // SAFETY: `cpu` is below the number of bits in the set, checked above.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the pointer and size describe `set`, which lives through the call.
+    let result = unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), &raw const set) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Clock ticks per second of the times in `/proc`.
+fn ticks_per_second() -> f64 {
+    // SAFETY: sysconf has no preconditions.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    to_f64(u64::try_from(ticks).unwrap_or(100).max(1))
+}
+
+/// CPU seconds (user and system) that process `pid` has used so far: all of its threads, io_uring workers included,
+/// whether they still run or not. The kernel rounds to a tick (10 ms).
+pub fn cpu_seconds(pid: u32) -> io::Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let malformed =
+        || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: not understood"));
+    // The second field is the name in parentheses and may hold anything; utime and stime are fields 14 and 15.
+    let rest = &text[text.rfind(')').ok_or_else(malformed)? + 1..];
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let mut ticks = 0;
+    for _ in 0..2 {
+        ticks += fields.next().and_then(|f| f.parse::<u64>().ok()).ok_or_else(malformed)?;
+    }
+    Ok(to_f64(ticks) / ticks_per_second())
+}
+
+/// CPU seconds of one CPU since boot, from `/proc/stat`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuTimes {
+    /// Everything but idle, iowait and stolen time.
+    pub busy: f64,
+    /// Time in which the hypervisor ran somebody else.
+    pub stolen: f64,
+}
+
+/// The times of all CPUs, by number.
+pub fn cpu_times() -> io::Result<Vec<CpuTimes>> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let tick = ticks_per_second();
+    let mut all = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.split_ascii_whitespace();
+        let Some(name) = fields.next() else { continue };
+        if name == "cpu" || !name.starts_with("cpu") {
+            continue;
+        }
+        let times: Vec<f64> = fields.filter_map(|f| f.parse::<u64>().ok()).map(to_f64).collect();
+        let at = |i: usize| times.get(i).copied().unwrap_or(0.0);
+        // user nice system idle iowait irq softirq steal
+        all.push(CpuTimes { busy: (at(0) + at(1) + at(2) + at(5) + at(6)) / tick, stolen: at(7) / tick });
+    }
+    Ok(all)
+}
+
+/// What the calling process has used so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// CPU seconds, user and system.
+    pub cpu_seconds: f64,
+    /// How often it was taken from its CPU for somebody else.
+    pub involuntary_switches: u64,
+}
+
+/// The calling process's usage.
+pub fn usage() -> Usage {
+    // SAFETY: an all-zero rusage is a valid value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a rusage that lives through the call; RUSAGE_SELF is always valid.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    let seconds = |t: libc::timeval| {
+        to_f64(u64::try_from(t.tv_sec).unwrap_or(0)) + to_f64(u64::try_from(t.tv_usec).unwrap_or(0)) / 1e6
+    };
+    Usage {
+        cpu_seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
+        involuntary_switches: u64::try_from(usage.ru_nivcsw).unwrap_or(0),
+    }
+}
+
+/// A child process in a group of its own; dropping it ends the group.
+pub struct Child {
+    child: std::process::Child,
+    name: String,
+}
+
+/// Starts `command` in a process group of its own, pinned to `cpu`, with an end when this process ends.
+///
+/// The kernel sends the signal when the *thread* that started the child ends, so start children from the main thread.
+pub fn spawn_group(mut command: Command, cpu: Option<usize>) -> io::Result<Child> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    command.process_group(0);
+    // SAFETY: getpid has no preconditions.
+    let parent = unsafe { libc::getpid() };
+    // SAFETY: the closure runs between fork and exec and makes only async-signal-safe calls: prctl, getppid, raise
+    // and sched_setaffinity on memory of its own; `pin_to` allocates only on its error path for a bad CPU number,
+    // which the caller's own pinning would have met before.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // The parent may have died before the request for its death was made.
+            if libc::getppid() != parent {
+                libc::raise(libc::SIGKILL);
+            }
+            cpu.map_or(Ok(()), pin_to)
+        });
+    }
+    let child = command.spawn().map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+    Ok(Child { child, name })
+}
+
+impl Child {
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The process itself, for its pipes.
+    pub fn inner(&mut self) -> &mut std::process::Child {
+        &mut self.child
+    }
+
+    /// Fails with the exit status if the process has already ended.
+    pub fn still_runs(&mut self) -> io::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => Err(io::Error::other(format!("{}: ended early: {status}", self.name))),
+        }
+    }
+
+    /// Waits until `path` exists and is a socket that takes connections, at most `limit`.
+    pub fn wait_for_socket(&mut self, path: &Path, limit: Duration) -> io::Result<()> {
+        let start = Instant::now();
+        loop {
+            self.still_runs()?;
+            if path.exists() {
+                return Ok(());
+            }
+            if start.elapsed() > limit {
+                let text = format!("{}: no socket at {} after {limit:?}", self.name, path.display());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Asks the process to end by SIGTERM and waits at most `limit`; true if it ended by itself.
+    pub fn terminate(&mut self, limit: Duration) -> bool {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return true;
+        }
+        self.signal(libc::SIGTERM);
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            if matches!(self.child.try_wait(), Ok(Some(_)) | Err(_)) {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+
+    fn signal(&self, signal: i32) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            // SAFETY: kill has no memory preconditions. The group is the child's own (process_group(0) above), and
+            // both callers have just seen that the child is not reaped yet, so nobody else has its id.
+            unsafe { libc::kill(-pid, signal) };
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) && !self.terminate(Duration::from_secs(3)) {
+            self.signal(libc::SIGKILL);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// Nanoseconds that a fixed loop takes on this CPU now: a measure of how much of the core is ours.
+pub fn calibration_loop_ns() -> u64 {
+    let start = Instant::now();
+    let mut x = 0x9e37_79b9_7f4a_7c15_u64;
+    for _ in 0..2_000_000 {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+    }
+    std::hint::black_box(x);
+    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How many CPUs this process may use.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// The model name of the first CPU and the kernel's version, for the head of a report.
+pub fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let info = read("/proc/cpuinfo");
+    let model = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split(": ").nth(1));
+    let hypervisor =
+        info.lines().find(|l| l.starts_with("flags")).is_some_and(|l| l.contains(" hypervisor "));
+    let memory = read("/proc/meminfo")
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    format!(
+        "{} × {}{}, {} GiB, Linux {}",
+        cpus(),
+        model.unwrap_or("unknown CPU"),
+        if hypervisor { " (virtual machine)" } else { "" },
+        to_usize(memory.div_ceil(1 << 20)),
+        read("/proc/sys/kernel/osrelease").trim()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_cpu_time_grows_with_work() {
+        let pid = std::process::id();
+        let before = cpu_seconds(pid).expect("own /proc entry");
+        let start = Instant::now();
+        // Until the kernel has counted two ticks for us, however busy the machine is.
+        while cpu_seconds(pid).expect("own /proc entry") < before + 0.02 {
+            std::hint::black_box(calibration_loop_ns());
+            assert!(start.elapsed() < Duration::from_secs(60), "no CPU time is counted");
+        }
+        assert!(cpu_times().expect("/proc/stat").len() >= cpus());
+    }
+
+    #[test]
+    fn a_child_ends_with_its_guard() {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        let mut child = spawn_group(command, Some(0)).expect("sleep starts");
+        let pid = child.pid();
+        child.still_runs().expect("it sleeps");
+        drop(child);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} is still there");
+    }
+
+    #[test]
+    fn a_child_that_ended_is_reported() {
+        let mut child = spawn_group(Command::new("false"), None).expect("false starts");
+        let start = Instant::now();
+        while child.still_runs().is_ok() {
+            assert!(start.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let error = child.wait_for_socket(Path::new("/nonexistent"), Duration::from_secs(60));
+        assert!(error.expect_err("it has ended").to_string().contains("ended early"));
+    }
+}
