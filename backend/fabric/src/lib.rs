@@ -1,1 +1,4 @@
-//! See Cargo.toml.
+//! Devices and the way to them: memory, files, and NVMe over TCP from both sides.
+//!
+//! Owns: the leaf devices behind [`hawser_block::Device`], the NVMe and NVMe/TCP codecs, the initiator and the target.
+//! Must not know: rings, volumes, members, stripes.
