@@ -180,6 +180,14 @@ impl Runtime {
         CURRENT.with(|current| current.borrow().clone()).expect("called on a reactor's thread")
     }
 
+    /// Runs `f` as on this reactor's thread: [`Runtime::current`] is this one meanwhile. For whoever steps reactors by hand.
+    pub fn enter<T>(&self, f: impl FnOnce() -> T) -> T {
+        let before = CURRENT.with(|current| current.borrow_mut().replace(self.clone()));
+        let result = f();
+        CURRENT.with(|current| *current.borrow_mut() = before);
+        result
+    }
+
     /// The time at the start of this pass: good enough for statistics and deadlines, and free.
     #[must_use]
     pub fn now(&self) -> Instant {
@@ -449,15 +457,17 @@ impl Reactor {
 
     /// Runs until [`Runtime::stop`].
     pub fn run(&mut self) {
-        CURRENT.with(|current| *current.borrow_mut() = Some(self.runtime.clone()));
-        while !self.runtime.0.stop.get() {
-            self.step();
-        }
-        CURRENT.with(|current| *current.borrow_mut() = None);
+        let runtime = self.runtime.clone();
+        runtime.enter(|| {
+            while !self.runtime.0.stop.get() {
+                self.step();
+            }
+        });
     }
 
-    /// One pass of the loop, which may sleep at its end.
-    pub fn step(&mut self) {
+    /// One pass of the loop, which may sleep at its end. Returns whether there was anything to do: a reactor that found
+    /// nothing has told its driver until when it would sleep.
+    pub fn step(&mut self) -> bool {
         let busy = self.pass();
         let inner = Rc::clone(&self.runtime.0);
         let stats = &inner.shared.stats;
@@ -466,19 +476,20 @@ impl Reactor {
             bump(&stats.busy_passes);
             driver!(inner, driver => driver.enter(Wait::No));
             self.busy_until = inner.now.get();
-            return;
+            return true;
         }
         let spin =
             if inner.outstanding.get() > 0 || inner.watching.borrow().is_empty() { 0 } else { self.poll_ns };
         if inner.now.get().ns_since(self.busy_until) < spin {
             driver!(inner, driver => driver.enter(Wait::No));
             std::hint::spin_loop();
-            return;
+            return true;
         }
-        self.sleep();
+        self.sleep()
     }
 
-    fn sleep(&mut self) {
+    /// Arms every source and sleeps, unless one of them has work after all: then returns true at once.
+    fn sleep(&mut self) -> bool {
         let inner = Rc::clone(&self.runtime.0);
         inner.shared.sleeping.store(true, Ordering::SeqCst);
         let mut stay_awake = inner.shared.pending.load(Ordering::SeqCst);
@@ -494,7 +505,7 @@ impl Reactor {
         if stay_awake {
             inner.shared.sleeping.store(false, Ordering::SeqCst);
             driver!(inner, driver => driver.enter(Wait::No));
-            return;
+            return true;
         }
         let deadline = inner.timers.borrow().next_deadline().unwrap_or(Instant::NEVER);
         bump(&inner.shared.stats.sleeps);
@@ -509,6 +520,7 @@ impl Reactor {
         } else {
             self.poll_ns /= 2;
         }
+        false
     }
 
     /// Delivers everything that has happened. Returns whether there was anything.

@@ -1,1 +1,26 @@
-//! See Cargo.toml.
+//! A world with a seed: clock, network and disks under the production code, in one thread, the same each time.
+//!
+//! Owns: the [`World`], its [`hawser_runtime::Driver`] for each simulated reactor, and the [`disk::SimDisk`]. Must not
+//! know: what runs in it.
+//!
+//! ```text
+//!    Reactor A        Reactor B          production reactors over simulated drivers, stepped in random order
+//!       │ Op             │ Op
+//!       ▼                ▼
+//!    SimDriver ───── SimDriver           one World: the clock moves only when nobody has anything left to do
+//!          └── World ──┘                 TCP: delay, any segmentation, resets, refusals, silence
+//! ```
+//!
+//! Invariants:
+//! - Everything that happens follows from the seed: no wall clock, no address, no hash order decides anything.
+//! - Memory that an operation names is touched only between its submission and its completion.
+
+pub mod disk;
+mod driver;
+mod net;
+pub mod random;
+pub mod world;
+
+pub use disk::SimDisk;
+pub use random::Random;
+pub use world::{World, WorldConfig};
