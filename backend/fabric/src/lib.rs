@@ -2,3 +2,12 @@
 //!
 //! Owns: the leaf devices behind [`hawser_block::Device`], the NVMe and NVMe/TCP codecs, the initiator and the target.
 //! Must not know: rings, volumes, members, stripes.
+
+mod leaf;
+pub mod mem;
+pub mod null;
+#[cfg(test)]
+mod testing;
+
+pub use mem::MemDevice;
+pub use null::NullDevice;

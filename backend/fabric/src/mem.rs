@@ -1,0 +1,283 @@
+//! `mem:`, a device in anonymous memory that all reactors share.
+//!
+//! The memory is sparse: what was never written takes no space and reads as zeroes. Discarding, and writing zeroes, give
+//! whole pages back. Payload is copied between the guest's pages and ours; nothing is ever in a volatile cache, because
+//! what a flush could save it from (the end of this process) takes the memory along. So the UUID is a new one in each
+//! process: nobody may take the next process's empty memory for the same blocks.
+//!
+//! Two requests to the same blocks at the same time may tear each other's bytes, as on any disk.
+
+use crate::leaf::{self, Tally};
+use hawser_block::{
+    BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, IoStats, Operation,
+    Request, StatsSet, WriteZeroesLimits,
+};
+use hawser_runtime::{Runtime, SourceId};
+use std::io;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+/// Zeroing that a reactor does in one go: 32 MiB are 8192 pages to give back, about a millisecond at worst.
+const ZERO_BYTES_MAX: u32 = 32 << 20;
+
+const PAGE: usize = 4096;
+
+/// A device in memory.
+pub struct MemDevice {
+    name: String,
+    geometry: Geometry,
+    uuid: [u8; 16],
+    memory: Arc<Mapping>,
+    stats: Arc<StatsSet>,
+}
+
+impl MemDevice {
+    /// A device of `size_bytes`, all zero.
+    ///
+    /// # Errors
+    /// When the size is not a multiple of the block size, or the address space cannot be had: one line for people.
+    pub fn new(name: &str, size_bytes: u64, block_size: BlockSize) -> Result<MemDevice, String> {
+        let blocks = leaf::blocks_of(size_bytes, block_size)?;
+        let memory = Mapping::new(size_bytes)
+            .map_err(|error| format!("size {size_bytes} does not fit into memory: {error}"))?;
+        let mut geometry = Geometry::new(block_size, blocks);
+        let zero_blocks_max = ZERO_BYTES_MAX >> block_size.shift();
+        geometry.discard = Some(DiscardLimits {
+            blocks_max: zero_blocks_max,
+            granularity_blocks: (4096 >> block_size.shift()).max(1),
+            reads_zeroes: true,
+        });
+        geometry.write_zeroes = Some(WriteZeroesLimits { blocks_max: zero_blocks_max, may_unmap: true });
+        Ok(MemDevice {
+            name: name.to_owned(),
+            geometry,
+            uuid: random_uuid().map_err(|error| format!("no random numbers: {error}"))?,
+            memory: Arc::new(memory),
+            stats: Arc::default(),
+        })
+    }
+}
+
+/// A version-4 UUID.
+fn random_uuid() -> io::Result<[u8; 16]> {
+    let mut bytes = [0u8; 16];
+    // SAFETY: `bytes` is 16 writable bytes.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if usize::try_from(got) != Ok(bytes.len()) {
+        return Err(io::Error::last_os_error());
+    }
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Ok(bytes)
+}
+
+impl Device for MemDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        Some(self.geometry)
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Ready
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.uuid
+    }
+
+    /// Nothing ever changes, so nobody is ever called.
+    fn subscribe(&self, _: Box<dyn Fn() + Send + Sync>) {}
+
+    fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel> {
+        Box::new(MemChannel {
+            geometry: self.geometry,
+            memory: Arc::clone(&self.memory),
+            stats: self.stats.writer(runtime),
+            runtime: runtime.clone(),
+            user,
+            ended: Vec::new(),
+        })
+    }
+
+    fn stats(&self) -> Arc<StatsSet> {
+        Arc::clone(&self.stats)
+    }
+}
+
+/// Private anonymous memory without reserved swap.
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: plain memory that is only ever touched through raw pointers, by copies that no reference relies on.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent copies to the same bytes give torn bytes, which is what a disk promises.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(size_bytes: u64) -> io::Result<Mapping> {
+        let len = usize::try_from(size_bytes).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        // SAFETY: a fresh anonymous mapping, placed by the kernel: touches nothing that exists.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: our own mapping of `len` bytes. Without huge pages it works as well, only slower: no error to handle.
+        unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+        let start = NonNull::new(start.cast::<u8>()).ok_or_else(io::Error::last_os_error)?;
+        Ok(Mapping { start, len })
+    }
+
+    /// The first byte of a range.
+    fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(offset <= self.len && len <= self.len - offset, "range outside of the device");
+        self.start.as_ptr().wrapping_add(offset)
+    }
+
+    /// Makes a range read as zeroes; whole pages are given back.
+    fn zero(&self, offset: usize, len: usize) {
+        let start = self.at(offset, len);
+        let head = start.align_offset(PAGE).min(len);
+        let pages = (len - head) / PAGE * PAGE;
+        // SAFETY: all three parts are within the range, which is within the mapping (asserted in `at`). MADV_DONTNEED on
+        // private anonymous memory makes it read as zeroes; where it fails, the bytes are overwritten.
+        unsafe {
+            ptr::write_bytes(start, 0, head);
+            let middle = start.add(head);
+            if pages > 0 && libc::madvise(middle.cast(), pages, libc::MADV_DONTNEED) != 0 {
+                ptr::write_bytes(middle, 0, pages);
+            }
+            ptr::write_bytes(middle.add(pages), 0, len - head - pages);
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; the last channel is gone, and no operation outlives `submit`.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+struct MemChannel {
+    geometry: Geometry,
+    memory: Arc<Mapping>,
+    stats: Arc<IoStats>,
+    runtime: Runtime,
+    user: SourceId,
+    ended: Vec<Completion>,
+}
+
+impl MemChannel {
+    /// Carries out a request that was checked.
+    fn execute(&self, request: &Request, bytes: usize) {
+        let shift = self.geometry.block_size.shift();
+        let offset = usize::try_from(request.lba.0 << shift).expect("checked: within a mapping of ours");
+        match request.operation {
+            // SAFETY: `at` gives `bytes` bytes of our own, apart from the payload, which is as long (checked), and valid
+            // and writable while the request lives, which it does until its completion is reaped.
+            Operation::Read => unsafe { request.buffers.copy_from(self.memory.at(offset, bytes)) },
+            // SAFETY: as above.
+            Operation::Write { .. } => unsafe { request.buffers.copy_to(self.memory.at(offset, bytes)) },
+            Operation::Discard | Operation::WriteZeroes { .. } => self.memory.zero(offset, bytes),
+            Operation::Flush => {}
+        }
+    }
+}
+
+impl Channel for MemChannel {
+    fn submit(&mut self, batch: &mut Vec<Request>) {
+        let mut tally = Tally::default();
+        let begin = self.runtime.refresh_now();
+        for request in batch.drain(..) {
+            let outcome = leaf::check(&self.geometry, &request);
+            match outcome {
+                Ok(()) => {
+                    let bytes = leaf::bytes_of(&self.geometry, &request);
+                    self.execute(&request, bytes);
+                    tally.add(request.operation, bytes);
+                }
+                Err(_) => self.stats.record(request.operation.into(), 0, 0, outcome),
+            }
+            self.ended.push(Completion { token: request.token, outcome });
+        }
+        tally.record(&self.stats, self.runtime.refresh_now().ns_since(begin));
+        self.runtime.wake(self.user);
+    }
+
+    fn reap(&mut self, ended: &mut Vec<Completion>) {
+        ended.append(&mut self.ended);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Harness, compare_with_model, refuses_what_is_wrong};
+
+    #[test]
+    fn random_requests_match_a_byte_wise_model() {
+        for (seed, block_size, unit) in
+            [(1, BlockSize::B512, 1), (2, BlockSize::B4096, 1), (3, BlockSize::B512, 512)]
+        {
+            let mut harness = Harness::new();
+            let device = MemDevice::new("m", 300 * 4096, block_size).unwrap();
+            compare_with_model(&mut harness, &device, vec![0; 300 * 4096], unit, 300, seed);
+            refuses_what_is_wrong(&mut harness, &device);
+        }
+    }
+
+    #[test]
+    fn every_edge_of_zeroing_keeps_its_neighbours() {
+        let mut harness = Harness::new();
+        let size = 6 * 4096;
+        for (from, to) in (0..12u32).flat_map(|from| (from + 1..=48).map(move |to| (from, to))) {
+            let device = MemDevice::new("m", size as u64, BlockSize::B512).unwrap();
+            let mut channel = harness.open(&device);
+            let mut all = vec![0xee; size];
+            let write = Operation::Write { fua: false };
+            assert_eq!(harness.one(channel.as_mut(), write, (0, 48), &mut all, 0), Ok(()));
+            let range = (u64::from(from), to - from);
+            assert_eq!(harness.one(channel.as_mut(), Operation::Discard, range, &mut [], 0), Ok(()));
+            assert_eq!(harness.one(channel.as_mut(), Operation::Read, (0, 48), &mut all, 0), Ok(()));
+            for (index, byte) in all.iter().enumerate() {
+                let zeroed = (from as usize * 512..to as usize * 512).contains(&index);
+                assert_eq!(*byte, if zeroed { 0 } else { 0xee }, "{from}..{to} byte {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn reactors_share_the_content_and_processes_do_not_share_the_uuid() {
+        let device = MemDevice::new("m", 8192, BlockSize::B4096).unwrap();
+        let mut one = Harness::new();
+        let mut channel = one.open(&device);
+        let mut payload = vec![7; 4096];
+        assert_eq!(
+            one.one(channel.as_mut(), Operation::Write { fua: false }, (1, 1), &mut payload, 0),
+            Ok(())
+        );
+        let mut other = Harness::new();
+        let mut channel = other.open(&device);
+        let mut back = vec![0; 4096];
+        assert_eq!(other.one(channel.as_mut(), Operation::Read, (1, 1), &mut back, 1), Ok(()));
+        assert_eq!(back, payload);
+        let another = MemDevice::new("m", 8192, BlockSize::B4096).unwrap();
+        assert_ne!(device.uuid(), another.uuid());
+        assert_eq!(device.uuid()[6] >> 4, 4);
+        assert!(MemDevice::new("m", 1 << 60, BlockSize::B512).err().unwrap().contains("memory"));
+    }
+}
