@@ -1,0 +1,182 @@
+//! A hawser daemon as a child: started from a configuration, asked through the CLI, killed, started again.
+//!
+//! Must not know: hawser's crates. Invariants: everything the daemon makes is in the lab's folder.
+
+#![forbid(unsafe_code)]
+
+use crate::Result;
+use crate::json::Json;
+use crate::process::{Deadline, Process, output};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// One `hawser serve`, or the place where one was and will be again.
+pub struct Daemon {
+    name: String,
+    binary: PathBuf,
+    folder: PathBuf,
+    process: Option<Process>,
+}
+
+/// What `hawser status` says about a disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Disk {
+    /// `waiting`, `listening`, `connected`, `suspended`.
+    pub state: String,
+    /// All requests that this process has answered.
+    pub requests: f64,
+}
+
+impl Daemon {
+    /// Writes `NAME.toml` into `folder` and starts the daemon; returns when its API answers.
+    /// The `[daemon]` section is written here: `sections` begins after it.
+    pub fn start(name: &str, binary: &Path, folder: &Path, sections: &str) -> Result<Daemon> {
+        let text = format!(
+            "[daemon]\napi = \"{0}/{name}.api\"\nstate_dir = \"{0}/{name}.var\"\n\n{sections}",
+            folder.display()
+        );
+        let config = folder.join(format!("{name}.toml"));
+        fs::write(&config, text).map_err(|e| format!("{}: {e}", config.display()))?;
+        let mut daemon = Daemon {
+            name: name.to_owned(),
+            binary: binary.to_path_buf(),
+            folder: folder.to_path_buf(),
+            process: None,
+        };
+        daemon.launch()?;
+        Ok(daemon)
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join(format!("{}.toml", self.name))
+    }
+
+    /// The management API's socket.
+    pub fn api(&self) -> PathBuf {
+        self.folder.join(format!("{}.api", self.name))
+    }
+
+    /// Starts the process (again) and waits until its API answers.
+    pub fn launch(&mut self) -> Result<()> {
+        let mut serve = Command::new(&self.binary);
+        serve.current_dir(&self.folder).arg("serve").arg("--config").arg(self.config());
+        self.process = Some(Process::start(serve, &self.folder.join(format!("{}.log", self.name)))?);
+        let deadline = Deadline::new(45, format!("hawser serve ({}) to answer", self.name));
+        while self.status().is_err() {
+            self.must_live()?;
+            deadline.nap().map_err(|e| self.explain(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Another binary for the next [`Daemon::launch`].
+    pub fn use_binary(&mut self, binary: &Path) {
+        self.binary = binary.to_path_buf();
+    }
+
+    /// Fails with the daemon's last log lines if it has ended.
+    pub fn must_live(&mut self) -> Result<()> {
+        match &mut self.process {
+            Some(process) => process.must_live(),
+            None => Err(format!("hawser serve ({}) was stopped", self.name)),
+        }
+    }
+
+    /// An error with the daemon's last log lines.
+    pub fn explain(&self, error: &str) -> String {
+        let tail = self.process.as_ref().map(Process::log_tail).unwrap_or_default();
+        format!("hawser serve ({}): {error}{tail}", self.name)
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) -> Result<()> {
+        self.must_live()?;
+        self.process.take().map_or(Ok(()), |mut process| process.kill())
+    }
+
+    /// SIGTERM; the daemon drains and must exit with 0.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.must_live()?;
+        let Some(mut process) = self.process.take() else { return Ok(()) };
+        process.signal(libc::SIGTERM)?;
+        let status = process.wait(30)?;
+        if status.success() {
+            return Ok(());
+        }
+        let how = crate::process::describe(status);
+        Err(format!("hawser serve ({}): SIGTERM ended it with {how}{}", self.name, process.log_tail()))
+    }
+
+    /// A `hawser` command against this daemon's API; returns its standard output.
+    pub fn command(&self, args: &[&str]) -> Result<String> {
+        output(Command::new(&self.binary).args(args).arg("--api").arg(self.api()))
+    }
+
+    /// `hawser status --json`.
+    pub fn status(&self) -> Result<Json> {
+        Json::parse(&self.command(&["status", "--json"])?)
+    }
+
+    /// One disk of the status.
+    pub fn disk(&self, name: &str) -> Result<Disk> {
+        let status = self.status()?;
+        let disks = status.array("disks")?;
+        let disk = disks
+            .iter()
+            .find(|disk| disk.text("name").is_ok_and(|found| found == name))
+            .ok_or_else(|| format!("hawser status knows no disk {name}"))?;
+        let requests = match disk.get("requests") {
+            Some(Json::Object(counters)) => counters
+                .iter()
+                .filter_map(|(_, counter)| match counter {
+                    Json::Number(number) => Some(*number),
+                    _ => None,
+                })
+                .sum(),
+            other => return Err(format!("disk {name}: requests: {other:?}")),
+        };
+        Ok(Disk { state: disk.text("state")?.to_owned(), requests })
+    }
+
+    /// Waits until a disk is in `state`.
+    pub fn await_disk(&mut self, name: &str, state: &str) -> Result<()> {
+        let deadline = Deadline::new(60, format!("disk {name} to be {state}"));
+        loop {
+            self.must_live()?;
+            let disk = self.disk(name).map_err(|e| self.explain(&e))?;
+            if disk.state == state {
+                return Ok(());
+            }
+            deadline.nap().map_err(|e| self.explain(&format!("{e}; it is {}", disk.state)))?;
+        }
+    }
+
+    /// Waits until this process has answered requests of a disk's VM: then its handshake, VRING_ENABLE included, is over.
+    pub fn await_requests(&mut self, name: &str) -> Result<()> {
+        let deadline = Deadline::new(60, format!("requests of disk {name}'s VM"));
+        while self.disk(name).map_err(|e| self.explain(&e))?.requests < 1.0 {
+            self.must_live()?;
+            deadline.nap().map_err(|e| self.explain(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Host and port of a subsystem's first listener.
+    pub fn listener(&self, nqn: &str) -> Result<String> {
+        let status = self.status()?;
+        let subsystems = status.array("subsystems")?;
+        let found = subsystems.iter().find(|s| s.text("nqn").is_ok_and(|text| text == nqn));
+        let address =
+            found.ok_or_else(|| format!("hawser status knows no subsystem {nqn}"))?.text("listen.0")?;
+        Ok(address.trim_start_matches("tcp://").to_owned())
+    }
+
+    /// `hawser image import --verify`, with its progress bar on our standard error when that is wanted.
+    pub fn import(binary: &Path, config: &Path, image: &Path, device: &str, shown: bool) -> Result<()> {
+        let mut import = Command::new(binary);
+        import.args(["image", "import"]).arg(image).args([device, "--verify", "--config"]).arg(config);
+        if shown { crate::process::run(&mut import) } else { output(&mut import).map(drop) }
+    }
+}

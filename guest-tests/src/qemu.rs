@@ -1,0 +1,281 @@
+//! QEMU as a child: firmware or kernel boot, its monitor, and the guest's shell.
+//!
+//! Owns: the command line around a file of `qemu-configs/`, or around a directly booted guest; start, reset, end.
+//! Must not know: what is behind the guest's disks.
+//! Invariants: QEMU runs in the lab's folder, so that the relative paths in the configuration files mean sockets there.
+
+#![forbid(unsafe_code)]
+
+use crate::accel::{Accel, QEMU};
+use crate::image::Image;
+use crate::json::Json;
+use crate::process::{Deadline, Process, tail};
+use crate::shell::{Ready, Shell};
+use crate::{Result, progress};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// What a VM boots through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Firmware {
+    /// PC BIOS.
+    SeaBios,
+    /// UEFI.
+    Ovmf,
+}
+
+impl std::fmt::Display for Firmware {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Firmware::SeaBios => "SeaBIOS",
+            Firmware::Ovmf => "OVMF",
+        })
+    }
+}
+
+/// A running guest.
+pub struct Qemu {
+    process: Process,
+    name: String,
+    console: PathBuf,
+    monitor: Monitor,
+    shell: Shell,
+    accel: Accel,
+    started: Instant,
+}
+
+impl Qemu {
+    /// Starts a VM from a file of `qemu-configs/`, in `folder`; `more` is appended to the command line.
+    pub fn from_config(
+        name: &str,
+        config: &Path,
+        folder: &Path,
+        accel: Accel,
+        more: &[&str],
+    ) -> Result<Qemu> {
+        let mut command = Command::new(QEMU);
+        command.arg("-readconfig").arg(config).args(more);
+        Qemu::start(name, command, folder, accel)
+    }
+
+    /// Starts a guest from its kernel, with the tools image as its read-only root on a disk of QEMU's own and with user
+    /// networking; `forward` is a `hostfwd` rule.
+    pub fn from_kernel(
+        name: &str,
+        image: &Image,
+        folder: &Path,
+        accel: Accel,
+        forward: Option<&str>,
+        more: &[&str],
+    ) -> Result<Qemu> {
+        let mut command = Command::new(QEMU);
+        command
+            .args(["-M", "q35", "-m", "384M", "-kernel"])
+            .arg(&image.kernel)
+            .arg("-initrd")
+            .arg(&image.initrd);
+        command.args(["-append", "root=LABEL=hawser-tools ro console=ttyS0,115200 loglevel=4"]);
+        command
+            .arg("-drive")
+            .arg(format!("file={},format=raw,if=virtio,readonly=on,file.locking=off", image.tools.display()));
+        let forward = forward.map(|rule| format!(",hostfwd={rule}")).unwrap_or_default();
+        command.arg("-netdev").arg(format!("user,id=net0,ipv6=off{forward}"));
+        command.args(["-device", "virtio-net-pci,netdev=net0,romfile="]).args(more);
+        let mut guest = Qemu::start(name, command, folder, accel)?;
+        guest.ready()?;
+        guest.run(
+            "modprobe virtio_net; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0
+            ip route add default via 10.0.2.2; mount -t configfs configfs /sys/kernel/config",
+        )?;
+        Ok(guest)
+    }
+
+    fn start(name: &str, mut command: Command, folder: &Path, accel: Accel) -> Result<Qemu> {
+        let console = folder.join(format!("{name}.console"));
+        let (monitor, shell) = (folder.join(format!("{name}.qmp")), folder.join(format!("{name}.sh")));
+        for stale in [&monitor, &shell] {
+            let _ = fs::remove_file(stale);
+        }
+        command.current_dir(folder).args(["-accel", accel.argument(), "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-smp", "1"]);
+        // The disk image's clock-dependent parts do not matter; entropy does: a guest without it waits.
+        command.args(["-device", "virtio-rng-pci"]);
+        command.arg("-chardev").arg(format!("file,id=console,path={},append=on", console.display()));
+        command.args(["-serial", "chardev:console"]);
+        command.arg("-chardev").arg(format!("socket,id=shell,path={},server=on,wait=off", shell.display()));
+        command.args(["-serial", "chardev:shell"]);
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        let started = Instant::now();
+        let mut process = Process::start(command, &folder.join(format!("{name}.log")))?;
+        // QEMU does not open its monitor before its vhost-user disks have answered.
+        let deadline = Deadline::new(30, format!("QEMU ({name}) to open its monitor"));
+        let monitor = Monitor::connect(&monitor, &deadline, &mut process)?;
+        let shell = Shell::connect(&shell, &deadline)?;
+        Ok(Qemu { process, name: name.to_owned(), console, monitor, shell, accel, started })
+    }
+
+    /// Time since QEMU was started.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Waits for the guest's shell, which its root file system answers.
+    pub fn ready(&mut self) -> Result<Ready> {
+        let seconds = 30 * self.accel.patience();
+        let deadline = Deadline::new(seconds, format!("the shell of guest {}", self.name));
+        let (process, console) = (&mut self.process, &self.console);
+        let ready = self.shell.ready(&deadline, || {
+            process.must_live()?;
+            let text = fs::read(console).unwrap_or_default();
+            match String::from_utf8_lossy(&text).contains("Kernel panic") {
+                true => Err("the guest's kernel panicked".into()),
+                false => Ok(()),
+            }
+        });
+        ready.map_err(|e| self.explain(&e))
+    }
+
+    /// An error with what the guest last wrote to its console, and QEMU to its log.
+    pub fn explain(&self, error: &str) -> String {
+        format!("guest {}: {error}{}{}", self.name, tail(&self.console, 25), self.process.log_tail())
+    }
+
+    /// Runs a script in the guest that must succeed soon.
+    pub fn run(&mut self, script: &str) -> Result<String> {
+        self.run_for(script, 10)
+    }
+
+    /// Runs a script in the guest that must succeed within `seconds` (on KVM; longer where the guest is slower).
+    pub fn run_for(&mut self, script: &str, seconds: u64) -> Result<String> {
+        let result = self.shell.run(script, seconds * self.accel.patience());
+        result.map_err(|e| self.explain(&e))
+    }
+
+    /// The shell itself, for scripts that run while something else happens.
+    pub fn shell(&mut self) -> &mut Shell {
+        &mut self.shell
+    }
+
+    /// Multiplier for deadlines of scripts that are started by hand.
+    pub fn patience(&self) -> u64 {
+        self.accel.patience()
+    }
+
+    /// Runs a monitor command without arguments, or with `arguments` as JSON text.
+    pub fn monitor(&mut self, command: &str, arguments: &str) -> Result<Json> {
+        self.monitor.execute(command, arguments, &mut self.process)
+    }
+
+    /// Presses the reset button and waits for the guest's shell.
+    pub fn reset(&mut self) -> Result<Ready> {
+        self.monitor("system_reset", "{}")?;
+        self.ready()
+    }
+
+    /// Lets the guest reboot itself and waits for its shell.
+    pub fn reboot(&mut self) -> Result<Ready> {
+        // The agent dies with the guest: there is no answer to wait for.
+        let _ = self.shell.start("sync; reboot -f")?;
+        self.ready()
+    }
+
+    /// The host's port that a `hostfwd` rule with port 0 got, for the guest's `port`.
+    pub fn forwarded_port(&mut self, port: u16) -> Result<u16> {
+        let answer = self.monitor("human-monitor-command", r#"{"command-line":"info usernet"}"#)?;
+        let text = answer.text("return")?.to_owned();
+        // TCP[HOST_FORWARD]  12       127.0.0.1 38223       10.0.2.15  4420     0     0
+        let words = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let mut found = words.filter(|words| words.first() == Some(&"TCP[HOST_FORWARD]"));
+        found
+            .find_map(|words| match words[..] {
+                [_, _, _, host, _, guest, ..] if guest == port.to_string() => host.parse().ok(),
+                _ => None,
+            })
+            .ok_or_else(|| format!("QEMU forwards no port to the guest's {port}: {text}"))
+    }
+
+    /// Lines in the guest's kernel log that speak of failed I/O.
+    pub fn io_errors(&mut self) -> Result<u64> {
+        let count = self.run(
+            "dmesg | grep -ciE 'I/O error|Buffer I/O|blk_update_request|EXT4-fs error|hung task' || true",
+        )?;
+        count.parse().map_err(|_| self.explain(&format!("grep -c answered {count:?}")))
+    }
+
+    /// Ends QEMU by its monitor, as a power cut does to the guest.
+    pub fn quit(mut self) -> Result<()> {
+        let _ = self.monitor("quit", "{}");
+        self.process.wait(20).map(drop)
+    }
+
+    /// Flushes the guest's file systems, then ends QEMU.
+    pub fn sync_and_quit(mut self) -> Result<()> {
+        self.run_for("sync", 30)?;
+        self.quit()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        if std::env::var_os("HAWSER_GUEST_VERBOSE").is_some() {
+            progress(&format!("guest {} ends{}", self.name, tail(&self.console, 40)));
+        }
+    }
+}
+
+struct Monitor {
+    reader: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn connect(path: &Path, deadline: &Deadline, process: &mut Process) -> Result<Monitor> {
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) => {
+                    process.must_live()?;
+                    deadline.nap().map_err(|e| format!("{e}{}", process.log_tail()))?;
+                }
+            }
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(|e| format!("QEMU's monitor: {e}"))?;
+        let mut monitor = Monitor { reader: BufReader::new(stream) };
+        monitor.line()?;
+        monitor.execute("qmp_capabilities", "{}", process)?;
+        Ok(monitor)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        match self.reader.read_line(&mut line) {
+            Ok(0) => Err("QEMU's monitor: closed".into()),
+            Ok(_) => Ok(line),
+            Err(e) => Err(format!("QEMU's monitor: {e}")),
+        }
+    }
+
+    fn execute(&mut self, command: &str, arguments: &str, process: &mut Process) -> Result<Json> {
+        let request = format!("{{\"execute\":\"{command}\",\"arguments\":{arguments}}}\n");
+        self.reader.get_mut().write_all(request.as_bytes()).map_err(|e| format!("QEMU's monitor: {e}"))?;
+        loop {
+            let line = self.line().map_err(|e| format!("{e}{}", process.log_tail()))?;
+            let answer = Json::parse(&line)?;
+            if let Some(error) = answer.get("error.desc") {
+                return Err(format!("QEMU's monitor: {command}: {error:?}"));
+            }
+            if answer.get("return").is_some() {
+                return Ok(answer);
+            }
+            // Anything else is an event.
+        }
+    }
+}

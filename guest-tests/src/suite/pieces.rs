@@ -1,0 +1,201 @@
+//! What the tests are made of: a target, a daemon that serves its device to a VM, the VM.
+
+#![forbid(unsafe_code)]
+
+use crate::accel::Accel;
+use crate::daemon::Daemon;
+use crate::lab::{HOST_ID, HOST_NQN, Lab, NQN};
+use crate::qemu::{Firmware, Qemu};
+use crate::scratch::Scratch;
+use crate::{Result, process};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The name of the served disk, of its device in the configuration and, with `.sock`, of its socket.
+pub(crate) const DISK: &str = "disk0";
+
+/// A size as the configuration wants it.
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{}MiB", bytes / (1 << 20))
+}
+
+/// `[host]` section of the tests' daemons.
+pub(crate) fn host_section() -> String {
+    format!("[host]\nnqn = \"{HOST_NQN}\"\nid = \"{HOST_ID}\"\n\n")
+}
+
+/// Sections that offer a device (its `uri`) as namespace 1.
+pub(crate) fn target_sections(uri: &str, listen: &str) -> String {
+    format!(
+        "[[device]]\nname = \"n0\"\nuri = \"{uri}\"\n\n\
+        [[subsystem]]\nnqn = \"{NQN}\"\nlisten = [\"tcp://{listen}\"]\n\n\
+        [[subsystem.namespace]]\nnsid = 1\ndevice = \"n0\"\n"
+    )
+}
+
+/// Sections that serve a device as a disk; the socket's name is what `qemu-configs/` say.
+pub(crate) fn disk_sections(folder: &Path, disk: &str, uri: &str, queues: u32) -> String {
+    format!(
+        "[[device]]\nname = \"{disk}\"\nuri = \"{uri}\"\n\n\
+        [[disk]]\nname = \"{disk}\"\ndevice = \"{disk}\"\nsocket = \"{}/{disk}.sock\"\nserial = \"{disk}\"\nqueues = {queues}\n\n",
+        folder.display()
+    )
+}
+
+/// The URI of a target's namespace 1.
+pub(crate) fn uri_of(address: &str) -> String {
+    format!("nvme+tcp://{address}/{NQN}?nsid=1")
+}
+
+/// The guest image behind one of our targets on loopback, served to a VM by a second daemon.
+///
+/// Field order is drop order: the VM's side ends before the target's.
+pub struct Served {
+    /// The daemon that the VM is connected to.
+    pub serve: Daemon,
+    /// The daemon with the disk.
+    pub target: Daemon,
+    scratch: Scratch,
+}
+
+impl Served {
+    /// Starts the target on a `mem:` device, imports the image over NVMe/TCP, starts serving it with `queues` queues.
+    /// `shown`: with the import's progress bar.
+    pub fn start(lab: &Lab, queues: u32, shown: bool) -> Result<Served> {
+        let scratch = Scratch::new()?;
+        let uri = format!("mem:?size={}", mib(crate::image::DISK_BYTES));
+        let target =
+            Daemon::start("target", &lab.hawser, scratch.path(), &target_sections(&uri, "127.0.0.1:0"))?;
+        let uri = uri_of(&target.listener(NQN)?);
+        let sections = host_section() + &disk_sections(scratch.path(), DISK, &uri, queues);
+        import(lab, &scratch, &uri, shown)?;
+        let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
+        serve.await_disk(DISK, "listening")?;
+        Ok(Served { serve, target, scratch })
+    }
+
+    /// The folder with all sockets.
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+}
+
+/// Imports the guest image into the device at `uri`, and verifies it.
+pub(crate) fn import(lab: &Lab, scratch: &Scratch, uri: &str, shown: bool) -> Result<()> {
+    let config = scratch.file("import.toml");
+    let text = format!("{}[[device]]\nname = \"{DISK}\"\nuri = \"{uri}\"\n", host_section());
+    fs::write(&config, text).map_err(|e| format!("{}: {e}", config.display()))?;
+    Daemon::import(&lab.hawser, &config, &lab.image.disk, DISK, shown)
+}
+
+/// Copies OVMF's variable store to where `qemu-configs/uefi.cfg` wants it.
+fn uefi_variables(folder: &Path) -> Result<()> {
+    let from = Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd");
+    fs::copy(from, folder.join("OVMF_VARS.fd")).map(drop).map_err(|e| format!("{}: {e}", from.display()))
+}
+
+/// Boots the VM of a configuration file and waits for its shell; fails if the other firmware did it.
+pub fn boot(lab: &Lab, config: &str, firmware: Firmware, folder: &Path, more: &[&str]) -> Result<Qemu> {
+    if firmware == Firmware::Ovmf {
+        uefi_variables(folder)?;
+    }
+    let mut guest = Qemu::from_config("vm", &lab.config(config), folder, lab.accel, more)?;
+    guest.ready()?;
+    let uefi = guest.run("test -d /sys/firmware/efi && echo yes || echo no")? == "yes";
+    if uefi != (firmware == Firmware::Ovmf) {
+        return Err(guest.explain(&format!("it was to boot through {firmware} and did not")));
+    }
+    Ok(guest)
+}
+
+/// The part of the scratch partition that fio writes: small where it is slow.
+pub fn verify_options(accel: Accel, seconds: u32) -> String {
+    let size = if accel == Accel::Kvm { 96 } else { 24 };
+    format!(
+        "--filename=/dev/vda3 --ioengine=io_uring --iodepth=16 --rw=randwrite --bs=4k --size={size}M \
+        --verify=crc32c --verify_backlog=512 --verify_fatal=1 --serialize_overlap=1 \
+        --time_based --runtime={seconds}"
+    )
+}
+
+/// Fails unless the guest's kernel saw no I/O error and its root file system is sound.
+pub(crate) fn expect_no_trace(guest: &mut Qemu) -> Result<()> {
+    match guest.io_errors()? {
+        0 => Ok(()),
+        count => {
+            let log = guest.run("dmesg | tail -n 30")?;
+            Err(guest.explain(&format!("{count} I/O errors in the guest's kernel log:\n{log}")))
+        }
+    }
+}
+
+/// The kernel's NVMe target in a guest of its own, with the image on a disk of QEMU's; it survives a restart of the guest.
+pub(crate) struct KernelTarget {
+    guest: Option<Qemu>,
+    disk: PathBuf,
+    port: u16,
+}
+
+impl KernelTarget {
+    /// An empty disk of `bytes` behind nvmet on a free port of the host's loopback.
+    pub(crate) fn start(lab: &Lab, scratch: &Scratch, bytes: u64) -> Result<KernelTarget> {
+        let disk = scratch.file("nvmet.raw");
+        let file = fs::File::create(&disk).map_err(|e| format!("{}: {e}", disk.display()))?;
+        file.set_len(bytes).map_err(|e| format!("{}: {e}", disk.display()))?;
+        let mut target = KernelTarget { guest: None, disk, port: 0 };
+        target.launch(lab, scratch)?;
+        Ok(target)
+    }
+
+    fn launch(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
+        let forward = format!("tcp:127.0.0.1:{}-:4420", self.port);
+        let drive = format!("file={},format=raw,if=none,id=data,file.locking=off", self.disk.display());
+        let device = "virtio-blk-pci,drive=data,serial=data";
+        let more = ["-drive", &drive, "-device", device];
+        let mut guest =
+            Qemu::from_kernel("nvmet", &lab.image, scratch.path(), lab.accel, Some(&forward), &more)?;
+        guest.run(&format!(
+            "set -e
+            for module in null_blk nvmet nvmet-tcp; do modprobe $module; done
+            for disk in /sys/block/vd*; do [ \"$(cat $disk/serial)\" = data ] && data=/dev/${{disk##*/}}; done
+            cd /sys/kernel/config/nvmet
+            mkdir subsystems/{NQN}
+            echo 1 > subsystems/{NQN}/attr_allow_any_host
+            mkdir subsystems/{NQN}/namespaces/1
+            echo -n $data > subsystems/{NQN}/namespaces/1/device_path
+            echo 1 > subsystems/{NQN}/namespaces/1/enable
+            mkdir ports/1
+            echo tcp > ports/1/addr_trtype
+            echo ipv4 > ports/1/addr_adrfam
+            echo 10.0.2.15 > ports/1/addr_traddr
+            echo 4420 > ports/1/addr_trsvcid
+            ln -s /sys/kernel/config/nvmet/subsystems/{NQN} ports/1/subsystems/"
+        ))?;
+        self.port = guest.forwarded_port(4420)?;
+        self.guest = Some(guest);
+        Ok(())
+    }
+
+    /// Pulls the target guest's plug and starts it again at the same port.
+    pub(crate) fn restart(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
+        if let Some(guest) = self.guest.take() {
+            guest.quit()?;
+        }
+        self.launch(lab, scratch)
+    }
+
+    /// The namespace's URI.
+    pub(crate) fn uri(&self) -> String {
+        uri_of(&format!("127.0.0.1:{}", self.port))
+    }
+}
+
+/// What a boot test reports.
+pub(crate) fn boot_note(seconds: f64, iops: f64) -> String {
+    format!("shell after {seconds:.1} s, {iops:.0} verified writes/s")
+}
+
+/// `program` on PATH?
+pub(crate) fn installed(program: &str) -> bool {
+    process::output(std::process::Command::new("sh").args(["-c", &format!("command -v {program}")])).is_ok()
+}

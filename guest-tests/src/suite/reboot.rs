@@ -1,0 +1,57 @@
+//! One back end, many incarnations of its VM: the guest's reboot, the reset button, a power cycle with other queues.
+
+#![forbid(unsafe_code)]
+
+use super::Outcome;
+use super::pieces::{DISK, Served, boot, expect_no_trace, verify_options};
+use crate::Result;
+use crate::fio;
+use crate::lab::Lab;
+use crate::qemu::{Firmware, Qemu};
+
+fn mark(guest: &mut Qemu, number: u32) -> Result<()> {
+    guest.run(&format!("echo boot {number} >> /root/boots && sync")).map(drop)
+}
+
+fn check(lab: &Lab, guest: &mut Qemu, boots: u32) -> Result<()> {
+    let marks = guest.run("wc -l < /root/boots")?;
+    if marks != boots.to_string() {
+        return Err(guest.explain(&format!("{marks} marks of earlier boots on the disk, not {boots}")));
+    }
+    fio::run(guest, &verify_options(lab.accel, 2), 2)?;
+    expect_no_trace(guest)
+}
+
+pub(super) fn reboots(lab: &Lab) -> Result<Outcome> {
+    let mut served = Served::start(lab, 4, false)?;
+    let folder = served.scratch().path().to_path_buf();
+    let mut guest = boot(lab, "multi-queue.cfg", Firmware::SeaBios, &folder, &["-smp", "2"])?;
+    let first = guest.run("cat /proc/sys/kernel/random/boot_id")?;
+    mark(&mut guest, 1)?;
+
+    // By the guest itself, while nothing is in flight.
+    let second = guest.reboot()?;
+    check(lab, &mut guest, 1)?;
+    mark(&mut guest, 2)?;
+
+    // By the reset button, in the middle of its work: requests are in flight when the firmware takes the device over.
+    let _ = fio::start(&mut guest, &verify_options(lab.accel, 60))?;
+    served.serve.await_requests(DISK)?;
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let third = guest.reset()?;
+    check(lab, &mut guest, 2)?;
+    mark(&mut guest, 3)?;
+    if first == second.boot_id || second.boot_id == third.boot_id {
+        return Err(guest.explain("a boot id did not change: the guest did not reboot"));
+    }
+
+    // Power off and on: other firmware, one queue of 1024 instead of four of 256.
+    guest.sync_and_quit()?;
+    served.serve.await_disk(DISK, "listening")?;
+    let other = ["-set", "device.disk0.queue-size=1024"];
+    let mut guest = boot(lab, "uefi.cfg", Firmware::Ovmf, &folder, &other)?;
+    check(lab, &mut guest, 3)?;
+    guest.sync_and_quit()?;
+    served.serve.must_live()?;
+    Ok(Outcome::Passed("reboot, reset under load, power cycle with OVMF and one queue of 1024".into()))
+}
