@@ -1,2 +1,2 @@
-//! See Cargo.toml.
+//! The binary `hawser`.
 fn main() {}

@@ -1,0 +1,453 @@
+//! What a daemon starts with: one TOML file and the `conf.d/*.toml` beside it, read, merged and checked.
+//!
+//! Owns: the meaning of every key, its default and its limits. Must not know: how any of it is carried out, nor the
+//! state of the world (whether a target answers, whether a socket is free).
+//!
+//! Every error is one line that names the file, the place, the key, the value and what would be right.
+
+mod place;
+pub mod value;
+
+use place::Place;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use value::{Listen, Name, Nqn, Serial, SocketMode, SocketPath, Uris, Uuid};
+
+/// A wrong configuration, or one that cannot be read. Its text is one line.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// Everything that the files say.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// The main file.
+    pub file: PathBuf,
+    /// `[daemon]`
+    pub daemon: DaemonConfig,
+    /// `[host]`
+    pub host: HostConfig,
+    /// `[[device]]`
+    pub devices: Vec<Placed<DeviceConfig>>,
+    /// `[[disk]]`
+    pub disks: Vec<Placed<DiskConfig>>,
+    /// `[[subsystem]]`
+    pub subsystems: Vec<Placed<SubsystemConfig>>,
+}
+
+/// A section, and where it stands.
+#[derive(Clone, Debug)]
+pub struct Placed<T> {
+    /// What it says.
+    pub value: T,
+    place: Place,
+}
+
+impl<T> Placed<T> {
+    /// The file that it stands in.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        self.place.file()
+    }
+
+    /// An error about `key` of this section.
+    #[must_use]
+    pub fn error(&self, key: &str, what: impl fmt::Display) -> ConfigError {
+        ConfigError(format!("{}: {what}", self.place.key(key)))
+    }
+}
+
+/// `[daemon]`: the process.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DaemonConfig {
+    /// The management API's socket.
+    pub api: SocketPath,
+    /// The API socket's permissions.
+    pub api_mode: SocketMode,
+    /// CPUs, one reactor on each; `None`: one reactor, unpinned.
+    pub reactors: Option<Vec<usize>>,
+    /// How long an idle reactor polls before it sleeps, in microseconds.
+    pub poll_us: u32,
+    /// How long requests in flight may take when a disk or the daemon stops, in seconds.
+    pub drain_timeout: u32,
+    /// For what outlives a boot.
+    pub state_dir: PathBuf,
+}
+
+/// Where the API is when nobody says otherwise.
+pub const DEFAULT_API: &str = "/run/hawser/api.sock";
+
+/// A second of polling is more than any idle period worth polling through.
+const POLL_US_MAX: u32 = 1_000_000;
+const DRAIN_TIMEOUT_MAX: u32 = 3600;
+/// The split ring's handshake numbers queues with 16 bits; this many are already more than any guest has CPUs for.
+pub const QUEUES_MAX: u16 = 256;
+
+impl Default for DaemonConfig {
+    fn default() -> Self {
+        DaemonConfig {
+            api: DEFAULT_API.parse().expect("a short path"),
+            api_mode: SocketMode(0o600),
+            reactors: None,
+            poll_us: 20,
+            drain_timeout: 10,
+            state_dir: PathBuf::from("/var/lib/hawser"),
+        }
+    }
+}
+
+/// `[host]`: who we are to targets.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// The host NQN.
+    pub nqn: Option<Nqn>,
+    /// The host identifier.
+    pub id: Option<Uuid>,
+}
+
+/// `[[device]]`: a block device that the daemon can reach.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Its name.
+    pub name: Name,
+    /// One path to it or several.
+    pub uri: Uris,
+    /// The logical block size in bytes, for devices that have none of their own.
+    pub block_size: Option<u32>,
+}
+
+/// `[[disk]]`: a device offered to a VM at a vhost-user socket. Also what `disk add` sends and `--save` writes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Its name.
+    pub name: Name,
+    /// The device behind it.
+    pub device: Name,
+    /// The vhost-user socket.
+    pub socket: SocketPath,
+    /// The socket's permissions; default: what the umask leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<SocketMode>,
+    /// The socket's owner: a name or a number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_user: Option<String>,
+    /// The socket's group: a name or a number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+    /// What GET_ID answers; default: the name's first 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+    /// The most queues that the VM may use.
+    #[serde(default = "one_queue")]
+    pub queues: u16,
+    /// The VM may not write.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+fn one_queue() -> u16 {
+    1
+}
+
+impl DiskConfig {
+    /// What GET_ID answers.
+    #[must_use]
+    pub fn serial(&self) -> Serial {
+        self.serial.clone().unwrap_or_else(|| Serial::from_name(&self.name))
+    }
+
+    /// Checks the values that are not checked by their types.
+    ///
+    /// # Errors
+    /// The key that is wrong, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.queues == 0 || self.queues > QUEUES_MAX {
+            return Err(("queues", format!("{} is out of range, want 1 to {QUEUES_MAX}", self.queues)));
+        }
+        Ok(())
+    }
+}
+
+/// `[[subsystem]]`: an NVMe-oF subsystem that we are the target of.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SubsystemConfig {
+    /// Its name.
+    pub nqn: Nqn,
+    /// Where it is reached.
+    pub listen: Vec<Listen>,
+    /// The hosts that may connect; `None`: any.
+    pub allowed_hosts: Option<Vec<Nqn>>,
+    /// What is in it.
+    #[serde(default, rename = "namespace")]
+    pub namespaces: Vec<NamespaceConfig>,
+}
+
+/// `[[subsystem.namespace]]`: a device inside a subsystem.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NamespaceConfig {
+    /// Its number in the subsystem.
+    pub nsid: u32,
+    /// The device behind it.
+    pub device: Name,
+    /// Its UUID, where the device's own is not wanted.
+    pub uuid: Option<Uuid>,
+}
+
+/// One file as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    daemon: Option<toml::Spanned<DaemonConfig>>,
+    host: Option<toml::Spanned<HostConfig>>,
+    #[serde(default)]
+    device: Vec<toml::Spanned<DeviceConfig>>,
+    #[serde(default)]
+    disk: Vec<toml::Spanned<DiskConfig>>,
+    #[serde(default)]
+    subsystem: Vec<toml::Spanned<SubsystemConfig>>,
+}
+
+impl Config {
+    /// Reads `file` and its `conf.d/*.toml`, in the order of their names, and checks the whole.
+    ///
+    /// # Errors
+    /// When a file cannot be read or says something wrong.
+    pub fn load(file: &Path) -> Result<Config, ConfigError> {
+        let mut files = vec![(file.to_owned(), read(file)?)];
+        for extra in conf_d_files(file)? {
+            let text = read(&extra)?;
+            files.push((extra, text));
+        }
+        Config::parse(&files)
+    }
+
+    /// Checks files that have been read: pairs of path and content, the main file first.
+    ///
+    /// # Errors
+    /// When one of them says something wrong.
+    pub fn parse(files: &[(PathBuf, String)]) -> Result<Config, ConfigError> {
+        let mut config = Config { file: files[0].0.clone(), ..Config::default() };
+        let mut daemon_place: Option<Place> = None;
+        let mut host_place: Option<Place> = None;
+        for (file, text) in files {
+            let document: Document =
+                toml::from_str(text).map_err(|error| ConfigError(place::toml_error(file, text, &error)))?;
+            let at = |section: &str, start: usize| Place::new(file, text, section, start);
+            if let Some(daemon) = document.daemon {
+                let place = at("[daemon]", daemon.span().start);
+                once("daemon", &daemon_place, &place)?;
+                config.daemon = daemon.into_inner();
+                check_daemon(&config.daemon, &place)?;
+                daemon_place = Some(place);
+            }
+            if let Some(host) = document.host {
+                let place = at("[host]", host.span().start);
+                once("host", &host_place, &place)?;
+                config.host = host.into_inner();
+                host_place = Some(place);
+            }
+            place_all(document.device, &mut config.devices, |start| at("[[device]]", start));
+            place_all(document.disk, &mut config.disks, |start| at("[[disk]]", start));
+            place_all(document.subsystem, &mut config.subsystems, |start| at("[[subsystem]]", start));
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        unique(&self.devices, "name", |device| device.name.clone())?;
+        unique(&self.disks, "name", |disk| disk.name.clone())?;
+        unique(&self.disks, "socket", |disk| disk.socket.clone())?;
+        unique(&self.subsystems, "nqn", |subsystem| subsystem.nqn.clone())?;
+        for device in &self.devices {
+            let known = device.value.block_size.is_none_or(|bytes| bytes == 512 || bytes == 4096);
+            if !known {
+                let bytes = device.value.block_size.unwrap_or(0);
+                return Err(device.error("block_size", format!("{bytes} is no block size, want 512 or 4096")));
+            }
+        }
+        for disk in &self.disks {
+            disk.value.check().map_err(|(key, what)| disk.error(key, what))?;
+            self.check_device(&disk.value.device).map_err(|what| disk.error("device", what))?;
+            if disk.value.socket == self.daemon.api {
+                let what = format!("{:?} is the API's own, want another path", disk.value.socket.to_string());
+                return Err(disk.error("socket", what));
+            }
+        }
+        for subsystem in &self.subsystems {
+            self.check_subsystem(subsystem)?;
+        }
+        Ok(())
+    }
+
+    fn check_subsystem(&self, subsystem: &Placed<SubsystemConfig>) -> Result<(), ConfigError> {
+        let SubsystemConfig { listen, namespaces, .. } = &subsystem.value;
+        if listen.is_empty() {
+            let what = "[] is nowhere, want at least one address such as \"tcp://127.0.0.1:4420\"";
+            return Err(subsystem.error("listen", what));
+        }
+        for (index, namespace) in namespaces.iter().enumerate() {
+            // NVMe base specification 2.0, section 3.2.1.2: 0 and FFFFFFFFh name no namespace.
+            if namespace.nsid == 0 || namespace.nsid == u32::MAX {
+                let what = format!("{} is no namespace number, want 1 or more", namespace.nsid);
+                return Err(subsystem.error("nsid", what));
+            }
+            if namespaces[..index].iter().any(|other| other.nsid == namespace.nsid) {
+                let what = format!(
+                    "{} is there twice in {}, want another number for each namespace",
+                    namespace.nsid, subsystem.value.nqn
+                );
+                return Err(subsystem.error("nsid", what));
+            }
+            self.check_device(&namespace.device).map_err(|what| subsystem.error("device", what))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that there is a device called `name`.
+    ///
+    /// # Errors
+    /// What is wrong, and which devices there are.
+    pub fn check_device(&self, name: &Name) -> Result<(), String> {
+        if self.device(name.as_str()).is_some() {
+            return Ok(());
+        }
+        Err(format!("{:?} is no [[device]], {}", name.as_str(), self.device_names()))
+    }
+
+    /// The device called `name`.
+    #[must_use]
+    pub fn device(&self, name: &str) -> Option<&Placed<DeviceConfig>> {
+        self.devices.iter().find(|device| device.value.name.as_str() == name)
+    }
+
+    /// "there are n0 and n1", for messages.
+    #[must_use]
+    pub fn device_names(&self) -> String {
+        let names: Vec<&str> = self.devices.iter().map(|device| device.value.name.as_str()).collect();
+        match names.as_slice() {
+            [] => "there is none in the configuration".to_owned(),
+            [one] => format!("want {one}"),
+            [first @ .., last] => format!("want one of {} or {last}", first.join(", ")),
+        }
+    }
+
+    /// The folder of additional files.
+    #[must_use]
+    pub fn conf_d(&self) -> PathBuf {
+        conf_d(&self.file)
+    }
+}
+
+fn conf_d(file: &Path) -> PathBuf {
+    file.parent().unwrap_or(Path::new("")).join("conf.d")
+}
+
+fn read(file: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(file)
+        .map_err(|error| ConfigError(format!("{}: cannot be read: {error}", file.display())))
+}
+
+fn conf_d_files(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let folder = conf_d(file);
+    let cannot = |error: io::Error| ConfigError(format!("{}: cannot be read: {error}", folder.display()));
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(cannot(error)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(cannot)?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if path.extension().is_some_and(|extension| extension == "toml") && !hidden {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn once(section: &str, first: &Option<Place>, second: &Place) -> Result<(), ConfigError> {
+    let Some(first) = first else { return Ok(()) };
+    Err(ConfigError(format!(
+        "{}: is in {} too, want [{section}] in one file only",
+        second.section(),
+        first.file().display()
+    )))
+}
+
+fn check_daemon(daemon: &DaemonConfig, place: &Place) -> Result<(), ConfigError> {
+    let wrong = |key: &str, what: String| Err(ConfigError(format!("{}: {what}", place.key(key))));
+    if let Some(reactors) = &daemon.reactors {
+        if reactors.is_empty() {
+            return wrong("reactors", "[] is none, want CPU numbers such as [0], or no such key".to_owned());
+        }
+        if let Some(twice) = reactors
+            .iter()
+            .enumerate()
+            .find(|(index, cpu)| reactors[..*index].contains(cpu))
+            .map(|(_, cpu)| cpu)
+        {
+            return wrong("reactors", format!("{twice} is there twice, want another CPU for each reactor"));
+        }
+    }
+    if daemon.poll_us > POLL_US_MAX {
+        return wrong(
+            "poll_us",
+            format!("{} is too long, want 0 to {POLL_US_MAX} (microseconds)", daemon.poll_us),
+        );
+    }
+    if daemon.drain_timeout > DRAIN_TIMEOUT_MAX {
+        return wrong(
+            "drain_timeout",
+            format!("{} is too long, want 0 to {DRAIN_TIMEOUT_MAX} (seconds)", daemon.drain_timeout),
+        );
+    }
+    Ok(())
+}
+
+fn place_all<T>(
+    sections: Vec<toml::Spanned<T>>,
+    placed: &mut Vec<Placed<T>>,
+    place: impl Fn(usize) -> Place,
+) {
+    placed.extend(sections.into_iter().map(|section| {
+        let place = place(section.span().start);
+        Placed { value: section.into_inner(), place }
+    }));
+}
+
+fn unique<T, K: Eq + std::hash::Hash + fmt::Display>(
+    sections: &[Placed<T>],
+    key: &str,
+    value: impl Fn(&T) -> K,
+) -> Result<(), ConfigError> {
+    let mut seen: HashMap<K, &Place> = HashMap::new();
+    for section in sections {
+        let value = value(&section.value);
+        if let Some(first) = seen.get(&value) {
+            let what = format!("{:?} is in {} too, want another", value.to_string(), first.short());
+            return Err(section.error(key, what));
+        }
+        seen.insert(value, &section.place);
+    }
+    Ok(())
+}
