@@ -59,7 +59,7 @@ impl Lab {
         progress("build: hawser");
         run(cargo().args(["build", "--quiet", "--package", "hawser"]))?;
         let cache = target().join("guest");
-        let lock = GuestLock::take(&cache)?;
+        let lock = GuestLock::take()?;
         let image = Image::ensure(&cache)?;
         progress(&format!("guest image: {} with {}", image.disk.display(), image.kernel_package));
         let accel = Accel::probe(&cache, &image)?;

@@ -9,6 +9,7 @@
 
 use crate::Result;
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -214,12 +215,45 @@ pub fn output(command: &mut Command) -> Result<String> {
     Err(format!("{name} {}: {}: {err}", args.join(" "), describe(result.status)))
 }
 
-/// Runs a command in the foreground with our own standard output and error.
+/// Runs a command to its end with our own standard output and error; a Ctrl-C ends it.
 pub fn run(command: &mut Command) -> Result<()> {
+    let (name, status) = run_with(command, |_| Ok(()))?;
+    if status.success() { Ok(()) } else { Err(format!("{name}: {}", describe(status))) }
+}
+
+/// Runs a command to its end and passes on its standard output, line by line; `look` sees each line.
+pub fn run_and_look(command: &mut Command, look: impl FnMut(&str)) -> Result<ExitStatus> {
+    command.stdout(Stdio::piped());
+    let mut look = look;
+    let (_, status) = run_with(command, |child| {
+        let out = child.stdout.take().ok_or("no standard output")?;
+        for line in BufReader::new(out).split(b'\n') {
+            let line = line.map_err(|e| format!("standard output: {e}"))?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            look(&line);
+        }
+        Ok(())
+    })?;
+    Ok(status)
+}
+
+fn run_with(
+    command: &mut Command,
+    attend: impl FnOnce(&mut Child) -> Result<()>,
+) -> Result<(String, ExitStatus)> {
     confine(command);
     let name = command.get_program().to_string_lossy().into_owned();
-    let status = command.stdin(Stdio::null()).status().map_err(|e| format!("{name} does not start: {e}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{name}: {}", describe(status))) }
+    let child = command.stdin(Stdio::null()).spawn().map_err(|e| format!("{name} does not start: {e}"))?;
+    let mut process = Process { child, name: name.clone(), log: None, ended: None };
+    attend(&mut process.child)?;
+    let deadline = Deadline::new(3600, format!("{name} to end"));
+    loop {
+        if let Some(status) = process.poll()? {
+            return Ok((name, status));
+        }
+        deadline.nap()?;
+    }
 }
 
 #[cfg(test)]

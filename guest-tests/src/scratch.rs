@@ -4,10 +4,13 @@
 //! Invariants: a folder is locked for as long as its owner lives; an unlocked one is stale, whatever ended its owner, and
 //! is swept when the next run starts.
 
-use crate::Result;
 use crate::process::Deadline;
+use crate::{Result, progress};
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -89,27 +92,32 @@ fn sweep_in(base: &Path) -> usize {
     swept
 }
 
-/// Held while guests run: two runs on one machine take turns.
+/// Held while guests run: two runs on one machine take turns, whichever user or target folder they have, in a chroot too.
+///
+/// The lock is a Unix socket in the abstract namespace: it leaves no file, and ends with its owner.
 pub struct GuestLock {
-    _file: File,
+    _socket: UnixListener,
 }
 
 impl GuestLock {
     /// Waits up to an hour for another run to finish.
-    pub fn take(folder: &Path) -> Result<Self> {
-        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        let path = folder.join("lock");
-        let file = File::create(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let deadline = Deadline::new(3600, format!("{}: another run's guests", path.display()));
+    pub fn take() -> Result<Self> {
+        let name =
+            SocketAddr::from_abstract_name(b"hawser-guests").map_err(|e| format!("guest lock: {e}"))?;
+        let deadline = Deadline::new(3600, "another run's guests to end");
         let mut said = false;
-        while !try_lock(&file) {
+        loop {
+            match UnixListener::bind_addr(&name) {
+                Ok(socket) => return Ok(Self { _socket: socket }),
+                Err(e) if e.kind() == ErrorKind::AddrInUse => {}
+                Err(e) => return Err(format!("guest lock: {e}")),
+            }
             if !said {
-                eprintln!("waiting for another run's guests to end");
+                progress("waiting for another run's guests to end");
                 said = true;
             }
             deadline.nap()?;
         }
-        Ok(Self { _file: file })
     }
 }
 

@@ -1,0 +1,103 @@
+//! `cargo xtask`: the one door to what people and CI run.
+//!
+//! Owns: the commands, and what each needs from Debian. Must not know: hawser's crates.
+//! Invariants: it builds on a machine that has nothing but gcc and a Rust toolchain, in seconds.
+
+#![forbid(unsafe_code)]
+
+mod count;
+mod demo;
+mod fresh;
+mod packages;
+mod tools;
+
+use guest_tests::{Result, lab, process};
+use std::process::ExitCode;
+
+const HELP: &str = "\
+cargo xtask COMMAND [--yes]
+
+  demo                        boot a VM from a remote disk, kill its back end, print what happened
+  test                        all tests: unit, documentation, guests
+  guest [FILTER | list]       the guest tests whose names contain FILTER
+  bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench
+  fresh --suite SUITE [demo|test]
+                              demo (or test) in a new minimal Debian (bookworm, trixie); needs root
+  ci-tools                    install cargo-deny and cargo-fuzz where they are missing
+
+Debian packages that a command lacks are named, and installed if you agree; --yes agrees beforehand.
+";
+
+fn main() -> ExitCode {
+    process::catch_interrupts();
+    let all: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = all.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
+    // The bench has options of its own.
+    let yes = command != "bench" && rest.iter().any(|arg| arg == "--yes");
+    let args: Vec<&str> =
+        rest.iter().map(String::as_str).filter(|arg| command == "bench" || *arg != "--yes").collect();
+    match dispatch(command, &args, yes) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(Failure::Usage(what)) => {
+            eprintln!("xtask: {what}\n\n{HELP}");
+            ExitCode::from(2)
+        }
+        Err(Failure::Failed(what)) => {
+            eprintln!("xtask {command}: {what}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Failure {
+    Usage(String),
+    Failed(String),
+}
+
+impl From<String> for Failure {
+    fn from(what: String) -> Self {
+        Failure::Failed(what)
+    }
+}
+
+/// Runs a command; `false` means that it ran and something it tested failed.
+fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool, Failure> {
+    match (command, args) {
+        ("demo", []) => {
+            packages::ensure(&packages::GUESTS, yes)?;
+            demo::run()?;
+        }
+        ("test", []) => {
+            packages::ensure(&packages::GUESTS, yes)?;
+            return Ok(count::all()?);
+        }
+        ("guest", ["list"]) => guest_tests::suite::TESTS.iter().for_each(|test| println!("{}", test.name)),
+        ("guest", [] | [_]) => {
+            packages::ensure(&packages::GUESTS, yes)?;
+            return Ok(count::guests(args.first().copied().unwrap_or_default())?);
+        }
+        ("bench", args) => bench(args)?,
+        ("fresh", ["--suite", suite @ ("bookworm" | "trixie"), what @ ..]) => {
+            let command = match what {
+                [] => "demo",
+                [one @ ("demo" | "test")] => one,
+                other => return Err(Failure::Usage(format!("fresh: {other:?}: demo or test"))),
+            };
+            packages::ensure(&packages::FRESH, yes)?;
+            fresh::run_in(suite, command)?;
+        }
+        ("ci-tools", []) => tools::install()?,
+        ("help" | "--help" | "-h", _) => print!("{HELP}"),
+        (command, args) => return Err(Failure::Usage(format!("{command} {}: unknown", args.join(" ")))),
+    }
+    Ok(true)
+}
+
+fn bench(args: &[&str]) -> Result<()> {
+    let mut cargo = lab::cargo();
+    cargo
+        .args(["run", "--release", "--quiet", "--package", "hawser-benches", "--bin", "bench", "--"])
+        .args(args);
+    process::run(&mut cargo)
+}
