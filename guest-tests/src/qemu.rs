@@ -88,7 +88,7 @@ impl Qemu {
         let mut guest = Qemu::start(name, command, folder, accel)?;
         guest.ready()?;
         guest.run(
-            "modprobe virtio_net; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0
+            "modprobe virtio_net; modprobe configfs; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0
             ip route add default via 10.0.2.2; mount -t configfs configfs /sys/kernel/config",
         )?;
         Ok(guest)

@@ -23,8 +23,9 @@ impl Drop for Removed<'_> {
     }
 }
 
-/// Runs `cargo xtask COMMAND --yes` in a new Debian of `suite`.
-pub(crate) fn run_in(suite: &str, command: &str) -> Result<()> {
+/// Runs `cargo xtask COMMAND… --yes` in a new Debian of `suite`.
+pub(crate) fn run_in(suite: &str, command: &[&str]) -> Result<()> {
+    let command = command.join(" ");
     let root = target().join(format!("fresh-{suite}"));
     if root.exists() {
         fs::remove_dir_all(&root).map_err(|e| format!("{}: {e}", root.display()))?;

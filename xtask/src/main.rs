@@ -21,8 +21,8 @@ cargo xtask COMMAND [--yes]
   test                        all tests: unit, documentation, guests
   guest [FILTER | list]       the guest tests whose names contain FILTER
   bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench
-  fresh --suite SUITE [demo|test]
-                              demo (or test) in a new minimal Debian (bookworm, trixie); needs root
+  fresh --suite SUITE [COMMAND]
+                              demo, or another COMMAND, in a new minimal Debian (bookworm, trixie); needs root
   ci-tools                    install cargo-deny and cargo-fuzz where they are missing
 
 Debian packages that a command lacks are named, and installed if you agree; --yes agrees beforehand.
@@ -79,15 +79,13 @@ fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool
         }
         ("bench", args) => bench(args)?,
         ("fresh", ["--suite", suite @ ("bookworm" | "trixie"), what @ ..]) => {
-            let command = match what {
-                [] => "demo",
-                [one @ ("demo" | "test")] => one,
-                other => return Err(Failure::Usage(format!("fresh: {other:?}: demo or test"))),
-            };
             packages::ensure(&packages::FRESH, yes)?;
-            fresh::run_in(suite, command)?;
+            fresh::run_in(suite, if what.is_empty() { &["demo"] } else { what })?;
         }
-        ("ci-tools", []) => tools::install()?,
+        ("ci-tools", []) => {
+            packages::ensure(&packages::CI, yes)?;
+            tools::install()?;
+        }
         ("help" | "--help" | "-h", _) => print!("{HELP}"),
         (command, args) => return Err(Failure::Usage(format!("{command} {}: unknown", args.join(" ")))),
     }

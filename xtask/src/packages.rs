@@ -33,6 +33,9 @@ pub(crate) const GUESTS: [Need; 15] = [
 pub(crate) const FRESH: [Need; 2] =
     [("mmdebstrap", "makes the minimal Debian"), ("debian-archive-keyring", "verifies its packages")];
 
+/// To build cargo-fuzz's targets: libFuzzer is C++.
+pub(crate) const CI: [Need; 1] = [("g++", "compiles libFuzzer")];
+
 /// The kernel is downloaded, not installed: apt only has to know it.
 const KERNEL: &str = "linux-image-amd64";
 

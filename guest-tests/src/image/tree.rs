@@ -15,7 +15,7 @@ pub(super) const INIT: &str = include_str!("../../guest/init");
 pub(super) const AGENT: &str = include_str!("../../guest/agent");
 
 /// What finds and mounts the root disk.
-const BOOT_MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c_intel", "ext4"];
+const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them.
 const ROOT_MODULES: [&str; 14] = [

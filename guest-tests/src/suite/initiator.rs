@@ -3,9 +3,9 @@
 #![forbid(unsafe_code)]
 
 use super::Outcome;
-use super::pieces::{expect_no_trace, target_sections};
+use super::pieces::{connect_from_guest, expect_no_trace, target_sections};
 use crate::daemon::Daemon;
-use crate::lab::{HOST_ID, HOST_NQN, Lab, NQN};
+use crate::lab::{Lab, NQN};
 use crate::qemu::Qemu;
 use crate::scratch::Scratch;
 use crate::{Result, fio};
@@ -26,18 +26,16 @@ pub(super) fn kernel_initiator(lab: &Lab) -> Result<Outcome> {
     let mut target =
         Daemon::start("target", &lab.hawser, scratch.path(), &target_sections(&uri, "127.0.0.1:0"))?;
     let address = target.listener(NQN)?;
-    let port = address.rsplit_once(':').map(|(_, port)| port.to_owned()).unwrap_or_default();
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    let port = port.ok_or_else(|| format!("the target listens at {address:?}, which has no port"))?;
     // A restarted target must listen where the initiator looks for it.
     rewrite_listener(&target, &address)?;
 
     let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, None, &[])?;
-    // 10.0.2.2 is the host's loopback, seen from a guest with user networking.
+    connect_from_guest(&mut guest, port)?;
     guest.run_for(
         &format!(
-            "set -e; modprobe nvme-tcp
-            echo transport=tcp,traddr=10.0.2.2,trsvcid={port},nqn={NQN},hostnqn={HOST_NQN},hostid={HOST_ID},keep_alive_tmo=5,reconnect_delay=1 > /dev/nvme-fabrics
-            until [ -b /dev/nvme0n1 ]; do usleep 50000; done
-            [ $(cat /sys/block/nvme0n1/size) = {} ]
+            "set -e; [ $(cat /sys/block/nvme0n1/size) = {} ]
             mkfs.ext4 -q -F /dev/nvme0n1; mount -t ext4 /dev/nvme0n1 /mnt",
             SIZE / 512
         ),

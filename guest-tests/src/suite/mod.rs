@@ -35,6 +35,7 @@ pub struct Test {
 /// All guest tests, in the order in which they run.
 pub const TESTS: &[Test] = &[
     Test { name: "control_seabios_boots_from_qemu_storage_daemon", body: other::control },
+    Test { name: "control_kernel_initiator_verifies_on_kernel_target", body: other::control_kernels },
     Test { name: "seabios_boots_from_our_target", body: boot::seabios_ours },
     Test { name: "ovmf_boots_from_our_target", body: boot::ovmf_ours },
     Test { name: "two_disks_with_several_queues_are_told_apart", body: boot::two_disks },

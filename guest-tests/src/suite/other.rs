@@ -3,11 +3,13 @@
 #![forbid(unsafe_code)]
 
 use super::Outcome;
-use super::pieces::{boot, boot_note, expect_no_trace, installed, verify_options};
+use super::pieces::{
+    KernelTarget, boot, boot_note, connect_from_guest, expect_no_trace, installed, verify_options,
+};
 use crate::accel::Accel;
 use crate::lab::Lab;
 use crate::process::{Deadline, Process};
-use crate::qemu::Firmware;
+use crate::qemu::{Firmware, Qemu};
 use crate::scratch::Scratch;
 use crate::{Result, fio};
 use std::process::Command;
@@ -36,6 +38,22 @@ pub(super) fn control(lab: &Lab) -> Result<Outcome> {
     expect_no_trace(&mut guest)?;
     guest.sync_and_quit()?;
     Ok(Outcome::Passed(boot_note(seconds, report.write_iops)))
+}
+
+/// The kernel's initiator against the kernel's target: if this fails, what the tests of ours measure is the lab.
+pub(super) fn control_kernels(lab: &Lab) -> Result<Outcome> {
+    let scratch = Scratch::new()?;
+    let target = KernelTarget::start(lab, &scratch, 64 << 20)?;
+    let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, None, &[])?;
+    connect_from_guest(&mut guest, target.port())?;
+    let report = fio::run(
+        &mut guest,
+        "--filename=/dev/nvme0n1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=4k --size=8M --verify=crc32c",
+        5,
+    )?;
+    expect_no_trace(&mut guest)?;
+    guest.quit()?;
+    Ok(Outcome::Passed(format!("{:.0} verified writes/s", report.write_iops)))
 }
 
 pub(super) fn cloud_hypervisor(lab: &Lab) -> Result<Outcome> {

@@ -184,10 +184,30 @@ impl KernelTarget {
         self.launch(lab, scratch)
     }
 
+    /// The target's port on the host's loopback.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The namespace's URI.
     pub(crate) fn uri(&self) -> String {
         uri_of(&format!("127.0.0.1:{}", self.port))
     }
+}
+
+/// Connects the kernel's NVMe/TCP initiator in `guest` to a port of the host's loopback; the disk is `/dev/nvme0n1`.
+pub(crate) fn connect_from_guest(guest: &mut Qemu, port: u16) -> Result<()> {
+    // 10.0.2.2 is the host's loopback, seen from a guest with user networking.
+    guest
+        .run_for(
+            &format!(
+                "set -e; modprobe nvme-tcp
+                echo transport=tcp,traddr=10.0.2.2,trsvcid={port},nqn={NQN},hostnqn={HOST_NQN},hostid={HOST_ID},keep_alive_tmo=5,reconnect_delay=1 > /dev/nvme-fabrics
+                until [ -b /dev/nvme0n1 ]; do usleep 50000; done"
+            ),
+            30,
+        )
+        .map(drop)
 }
 
 /// What a boot test reports.
