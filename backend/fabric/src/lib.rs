@@ -6,6 +6,8 @@
 mod leaf;
 pub mod mem;
 pub mod null;
+pub mod nvme;
+pub mod tcp;
 #[cfg(test)]
 mod testing;
 
