@@ -3,6 +3,7 @@
 //! Owns: the leaf devices behind [`hawser_block::Device`], the NVMe and NVMe/TCP codecs, the initiator and the target.
 //! Must not know: rings, volumes, members, stripes.
 
+pub mod file;
 mod leaf;
 pub mod mem;
 pub mod null;
@@ -11,5 +12,6 @@ pub mod tcp;
 #[cfg(test)]
 mod testing;
 
+pub use file::{FileDevice, FileOptions};
 pub use mem::MemDevice;
 pub use null::NullDevice;
