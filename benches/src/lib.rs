@@ -12,6 +12,7 @@
 //! | [`sys`] | processes: CPU time, pinning, children that end with their parent |
 
 pub mod client;
+pub mod frontend;
 pub mod histogram;
 pub mod sys;
 

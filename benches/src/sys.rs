@@ -5,8 +5,9 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::{to_f64, to_usize};
@@ -200,6 +201,40 @@ impl Drop for Child {
         }
         let _ = self.child.wait();
     }
+}
+
+/// A folder with a short path (sockets' paths hold 108 bytes), removed with everything in it when dropped.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// A new folder in `parent`, by default the system's folder for temporary files.
+    pub fn new(parent: Option<&Path>) -> io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("hwb-{}-{number}", std::process::id()));
+        // A folder of this name was left behind by a dead process that had our id.
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir(&path)?;
+        Ok(TempDir(path))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The program `name` on PATH.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|p| p.is_file())
 }
 
 /// Nanoseconds that a fixed loop takes on this CPU now: a measure of how much of the core is ours.

@@ -1,12 +1,13 @@
 //! Connects, starts the jobs, keeps the time and collects what they counted.
 //!
 //! Owns: the connection, the buffers' memory, the phases and the watchdog. Must not know: how a job waits.
-//! Invariant: the server's CPU time is read at the two moments at which the phase changes.
+//! Invariants: the server's CPU time is read at the two moments at which the phase changes; the device outlives the
+//! jobs, because the library's queues point into the device's memory without saying so.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use blkio::{Blkio, Blkioq};
@@ -27,7 +28,7 @@ pub fn run(options: &Options) -> Result<Report, String> {
     if let Some(cpu) = options.cpus_allowed {
         sys::pin_to(cpu).map_err(|e| format!("--cpus_allowed={cpu}: {e}"))?;
     }
-    let (mut device, queues) = connect(options)?;
+    let (mut device, queues) = connect_in_time(options)?;
     let range = Range::of(options, &device)?;
     let depth_bytes = u64::from(options.iodepth) * options.bs;
     let region = device
@@ -68,7 +69,20 @@ pub fn run(options: &Options) -> Result<Report, String> {
         });
     }
     drop(sender);
-    measure(options, &shared, &results)
+    let mut collected = Collected { jobs: usize::from(options.numjobs), totals: Vec::new() };
+    let result = measure(options, &shared, &results, &mut collected);
+    if result.is_err() {
+        shared.phase.store(STOP, Ordering::Relaxed);
+        let end = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < end
+            && !matches!(results.recv_timeout(WATCH), Err(RecvTimeoutError::Disconnected))
+        {}
+        if !matches!(results.try_recv(), Err(TryRecvError::Disconnected)) {
+            // A job waits for a server that is gone. It still looks at the rings, which the device would unmap.
+            std::mem::forget(device);
+        }
+    }
+    result
 }
 
 fn check(options: &Options) -> Result<(), String> {
@@ -85,6 +99,21 @@ fn check(options: &Options) -> Result<(), String> {
         return Err(format!("--num_queues: must be at least --numjobs={}", options.numjobs));
     }
     Ok(())
+}
+
+/// Connects on a thread of its own, since the library waits for ever for a server that does not answer.
+fn connect_in_time(options: &Options) -> Result<(Blkio, Vec<Blkioq>), String> {
+    let (sender, receiver) = channel();
+    let for_thread = options.clone();
+    std::thread::spawn(move || {
+        // Nobody listens any more if it took too long.
+        let _ = sender.send(connect(&for_thread));
+    });
+    let silent = || {
+        let limit = options.stall_timeout;
+        format!("{}: the server has not answered the handshake for {limit:?}", options.path.display())
+    };
+    receiver.recv_timeout(options.stall_timeout).map_err(|_| silent())?
 }
 
 fn connect(options: &Options) -> Result<(Blkio, Vec<Blkioq>), String> {
@@ -191,8 +220,8 @@ fn measure(
     options: &Options,
     shared: &Shared,
     results: &Receiver<Result<Totals, String>>,
+    collected: &mut Collected,
 ) -> Result<Report, String> {
-    let mut collected = Collected { jobs: usize::from(options.numjobs), totals: Vec::new() };
     let mut watch = Watch { last: 0, since: Instant::now(), limit: options.stall_timeout };
     let ramp_end = Instant::now() + options.ramp_time;
     collected.until(Some(ramp_end), shared, results, &mut watch)?;
