@@ -10,7 +10,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// gcc is the linker; a machine that got its toolchain from rustup has certificates.
+/// gcc is the linker; a machine that got its toolchain from rustup has certificates (this machine's are put in their place,
+/// because it may sit behind a proxy with one of its own).
 const INCLUDE: &str = "gcc,libc6-dev,ca-certificates";
 
 struct Removed<'a>(&'a Path);
@@ -49,6 +50,7 @@ pub(crate) fn run_in(suite: &str, command: &[&str]) -> Result<()> {
         mount --rbind /dev $root/dev
         mount -t sysfs -o ro sys $root/sys
         cp /etc/resolv.conf $root/etc/resolv.conf
+        cp -L /etc/ssl/certs/ca-certificates.crt $root/etc/ssl/certs/ca-certificates.crt
         exec chroot $root /usr/bin/env -i HOME=/root PATH=/toolchain/bin:/usr/sbin:/usr/bin:/sbin:/bin \
             CARGO_TARGET_DIR=/build TERM=dumb sh -ec 'cd /hawser; cargo xtask {command} --yes'",
         root = root.display(),

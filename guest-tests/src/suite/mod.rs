@@ -75,6 +75,9 @@ impl std::ops::AddAssign for Counts {
 
 /// Runs the tests whose names contain `filter`; an interruption ends the run.
 pub fn run(lab: &Lab, filter: &str) -> Result<Counts> {
+    if !TESTS.iter().any(|test| test.name.contains(filter)) {
+        return Err(format!("no guest test has {filter:?} in its name"));
+    }
     let mut counts = Counts::default();
     for test in TESTS.iter().filter(|test| test.name.contains(filter)) {
         let started = Instant::now();
