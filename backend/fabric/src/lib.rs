@@ -8,6 +8,7 @@ mod leaf;
 pub mod mem;
 pub mod null;
 pub mod nvme;
+mod pool;
 pub mod tcp;
 #[cfg(test)]
 mod testing;

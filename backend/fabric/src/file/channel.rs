@@ -8,8 +8,8 @@
 
 use super::Shared;
 use super::backing::{ALLOCATE, Alignment, PUNCH, ZERO};
-use super::bounce::BouncePool;
 use crate::leaf::{self, Tally};
+use crate::pool::BufferPool;
 use hawser_block::{Buffers, Channel, Completion, Geometry, IoStats, Operation, Outcome, Request, Status};
 use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Completed, Event, Instant, Op, Runtime, Slab, Source, SourceId};
@@ -24,6 +24,10 @@ use std::sync::atomic::Ordering;
 const IOVECS_MAX: u32 = 1024;
 /// What is moved by system calls in one pass: 32 requests of 4 KiB, or one of 128 KiB.
 const PASS_BYTES: usize = 128 << 10;
+/// What one channel may have in bounce buffers at a time; a request beyond it waits for another to end.
+const BOUNCE_IN_USE_BYTES_MAX: usize = 32 << 20;
+/// What is kept while unused.
+const BOUNCE_SPARE_BYTES_MAX: usize = 8 << 20;
 
 /// One user's way to the file.
 pub(super) struct FileChannel {
@@ -48,7 +52,7 @@ impl FileChannel {
             id: user,
             slots: Slab::default(),
             spare_iovecs: Vec::new(),
-            bounce: BouncePool::default(),
+            bounce: BufferPool::new(BOUNCE_IN_USE_BYTES_MAX, BOUNCE_SPARE_BYTES_MAX),
             waiting: VecDeque::new(),
             ended: Vec::new(),
             aborting: false,
@@ -110,7 +114,7 @@ struct Core {
     id: SourceId,
     slots: Slab<Slot>,
     spare_iovecs: Vec<Vec<libc::iovec>>,
-    bounce: BouncePool,
+    bounce: BufferPool,
     /// Not started: beyond this pass's bytes, or without a bounce buffer as yet.
     waiting: VecDeque<(Request, Instant)>,
     ended: Vec<Completion>,

@@ -16,7 +16,6 @@
 //!   again.
 
 mod backing;
-mod bounce;
 mod channel;
 #[cfg(test)]
 mod tests;
