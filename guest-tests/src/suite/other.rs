@@ -4,7 +4,7 @@
 
 use super::Outcome;
 use super::pieces::{
-    KernelTarget, boot, boot_note, connect_from_guest, expect_no_trace, installed, verify_options,
+    KernelTarget, Served, boot, boot_note, connect_from_guest, expect_no_trace, installed, verify_options,
 };
 use crate::accel::Accel;
 use crate::lab::Lab;
