@@ -7,11 +7,13 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`client`] | fio's options, workloads and report over the crate `blkio` |
+//! | [`compare`] | the bench: cases, servers, alternation, verdicts |
 //! | [`frontend`] | a vhost-user front end with one split ring per queue, for tests and for the in-flight log |
 //! | [`histogram`] | latencies, preallocated |
 //! | [`sys`] | processes: CPU time, pinning, children that end with their parent |
 
 pub mod client;
+pub mod compare;
 pub mod frontend;
 pub mod histogram;
 pub mod sys;

@@ -3,10 +3,11 @@
 //! Owns: `/proc`, `sched_setaffinity`, `PR_SET_PDEATHSIG`. Must not know: what the processes do.
 //! Invariant: a child made by [`spawn_group`] ends when its [`Child`] guard is dropped, and when this process dies.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,65 @@ pub fn cpu_seconds(pid: u32) -> io::Result<f64> {
         ticks += fields.next().and_then(|f| f.parse::<u64>().ok()).ok_or_else(malformed)?;
     }
     Ok(to_f64(ticks) / ticks_per_second())
+}
+
+/// What all processes had used at one moment.
+pub struct Census(HashMap<u32, Entry>);
+
+struct Entry {
+    /// Its own ticks and those of its dead children.
+    ticks: u64,
+    /// The CPU that it ran on last.
+    cpu: usize,
+}
+
+impl Census {
+    /// Looks at every process but `ours` and the kernel's threads, which work for whoever asks.
+    pub fn take(ours: &HashSet<u32>) -> io::Result<Self> {
+        let mut all = HashMap::new();
+        for entry in std::fs::read_dir("/proc")? {
+            let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            // It may end while we look.
+            let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            let Some(end) = text.rfind(')') else { continue };
+            // Counted from field 3 (the state): 1 parent, 11 to 14 the times, 36 the CPU.
+            let fields: Vec<&str> = text[end + 1..].split_ascii_whitespace().collect();
+            let number = |at: usize| fields.get(at).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+            if number(1) != 2 && !ours.contains(&pid) {
+                let ticks = (11..15).map(number).sum();
+                all.insert(pid, Entry { ticks, cpu: to_usize(number(36)) });
+            }
+        }
+        Ok(Census(all))
+    }
+
+    /// CPU seconds used between `earlier` and this moment by processes that last ran on one of `cpus`.
+    pub fn used_since(&self, earlier: &Census, cpus: &[usize]) -> f64 {
+        let mut used = 0;
+        let mut before = 0;
+        for (pid, entry) in &self.0 {
+            if cpus.contains(&entry.cpu) {
+                used += entry.ticks;
+                before += earlier.0.get(pid).map_or(0, |e| e.ticks);
+            }
+        }
+        // What ended in between has been added to its parent's dead children, with what it had used before.
+        let ended = earlier.0.iter().filter(|(pid, e)| !self.0.contains_key(pid) && cpus.contains(&e.cpu));
+        before += ended.map(|(_, e)| e.ticks).sum::<u64>();
+        to_f64(used.saturating_sub(before)) / ticks_per_second()
+    }
+}
+
+/// Seconds in which threads of the calling process could have run but somebody else had their CPU.
+pub fn waited_for_cpu() -> f64 {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
+    let waited = tasks.flatten().filter_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    to_f64(waited.sum()) / 1e9
 }
 
 /// CPU seconds of one CPU since boot, from `/proc/stat`.
@@ -153,7 +213,22 @@ impl Child {
         }
     }
 
-    /// Waits until `path` exists and is a socket that takes connections, at most `limit`.
+    /// Waits for its end, at most `limit`.
+    pub fn wait(&mut self, limit: Duration) -> io::Result<ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if start.elapsed() > limit {
+                let text = format!("{}: still runs after {limit:?}", self.name);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until `path` exists, at most `limit`.
     pub fn wait_for_socket(&mut self, path: &Path, limit: Duration) -> io::Result<()> {
         let start = Instant::now();
         loop {
@@ -291,6 +366,23 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(60), "no CPU time is counted");
         }
         assert!(cpu_times().expect("/proc/stat").len() >= cpus());
+    }
+
+    #[test]
+    fn a_census_sees_others_but_not_ours() {
+        let cpus: Vec<usize> = (0..1024).collect();
+        let me = std::process::id();
+        let everybody = || Census::take(&HashSet::new()).expect("/proc");
+        let others = || Census::take(&HashSet::from([me])).expect("/proc");
+        let (with, without) = (everybody(), others());
+        let target = cpu_seconds(me).expect("own /proc entry") + 0.05;
+        while cpu_seconds(me).expect("own /proc entry") < target {
+            std::hint::black_box(calibration_loop_ns());
+        }
+        let (with, without) = (everybody().used_since(&with, &cpus), others().used_since(&without, &cpus));
+        assert!(with >= 0.03, "own work of 50 ms is seen as {with}");
+        assert!(!others().0.contains_key(&me), "{without}");
+        assert!(everybody().used_since(&everybody(), &[usize::MAX]) == 0.0);
     }
 
     #[test]

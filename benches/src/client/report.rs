@@ -55,6 +55,8 @@ pub struct Report {
     pub server_cpu_share: Option<f64>,
     /// CPU seconds of the client per million requests.
     pub client_cpu_per_million: f64,
+    /// Share of the measured time in which the client could have run but somebody else had its CPU.
+    pub client_waited_share: f64,
     /// How often the client was taken from its CPU for somebody else.
     pub client_involuntary_switches: u64,
     /// Blocks whose contents were checked and right.

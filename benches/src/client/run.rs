@@ -204,6 +204,7 @@ struct Reading {
     at: Instant,
     server: Option<f64>,
     client: sys::Usage,
+    waited: f64,
 }
 
 impl Reading {
@@ -212,7 +213,7 @@ impl Reading {
             .then(|| options.server_pid.iter().map(|&pid| sys::cpu_seconds(pid)).sum::<Result<f64, _>>())
             .transpose()
             .map_err(|e| format!("--server_pid: {e}"))?;
-        Ok(Reading { at: Instant::now(), server, client: sys::usage() })
+        Ok(Reading { at: Instant::now(), server, client: sys::usage(), waited: sys::waited_for_cpu() })
     }
 }
 
@@ -311,6 +312,7 @@ fn report(options: &Options, start: &Reading, stop: &Reading, totals: &[Totals])
         server_cpu_per_million: server.map(per_million),
         server_cpu_share: server.map(|cpu| cpu / seconds),
         client_cpu_per_million: per_million(stop.client.cpu_seconds - start.client.cpu_seconds),
+        client_waited_share: (stop.waited - start.waited).max(0.0) / seconds,
         client_involuntary_switches: stop.client.involuntary_switches - start.client.involuntary_switches,
         verified: all.verified,
     }

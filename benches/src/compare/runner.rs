@@ -1,0 +1,301 @@
+//! Runs the cases: starts servers, finds each one's best way to be reaped, alternates, keeps what was not disturbed.
+//!
+//! Owns: the order of things and the image on tmpfs. Must not know: how a table looks.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::cases::{Backing, Case, Rival, Shape, all};
+use super::load::{Load, Maker, Measured, run_json};
+use super::quiet::{Guard, Sample};
+use super::results::{InflightOutcome, Outcome, Results, Series};
+use super::servers::{Place, Server, hawser, rival};
+use crate::client::options::Mix;
+use crate::sys::TempDir;
+use crate::to_usize;
+
+/// Share of the time for which a client may wait for its CPU.
+const WAITED_MAX: f64 = 0.02;
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The binary `hawser`.
+    pub hawser: PathBuf,
+    /// Where `blkclient` and `inflight_client` are.
+    pub beside: PathBuf,
+    /// What makes the load.
+    pub maker: Maker,
+    /// The servers' CPU and the client's.
+    pub cpus: [usize; 2],
+    /// Samples of each server per case.
+    pub rounds: u32,
+    /// Length of a sample.
+    pub runtime: Duration,
+    /// Time before a sample's measurement begins.
+    pub ramp: Duration,
+    /// `eventfd`, `block` or `loop`.
+    pub wait_mode: String,
+    /// `poll_us` where it is on.
+    pub poll_us: u32,
+    /// Runs only cases whose name contains this.
+    pub only: Option<String>,
+    /// Bytes of each disk.
+    pub bytes: u64,
+    /// Where the image lies: a tmpfs.
+    pub tmpfs: PathBuf,
+    /// How often a disturbed sample is repeated.
+    pub retries: u32,
+    /// Longest time to wait for a quiet machine, for all samples together.
+    pub patience: Duration,
+    /// Whether to look for the best configuration first.
+    pub scout: bool,
+}
+
+/// A server together with the way to load it.
+struct Candidate<'a> {
+    server: &'a Server,
+    batch: u16,
+    configuration: String,
+}
+
+impl Plan {
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+
+    /// Runs everything that is wanted. A case that cannot run is in [`Results::failures`].
+    pub fn run(&self) -> Result<Results, String> {
+        let failed = |e: std::io::Error| format!("{}: {e}", self.tmpfs.display());
+        let folder = TempDir::new(Some(&self.tmpfs)).map_err(failed)?;
+        let image = folder.path().join("disk");
+        make_image(&image, self.bytes).map_err(failed)?;
+        let place = Place { cpu: self.cpus[0], image: &image, bytes: self.bytes };
+        let mut guard = Guard::new(self.cpus, self.retries, self.patience);
+        let mut results = Results::default();
+        let cases: Vec<Case> =
+            all(self.poll_us).into_iter().filter(|case| self.wants(&case.name())).collect();
+        for backing in Backing::ALL {
+            for poll_us in [self.poll_us, 0] {
+                let group: Vec<Case> =
+                    cases.iter().copied().filter(|c| (c.backing, c.poll_us) == (backing, poll_us)).collect();
+                if group.is_empty() {
+                    continue;
+                }
+                if let Err(reason) = self.run_group(&group, &place, &mut guard, &mut results) {
+                    eprintln!("{}: {reason}", backing.name());
+                    let done = results.outcomes.len();
+                    let left =
+                        group.iter().filter(|c| !results.outcomes[..done].iter().any(|o| o.case == **c));
+                    results.failures.extend(left.map(|case| (case.name(), reason.clone())));
+                }
+            }
+        }
+        for backing in [Backing::Null, Backing::Mem] {
+            let name = format!("inflight/{}", backing.name());
+            if self.wants(&name) {
+                match self.run_inflight(&name, backing, &place, &mut guard) {
+                    Ok(outcome) => results.inflight.push(outcome),
+                    Err(reason) => {
+                        eprintln!("{name}: {reason}");
+                        results.failures.push((name, reason));
+                    }
+                }
+            }
+        }
+        Ok(results)
+    }
+
+    fn run_group(
+        &self,
+        group: &[Case],
+        place: &Place<'_>,
+        guard: &mut Guard,
+        results: &mut Results,
+    ) -> Result<(), String> {
+        let Some(first) = group.first() else { return Ok(()) };
+        let ours = hawser(&self.hawser, first.backing, first.poll_us, place)?;
+        self.fill(&ours).map_err(|e| format!("{e}: {}", ours.complaint()))?;
+        let kind = first.backing.rival();
+        let aios: &[&str] = match kind {
+            Rival::NullCo => &["none"],
+            Rival::TmpfsFile => &["native", "io_uring"],
+        };
+        let theirs = aios
+            .iter()
+            .map(|&aio| Ok((aio, rival(kind, aio, place)?)))
+            .collect::<Result<Vec<_>, String>>()?;
+        for &case in group {
+            let our_ways = ways(case.shape, "", &ours);
+            let their_ways = theirs.iter().flat_map(|(aio, server)| ways(case.shape, aio, server)).collect();
+            let us = self.best(case.shape, our_ways).map_err(|e| format!("{e}: {}", ours.complaint()))?;
+            let them = self.best(case.shape, their_ways)?;
+            let pids: Vec<u32> =
+                ours.pids().into_iter().chain(theirs.iter().flat_map(|(_, s)| s.pids())).collect();
+            let series = |way: &Candidate<'_>| Series {
+                configuration: way.configuration.clone(),
+                ..Series::default()
+            };
+            let mut outcome = Outcome { case, ours: series(&us), theirs: series(&them) };
+            for _ in 0..self.rounds {
+                for (way, series) in [(&us, &mut outcome.ours), (&them, &mut outcome.theirs)] {
+                    let sample = self.sample(case.shape, way, guard, &pids);
+                    let sample = sample.map_err(|e| format!("{e}: {}", way.server.complaint()))?;
+                    series.samples.push(sample.value);
+                    series.repeated += sample.repeated;
+                    series.disturbed.extend(sample.disturbed);
+                }
+            }
+            eprintln!(
+                "{:42} {:>9.0} against {:>9.0} IOPS, ratio {:.2}; CPU ratio {:.2}",
+                case.name(),
+                outcome.ours.iops().median,
+                outcome.theirs.iops().median,
+                outcome.iops_ratio(),
+                outcome.cpu_ratio()
+            );
+            results.outcomes.push(outcome);
+        }
+        Ok(())
+    }
+
+    fn load(&self, shape: Shape, way: &Candidate<'_>) -> Load {
+        Load {
+            socket: way.server.socket().to_owned(),
+            shape,
+            batch: way.batch,
+            wait_mode: self.wait_mode.clone(),
+            runtime: self.runtime,
+            ramp: self.ramp,
+            cpu: self.cpus[1],
+            servers: way.server.pids(),
+        }
+    }
+
+    fn sample(
+        &self,
+        shape: Shape,
+        way: &Candidate<'_>,
+        guard: &mut Guard,
+        pids: &[u32],
+    ) -> Result<Sample<Measured>, String> {
+        let load = self.load(shape, way);
+        let judge = |measured: &Measured| {
+            let waited = measured.waited * 100.0;
+            (measured.waited > WAITED_MAX)
+                .then(|| format!("the client waited for its CPU {waited:.0} % of the time"))
+        };
+        guard.run(pids, || self.maker.run(&load), judge)
+    }
+
+    /// The fastest of several ways, by the best of three short runs each: other load only makes a run slower.
+    fn best<'a>(&self, shape: Shape, mut ways: Vec<Candidate<'a>>) -> Result<Candidate<'a>, String> {
+        let mut best = vec![0.0_f64; ways.len()];
+        if self.scout && ways.len() > 1 {
+            for _ in 0..3 {
+                for (way, best) in ways.iter().zip(&mut best) {
+                    let runtime = (self.runtime / 5).max(Duration::from_millis(100));
+                    let load = Load { runtime, ramp: self.ramp / 2, ..self.load(shape, way) };
+                    *best = best.max(self.maker.run(&load)?.iops);
+                }
+            }
+        }
+        let fastest =
+            (0..ways.len()).max_by(|&a, &b| best[a].total_cmp(&best[b])).ok_or("nothing to choose from")?;
+        Ok(ways.swap_remove(fastest))
+    }
+
+    /// Writes every block once, so that no device answers reads from holes.
+    fn fill(&self, server: &Server) -> Result<(), String> {
+        let shape = Shape { mix: Mix::Write, kib: 128, depth: 8 };
+        let way = Candidate { server, batch: 8, configuration: String::new() };
+        let load = Load { runtime: Duration::from_secs(60), ..self.load(shape, &way) };
+        let arguments: Vec<String> = [
+            format!("--path={}", load.socket.display()),
+            format!("--rw={}", shape.rw()),
+            "--bs=128k".into(),
+            "--iodepth=8".into(),
+            "--json".into(),
+        ]
+        .to_vec();
+        run_json(&self.beside.join("blkclient"), &arguments, &load).map(drop)
+    }
+
+    fn run_inflight(
+        &self,
+        name: &str,
+        backing: Backing,
+        place: &Place<'_>,
+        guard: &mut Guard,
+    ) -> Result<InflightOutcome, String> {
+        let server = hawser(&self.hawser, backing, self.poll_us, place)?;
+        self.fill(&server).map_err(|e| format!("{e}: {}", server.complaint()))?;
+        let mut outcome = InflightOutcome { name: name.to_owned(), ..InflightOutcome::default() };
+        let shape = Shape { mix: Mix::RandRead, kib: 4, depth: 32 };
+        let way = Candidate { server: &server, batch: 32, configuration: String::new() };
+        // Both measurements of a round are in one run.
+        let load = Load { runtime: (self.runtime + self.ramp) * 2, ..self.load(shape, &way) };
+        let arguments: Vec<String> = [
+            format!("--path={}", load.socket.display()),
+            format!("--iodepth={}", shape.depth),
+            format!("--runtime={}us", self.runtime.as_micros()),
+            format!("--ramp_time={}us", self.ramp.as_micros()),
+            "--rounds=1".into(),
+            format!("--cpus_allowed={}", self.cpus[1]),
+            "--json".into(),
+        ]
+        .to_vec();
+        for _ in 0..self.rounds {
+            let program = self.beside.join("inflight_client");
+            let measure = || run_json(&program, &arguments, &load).and_then(|text| inflight_iops(&text));
+            let sample = guard.run(&server.pids(), measure, |_| None);
+            let sample = sample.map_err(|e| format!("{e}: {}", server.complaint()))?;
+            outcome.with.push(sample.value.0);
+            outcome.without.push(sample.value.1);
+            outcome.disturbed.extend(sample.disturbed);
+        }
+        eprintln!("{name:42} ratio {:.2}", outcome.ratio());
+        Ok(outcome)
+    }
+}
+
+/// How a server's completions can be taken: all that are there, or one by one.
+fn ways<'a>(shape: Shape, aio: &str, server: &'a Server) -> Vec<Candidate<'a>> {
+    let aio = if aio.is_empty() || aio == "none" { String::new() } else { format!("aio={aio}, ") };
+    let mut all = vec![Candidate { server, batch: shape.depth, configuration: format!("{aio}in batches") }];
+    if shape.depth > 1 {
+        all.push(Candidate { server, batch: 1, configuration: format!("{aio}one by one") });
+    }
+    all
+}
+
+fn inflight_iops(report: &str) -> Result<(f64, f64), String> {
+    let value: serde_json::Value =
+        serde_json::from_str(report).map_err(|e| format!("inflight_client: {e}"))?;
+    let iops = |side: &str| {
+        let found = value.pointer(&format!("/{side}/0/iops")).and_then(serde_json::Value::as_f64);
+        found.ok_or_else(|| format!("inflight_client: no {side}/0/iops in its report"))
+    };
+    Ok((iops("with")?, iops("without")?))
+}
+
+/// A file without holes, whose blocks are not zero.
+fn make_image(path: &Path, bytes: u64) -> std::io::Result<()> {
+    let mut piece = vec![0_u8; 1 << 20];
+    let mut x = 0x9e37_79b9_7f4a_7c15_u64;
+    for chunk in piece.chunks_exact_mut(8) {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        chunk.copy_from_slice(&x.to_le_bytes());
+    }
+    let mut file = std::fs::File::create(path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let len = left.min(1 << 20);
+        file.write_all(&piece[..to_usize(len)])?;
+        left -= len;
+    }
+    Ok(())
+}
