@@ -278,6 +278,21 @@ impl Drop for Child {
     }
 }
 
+/// What our temporary folders' names begin with; the process's id and a number follow.
+const TEMP_PREFIX: &str = "hwb-";
+
+/// Removes folders that processes left behind which were killed.
+fn sweep(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid =
+            name.to_str().and_then(|n| n.strip_prefix(TEMP_PREFIX)?.split('-').next()?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// A folder with a short path (sockets' paths hold 108 bytes), removed with everything in it when dropped.
 pub struct TempDir(PathBuf);
 
@@ -286,10 +301,9 @@ impl TempDir {
     pub fn new(parent: Option<&Path>) -> io::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+        sweep(&parent);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = parent.join(format!("hwb-{}-{number}", std::process::id()));
-        // A folder of this name was left behind by a dead process that had our id.
-        let _ = std::fs::remove_dir_all(&path);
+        let path = parent.join(format!("{TEMP_PREFIX}{}-{number}", std::process::id()));
         std::fs::create_dir(&path)?;
         Ok(TempDir(path))
     }
@@ -394,6 +408,20 @@ mod tests {
         child.still_runs().expect("it sleeps");
         drop(child);
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} is still there");
+    }
+
+    #[test]
+    fn folders_of_dead_processes_are_swept_and_others_are_not() {
+        let outer = TempDir::new(None).expect("a folder");
+        let dead = outer.path().join(format!("{TEMP_PREFIX}4194305-0"));
+        let foreign = outer.path().join("hwb-notes");
+        std::fs::create_dir(&dead).and_then(|()| std::fs::create_dir(&foreign)).expect("folders");
+        let inner = TempDir::new(Some(outer.path())).expect("a folder");
+        let second = TempDir::new(Some(outer.path())).expect("a folder");
+        assert!(!dead.exists() && foreign.exists() && inner.path().exists() && second.path().exists());
+        let path = inner.path().to_owned();
+        drop(inner);
+        assert!(!path.exists());
     }
 
     #[test]

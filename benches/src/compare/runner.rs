@@ -201,8 +201,9 @@ impl Plan {
                 }
             }
         }
-        let fastest =
-            (0..ways.len()).max_by(|&a, &b| best[a].total_cmp(&best[b])).ok_or("nothing to choose from")?;
+        // The first of equals, so that without scouting it is the one in batches.
+        let fastest = (0..ways.len()).rev().max_by(|&a, &b| best[a].total_cmp(&best[b]));
+        let fastest = fastest.ok_or("nothing to choose from")?;
         Ok(ways.swap_remove(fastest))
     }
 
