@@ -84,11 +84,11 @@ impl Plan {
                     continue;
                 }
                 if let Err(reason) = self.run_group(&group, &place, &mut guard, &mut results) {
-                    eprintln!("{}: {reason}", backing.name());
-                    let done = results.outcomes.len();
                     let left =
-                        group.iter().filter(|c| !results.outcomes[..done].iter().any(|o| o.case == **c));
-                    results.failures.extend(left.map(|case| (case.name(), reason.clone())));
+                        group.iter().filter(|c| !results.outcomes.iter().any(|o| o.case == **c)).count();
+                    let name = format!("{}/…/poll{poll_us} ({left} cases)", backing.name());
+                    eprintln!("{name}: {reason}");
+                    results.failures.push((name, reason));
                 }
             }
         }

@@ -70,18 +70,18 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
     let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
     let socket = folder.path().join("s");
     let mut server = Server { children: Vec::new(), socket, folder };
-    let bytes = place.bytes;
+    let size = size(place.bytes);
     let local = |uri: String| (uri, String::new());
     let (uri, extra) = match backing {
-        Backing::Null => local(format!("null:?size={bytes}")),
-        Backing::Mem => local(format!("mem:?size={bytes}")),
+        Backing::Null => local(format!("null:?size={size}")),
+        Backing::Mem => local(format!("mem:?size={size}")),
         Backing::File => local(format!("file://{}", place.image.display())),
         Backing::NvmeSame => {
             let port = free_port()?;
-            (nvme_uri(&format!("127.0.0.1:{port}")), target(bytes, port))
+            (nvme_uri(&format!("127.0.0.1:{port}")), target(&size, port))
         }
         Backing::NvmeOther => {
-            let text = head(server.folder.path(), "t", poll_us, place.cpu) + &target(bytes, 0);
+            let text = head(server.folder.path(), "t", poll_us, place.cpu) + &target(&size, 0);
             let config = write(server.folder.path(), "target.toml", &text)?;
             server.start_child(serve(program, &config), place.cpu)?;
             let api = server.folder.path().join("t.api");
@@ -112,7 +112,10 @@ pub fn rival(rival: Rival, aio: &str, place: &Place<'_>) -> Result<Server, Strin
     let device = match rival {
         Rival::NullCo => format!("null-co,node-name=d,size={}", place.bytes),
         Rival::TmpfsFile => {
-            format!("file,node-name=d,filename={},aio={aio},cache.direct=on", place.image.display())
+            format!(
+                "file,node-name=d,filename={},aio={aio},cache.direct=on,locking=off",
+                place.image.display()
+            )
         }
     };
     let export =
@@ -131,6 +134,11 @@ fn serve(program: &Path, config: &Path) -> Command {
     command
 }
 
+/// Sizes in hawser's configuration say their unit.
+fn size(bytes: u64) -> String {
+    format!("{}KiB", bytes / 1024)
+}
+
 fn nvme_uri(address: &str) -> String {
     format!("nvme+tcp://{address}/nqn.2026-11.io.hawser:bench?nsid=1")
 }
@@ -147,9 +155,9 @@ fn head(folder: &Path, name: &str, poll_us: u32, cpu: usize) -> String {
     )
 }
 
-fn target(bytes: u64, port: u16) -> String {
+fn target(size: &str, port: u16) -> String {
     format!(
-        "[[device]]\nname = \"m\"\nuri = \"mem:?size={bytes}\"\n\n\
+        "[[device]]\nname = \"m\"\nuri = \"mem:?size={size}\"\n\n\
          [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:bench\"\nlisten = [\"tcp://127.0.0.1:{port}\"]\n\n\
          [[subsystem.namespace]]\nnsid = 1\ndevice = \"m\"\n\n"
     )
