@@ -1,0 +1,787 @@
+//! One virtqueue on its reactor: takes chains off the ring, gives requests to the device, shows what has ended.
+//!
+//! ```text
+//! available ring ─ drain ─► Chain ─► Slot (pieces, status byte) ─► Channel::submit     one batch
+//! used ring ◄─ publish ─ status byte, used element, log ◄─ Channel::reap               one used.idx, one interrupt
+//! ```
+//!
+//! Must not know messages or sockets. Invariants:
+//! - A head is in flight at most once; its slot keeps the pieces until the request has ended.
+//! - The epoch of memory that a slot's pieces point into is owned until the slot has ended, whatever the front end does.
+//! - Nothing is allocated per request. The order of stores is the in-flight log's ([`crate::inflight`]).
+
+use crate::blk::{Action, HEADER_BYTES, ID_BYTES, Limits, RANGE_BYTES, RANGES_MAX, VirtioStatus};
+use crate::chain::{Chain, PIECES_MAX};
+use crate::connection;
+use crate::counters::QueueCounters;
+use crate::crash::Recorder;
+use crate::disk::DiskShared;
+use crate::fault;
+use crate::gate::Gate;
+use crate::inflight::{QueueLog, Unfinished};
+use crate::memory::{GuestMemory, Region};
+use crate::ring::Ring;
+use crate::session::SessionShared;
+use crate::shared;
+use hawser_block::{
+    BlockCount, Buffers, Channel, Completion, IoKind, IoStats, Lba, Operation, Outcome, Request, Status,
+    Token,
+};
+use hawser_runtime::{Event, Fd, Instant, Op, Runtime, Source, SourceId};
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+/// Pieces that lie in the slot itself; longer lists go to the queue's overflow area.
+const PIECES_INLINE: usize = 6;
+const KEY_KICK: u32 = 0;
+const KEY_NOTIFY: u32 = 1;
+/// Heads whose descriptors are fetched ahead of the first one's parsing.
+const PREFETCH: u16 = 32;
+
+/// Everything that a queue starts with.
+pub(crate) struct QueueSetup {
+    pub(crate) index: u16,
+    pub(crate) ring: Ring,
+    /// Where the rings and the requests' pieces are.
+    pub(crate) memory: Arc<GuestMemory>,
+    /// `None`: the front end does not kick, we look.
+    pub(crate) kick: Option<OwnedFd>,
+    /// `None`: the front end does not want to be interrupted, it looks.
+    pub(crate) call: Option<OwnedFd>,
+    pub(crate) err: Option<OwnedFd>,
+    pub(crate) event_idx: bool,
+    pub(crate) indirect: bool,
+    /// FLUSH was negotiated: without it every write is durable.
+    pub(crate) flush: bool,
+    pub(crate) log: Option<QueueLog>,
+    /// What is to be executed again, in order.
+    pub(crate) unfinished: Vec<Unfinished>,
+    pub(crate) next_available: u16,
+    pub(crate) next_used: u16,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) disk: Arc<DiskShared>,
+    pub(crate) session: Arc<SessionShared>,
+    pub(crate) recorder: Recorder,
+    pub(crate) recorded_disk: u32,
+}
+
+/// A request that is being executed, by its head.
+struct Slot {
+    status: *mut u8,
+    started: Instant,
+    bytes: u32,
+    used_len: u32,
+    /// Operations of the device that have not ended.
+    pending: u32,
+    pieces: u16,
+    generation: u32,
+    kind: IoKind,
+    busy: bool,
+    /// The removal of a memory region waits for it.
+    awaited: bool,
+    outcome: Outcome,
+    inline: [libc::iovec; PIECES_INLINE],
+}
+
+const NO_PIECE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+/// An epoch of memory that is not the current one any more, kept for the requests that point into it.
+struct OldMemory {
+    generation: u32,
+    in_flight: usize,
+    _memory: Arc<GuestMemory>,
+}
+
+/// How a queue ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stopped {
+    /// Where the driver's next chain will be.
+    pub(crate) next_available: u16,
+    /// Requests that were given up and stay in the in-flight log.
+    pub(crate) left_in_log: bool,
+}
+
+/// A virtqueue at work.
+pub(crate) struct Queue {
+    key: u64,
+    id: Option<SourceId>,
+    index: u16,
+    ring: Ring,
+    memory: Arc<GuestMemory>,
+    old_memory: Vec<OldMemory>,
+    generation: u32,
+    kick: Option<OwnedFd>,
+    kick_armed: bool,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    event_idx: bool,
+    indirect: bool,
+    flush: bool,
+    /// The driver was told not to kick.
+    silent: bool,
+    log: Option<QueueLog>,
+    replay: VecDeque<Unfinished>,
+    replaying: bool,
+    open: bool,
+    next_available: u16,
+    next_used: u16,
+    published: u16,
+    /// The driver may have missed an interrupt of our predecessor's.
+    owes_interrupt: bool,
+    /// Counts requests where there is no log that does.
+    counter: u64,
+    slots: Vec<Slot>,
+    overflow: Vec<libc::iovec>,
+    in_flight: usize,
+    chain: Chain,
+    requests: Vec<Request>,
+    ended: Vec<Completion>,
+    batch: Vec<u16>,
+    channel: Option<Box<dyn Channel>>,
+    stats: Arc<IoStats>,
+    gate: Arc<Gate>,
+    disk: Arc<DiskShared>,
+    session: Arc<SessionShared>,
+    recorder: Recorder,
+    recorded_disk: u32,
+    faults: u64,
+    failed: bool,
+    aborting: bool,
+    left_in_log: bool,
+    stopping: Option<Sender<Stopped>>,
+    awaited: usize,
+    region_free: Option<Sender<()>>,
+}
+
+/// The queues of one reactor, by key, for messages from sessions.
+#[derive(Default)]
+struct Queues(RefCell<HashMap<u64, Rc<RefCell<Queue>>>>);
+
+/// Runs `act` on the queue `key` of this reactor, if it is there.
+pub(crate) fn with_queue(runtime: &Runtime, key: u64, act: impl FnOnce(&mut Queue, &Runtime)) {
+    let queue = runtime.local::<Queues>().0.borrow().get(&key).cloned();
+    if let Some(queue) = queue {
+        act(&mut queue.borrow_mut(), runtime);
+    }
+}
+
+impl Queue {
+    /// Starts a queue on this reactor under a key that is its own in the process.
+    pub(crate) fn start(runtime: &Runtime, key: u64, setup: QueueSetup) {
+        let size = usize::from(setup.ring.size());
+        let slot = || Slot {
+            status: std::ptr::null_mut(),
+            started: Instant::default(),
+            bytes: 0,
+            used_len: 0,
+            pending: 0,
+            pieces: 0,
+            generation: 0,
+            kind: IoKind::Read,
+            busy: false,
+            awaited: false,
+            outcome: Ok(()),
+            inline: [NO_PIECE; PIECES_INLINE],
+        };
+        let queue = Queue {
+            key,
+            // Replaced below: a source has its name only once it is in.
+            id: None,
+            index: setup.index,
+            ring: setup.ring,
+            memory: setup.memory,
+            old_memory: Vec::new(),
+            generation: 0,
+            kick_armed: setup.kick.is_some(),
+            kick: setup.kick,
+            call: setup.call,
+            err: setup.err,
+            event_idx: setup.event_idx,
+            indirect: setup.indirect,
+            flush: setup.flush,
+            silent: false,
+            log: setup.log,
+            replaying: !setup.unfinished.is_empty(),
+            replay: setup.unfinished.into(),
+            open: false,
+            next_available: setup.next_available,
+            next_used: setup.next_used,
+            published: setup.next_used,
+            owes_interrupt: setup.next_used != 0,
+            counter: 0,
+            slots: std::iter::repeat_with(slot).take(size).collect(),
+            overflow: vec![NO_PIECE; size * PIECES_MAX],
+            in_flight: 0,
+            chain: Chain::new(),
+            requests: Vec::with_capacity(size + RANGES_MAX),
+            ended: Vec::with_capacity(size + RANGES_MAX),
+            batch: Vec::with_capacity(size),
+            channel: None,
+            stats: setup.disk.stats.writer(runtime),
+            gate: setup.gate,
+            disk: setup.disk,
+            session: setup.session,
+            recorder: setup.recorder,
+            recorded_disk: setup.recorded_disk,
+            faults: fault::count(),
+            failed: false,
+            aborting: false,
+            left_in_log: false,
+            stopping: None,
+            awaited: 0,
+            region_free: None,
+        };
+        let queue = Rc::new(RefCell::new(queue));
+        let id = runtime.add_source(Rc::clone(&queue) as Rc<RefCell<dyn Source>>);
+        {
+            let mut queue = queue.borrow_mut();
+            queue.id = Some(id);
+            queue.channel = Some(queue.disk.device.channel(runtime, id));
+            queue.recorder.adopt_thread();
+            if let Some(kick) = &queue.kick {
+                runtime.submit(id, KEY_KICK, &Op::PollReadable { fd: Fd(kick.as_raw_fd()) });
+            }
+            if !queue.replaying {
+                queue.gate.set_unfinished(queue.index, false);
+            }
+            queue.open = queue.gate.enter(
+                &runtime.handle(),
+                Box::new(move |runtime| {
+                    with_queue(runtime, key, |queue, runtime| {
+                        queue.open = true;
+                        runtime.wake(queue.id());
+                    });
+                }),
+            );
+        }
+        runtime.local::<Queues>().0.borrow_mut().insert(key, queue);
+        runtime.watch(id);
+        runtime.wake(id);
+    }
+
+    fn id(&self) -> SourceId {
+        self.id.expect("set by `start` before anything happens")
+    }
+
+    fn counters(&self) -> &QueueCounters {
+        &self.disk.counters[usize::from(self.index)]
+    }
+
+    /// Ends the session: the guest, or its front end, broke the ring.
+    fn fail(&mut self, what: &str) {
+        if !self.failed {
+            self.failed = true;
+            if let Some(err) = &self.err {
+                connection::signal(err.as_fd());
+            }
+            self.session.end(format!("queue {}: {what}", self.index));
+        }
+    }
+
+    fn takes_requests(&self) -> bool {
+        self.open && !self.replaying && !self.failed && self.stopping.is_none()
+    }
+
+    /// One turn: what has ended, what is new, what of that has ended at once; then it is shown.
+    fn work(&mut self, runtime: &Runtime) {
+        self.recorder.queue(self.recorded_disk, self.index);
+        self.reap(runtime);
+        if self.replaying {
+            self.replay_next(runtime);
+        }
+        if self.takes_requests() {
+            self.drain(runtime);
+        }
+        self.publish(runtime);
+        self.recorder.idle();
+        self.look_for_faults();
+        if self.stopping.is_some() {
+            self.finish_if_idle(runtime);
+        }
+    }
+
+    fn look_for_faults(&mut self) {
+        let faults = fault::count();
+        if faults == self.faults {
+            return;
+        }
+        self.faults = faults;
+        if self.memory.faulted() {
+            self.fail("the front end truncated its memory under us");
+        } else if self.log.as_ref().is_some_and(QueueLog::faulted) {
+            self.fail("the front end truncated the in-flight log under us");
+        }
+    }
+
+    /// Takes all new chains off the ring and gives them to the device.
+    fn drain(&mut self, runtime: &Runtime) {
+        let new = self.ring.available_idx().wrapping_sub(self.next_available);
+        if new == 0 {
+            return;
+        }
+        if new > self.ring.size() {
+            self.fail(&format!(
+                "avail.idx is {new} beyond what was taken, in a ring of {}",
+                self.ring.size()
+            ));
+            return;
+        }
+        let limits = self.disk.limits(self.flush);
+        let started = runtime.now();
+        let first_counter = self.next_counter();
+        for step in 0..new {
+            if step % PREFETCH == 0 {
+                for ahead in step..new.min(step + PREFETCH) {
+                    self.ring.prefetch_descriptor(
+                        self.ring.available_head(self.next_available.wrapping_add(ahead - step)),
+                    );
+                }
+            }
+            let head = self.ring.available_head(self.next_available);
+            if head >= self.ring.size() {
+                self.fail(&format!("avail.ring names descriptor {head} in a table of {}", self.ring.size()));
+                break;
+            }
+            if self.slots[usize::from(head)].busy {
+                self.fail(&format!("avail.ring names descriptor {head}, which is in flight"));
+                break;
+            }
+            self.recorder.request(head, self.next_counter());
+            if let Err(what) = self.begin(head, started, &limits, true) {
+                self.fail(&format!("chain at descriptor {head}: {what}"));
+                break;
+            }
+            self.next_available = self.next_available.wrapping_add(1);
+        }
+        let counters = self.counters();
+        counters.batches.add(1);
+        counters.requests.add(u64::from(new));
+        self.recorder.batch(first_counter, self.next_counter().wrapping_sub(1));
+        self.submit();
+        self.reap(runtime);
+    }
+
+    /// Executes unfinished requests of the log again: one at a time, so that a crash names the one.
+    fn replay_next(&mut self, runtime: &Runtime) {
+        while self.in_flight == 0 && !self.failed && self.stopping.is_none() {
+            let Some(unfinished) = self.replay.pop_front() else {
+                self.replaying = false;
+                self.gate.set_unfinished(self.index, false);
+                return;
+            };
+            let limits = self.disk.limits(self.flush);
+            self.recorder.request(unfinished.head, unfinished.counter);
+            if let Err(what) = self.begin(unfinished.head, runtime.now(), &limits, false) {
+                self.fail(&format!("chain at descriptor {}, executed again: {what}", unfinished.head));
+                return;
+            }
+            self.counters().replayed.add(1);
+            self.submit();
+            self.reap(runtime);
+        }
+    }
+
+    fn submit(&mut self) {
+        if let Some(channel) = self.channel.as_mut().filter(|_| !self.requests.is_empty()) {
+            channel.submit(&mut self.requests);
+        }
+    }
+
+    fn next_counter(&self) -> u64 {
+        self.log.as_ref().map_or(self.counter, QueueLog::next_counter)
+    }
+
+    /// Parses one chain into its slot, and either makes requests of it or ends it here. `log`: it is new to the log.
+    #[inline]
+    fn begin(
+        &mut self,
+        head: u16,
+        started: Instant,
+        limits: &Limits,
+        log: bool,
+    ) -> Result<(), crate::ChainError> {
+        self.chain.walk(&self.ring, &self.memory, head, self.indirect)?;
+        let status = self.chain.take_status(&self.memory)?;
+        match &mut self.log {
+            Some(queue_log) if log => {
+                queue_log.begin(head);
+            }
+            _ => self.counter = self.counter.wrapping_add(u64::from(log)),
+        }
+        let slot = &mut self.slots[usize::from(head)];
+        slot.status = status;
+        slot.started = started;
+        slot.bytes = 0;
+        slot.used_len = 1;
+        slot.pending = 0;
+        slot.pieces = 0;
+        slot.generation = self.generation;
+        slot.busy = true;
+        slot.outcome = Ok(());
+        self.in_flight += 1;
+
+        let action = match self.chain.take_front::<HEADER_BYTES>() {
+            Some(header) => limits.decode(&header, self.chain.readable_bytes(), self.chain.writable_bytes()),
+            None => Action::Answer(VirtioStatus::IoErr),
+        };
+        match action {
+            Action::Submit { operation, lba, blocks } => {
+                self.begin_operation(head, operation, lba, blocks, limits)
+            }
+            Action::Ranges { write_zeroes } => self.begin_ranges(head, write_zeroes, limits),
+            Action::GetId => self.answer_id(head),
+            Action::Answer(status) => self.answer(head, status),
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn begin_operation(&mut self, head: u16, operation: Operation, lba: u64, blocks: u64, limits: &Limits) {
+        let token = Token(u64::from(head));
+        let slot = &mut self.slots[usize::from(head)];
+        slot.kind = operation.into();
+        let pieces = match operation {
+            Operation::Read => self.chain.writable(),
+            Operation::Write { .. } => self.chain.readable(),
+            _ => {
+                slot.pending = 1;
+                self.requests.push(Request {
+                    operation,
+                    lba: Lba(lba),
+                    blocks: BlockCount(0),
+                    buffers: Buffers::EMPTY,
+                    token,
+                });
+                return;
+            }
+        };
+        let shift = limits.geometry.block_size.shift();
+        // A chain is at most 1 GiB (`chain::BYTES_MAX`).
+        let bytes = u32::try_from(blocks << shift).unwrap_or(u32::MAX);
+        slot.bytes = bytes;
+        slot.used_len = if operation == Operation::Read { bytes.wrapping_add(1) } else { 1 };
+        slot.pieces = u16::try_from(pieces.len()).unwrap_or(u16::MAX);
+        let kept = if pieces.len() <= PIECES_INLINE {
+            slot.inline[..pieces.len()].copy_from_slice(pieces);
+            slot.inline.as_ptr()
+        } else {
+            let from = usize::from(head) * PIECES_MAX;
+            let place = &mut self.overflow[from..from + pieces.len()];
+            place.copy_from_slice(pieces);
+            place.as_ptr()
+        };
+        // SAFETY: the slot keeps the array in place (neither vector is ever resized) until the request has ended, and the
+        // queue owns the epoch of memory that it names until then; all of it is mapped readable and writable. No piece is
+        // empty, and they add up to the bytes that were decoded.
+        let buffers = unsafe { Buffers::new(kept, u32::from(slot.pieces), bytes) };
+        let most = u64::from(limits.geometry.transfer_blocks_max.max(1));
+        if blocks <= most {
+            slot.pending = 1;
+            self.requests.push(Request {
+                operation,
+                lba: Lba(lba),
+                blocks: BlockCount(u32::try_from(blocks).unwrap_or(u32::MAX)),
+                buffers,
+                token,
+            });
+            return;
+        }
+        // Larger than what the device takes at once.
+        let mut done = 0;
+        while done < blocks {
+            let here = most.min(blocks - done);
+            let byte_at = |blocks: u64| usize::try_from(blocks << shift).unwrap_or(usize::MAX);
+            slot.pending += 1;
+            self.requests.push(Request {
+                operation,
+                lba: Lba(lba + done),
+                blocks: BlockCount(u32::try_from(here).unwrap_or(u32::MAX)),
+                buffers: buffers.slice(byte_at(done), byte_at(here)),
+                token,
+            });
+            done += here;
+        }
+    }
+
+    fn begin_ranges(&mut self, head: u16, write_zeroes: bool, limits: &Limits) {
+        self.slots[usize::from(head)].kind = if write_zeroes { IoKind::WriteZeroes } else { IoKind::Discard };
+        let bytes = self.chain.readable_bytes();
+        let right = bytes > 0
+            && bytes.is_multiple_of(RANGE_BYTES as u64)
+            && bytes <= (RANGES_MAX * RANGE_BYTES) as u64;
+        if !right {
+            return self.answer(head, VirtioStatus::IoErr);
+        }
+        // All ranges are checked before the first is begun.
+        let before = self.requests.len();
+        while let Some(range) = self.chain.take_front::<RANGE_BYTES>() {
+            match limits.range(write_zeroes, range) {
+                Ok((operation, lba, blocks)) => {
+                    let slot = &mut self.slots[usize::from(head)];
+                    slot.pending += 1;
+                    slot.bytes = slot.bytes.saturating_add(
+                        u32::try_from(blocks << limits.geometry.block_size.shift()).unwrap_or(u32::MAX),
+                    );
+                    self.requests.push(Request {
+                        operation,
+                        lba: Lba(lba),
+                        blocks: BlockCount(u32::try_from(blocks).unwrap_or(u32::MAX)),
+                        buffers: Buffers::EMPTY,
+                        token: Token(u64::from(head)),
+                    });
+                }
+                Err(status) => {
+                    self.requests.truncate(before);
+                    self.slots[usize::from(head)].pending = 0;
+                    return self.answer(head, status);
+                }
+            }
+        }
+    }
+
+    /// GET_ID: the serial, padded with zeroes to 20 bytes, or as much of it as there is room for.
+    fn answer_id(&mut self, head: u16) {
+        let mut id = [0u8; ID_BYTES];
+        for (to, from) in id.iter_mut().zip(self.disk.config.serial.bytes()) {
+            *to = from;
+        }
+        let mut done = 0;
+        for piece in self.chain.writable() {
+            let len = piece.iov_len.min(ID_BYTES - done);
+            // SAFETY: `len` bytes of a piece that lies in mapped guest memory; raw copy, no reference.
+            unsafe { std::ptr::copy_nonoverlapping(id.as_ptr().add(done), piece.iov_base.cast::<u8>(), len) };
+            done += len;
+        }
+        if done == 0 {
+            return self.answer(head, VirtioStatus::IoErr);
+        }
+        self.slots[usize::from(head)].used_len = u32::try_from(done + 1).unwrap_or(1);
+        self.show(head, VirtioStatus::Ok);
+    }
+
+    /// Ends a request that the device never sees: the guest's mistake, or what the disk does not offer.
+    fn answer(&mut self, head: u16, status: VirtioStatus) {
+        self.counters().mistakes.add(1);
+        self.slots[usize::from(head)].used_len = 1;
+        self.show(head, status);
+    }
+
+    /// Takes what has ended.
+    fn reap(&mut self, runtime: &Runtime) {
+        let Some(channel) = &mut self.channel else { return };
+        channel.reap(&mut self.ended);
+        if self.ended.is_empty() {
+            return;
+        }
+        let now = runtime.refresh_now();
+        let mut ended = std::mem::take(&mut self.ended);
+        for Completion { token, outcome } in ended.drain(..) {
+            let head = u16::try_from(token.0).expect("a channel gives back the tokens that it was given");
+            let slot = &mut self.slots[usize::from(head)];
+            slot.pending = slot.pending.checked_sub(1).expect("a request ends once");
+            if slot.outcome.is_ok() {
+                slot.outcome = outcome;
+            }
+            if slot.pending > 0 {
+                continue;
+            }
+            let outcome = slot.outcome;
+            self.stats.record(slot.kind, u64::from(slot.bytes), now.ns_since(slot.started), outcome);
+            if self.aborting && outcome == Err(Status::Aborted) && self.log.is_some() {
+                // Stays in the log, for the next session to execute it again.
+                self.left_in_log = true;
+                self.release(head);
+            } else {
+                self.show(head, outcome.into());
+            }
+        }
+        self.ended = ended;
+    }
+
+    /// Writes the status byte and the used element. The driver sees them at the next [`Queue::publish`].
+    #[inline]
+    fn show(&mut self, head: u16, status: VirtioStatus) {
+        let slot = &self.slots[usize::from(head)];
+        // SAFETY: one byte in mapped guest memory of an epoch that is owned while the slot is busy.
+        unsafe { shared::store_u8(slot.status, status as u8) };
+        self.ring.put_used(self.next_used, head, slot.used_len);
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(log) = &self.log {
+            log.end(head);
+            self.batch.push(head);
+        }
+        self.release(head);
+    }
+
+    /// The slot is free, and so is its hold on memory.
+    #[inline]
+    fn release(&mut self, head: u16) {
+        let slot = &mut self.slots[usize::from(head)];
+        slot.busy = false;
+        self.in_flight -= 1;
+        if slot.generation != self.generation {
+            let generation = slot.generation;
+            if let Some(old) = self.old_memory.iter_mut().find(|old| old.generation == generation) {
+                old.in_flight -= 1;
+            }
+            self.old_memory.retain(|old| old.in_flight > 0);
+        }
+        if std::mem::take(&mut slot.awaited) {
+            self.awaited -= 1;
+            if self.awaited == 0 {
+                self.region_free.take().into_iter().for_each(|free| {
+                    // The session may have stopped waiting.
+                    let _ = free.send(());
+                });
+            }
+        }
+    }
+
+    /// Shows the driver everything that has ended, and interrupts it if it wants that.
+    #[inline]
+    fn publish(&mut self, runtime: &Runtime) {
+        let (old, new) = (self.published, self.next_used);
+        if old != new {
+            self.ring.publish_used(new);
+            self.published = new;
+            if let Some(log) = &self.log {
+                log.published(&self.batch, new);
+                self.batch.clear();
+            }
+        }
+        let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
+        if wanted || std::mem::take(&mut self.owes_interrupt) {
+            self.interrupt(runtime);
+        }
+    }
+
+    fn interrupt(&self, runtime: &Runtime) {
+        if let Some(call) = &self.call {
+            self.counters().interrupts.add(1);
+            runtime.submit(self.id(), KEY_NOTIFY, &Op::Notify { fd: Fd(call.as_raw_fd()) });
+        }
+    }
+
+    /// Replaces the interrupt. The old one may be named by a notification that is not submitted yet.
+    pub(crate) fn set_call(&mut self, runtime: &Runtime, call: Option<OwnedFd>) {
+        let old = std::mem::replace(&mut self.call, call);
+        drop_after_submission(runtime, old);
+        // What was signalled on the old one may have been missed.
+        self.interrupt(runtime);
+    }
+
+    /// Replaces the descriptor for errors.
+    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
+        self.err = err;
+    }
+
+    /// A new epoch of memory, and the ring's place in it. `free` hears when no request names `removed` any more.
+    pub(crate) fn set_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+        ring: Ring,
+        removed: Option<&Region>,
+        free: Sender<()>,
+    ) {
+        let old_in_flight: usize = self.old_memory.iter().map(|old| old.in_flight).sum();
+        let in_flight = self.in_flight - old_in_flight;
+        let old = std::mem::replace(&mut self.memory, memory);
+        self.ring = ring;
+        if in_flight > 0 {
+            self.old_memory.push(OldMemory { generation: self.generation, in_flight, _memory: old });
+            self.generation = self.generation.wrapping_add(1);
+        }
+        let Some(removed) = removed else { return };
+        for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| slot.busy) {
+            let pieces = if usize::from(slot.pieces) <= PIECES_INLINE {
+                &slot.inline[..usize::from(slot.pieces)]
+            } else {
+                &self.overflow[head * PIECES_MAX..head * PIECES_MAX + usize::from(slot.pieces)]
+            };
+            let names_it = removed.touches(slot.status as usize, 1)
+                || pieces.iter().any(|piece| removed.touches(piece.iov_base as usize, piece.iov_len));
+            if names_it && !slot.awaited {
+                slot.awaited = true;
+                self.awaited += 1;
+            }
+        }
+        if self.awaited > 0 {
+            self.region_free = Some(free);
+        }
+    }
+
+    /// Takes no more from the ring, and ends when everything in flight has.
+    pub(crate) fn stop(&mut self, runtime: &Runtime, done: Sender<Stopped>) {
+        self.stopping = Some(done);
+        if self.kick_armed {
+            runtime.submit(self.id(), KEY_KICK, &Op::Cancel { key: KEY_KICK });
+        }
+        self.finish_if_idle(runtime);
+    }
+
+    /// Has waited long enough: gives up what is in flight as soon as that is safe.
+    pub(crate) fn abort(&mut self) {
+        self.aborting = true;
+        if let Some(channel) = &mut self.channel {
+            channel.abort();
+        }
+    }
+
+    fn finish_if_idle(&mut self, runtime: &Runtime) {
+        if self.in_flight > 0 || self.kick_armed {
+            return;
+        }
+        let Some(done) = self.stopping.take() else { return };
+        let left_in_log = self.left_in_log || self.replaying;
+        drop_after_submission(runtime, self.call.take());
+        runtime.remove_source(self.id());
+        runtime.local::<Queues>().0.borrow_mut().remove(&self.key);
+        // The session may have stopped waiting.
+        let _ = done.send(Stopped { next_available: self.next_available, left_in_log });
+    }
+}
+
+/// Keeps a descriptor open until everything that was submitted before has been taken by the kernel.
+fn drop_after_submission(runtime: &Runtime, fd: Option<OwnedFd>) {
+    if let Some(fd) = fd {
+        drop(runtime.operate(&Op::Nop, Some(Box::new(fd))));
+    }
+}
+
+impl Source for Queue {
+    fn poll(&mut self, runtime: &Runtime, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            let Event::Op { key: KEY_KICK, completed } = event else { continue };
+            self.counters().kicks.add(1);
+            if completed.more {
+                continue;
+            }
+            // The kernel ends a poll when it is cancelled, or when it had no room for an event.
+            self.kick_armed = self.stopping.is_none();
+            if let Some(kick) = self.kick.as_ref().filter(|_| self.stopping.is_none()) {
+                runtime.submit(self.id(), KEY_KICK, &Op::PollReadable { fd: Fd(kick.as_raw_fd()) });
+            }
+        }
+        if !self.silent {
+            self.silent = true;
+            self.ring.ask_for_silence(self.event_idx);
+        }
+        self.work(runtime);
+    }
+
+    fn peek(&mut self) -> bool {
+        self.takes_requests() && self.ring.available_idx() != self.next_available
+    }
+
+    fn arm(&mut self) -> bool {
+        if !self.takes_requests() {
+            return false;
+        }
+        self.silent = false;
+        self.ring.ask_for_kick(self.event_idx, self.next_available) || self.kick.is_none()
+    }
+}

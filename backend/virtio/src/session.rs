@@ -1,0 +1,766 @@
+//! One front end's session: its messages, in order, on the disk's own thread.
+//!
+//! Owns the negotiated features, the current epoch of memory, the configuration of the rings, the in-flight log. Tells the
+//! queues on their reactors what to do by message, and waits for them where the protocol wants that: a stopped ring is
+//! drained, a removed region is not named by anything any more.
+
+use crate::connection::{self, Connection, RawMessage, ReceiveError};
+use crate::disk::DiskShared;
+use crate::features;
+use crate::gate::Gate;
+use crate::inflight::{InflightArea, QueueLog};
+use crate::memory::{GuestMemory, Region};
+use crate::message::{
+    self, FrontendMessage, InflightDescription, MessageError, RegionDescription, RingAddresses, protocol,
+};
+use crate::queue::{Queue, QueueSetup, Stopped, with_queue};
+use crate::ring::{self, Ring};
+use hawser_runtime::ReactorHandle;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a session and its queues share.
+pub(crate) struct SessionShared {
+    disk: Arc<DiskShared>,
+    error: Mutex<Option<String>>,
+}
+
+impl SessionShared {
+    /// Ends the session, for this reason. Called on reactors.
+    pub(crate) fn end(&self, error: String) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        connection::signal(self.disk.wake_fd());
+    }
+
+    fn error(&self) -> Option<String> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How a message fails.
+enum Failure {
+    /// Its acknowledgement says so, and the session goes on; without acknowledgements it ends.
+    Refused(String),
+    /// The session ends.
+    End(String),
+}
+
+/// Ends the session with a text.
+fn end<T>(what: impl Into<String>) -> Result<T, Failure> {
+    Err(Failure::End(what.into()))
+}
+
+/// A message's own reply.
+enum Reply {
+    /// None: it is acknowledged if the front end asked for that.
+    Acknowledge,
+    Bytes(Vec<u8>),
+    WithDescriptor(Vec<u8>, OwnedFd),
+}
+
+/// Why a session is over.
+enum Over {
+    Closed,
+    Stopping,
+    Failed(String),
+}
+
+/// A ring as the front end has configured it.
+#[derive(Default)]
+struct Vring {
+    size: u16,
+    addresses: Option<RingAddresses>,
+    base: u16,
+    /// A kick was set since the ring was stopped: `Some(None)` without a descriptor.
+    kick: Option<Option<OwnedFd>>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    enabled: bool,
+    running: Option<Running>,
+}
+
+#[derive(Clone, Copy)]
+struct Running {
+    key: u64,
+    reactor: usize,
+}
+
+/// One connection.
+pub(crate) struct Session<'a> {
+    disk: &'a Arc<DiskShared>,
+    reactors: &'a [ReactorHandle],
+    connection: Connection,
+    shared: Arc<SessionShared>,
+    features: u64,
+    protocol: u64,
+    memory: Arc<GuestMemory>,
+    vrings: Vec<Vring>,
+    inflight: Option<Arc<InflightArea>>,
+    gate: Arc<Gate>,
+    backend_requests: Option<UnixStream>,
+    /// The capacity that the front end has read in this session.
+    told_capacity: Option<u64>,
+}
+
+/// Queues' names in this process.
+static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
+
+impl<'a> Session<'a> {
+    pub(crate) fn new(
+        disk: &'a Arc<DiskShared>,
+        reactors: &'a [ReactorHandle],
+        stream: UnixStream,
+    ) -> Session<'a> {
+        Session {
+            disk,
+            reactors,
+            connection: Connection::new(stream),
+            shared: Arc::new(SessionShared { disk: Arc::clone(disk), error: Mutex::default() }),
+            features: 0,
+            protocol: 0,
+            memory: Arc::default(),
+            vrings: std::iter::repeat_with(Vring::default).take(usize::from(disk.config.queues)).collect(),
+            inflight: None,
+            gate: Arc::default(),
+            backend_requests: None,
+            told_capacity: None,
+        }
+    }
+
+    /// Serves the connection until it is over; then its queues have ended.
+    pub(crate) fn run(mut self) {
+        let name = &self.disk.config.name;
+        log::info!("disk {name}: front end connected");
+        let over = self.serve();
+        match over {
+            Over::Closed => log::info!("disk {name}: front end disconnected"),
+            Over::Stopping => log::info!("disk {name}: stopping"),
+            Over::Failed(error) => {
+                log::warn!("disk {name}: session ended: {error}");
+                self.disk.disk_counters.sessions_failed.fetch_add(1, Ordering::Relaxed);
+                self.disk.set_trouble(error);
+            }
+        }
+        // The requests in flight end, and are shown in the rings, which are still mapped; then the connection closes.
+        let all: Vec<usize> = (0..self.vrings.len()).collect();
+        self.stop_queues(&all);
+    }
+
+    fn serve(&mut self) -> Over {
+        loop {
+            let fds = [self.connection.as_raw_fd(), self.disk.wake_fd().as_raw_fd()];
+            let [readable, woken] = connection::wait_readable(fds, -1);
+            if woken {
+                connection::clear(self.disk.wake_fd());
+                self.disk.refresh_geometry();
+                self.tell_capacity();
+            }
+            if self.disk.stopping().is_some() {
+                return Over::Stopping;
+            }
+            if let Some(error) = self.shared.error() {
+                return Over::Failed(error);
+            }
+            if !readable {
+                continue;
+            }
+            match self.connection.receive() {
+                Ok(Some(message)) => {
+                    if let Err(error) = self.handle(message) {
+                        return Over::Failed(error);
+                    }
+                }
+                Ok(None) => {}
+                Err(ReceiveError::Closed) => return Over::Closed,
+                Err(error) => return Over::Failed(error.to_string()),
+            }
+        }
+    }
+
+    /// Carries out one message and replies to it. An error ends the session.
+    fn handle(&mut self, raw: RawMessage) -> Result<(), String> {
+        let request = raw.header.request;
+        let acknowledge = |session: &Self, value: u64| {
+            if raw.header.need_reply && session.protocol & protocol::REPLY_ACK != 0 {
+                let sent = session.connection.send(&message::reply_u64(request, value), None);
+                return sent.map(|()| true).map_err(|error| format!("reply to message {request}: {error}"));
+            }
+            Ok(false)
+        };
+        let carried_out = FrontendMessage::parse(request, &raw.payload)
+            .map_err(|MessageError(what)| Failure::End(what))
+            .and_then(|message| {
+                log::debug!("disk {}: {message:?}", self.disk.config.name);
+                self.carry_out(message, raw.descriptors)
+            });
+        match carried_out {
+            Ok(Reply::Acknowledge) => acknowledge(self, 0).map(|_| ()),
+            Ok(Reply::Bytes(bytes)) => self
+                .connection
+                .send(&bytes, None)
+                .map_err(|error| format!("reply to message {request}: {error}")),
+            Ok(Reply::WithDescriptor(bytes, fd)) => self
+                .connection
+                .send(&bytes, Some(fd.as_fd()))
+                .map_err(|error| format!("reply to message {request}: {error}")),
+            Err(Failure::Refused(what)) => {
+                if acknowledge(self, 1)? {
+                    log::warn!("disk {}: refused message {request}: {what}", self.disk.config.name);
+                    Ok(())
+                } else {
+                    Err(what)
+                }
+            }
+            Err(Failure::End(what)) => {
+                // The front end hears of it if it asked; the reason to end stays the first one.
+                let _ = acknowledge(self, 1);
+                Err(what)
+            }
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        message: FrontendMessage,
+        mut descriptors: Vec<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        use FrontendMessage as M;
+        let number = |request: u32, value: u64| Ok(Reply::Bytes(message::reply_u64(request, value)));
+        let limits = self.disk.limits(true);
+        match message {
+            M::GetFeatures => {
+                return number(
+                    message::request::GET_FEATURES,
+                    features::offered(&limits, self.disk.config.queues),
+                );
+            }
+            M::SetFeatures(wanted) => {
+                let unknown = wanted & !features::offered(&limits, self.disk.config.queues);
+                if unknown != 0 {
+                    return end(format!("SET_FEATURES: bits {unknown:#x} were not offered"));
+                }
+                self.features = wanted;
+            }
+            M::GetProtocolFeatures => {
+                return number(message::request::GET_PROTOCOL_FEATURES, protocol::OFFERED);
+            }
+            M::SetProtocolFeatures(wanted) => {
+                let unknown = wanted & !protocol::OFFERED;
+                if unknown != 0 {
+                    return end(format!("SET_PROTOCOL_FEATURES: bits {unknown:#x} were not offered"));
+                }
+                self.protocol = wanted;
+            }
+            M::GetQueueNum => {
+                return number(message::request::GET_QUEUE_NUM, u64::from(self.disk.config.queues));
+            }
+            M::GetMaxMemSlots => {
+                return number(message::request::GET_MAX_MEM_SLOTS, GuestMemory::SLOTS as u64);
+            }
+            M::SetOwner => {}
+            M::ResetOwner => self.stop_all(),
+            M::ResetDevice => self.reset_device(),
+            M::SetMemTable(regions) => self.set_mem_table(&regions, &descriptors)?,
+            M::AddMemReg(region) => self.add_mem_reg(region, &descriptors)?,
+            M::RemMemReg(region) => self.rem_mem_reg(region)?,
+            M::SetVringNum { queue, size } => {
+                let vring = self.stopped_vring(queue, "SET_VRING_NUM")?;
+                vring.size = u16::try_from(size)
+                    .ok()
+                    .filter(|size| size.is_power_of_two() && *size <= ring::SIZE_MAX)
+                    .ok_or_else(|| {
+                        Failure::End(format!(
+                            "SET_VRING_NUM: size {size}; a power of two up to {} would be right",
+                            ring::SIZE_MAX
+                        ))
+                    })?;
+            }
+            M::SetVringAddr { queue, addresses } => {
+                let vring = self.stopped_vring(queue, "SET_VRING_ADDR")?;
+                vring.addresses = Some(addresses);
+            }
+            M::SetVringBase { queue, base } => {
+                let vring = self.stopped_vring(queue, "SET_VRING_BASE")?;
+                vring.base = u16::try_from(base)
+                    .map_err(|_| Failure::End(format!("SET_VRING_BASE: {base} is more than 16 bits")))?;
+            }
+            M::GetVringBase { queue } => {
+                let index = self.index(queue, "GET_VRING_BASE")?;
+                self.stop_queues(&[index]);
+                let vring = &mut self.vrings[index];
+                vring.kick = None;
+                return Ok(Reply::Bytes(message::reply_vring_base(queue, u32::from(vring.base))));
+            }
+            M::SetVringKick { queue, has_descriptor } => {
+                let fd = ring_descriptor("SET_VRING_KICK", has_descriptor, &mut descriptors)?;
+                let index = self.index(queue, "SET_VRING_KICK")?;
+                if self.vrings[index].running.is_some() {
+                    self.stop_queues(&[index]);
+                }
+                self.vrings[index].kick = Some(fd);
+                self.start_if_ready(index)?;
+            }
+            M::SetVringCall { queue, has_descriptor } => {
+                let fd = ring_descriptor("SET_VRING_CALL", has_descriptor, &mut descriptors)?;
+                let index = self.index(queue, "SET_VRING_CALL")?;
+                let clone = clone_fd(fd.as_ref())?;
+                self.vrings[index].call = fd;
+                if let Some(Running { key, reactor }) = self.vrings[index].running {
+                    self.reactors[reactor].run(move |runtime| {
+                        with_queue(runtime, key, |queue, runtime| queue.set_call(runtime, clone));
+                    });
+                }
+            }
+            M::SetVringErr { queue, has_descriptor } => {
+                let fd = ring_descriptor("SET_VRING_ERR", has_descriptor, &mut descriptors)?;
+                let index = self.index(queue, "SET_VRING_ERR")?;
+                let clone = clone_fd(fd.as_ref())?;
+                self.vrings[index].err = fd;
+                if let Some(Running { key, reactor }) = self.vrings[index].running {
+                    self.reactors[reactor]
+                        .run(move |runtime| with_queue(runtime, key, |queue, _| queue.set_err(clone)));
+                }
+            }
+            M::SetVringEnable { queue, enable } => {
+                let index = self.index(queue, "SET_VRING_ENABLE")?;
+                self.vrings[index].enabled = enable;
+                if enable {
+                    self.start_if_ready(index)?;
+                } else {
+                    self.stop_queues(&[index]);
+                }
+            }
+            M::SetBackendReqFd => {
+                let Some(fd) = descriptors.pop() else {
+                    return end("SET_BACKEND_REQ_FD: no descriptor");
+                };
+                self.backend_requests = Some(UnixStream::from(fd));
+                self.tell_capacity();
+            }
+            M::GetConfig { offset, bytes, flags } => {
+                let data =
+                    features::config(&limits, self.disk.config.queues, self.disk.writeback(), offset, bytes);
+                if offset == 0 && bytes >= 8 {
+                    self.told_capacity = Some(features::capacity(&limits.geometry));
+                }
+                return Ok(Reply::Bytes(message::reply_config(offset, flags, &data)));
+            }
+            M::SetConfig { offset, data } => self.set_config(offset, &data)?,
+            M::GetInflightFd(wanted) => return self.get_inflight(wanted),
+            M::SetInflightFd(description) => self.set_inflight(description, &descriptors)?,
+            M::Unknown(request) => {
+                return Err(Failure::Refused(format!("message {request} is not known")));
+            }
+        }
+        Ok(Reply::Acknowledge)
+    }
+
+    fn index(&self, queue: u32, message: &str) -> Result<usize, Failure> {
+        match usize::try_from(queue) {
+            Ok(index) if index < self.vrings.len() => Ok(index),
+            _ => end(format!("{message}: queue {queue}; the disk has {}", self.vrings.len())),
+        }
+    }
+
+    fn stopped_vring(&mut self, queue: u32, message: &str) -> Result<&mut Vring, Failure> {
+        let index = self.index(queue, message)?;
+        let vring = &mut self.vrings[index];
+        if vring.running.is_some() {
+            return end(format!("{message}: queue {queue} is running"));
+        }
+        Ok(vring)
+    }
+
+    // --- memory ---------------------------------------------------------------------------------------------------
+
+    fn set_mem_table(&mut self, regions: &[RegionDescription], files: &[OwnedFd]) -> Result<(), Failure> {
+        if files.len() != regions.len() {
+            return end(format!("SET_MEM_TABLE: {} regions with {} descriptors", regions.len(), files.len()));
+        }
+        let mapped = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| Region::map(*region, file))
+            .collect::<Result<Vec<_>, _>>()
+            .and_then(GuestMemory::new)
+            .map_err(|error| Failure::Refused(format!("SET_MEM_TABLE: {error}")))?;
+        self.change_memory(mapped, None)
+    }
+
+    fn add_mem_reg(&mut self, region: RegionDescription, files: &[OwnedFd]) -> Result<(), Failure> {
+        let [file] = files else {
+            return end(format!("ADD_MEM_REG: {} descriptors; one would be right", files.len()));
+        };
+        let wrong = |error| {
+            Failure::Refused(format!(
+                "ADD_MEM_REG: {:#x} bytes at {:#x}, mmap offset {:#x}: {error}",
+                region.bytes, region.guest_address, region.file_offset
+            ))
+        };
+        let mut regions = self.memory.regions().to_vec();
+        regions.push(Region::map(region, file).map_err(wrong)?);
+        let memory = GuestMemory::new(regions).map_err(wrong)?;
+        self.change_memory(memory, None)
+    }
+
+    /// REM_MEM_REG. A descriptor that comes along (libblkio sends one) is closed unused, as the specification has it.
+    fn rem_mem_reg(&mut self, wanted: RegionDescription) -> Result<(), Failure> {
+        let is_it = |region: &RegionDescription| {
+            (region.guest_address, region.user_address, region.bytes)
+                == (wanted.guest_address, wanted.user_address, wanted.bytes)
+        };
+        let mut regions = self.memory.regions().to_vec();
+        let Some(place) = regions.iter().position(|region| is_it(region.description())) else {
+            return Err(Failure::Refused(format!(
+                "REM_MEM_REG: no region of {:#x} bytes at {:#x}",
+                wanted.bytes, wanted.guest_address
+            )));
+        };
+        let removed = regions.remove(place);
+        let memory =
+            GuestMemory::new(regions).map_err(|error| Failure::Refused(format!("REM_MEM_REG: {error}")))?;
+        self.change_memory(memory, Some(removed))
+    }
+
+    /// A new epoch, for us and all queues. Waits until they have it, and until nothing names `removed` any more.
+    fn change_memory(&mut self, memory: GuestMemory, removed: Option<Arc<Region>>) -> Result<(), Failure> {
+        let memory = Arc::new(memory);
+        // All rings are looked up before the first queue changes.
+        let mut rings = Vec::new();
+        for (index, vring) in self.vrings.iter().enumerate() {
+            if let Some(running) = vring.running {
+                let ring = ring_in(&memory, vring).map_err(|what| {
+                    Failure::Refused(format!(
+                        "memory without the ring of queue {index}, which is running: {what}"
+                    ))
+                })?;
+                rings.push((running, ring));
+            }
+        }
+        let (free, freed) = mpsc::channel();
+        for (Running { key, reactor }, ring) in rings {
+            let (memory, removed, free) = (Arc::clone(&memory), removed.clone(), free.clone());
+            self.reactors[reactor].run(move |runtime| {
+                with_queue(runtime, key, |queue, _| queue.set_memory(memory, ring, removed.as_deref(), free));
+            });
+        }
+        self.memory = memory;
+        drop(free);
+        self.wait_for_all(&freed)
+    }
+
+    /// Waits until every sender has sent or is gone; a session that ends meanwhile does not wait.
+    fn wait_for_all(&self, receiver: &Receiver<()>) -> Result<(), Failure> {
+        loop {
+            match receiver.recv_timeout(Duration::from_millis(100)) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.disk.stopping().is_some() {
+                        return end("stopped while requests were in a region that is removed");
+                    }
+                    if let Some(error) = self.shared.error() {
+                        return end(error);
+                    }
+                }
+            }
+        }
+    }
+
+    // --- the in-flight log ----------------------------------------------------------------------------------------
+
+    fn get_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, Failure> {
+        if self.vrings.iter().any(|vring| vring.running.is_some()) {
+            return end("GET_INFLIGHT_FD: a ring is running");
+        }
+        let InflightDescription { queues, queue_size, .. } = wanted;
+        let right = queues > 0
+            && usize::from(queues) <= self.vrings.len()
+            && queue_size > 0
+            && queue_size <= ring::SIZE_MAX;
+        if !right {
+            return end(format!("GET_INFLIGHT_FD: {queues} queues of {queue_size}"));
+        }
+        let (area, file, description) =
+            InflightArea::create(queues, queue_size).map_err(|error| Failure::End(error.to_string()))?;
+        area.set_write_through(!self.disk.writeback());
+        self.inflight = Some(area);
+        Ok(Reply::WithDescriptor(message::reply_inflight(&description), file))
+    }
+
+    fn set_inflight(&mut self, description: InflightDescription, files: &[OwnedFd]) -> Result<(), Failure> {
+        if self.vrings.iter().any(|vring| vring.running.is_some()) {
+            return end("SET_INFLIGHT_FD: a ring is running");
+        }
+        let [file] = files else {
+            return end(format!("SET_INFLIGHT_FD: {} descriptors; one would be right", files.len()));
+        };
+        let area = InflightArea::map(description, file).map_err(|error| Failure::End(error.to_string()))?;
+        match area.write_through() {
+            Some(write_through) => self.disk.set_writeback(!write_through),
+            None => area.set_write_through(!self.disk.writeback()),
+        }
+        self.gate = Arc::default();
+        for queue in 0..area.queues() {
+            if area.queue(queue).is_some_and(|log| log.may_have_unfinished()) {
+                self.gate.set_unfinished(queue, true);
+            }
+        }
+        self.inflight = Some(area);
+        Ok(())
+    }
+
+    // --- configuration space --------------------------------------------------------------------------------------
+
+    /// The one thing that a driver may write is `writeback`.
+    fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Failure> {
+        let place =
+            features::WRITEBACK_OFFSET.checked_sub(offset).and_then(|place| usize::try_from(place).ok());
+        match place.and_then(|place| data.get(place)) {
+            Some(value @ (0 | 1)) => {
+                self.disk.set_writeback(*value == 1);
+                if let Some(inflight) = &self.inflight {
+                    inflight.set_write_through(*value == 0);
+                }
+                Ok(())
+            }
+            Some(value) => {
+                Err(Failure::Refused(format!("SET_CONFIG: writeback {value}; 0 or 1 would be right")))
+            }
+            None => Err(Failure::Refused(format!(
+                "SET_CONFIG: offset {offset} with {} bytes; only writeback (at {}) can be written",
+                data.len(),
+                features::WRITEBACK_OFFSET
+            ))),
+        }
+    }
+
+    /// Tells the front end to read the configuration again, if it may not know the disk's size: it has grown, or the front
+    /// end has reconnected and knows what our predecessor told it.
+    fn tell_capacity(&mut self) {
+        let capacity = features::capacity(&self.disk.limits(true).geometry);
+        let serving = self.vrings.iter().any(|vring| vring.running.is_some());
+        if self.told_capacity == Some(capacity) || !serving || self.protocol & protocol::BACKEND_REQ == 0 {
+            return;
+        }
+        let Some(socket) = &self.backend_requests else { return };
+        match connection::send(socket, &message::config_change(), None) {
+            Ok(()) => self.told_capacity = Some(capacity),
+            Err(error) => log::warn!("disk {}: CONFIG_CHANGE: {error}", self.disk.config.name),
+        }
+    }
+
+    // --- rings ----------------------------------------------------------------------------------------------------
+
+    /// Starts a ring that has been kicked, and enabled where that is negotiated.
+    fn start_if_ready(&mut self, index: usize) -> Result<(), Failure> {
+        let needs_enable = self.features & features::PROTOCOL_FEATURES != 0;
+        let vring = &self.vrings[index];
+        let Some(kick) = &vring.kick else { return Ok(()) };
+        if vring.running.is_some() || (needs_enable && !vring.enabled) {
+            return Ok(());
+        }
+        let wrong = |what: String| Failure::End(format!("queue {index}: {what}"));
+        let ring = ring_in(&self.memory, vring).map_err(wrong)?;
+        let queue = u16::try_from(index).unwrap_or(u16::MAX);
+        let (used_idx, available_idx) = (ring.used_idx(), ring.available_idx());
+        let mut log = self.inflight.as_ref().and_then(|inflight| inflight.queue(queue));
+        let mut unfinished = Vec::new();
+        if let Some(log) = &mut log {
+            if log.size() < ring.size() {
+                return Err(wrong(format!(
+                    "size {} is above the in-flight log's ({})",
+                    ring.size(),
+                    log.size()
+                )));
+            }
+            unfinished = log
+                .recover(used_idx, available_idx, ring.size())
+                .map_err(|error| wrong(error.to_string()))?;
+        }
+        // Everything that was taken from the ring is either shown as used or in the log: so this is the base, whatever a
+        // front end remembers from before a disconnect.
+        let begun = u16::try_from(unfinished.len()).unwrap_or(u16::MAX);
+        let next_available = used_idx.wrapping_add(begun);
+        if next_available != vring.base {
+            log::debug!("queue {index}: base {} as told, {next_available} by the ring", vring.base);
+        }
+        if !unfinished.is_empty() {
+            self.gate.set_unfinished(queue, true);
+            log::info!(
+                "disk {}: queue {index}: {} requests are executed again",
+                self.disk.config.name,
+                unfinished.len()
+            );
+        }
+        let reactor_index = (self.disk.config.index + index) % self.reactors.len();
+        let (recorder, recorded_disk) = self.recorder(reactor_index);
+        let setup = QueueSetup {
+            index: queue,
+            ring,
+            memory: Arc::clone(&self.memory),
+            kick: clone_fd(kick.as_ref())?,
+            call: clone_fd(vring.call.as_ref())?,
+            err: clone_fd(vring.err.as_ref())?,
+            event_idx: self.features & features::EVENT_IDX != 0,
+            indirect: self.features & features::INDIRECT_DESC != 0,
+            flush: self.features & features::FLUSH != 0,
+            log,
+            unfinished,
+            next_available,
+            next_used: used_idx,
+            gate: Arc::clone(&self.gate),
+            disk: Arc::clone(self.disk),
+            session: Arc::clone(&self.shared),
+            recorder,
+            recorded_disk,
+        };
+        let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
+        self.reactors[reactor_index].run(move |runtime| Queue::start(runtime, key, setup));
+        self.vrings[index].running = Some(Running { key, reactor: reactor_index });
+        self.tell_capacity();
+        Ok(())
+    }
+
+    fn recorder(&self, reactor: usize) -> (crate::crash::Recorder, u32) {
+        let recorded =
+            self.disk.config.crash.as_ref().and_then(|crash| {
+                crash.disk(&self.disk.config.name).map(|disk| (crash.recorder(reactor), disk))
+            });
+        recorded.unwrap_or((crate::crash::Recorder::none(), 0))
+    }
+
+    fn stop_all(&mut self) {
+        let all: Vec<usize> = (0..self.vrings.len()).collect();
+        self.stop_queues(&all);
+        for vring in &mut self.vrings {
+            vring.kick = None;
+            vring.enabled = false;
+        }
+    }
+
+    fn reset_device(&mut self) {
+        self.stop_all();
+        for vring in &mut self.vrings {
+            *vring = Vring::default();
+        }
+        // The driver has forgotten what was in flight.
+        if let Some(inflight) = &self.inflight {
+            (0..inflight.queues())
+                .filter_map(|queue| inflight.queue(queue))
+                .for_each(|log: QueueLog| log.clear());
+        }
+        self.gate = Arc::default();
+    }
+
+    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` it is given up, and then
+    /// waited for: a request ends once, at the end.
+    fn stop_queues(&mut self, indices: &[usize]) {
+        let patience = self.disk.stopping().unwrap_or(self.disk.config.drain_timeout);
+        let mut stopping = Vec::new();
+        for index in indices {
+            let Some(Running { key, reactor }) = self.vrings[*index].running.take() else { continue };
+            let (done, is_done) = mpsc::channel::<Stopped>();
+            self.reactors[reactor].run(move |runtime| {
+                with_queue(runtime, key, |queue, runtime| queue.stop(runtime, done));
+            });
+            stopping.push((*index, key, reactor, is_done));
+        }
+        let deadline = Instant::now() + patience;
+        let mut aborted = false;
+        let mut told = Instant::now();
+        for (index, ..) in &stopping {
+            log::debug!("disk {}: queue {index} is stopping", self.disk.config.name);
+        }
+        while let Some((index, _, _, is_done)) = stopping.first() {
+            // A stop of the daemon may shorten what a disconnect began.
+            let deadline = match self.disk.stopping() {
+                Some(patience) => deadline.min(told + patience),
+                None => deadline,
+            };
+            let wait = if aborted {
+                Duration::from_secs(1)
+            } else {
+                deadline.saturating_duration_since(Instant::now())
+            };
+            match is_done.recv_timeout(wait.min(Duration::from_millis(200))) {
+                Ok(Stopped { next_available, left_in_log }) => {
+                    let index = *index;
+                    self.vrings[index].base = next_available;
+                    if left_in_log {
+                        self.gate.set_unfinished(u16::try_from(index).unwrap_or(u16::MAX), true);
+                    }
+                    stopping.remove(0);
+                }
+                // The queue was never there: its reactor has ended.
+                Err(RecvTimeoutError::Disconnected) => {
+                    stopping.remove(0);
+                }
+                Err(RecvTimeoutError::Timeout) if !aborted && Instant::now() >= deadline => {
+                    aborted = true;
+                    log::warn!(
+                        "disk {}: {} queues still have requests in flight; giving them up",
+                        self.disk.config.name,
+                        stopping.len()
+                    );
+                    for (_, key, reactor, _) in &stopping {
+                        let key = *key;
+                        self.reactors[*reactor]
+                            .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if aborted && told.elapsed() > Duration::from_secs(10) {
+                        told = Instant::now();
+                        log::warn!("disk {}: waiting for the device to end requests", self.disk.config.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where a ring is in our address space.
+fn ring_in(memory: &GuestMemory, vring: &Vring) -> Result<Ring, String> {
+    if vring.size == 0 {
+        return Err("kicked before SET_VRING_NUM".into());
+    }
+    let Some(addresses) = vring.addresses else { return Err("kicked before SET_VRING_ADDR".into()) };
+    let (descriptor_bytes, available_bytes, used_bytes) = ring::part_bytes(vring.size);
+    let part = |name: &str, address: u64, bytes: u64| {
+        memory
+            .user(address, bytes)
+            .ok_or_else(|| format!("SET_VRING_ADDR: {name} at {address:#x} is not in memory"))
+    };
+    let descriptors = part("descriptor table", addresses.descriptors, descriptor_bytes)?;
+    let available = part("available ring", addresses.available, available_bytes)?;
+    let used = part("used ring", addresses.used, used_bytes)?;
+    // SAFETY: each part lies in one mapped region with all its bytes; whoever gets the ring gets the memory with it.
+    let ring = unsafe { Ring::new(descriptors, available, used, vring.size) };
+    ring.ok_or_else(|| format!("SET_VRING_ADDR: misaligned: {addresses:x?}"))
+}
+
+/// The descriptor of a SET_VRING_KICK, CALL or ERR.
+fn ring_descriptor(
+    message: &str,
+    has_descriptor: bool,
+    descriptors: &mut Vec<OwnedFd>,
+) -> Result<Option<OwnedFd>, Failure> {
+    match (has_descriptor, descriptors.pop()) {
+        (true, Some(fd)) if connection::is_eventfd(fd.as_fd()) => Ok(Some(fd)),
+        (true, Some(_)) => end(format!("{message}: the descriptor is not an eventfd")),
+        (true, None) => end(format!("{message}: no descriptor")),
+        (false, _) => Ok(None),
+    }
+}
+
+fn clone_fd(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Failure> {
+    fd.map(OwnedFd::try_clone)
+        .transpose()
+        .map_err(|error: io::Error| Failure::End(format!("descriptor: {error}")))
+}
