@@ -62,6 +62,8 @@ impl Daemon {
     pub fn launch(&mut self) -> Result<()> {
         let mut serve = Command::new(&self.binary);
         serve.current_dir(&self.folder).arg("serve").arg("--config").arg(self.config());
+        // The user's own settings are not the test's.
+        serve.env_remove("HAWSER_API").env_remove("RUST_LOG");
         self.process = Some(Process::start(serve, &self.folder.join(format!("{}.log", self.name)))?);
         let deadline = Deadline::new(45, format!("hawser serve ({}) to answer", self.name));
         while self.status().is_err() {

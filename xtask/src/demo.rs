@@ -75,9 +75,7 @@ pub(crate) fn run() -> Result<()> {
     progress("the end: VM, back end, target");
     let qemu = guest.pid();
     guest.sync_and_quit()?;
-    served.serve.terminate()?;
-    served.target.terminate()?;
-    drop(served);
+    served.stop()?;
     let left = left_behind(&folder, qemu);
     table.row(
         "left behind",

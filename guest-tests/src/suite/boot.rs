@@ -36,6 +36,7 @@ fn ours(lab: &Lab, config: &str, firmware: Firmware) -> Result<Outcome> {
     let seconds = guest.age().as_secs_f64();
     let iops = check_vm(lab, &mut guest)?;
     guest.sync_and_quit()?;
+    served.stop()?;
     Ok(Outcome::Passed(boot_note(seconds, iops)))
 }
 

@@ -47,14 +47,14 @@ pub(crate) fn uri_of(address: &str) -> String {
     format!("nvme+tcp://{address}/{NQN}?nsid=1")
 }
 
-/// The guest image behind one of our targets on loopback, served to a VM by a second daemon.
+/// The guest image served to a VM, from one of our targets on loopback or from a file.
 ///
 /// Field order is drop order: the VM's side ends before the target's.
 pub struct Served {
     /// The daemon that the VM is connected to.
     pub serve: Daemon,
-    /// The daemon with the disk.
-    pub target: Daemon,
+    /// The daemon with the disk, if it is remote.
+    pub target: Option<Daemon>,
     scratch: Scratch,
 }
 
@@ -71,7 +71,24 @@ impl Served {
         import(lab, &scratch, &uri, shown)?;
         let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
         serve.await_disk(DISK, "listening")?;
-        Ok(Served { serve, target, scratch })
+        Ok(Served { serve, target: Some(target), scratch })
+    }
+
+    /// Starts serving a copy of the image as a `file:` device.
+    pub(crate) fn local(lab: &Lab, queues: u32) -> Result<Served> {
+        let scratch = Scratch::new()?;
+        let disk = scratch.file("disk.raw");
+        fs::copy(&lab.image.disk, &disk).map_err(|e| format!("{}: {e}", disk.display()))?;
+        let sections = disk_sections(scratch.path(), DISK, &format!("file://{}", disk.display()), queues);
+        let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
+        serve.await_disk(DISK, "listening")?;
+        Ok(Served { serve, target: None, scratch })
+    }
+
+    /// SIGTERM to the daemons, the VM's first; both must exit with 0.
+    pub fn stop(mut self) -> Result<()> {
+        self.serve.terminate()?;
+        self.target.as_mut().map_or(Ok(()), Daemon::terminate)
     }
 
     /// The folder with all sockets.

@@ -41,7 +41,7 @@ fn finish(guest: Qemu, served: Served, jobs: &[Report], what: &str) -> Result<Ou
     guest.sync_and_quit()?;
     let (pause, ios) =
         jobs.iter().fold((0f64, 0.0), |(pause, ios), job| (pause.max(job.latency_max), ios + job.ios));
-    drop(served);
+    served.stop()?;
     Ok(Outcome::Passed(format!("{what}; {ios:.0} I/Os verified, 0 errors, longest pause {pause:.2} s")))
 }
 
@@ -60,6 +60,17 @@ pub(super) fn kills(lab: &Lab) -> Result<Outcome> {
         progress(&format!("{kills} kills"));
     }
     finish(guest, served, &jobs, &format!("{kills} kills"))
+}
+
+/// `kill -9` of the owner of a `file:` device: its successor may write only when the dead one's last write has ended.
+pub(super) fn kills_of_file_owner(lab: &Lab) -> Result<Outcome> {
+    let mut served = Served::local(lab, 2)?;
+    let mut guest = boot(lab, "reconnect.cfg", Firmware::SeaBios, served.scratch().path(), &[])?;
+    let report = under_load(lab, &mut served, &mut guest, |served, _| {
+        served.serve.kill()?;
+        served.serve.launch()
+    })?;
+    finish(guest, served, &[report], &format!("{BLOWS_PER_JOB} kills"))
 }
 
 /// SIGTERM and start again; a newer binary in place of a killed one and of one that was told to end; and back.
