@@ -25,7 +25,8 @@ impl Counter {
 
 /// Steps per power of two: values are known to 1/8, about 6 % on either side of a bucket's middle.
 const STEPS: usize = 8;
-const BUCKETS: usize = 64 * STEPS;
+/// Values below 8 have a bucket each; every power of two from 2^3 to 2^63 has 8.
+const BUCKETS: usize = 62 * STEPS;
 
 /// Latencies in nanoseconds, in buckets of equal ratio.
 #[derive(Debug)]
@@ -106,7 +107,7 @@ impl HistogramSnapshot {
         self.counts.iter().sum()
     }
 
-    /// How many values are at most `ns`, to the bucket.
+    /// How many values are below the end of the bucket of `ns`: those up to `ns`, and at most 1/8 above.
     #[must_use]
     pub fn count_up_to(&self, ns: u64) -> u64 {
         self.counts
@@ -120,12 +121,13 @@ impl HistogramSnapshot {
     /// The value below which `permille` of 1000 values lie, in nanoseconds; 0 without values.
     #[must_use]
     pub fn quantile_ns(&self, permille: u32) -> u64 {
-        let rank = (u128::from(self.count()) * u128::from(permille)).div_ceil(1000);
+        let rank = (u128::from(self.count()) * u128::from(permille.min(1000))).div_ceil(1000);
         let mut seen = 0u128;
         for (bucket, count) in self.counts.iter().enumerate() {
             seen += u128::from(*count);
             if *count > 0 && seen >= rank {
-                return floor_of(bucket).midpoint(floor_of((bucket + 1).min(BUCKETS - 1)));
+                let next = if bucket + 1 < BUCKETS { floor_of(bucket + 1) } else { u64::MAX };
+                return floor_of(bucket).midpoint(next);
             }
         }
         0

@@ -51,14 +51,16 @@ impl Executor {
     pub(crate) fn run(&self, task: usize, reactor: &Arc<dyn WakeTask>) {
         let Some(mut future) = self.tasks.borrow_mut().get_mut(task).and_then(Option::take) else { return };
         let waker = Waker::from(Arc::new(TaskWaker { task, reactor: Arc::clone(reactor) }));
-        let ended = future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
-        let mut tasks = self.tasks.borrow_mut();
-        if ended {
-            tasks.remove(task);
-        } else if let Some(place) = tasks.get_mut(task) {
+        if future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+            self.tasks.borrow_mut().remove(task);
+        } else if let Some(place) = self.tasks.borrow_mut().get_mut(task) {
             *place = Some(future);
         }
-        drop(tasks);
+    }
+
+    /// Takes out all tasks and everything that their operations own, to be dropped when nothing is borrowed.
+    pub(crate) fn take_all(&self) -> impl Sized + use<> {
+        (self.tasks.take(), self.waits.take())
     }
 
     /// Delivers the completion or the time-out that the wait `key` stands for.
@@ -67,7 +69,10 @@ impl Executor {
         let mut waits = self.waits.borrow_mut();
         let Some(wait) = waits.get_mut(key) else { return };
         if wait.abandoned {
-            waits.remove(key);
+            // What it owned may use the executor when it is dropped.
+            let ended = waits.remove(key);
+            drop(waits);
+            drop(ended);
             return;
         }
         wait.done = Some(completed);
@@ -106,7 +111,9 @@ impl Future for OpFuture {
         let wait = waits.get_mut(self.key as usize).expect("a wait lives as long as its future");
         match wait.done {
             Some(completed) => {
-                waits.remove(self.key as usize);
+                let ended = waits.remove(self.key as usize);
+                drop(waits);
+                drop(ended);
                 self.finished = true;
                 Poll::Ready(completed)
             }
@@ -126,19 +133,19 @@ impl Drop for OpFuture {
         let executor = Rc::clone(self.runtime.executor());
         let mut waits = executor.waits.borrow_mut();
         let Some(wait) = waits.get_mut(self.key as usize) else { return };
-        match self.kind {
-            Kind::Sleep(timer) => {
-                self.runtime.cancel_timer(timer);
-                waits.remove(self.key as usize);
-            }
-            Kind::Op if wait.done.is_some() => {
-                waits.remove(self.key as usize);
-            }
-            Kind::Op => {
-                wait.abandoned = true;
-                drop(waits);
-                self.runtime.submit(SourceId::EXECUTOR, 0, &Op::Cancel { key: self.key });
-            }
+        if let Kind::Op = self.kind
+            && wait.done.is_none()
+        {
+            wait.abandoned = true;
+            drop(waits);
+            self.runtime.submit(SourceId::EXECUTOR, 0, &Op::Cancel { key: self.key });
+            return;
+        }
+        let ended = waits.remove(self.key as usize);
+        drop(waits);
+        drop(ended);
+        if let Kind::Sleep(timer) = self.kind {
+            self.runtime.cancel_timer(timer);
         }
     }
 }
@@ -152,7 +159,12 @@ impl Runtime {
 
     /// Submits `op` and awaits its end. `owned` is whatever `op` points to: it is kept until the operation is terminal,
     /// also when the future is dropped before.
+    ///
+    /// # Panics
+    /// For operations that do not end exactly once.
     pub fn operate(&self, op: &Op, owned: Option<Box<dyn Any>>) -> OpFuture {
+        let once = !matches!(op, Op::PollReadable { .. } | Op::Notify { .. } | Op::Cancel { .. });
+        assert!(once, "{op:?} does not end exactly once");
         let key = self.executor().insert(owned);
         self.submit(SourceId::EXECUTOR, key, op);
         OpFuture { runtime: self.clone(), key, kind: Kind::Op, finished: false }

@@ -25,7 +25,8 @@ pub enum Op {
     Fdatasync { fd: Fd },
     /// `fallocate` with `mode`, over `len` bytes from `offset`.
     Fallocate { fd: Fd, mode: i32, offset: u64, len: u64 },
-    /// An event for each time that `fd` becomes readable, until cancelled. Its events carry [`Completed::more`].
+    /// An event for each time that `fd` becomes readable. Its events carry [`Completed::more`]; one without ends it: by
+    /// cancellation (a negative result), or by the kernel's choice (a positive one: submit it again).
     PollReadable { fd: Fd },
     /// `recv` into one buffer.
     Recv { fd: Fd, buffer: *mut u8, len: u32 },
@@ -39,7 +40,8 @@ pub enum Op {
     Accept { fd: Fd },
     /// `connect`.
     Connect { fd: Fd, address: *const libc::sockaddr, len: u32 },
-    /// Adds 1 to an eventfd. Has no completion event.
+    /// Adds 1 to an eventfd, before `submit` returns: the descriptor is not needed afterwards. A full eventfd is left as it
+    /// is, since its reader has a notification to see anyway. Has no completion event.
     Notify { fd: Fd },
     /// Asks that the operation of the same source that was submitted with `key` be given up. It completes as
     /// cancelled, or as it would have; only then is it terminal. Has no completion event of its own.
@@ -84,6 +86,9 @@ pub trait Driver {
     fn enter(&mut self, wait: Wait);
     /// Moves out what has completed.
     fn reap(&mut self, out: &mut Vec<(u64, Completed)>);
+    /// Cancels every operation and waits until all are terminal. Returns whether they are: if not, nothing that they
+    /// name may ever be freed.
+    fn quiesce(&mut self) -> bool;
     /// The time now.
     fn now(&self) -> Instant;
     /// The next random number: seeded in the simulator. Not for secrets.

@@ -50,11 +50,14 @@ pub enum Event {
     Timer { key: u32 },
 }
 
-/// Names a source on its reactor. Never used again for another source before 2^12 others had its place.
+/// Names a source on its reactor. Not used again for another source before 4095 others had its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SourceId(u32);
 
 const INDEX_BITS: u32 = 20;
+
+/// How often one pass looks for sources that its own sources woke: device, volume's user, connection, and one to spare.
+const READY_ROUNDS: usize = 4;
 
 impl SourceId {
     pub(crate) const EXECUTOR: SourceId = SourceId(u32::MAX - 1);
@@ -82,6 +85,8 @@ struct Entry {
     events: Vec<Event>,
     ready: bool,
     watching: bool,
+    /// It was armed, and has not been polled since: its notification will come.
+    armed: bool,
 }
 
 enum AnyDriver {
@@ -103,7 +108,8 @@ struct Inner {
     now: Cell<Instant>,
     timers: RefCell<Timers>,
     sources: RefCell<Slab<Entry>>,
-    generation: Cell<u32>,
+    /// How often each place among the sources was given out, modulo what fits into an id.
+    generations: RefCell<Vec<u32>>,
     ready: RefCell<Vec<SourceId>>,
     watching: RefCell<Vec<SourceId>>,
     outstanding: Cell<u64>,
@@ -115,7 +121,8 @@ struct Inner {
 
 /// What other threads may touch.
 struct Shared {
-    messages: Mutex<Vec<Message>>,
+    /// `None` once the reactor has ended: nobody will look any more.
+    messages: Mutex<Option<Vec<Message>>>,
     tasks: Mutex<Vec<usize>>,
     pending: AtomicBool,
     /// The reactor sleeps, or is about to: a sender must write to `wake`.
@@ -230,19 +237,29 @@ impl Runtime {
     /// # Panics
     /// With more than 2^20 sources.
     pub fn add_source(&self, source: Rc<RefCell<dyn Source>>) -> SourceId {
-        let generation = self.0.generation.get();
-        // The last generation is the names that are not sources.
-        self.0.generation.set((generation + 1) % ((1 << (32 - INDEX_BITS)) - 1));
         let mut sources = self.0.sources.borrow_mut();
-        let entry = Entry { id: SourceId(0), source, events: Vec::new(), ready: false, watching: false };
+        let mut generations = self.0.generations.borrow_mut();
+        let entry = Entry {
+            id: SourceId(0),
+            source,
+            events: Vec::new(),
+            ready: false,
+            watching: false,
+            armed: false,
+        };
         let index = sources.insert(entry);
         assert!(index < 1 << INDEX_BITS, "too many sources on one reactor");
-        let id = SourceId(generation << INDEX_BITS | u32::try_from(index).unwrap_or(0));
+        if index == generations.len() {
+            generations.push(0);
+        }
+        // The last generation is the names that are not sources.
+        generations[index] = (generations[index] + 1) % ((1 << (32 - INDEX_BITS)) - 1);
+        let id = SourceId(generations[index] << INDEX_BITS | u32::try_from(index).unwrap_or(0));
         sources.get_mut(index).expect("just inserted").id = id;
         id
     }
 
-    /// Lets a source go. Its operations must all be terminal; events of one that is not are dropped.
+    /// Lets a source go, and its timers. Its operations must all be terminal; events of one that is not are dropped.
     pub fn remove_source(&self, id: SourceId) {
         let removed = {
             let mut sources = self.0.sources.borrow_mut();
@@ -253,6 +270,7 @@ impl Runtime {
             }
         };
         self.0.watching.borrow_mut().retain(|other| *other != id);
+        self.0.timers.borrow_mut().cancel_source(id);
         drop(removed);
     }
 
@@ -341,9 +359,13 @@ impl Runtime {
 pub struct ReactorHandle(Arc<Shared>);
 
 impl ReactorHandle {
-    /// Runs `message` on the reactor's thread, soon.
+    /// Runs `message` on the reactor's thread, soon. When the reactor has ended, or ends before, it is dropped.
     pub fn run(&self, message: impl FnOnce(&Runtime) + Send + 'static) {
-        self.0.messages.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(message));
+        if let Some(messages) = &mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner) {
+            messages.push(Box::new(message));
+        } else {
+            return;
+        }
         self.0.signal();
     }
 
@@ -377,7 +399,7 @@ pub struct Reactor {
     poll_ns_max: u64,
     /// How long to spin now: between 0 and `poll_ns_max`, by what spinning brought lately.
     poll_ns: u64,
-    busy_until: Instant,
+    idle_since: Option<Instant>,
     completed: Vec<(u64, Completed)>,
     messages: Vec<Message>,
     tasks: Vec<usize>,
@@ -411,7 +433,7 @@ impl Reactor {
         // SAFETY: `wake` is a descriptor that we just made and nobody else owns.
         let wake = unsafe { OwnedFd::from_raw_fd(wake) };
         let shared = Arc::new(Shared {
-            messages: Mutex::default(),
+            messages: Mutex::new(Some(Vec::new())),
             tasks: Mutex::default(),
             pending: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
@@ -423,7 +445,7 @@ impl Reactor {
             now: Cell::new(Instant::default()),
             timers: RefCell::default(),
             sources: RefCell::default(),
-            generation: Cell::new(0),
+            generations: RefCell::default(),
             ready: RefCell::default(),
             watching: RefCell::default(),
             outstanding: Cell::new(0),
@@ -437,7 +459,7 @@ impl Reactor {
         runtime.submit(SourceId::INBOX, 0, &Op::PollReadable { fd });
         let poll_ns_max = u64::from(config.poll_us) * 1000;
         Ok(Reactor {
-            busy_until: runtime.now(),
+            idle_since: None,
             runtime,
             poll_ns_max,
             poll_ns: poll_ns_max,
@@ -475,17 +497,22 @@ impl Reactor {
         if busy {
             bump(&stats.busy_passes);
             driver!(inner, driver => driver.enter(Wait::No));
-            self.busy_until = inner.now.get();
+            self.idle_since = None;
             return true;
         }
-        let spin =
-            if inner.outstanding.get() > 0 || inner.watching.borrow().is_empty() { 0 } else { self.poll_ns };
-        if inner.now.get().ns_since(self.busy_until) < spin {
+        let idle_since = *self.idle_since.get_or_insert(inner.now.get());
+        let spin = if self.may_spin() { self.poll_ns } else { 0 };
+        if inner.now.get().ns_since(idle_since) < spin {
             driver!(inner, driver => driver.enter(Wait::No));
             std::hint::spin_loop();
             return true;
         }
         self.sleep()
+    }
+
+    /// Spinning makes sense only for work that shared memory brings; what is out on the network wakes us by itself.
+    fn may_spin(&self) -> bool {
+        self.runtime.0.outstanding.get() == 0 && !self.runtime.0.watching.borrow().is_empty()
     }
 
     /// Arms every source and sleeps, unless one of them has work after all: then returns true at once.
@@ -496,6 +523,9 @@ impl Reactor {
         let watching = inner.watching.borrow().len();
         for index in 0..watching {
             let Some(id) = inner.watching.borrow().get(index).copied() else { break };
+            if self.set_armed(id, true) {
+                continue;
+            }
             if self.with_source(id, |source| source.arm()) == Some(true) {
                 self.runtime.wake(id);
                 stay_awake = true;
@@ -509,16 +539,14 @@ impl Reactor {
         }
         let deadline = inner.timers.borrow().next_deadline().unwrap_or(Instant::NEVER);
         bump(&inner.shared.stats.sleeps);
-        let slept_from = inner.now.get();
+        let (slept_from, could_have_spun) = (inner.now.get(), self.may_spin());
         driver!(inner, driver => driver.enter(Wait::Until(deadline)));
         inner.shared.sleeping.store(false, Ordering::SeqCst);
         let slept = self.runtime.refresh_now().ns_since(slept_from);
         // As the kernel's haltpoll: work that came soon after we slept would have been found by spinning; work that
         // came late shows that spinning was in vain.
-        if slept < self.poll_ns_max {
-            self.poll_ns = self.poll_ns_max;
-        } else {
-            self.poll_ns /= 2;
+        if could_have_spun {
+            self.poll_ns = if slept < self.poll_ns_max { self.poll_ns_max } else { self.poll_ns / 2 };
         }
         false
     }
@@ -553,18 +581,24 @@ impl Reactor {
             self.run_inbox();
         }
 
-        std::mem::swap(&mut self.running, &mut inner.ready.borrow_mut());
-        let mut running = std::mem::take(&mut self.running);
-        for id in running.drain(..) {
+        // A channel's events wake its user, whose answer should leave with the same enter: a few rounds, but not for ever.
+        for _ in 0..READY_ROUNDS {
+            std::mem::swap(&mut self.running, &mut inner.ready.borrow_mut());
+            if self.running.is_empty() {
+                break;
+            }
             busy = true;
-            self.poll_source(id);
+            let mut running = std::mem::take(&mut self.running);
+            for id in running.drain(..) {
+                self.poll_source(id);
+            }
+            self.running = running;
         }
-        self.running = running;
 
         let watching = inner.watching.borrow().len();
         for index in 0..watching {
             let Some(id) = inner.watching.borrow().get(index).copied() else { break };
-            if self.with_source(id, |source| source.peek()) == Some(true) {
+            if !self.is_armed(id) && self.with_source(id, |source| source.peek()) == Some(true) {
                 busy = true;
                 self.poll_source(id);
             }
@@ -579,6 +613,7 @@ impl Reactor {
             self.runtime.0.executor.complete(key, completed);
         } else if source == SourceId::INBOX {
             if !completed.more {
+                assert!(completed.result >= 0, "the inbox's poll failed: {completed:?}");
                 let fd = Fd(self.runtime.0.shared.wake.as_raw_fd());
                 self.runtime.submit(SourceId::INBOX, 0, &Op::PollReadable { fd });
             }
@@ -602,10 +637,9 @@ impl Reactor {
     fn run_inbox(&mut self) {
         let shared = Arc::clone(&self.runtime.0.shared);
         shared.pending.store(false, Ordering::SeqCst);
-        std::mem::swap(
-            &mut self.messages,
-            &mut *shared.messages.lock().unwrap_or_else(PoisonError::into_inner),
-        );
+        if let Some(messages) = &mut *shared.messages.lock().unwrap_or_else(PoisonError::into_inner) {
+            std::mem::swap(&mut self.messages, messages);
+        }
         let mut messages = std::mem::take(&mut self.messages);
         for message in messages.drain(..) {
             message(&self.runtime);
@@ -630,11 +664,23 @@ impl Reactor {
         Some(f(&mut *source))
     }
 
+    fn is_armed(&self, id: SourceId) -> bool {
+        self.runtime.0.sources.borrow().get(id.index()).is_some_and(|entry| entry.id == id && entry.armed)
+    }
+
+    /// Notes whether the source is armed, and returns whether it was.
+    fn set_armed(&self, id: SourceId, armed: bool) -> bool {
+        let mut sources = self.runtime.0.sources.borrow_mut();
+        let entry = sources.get_mut(id.index()).filter(|entry| entry.id == id);
+        entry.is_some_and(|entry| std::mem::replace(&mut entry.armed, armed))
+    }
+
     fn poll_source(&mut self, id: SourceId) {
         let source = {
             let mut sources = self.runtime.0.sources.borrow_mut();
             let Some(entry) = sources.get_mut(id.index()).filter(|entry| entry.id == id) else { return };
             entry.ready = false;
+            entry.armed = false;
             std::mem::swap(&mut self.events, &mut entry.events);
             Rc::clone(&entry.source)
         };
@@ -643,7 +689,29 @@ impl Reactor {
     }
 }
 
-/// A reactor on a thread of its own. Dropping it stops and joins the thread.
+impl Drop for Reactor {
+    /// Ends every operation, then lets go of what lived here. What the kernel will not let go of is leaked: it may still
+    /// write to it.
+    fn drop(&mut self) {
+        let inner = Rc::clone(&self.runtime.0);
+        let messages = inner.shared.messages.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if !driver!(inner, driver => driver.quiesce()) {
+            log::error!("operations are still under way at the end of a reactor: their memory is leaked");
+            std::mem::forget(inner);
+            return;
+        }
+        // All of these may reach for the runtime when they are dropped, so nothing is borrowed meanwhile; and all of them
+        // may hold the runtime, so they are taken out of it.
+        self.runtime.enter(|| {
+            drop(messages);
+            drop(inner.executor.take_all());
+            drop(inner.sources.take());
+            drop(inner.locals.take());
+        });
+    }
+}
+
+/// A reactor on a thread of its own. Dropping it, on another thread, stops and joins it.
 pub struct ReactorThread {
     handle: ReactorHandle,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -776,6 +844,44 @@ mod tests {
             libc::close(fds[0]);
             libc::close(fds[1]);
         }
+    }
+
+    #[test]
+    fn an_ended_reactor_drops_its_tasks_and_answers_nobody() {
+        let thread = ReactorThread::spawn("test", ReactorConfig::default()).unwrap();
+        let handle = thread.handle().clone();
+        let (dropped, drops) = mpsc::channel::<()>();
+        handle.call(move |runtime| {
+            let runtime_kept = runtime.clone();
+            runtime.spawn(async move {
+                let _until_dropped = dropped;
+                runtime_kept.sleep(Duration::from_secs(3600)).await;
+            });
+        });
+        drop(thread);
+        assert_eq!(drops.recv_timeout(Duration::from_secs(20)), Err(mpsc::RecvTimeoutError::Disconnected));
+        assert_eq!(handle.call(|_| 1), None);
+    }
+
+    #[test]
+    fn what_an_abandoned_operation_owned_may_use_the_executor_when_it_is_dropped() {
+        let thread = ReactorThread::spawn("test", ReactorConfig::default()).unwrap();
+        struct Spawns(Runtime, mpsc::Sender<()>);
+        impl Drop for Spawns {
+            fn drop(&mut self) {
+                let told = self.1.clone();
+                let op = self.0.operate(&Op::Nop, None);
+                self.0.spawn(async move {
+                    op.await;
+                    let _ = told.send(());
+                });
+            }
+        }
+        let (tell, told) = mpsc::channel();
+        thread.handle().call(move |runtime| {
+            drop(runtime.operate(&Op::Nop, Some(Box::new(Spawns(runtime.clone(), tell)))));
+        });
+        told.recv_timeout(Duration::from_secs(20)).expect("the drop ran, and its task");
     }
 
     #[test]

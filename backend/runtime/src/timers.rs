@@ -29,6 +29,11 @@ impl Timers {
         self.by_deadline.remove(&id);
     }
 
+    /// Cancels all timers of a source.
+    pub(crate) fn cancel_source(&mut self, source: SourceId) {
+        self.by_deadline.retain(|_, (other, _)| *other != source);
+    }
+
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.by_deadline.first_key_value().map(|(id, _)| id.deadline)
     }

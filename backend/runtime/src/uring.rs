@@ -16,6 +16,8 @@ const CQ_ENTRIES: u32 = 8192;
 pub struct Uring {
     ring: IoUring,
     random: u64,
+    /// Operations that are not terminal yet.
+    in_flight: u64,
 }
 
 impl Uring {
@@ -28,6 +30,7 @@ impl Uring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
+            .setup_submit_all()
             .setup_cqsize(CQ_ENTRIES)
             .setup_clamp()
             .dontfork()
@@ -38,7 +41,7 @@ impl Uring {
         if got != 8 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Uring { ring, random: u64::from_ne_bytes(seed) | 1 })
+        Ok(Uring { ring, random: u64::from_ne_bytes(seed) | 1, in_flight: 0 })
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
@@ -90,15 +93,10 @@ impl Driver for Uring {
                     .build()
             }
             Op::Connect { fd, address, len } => opcode::Connect::new(types::Fd(fd.0), address, len).build(),
-            Op::Notify { fd } => {
-                static ONE: u64 = 1;
-                opcode::Write::new(types::Fd(fd.0), (&raw const ONE).cast(), 8)
-                    .build()
-                    .flags(squeue::Flags::SKIP_SUCCESS)
-            }
+            Op::Notify { fd } => return notify(fd),
             Op::Cancel { .. } => unreachable!("the runtime turns this into Driver::cancel"),
         };
-        let user = if matches!(op, Op::Notify { .. }) { NOBODY } else { user };
+        self.in_flight += 1;
         self.push(&entry.user_data(user));
     }
 
@@ -150,8 +148,23 @@ impl Driver for Uring {
                 continue;
             }
             let more = io_uring::cqueue::more(cqe.flags());
+            self.in_flight -= u64::from(!more);
             out.push((cqe.user_data(), Completed { result: cqe.result(), more }));
         }
+    }
+
+    fn quiesce(&mut self) -> bool {
+        let deadline = Instant::monotonic() + QUIESCE;
+        let mut ended = Vec::new();
+        while self.in_flight > 0 && Instant::monotonic() < deadline {
+            let all = types::CancelBuilder::any().all();
+            let cancel = opcode::AsyncCancel2::new(all).build().flags(squeue::Flags::SKIP_SUCCESS);
+            self.push(&cancel.user_data(NOBODY));
+            self.enter(Wait::Until(Instant::monotonic() + QUIESCE_STEP));
+            self.reap(&mut ended);
+            ended.clear();
+        }
+        self.in_flight == 0
     }
 
     fn now(&self) -> Instant {
@@ -184,4 +197,22 @@ impl Driver for Uring {
     }
 }
 
+/// Adds 1 to an eventfd without ever waiting for its reader.
+///
+/// Done by two plain calls rather than an SQE: the descriptor may be closed right afterwards, front ends pass blocking
+/// eventfds (for which io_uring needs 12 µs), and 0.5 µs per drained batch is less than an enter of its own.
+fn notify(fd: Fd) {
+    let mut poll = libc::pollfd { fd: fd.0, events: libc::POLLOUT, revents: 0 };
+    let one = 1u64;
+    // SAFETY: `poll` and `one` outlive the calls.
+    unsafe {
+        if libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 {
+            libc::write(fd.0, (&raw const one).cast(), 8);
+        }
+    }
+}
+
+/// How long the end of a reactor waits for operations that the kernel does not give up: then their memory is leaked.
+const QUIESCE: std::time::Duration = std::time::Duration::from_secs(5);
+const QUIESCE_STEP: std::time::Duration = std::time::Duration::from_millis(20);
 const IORING_ENTER_GETEVENTS: u32 = 1;

@@ -148,7 +148,8 @@ fn execute(state: &mut SimDiskState, geometry: Geometry, request: &Request) -> O
         state.flushes += 1;
         return Ok(());
     }
-    if !geometry.contains(request.lba.0, request.blocks) {
+    let too_long = request.operation.has_payload() && request.blocks.0 > geometry.transfer_blocks_max;
+    if too_long || !geometry.contains(request.lba.0, request.blocks) {
         return Err(Status::Invalid);
     }
     let shift = geometry.block_size.shift();

@@ -37,7 +37,7 @@ impl SimDriver {
         let mut pending = std::mem::take(&mut self.under_way);
         for round in (1..pending.len()).rev() {
             let other = self.world.state.borrow_mut().random.index(round + 1);
-            // Operations of one socket keep their order among themselves: receives and sends are one at a time anyway.
+            // Also among operations of one socket: whoever needs an order has one receive and one send at a time.
             pending.swap(round, other);
         }
         let now = self.world.now();
@@ -162,6 +162,12 @@ impl Driver for SimDriver {
     fn reap(&mut self, out: &mut Vec<(u64, Completed)>) {
         self.progress();
         out.append(&mut self.completed);
+    }
+
+    fn quiesce(&mut self) -> bool {
+        self.under_way.clear();
+        self.completed.clear();
+        true
     }
 
     fn now(&self) -> Instant {

@@ -43,6 +43,9 @@ pub struct World {
     pub(crate) state: Rc<RefCell<State>>,
 }
 
+/// Passes that reactors may be busy without time passing; more is somebody waking itself for ever.
+const STEPS_MAX: u32 = 1_000_000;
+
 impl World {
     /// A new world at time 1 s.
     #[must_use]
@@ -125,6 +128,7 @@ impl World {
         mut done: impl FnMut() -> bool,
     ) -> Result<(), String> {
         let deadline = self.now() + deadline;
+        let mut steps_at_this_time = 0u32;
         loop {
             let mut busy = false;
             let first = usize::try_from(self.below(reactors.len() as u64)).unwrap_or(0);
@@ -138,8 +142,13 @@ impl World {
                 }
             }
             if busy {
+                steps_at_this_time += 1;
+                if steps_at_this_time > STEPS_MAX {
+                    return Err(format!("no end of work at {:?}", self.now()));
+                }
                 continue;
             }
+            steps_at_this_time = 0;
             let mut state = self.state.borrow_mut();
             let now = state.now;
             let waits = state.wake_at.iter().chain(state.due.iter()).copied();

@@ -2,10 +2,12 @@
 
 use crate::plan::{self, Plan};
 use hawser_block::{
-    Channel, Completion, Device, DeviceState, Geometry, Outcome, Request, StatsSet, Status, Token, channel,
+    Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, Outcome, Request, StatsSet, Status,
+    Token, WriteZeroesLimits, channel,
 };
 use hawser_runtime::{Runtime, Slab, SourceId};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A device made of members: today of one, whole.
 pub struct Volume {
@@ -13,13 +15,22 @@ pub struct Volume {
     member: Arc<dyn Device>,
     read_only: bool,
     stats: Arc<StatsSet>,
+    /// Raised whenever the member says that it has changed.
+    changes: Arc<AtomicU64>,
 }
 
 impl Volume {
     /// The whole of `member`, under the disk's name.
     #[must_use]
     pub fn whole(name: String, member: Arc<dyn Device>, read_only: bool) -> Volume {
-        Volume { name, member, read_only, stats: Arc::default() }
+        let changes = Arc::<AtomicU64>::default();
+        let raised = Arc::downgrade(&changes);
+        member.subscribe(Box::new(move || {
+            if let Some(changes) = raised.upgrade() {
+                changes.fetch_add(1, Ordering::Release);
+            }
+        }));
+        Volume { name, member, read_only, stats: Arc::default(), changes }
     }
 }
 
@@ -31,7 +42,19 @@ impl Device for Volume {
     fn geometry(&self) -> Option<Geometry> {
         let member = self.member.geometry()?;
         let transfer_blocks_max = plan::TRANSFER_BYTES_MAX >> member.block_size.shift();
-        Some(Geometry { transfer_blocks_max, read_only: self.read_only || member.read_only, ..member })
+        Some(Geometry {
+            transfer_blocks_max,
+            read_only: self.read_only || member.read_only,
+            discard: member.discard.map(|limits| DiscardLimits {
+                blocks_max: limits.blocks_max.saturating_mul(plan::PIECES_MAX),
+                ..limits
+            }),
+            write_zeroes: member.write_zeroes.map(|limits| WriteZeroesLimits {
+                blocks_max: limits.blocks_max.saturating_mul(plan::PIECES_MAX),
+                ..limits
+            }),
+            ..member
+        })
     }
 
     fn state(&self) -> DeviceState {
@@ -56,6 +79,8 @@ impl Device for Volume {
             user,
             device: Arc::clone(&self.member),
             member: self.member.channel(runtime, user),
+            changes: Arc::clone(&self.changes),
+            seen_changes: self.changes.load(Ordering::Acquire),
             geometry: self.member.geometry().expect("a channel is opened once the geometry is known"),
             read_only: self.read_only,
             split: Slab::with_capacity(16),
@@ -82,8 +107,10 @@ struct VolumeChannel {
     user: SourceId,
     device: Arc<dyn Device>,
     member: Box<dyn Channel>,
-    /// As of the last look: a request that does not fit in it looks again, because the device may have grown.
+    /// The member's, as of `seen_changes`.
     geometry: Geometry,
+    changes: Arc<AtomicU64>,
+    seen_changes: u64,
     read_only: bool,
     split: Slab<Split>,
     /// Member requests of the batch that are pieces.
@@ -95,22 +122,24 @@ struct VolumeChannel {
 }
 
 impl VolumeChannel {
-    fn plan(&mut self, request: &Request) -> Plan {
-        let plan = plan::resolve(request, &self.geometry, self.read_only);
-        if plan != Plan::Refused(Status::Invalid) {
-            return plan;
+    /// Looks at the member again if it has said that it changed.
+    fn refresh(&mut self) {
+        let changes = self.changes.load(Ordering::Acquire);
+        if changes != self.seen_changes {
+            self.seen_changes = changes;
+            self.geometry = self.device.geometry().unwrap_or(self.geometry);
         }
-        self.geometry = self.device.geometry().unwrap_or(self.geometry);
-        plan::resolve(request, &self.geometry, self.read_only)
     }
 }
 
 impl Channel for VolumeChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
+        self.refresh();
         let refused_before = self.refused.len();
-        batch.retain(|request| match self.plan(request) {
+        batch.retain(|request| match plan::resolve(request, &self.geometry, self.read_only) {
             Plan::Whole => true,
             Plan::Pieces(count) => {
+                assert!(request.token.0 & Token::VOLUME_BIT == 0, "volumes do not nest");
                 let split = Split { token: request.token, pieces_left: count, outcome: Ok(()) };
                 let token = Token(self.split.insert(split) as u64 | Token::VOLUME_BIT);
                 self.pieces

@@ -5,6 +5,9 @@ use hawser_block::{BlockCount, Geometry, Lba, Operation, Request, Status};
 /// The longest read or write that a volume takes, in bytes; what is longer than a member takes is split.
 pub const TRANSFER_BYTES_MAX: u32 = 4 << 20;
 
+/// The most pieces that a discard or write-zeroes becomes; the volume offers no longer ones than that makes.
+pub const PIECES_MAX: u32 = 32;
+
 /// What a request becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
@@ -39,6 +42,7 @@ pub fn resolve(request: &Request, member: &Geometry, read_only: bool) -> Plan {
     };
     match request.blocks.0.div_ceil(blocks_max) {
         1 => Plan::Whole,
+        pieces if pieces > PIECES_MAX && !request.operation.has_payload() => Plan::Refused(Status::Invalid),
         pieces => Plan::Pieces(pieces),
     }
 }
@@ -111,6 +115,16 @@ mod tests {
                 "{lba}+{blocks}"
             );
         }
+    }
+
+    #[test]
+    fn a_guest_cannot_ask_for_endless_pieces() {
+        let limits = DiscardLimits { blocks_max: 1, granularity_blocks: 1, reads_zeroes: true };
+        let member = Geometry { discard: Some(limits), ..Geometry::new(BlockSize::B512, 1 << 40) };
+        let discard = |blocks| resolve(&request(Operation::Discard, 0, blocks), &member, false);
+        assert_eq!(discard(PIECES_MAX), Plan::Pieces(PIECES_MAX));
+        assert_eq!(discard(PIECES_MAX + 1), Plan::Refused(Status::Invalid));
+        assert_eq!(discard(u32::MAX), Plan::Refused(Status::Invalid));
     }
 
     #[test]
