@@ -91,9 +91,16 @@ fn random_requests_over_members_of_every_limit_read_back_like_the_model() {
             let token = Token(step);
             let request = Request { operation, lba: Lba(lba), blocks: BlockCount(count), buffers, token };
             let ended = run(&mut *channel, &[request]);
-            let outcome = if fits { Ok(()) } else { Err(Status::Invalid) };
+            let offered = volume.geometry().unwrap();
+            let blocks_max = match operation {
+                Operation::Discard => offered.discard.unwrap().blocks_max,
+                Operation::WriteZeroes { .. } => offered.write_zeroes.unwrap().blocks_max,
+                _ => offered.transfer_blocks_max,
+            };
+            let ok = fits && count <= blocks_max;
+            let outcome = if ok { Ok(()) } else { Err(Status::Invalid) };
             assert_eq!(ended, [Completion { token, outcome }], "seed {seed} step {step}");
-            if !fits {
+            if !ok {
                 continue;
             }
             match operation {
