@@ -24,8 +24,8 @@ pub struct Daemon {
 pub struct Disk {
     /// `waiting`, `listening`, `connected`, `suspended`.
     pub state: String,
-    /// All requests that this process has answered.
-    pub requests: f64,
+    /// Writes that this process has answered.
+    pub writes: f64,
 }
 
 impl Daemon {
@@ -129,17 +129,7 @@ impl Daemon {
             .iter()
             .find(|disk| disk.text("name").is_ok_and(|found| found == name))
             .ok_or_else(|| format!("hawser status knows no disk {name}"))?;
-        let requests = match disk.get("requests") {
-            Some(Json::Object(counters)) => counters
-                .iter()
-                .filter_map(|(_, counter)| match counter {
-                    Json::Number(number) => Some(*number),
-                    _ => None,
-                })
-                .sum(),
-            other => return Err(format!("disk {name}: requests: {other:?}")),
-        };
-        Ok(Disk { state: disk.text("state")?.to_owned(), requests })
+        Ok(Disk { state: disk.text("state")?.to_owned(), writes: disk.number("requests.write")? })
     }
 
     /// Waits until a disk is in `state`.
@@ -155,10 +145,13 @@ impl Daemon {
         }
     }
 
-    /// Waits until this process has answered requests of a disk's VM: then its handshake, VRING_ENABLE included, is over.
-    pub fn await_requests(&mut self, name: &str) -> Result<()> {
-        let deadline = Deadline::new(60, format!("requests of disk {name}'s VM"));
-        while self.disk(name).map_err(|e| self.explain(&e))?.requests < 1.0 {
+    /// Waits until this process has answered `count` more writes of a disk's VM: then its handshake, VRING_ENABLE
+    /// included, is over, and the VM's load runs.
+    pub fn await_writes(&mut self, name: &str, count: u32) -> Result<()> {
+        let deadline = Deadline::new(60, format!("{count} writes of disk {name}'s VM"));
+        let disk = |daemon: &mut Daemon| daemon.disk(name).map_err(|e| daemon.explain(&e));
+        let goal = disk(self)?.writes + f64::from(count);
+        while disk(self)?.writes < goal {
             self.must_live()?;
             deadline.nap().map_err(|e| self.explain(&e))?;
         }

@@ -6,7 +6,7 @@ use guest_tests::qemu::Firmware;
 use guest_tests::suite::{Served, boot, verify_options};
 use guest_tests::{Result, progress};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Seconds of each fio run.
 const FIO_SECONDS: u64 = 5;
@@ -51,8 +51,7 @@ pub(crate) fn run() -> Result<()> {
 
     progress("fio writes and verifies; kill -9 to the back end, and a new one");
     let load = fio::start(&mut guest, &verify_options(lab.accel, LOAD_SECONDS))?;
-    served.serve.await_requests("disk0")?;
-    std::thread::sleep(Duration::from_secs(3));
+    served.serve.await_writes("disk0", 2000)?;
     served.serve.kill()?;
     progress("the back end is dead");
     served.serve.launch()?;

@@ -36,8 +36,7 @@ pub(super) fn reboots(lab: &Lab) -> Result<Outcome> {
 
     // By the reset button, in the middle of its work: requests are in flight when the firmware takes the device over.
     let _ = fio::start(&mut guest, &verify_options(lab.accel, 60))?;
-    served.serve.await_requests(DISK)?;
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    served.serve.await_writes(DISK, 500)?;
     let third = guest.reset()?;
     check(lab, &mut guest, 2)?;
     mark(&mut guest, 3)?;
