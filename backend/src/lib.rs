@@ -3,4 +3,9 @@
 //! Owns: configuration, assembly of the layers, the daemon's life, the management API, the commands. Must not know: rings,
 //! NVMe, io_uring; it sees the layers by their public types only.
 
+pub mod assemble;
+pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod image;
+mod sys;

@@ -6,6 +6,7 @@
 //! Every error is one line that names the file, the place, the key, the value and what would be right.
 
 mod place;
+mod save;
 pub mod value;
 
 use place::Place;
@@ -44,6 +45,7 @@ pub struct Config {
     pub disks: Vec<Placed<DiskConfig>>,
     /// `[[subsystem]]`
     pub subsystems: Vec<Placed<SubsystemConfig>>,
+    daemon_place: Option<Place>,
 }
 
 /// A section, and where it stands.
@@ -128,6 +130,9 @@ pub struct DeviceConfig {
     pub uri: Uris,
     /// The logical block size in bytes, for devices that have none of their own.
     pub block_size: Option<u32>,
+    /// Nobody may write, and a `file:` is opened (and locked) accordingly.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// `[[disk]]`: a device offered to a VM at a vhost-user socket. Also what `disk add` sends and `--save` writes.
@@ -244,7 +249,6 @@ impl Config {
     /// When one of them says something wrong.
     pub fn parse(files: &[(PathBuf, String)]) -> Result<Config, ConfigError> {
         let mut config = Config { file: files[0].0.clone(), ..Config::default() };
-        let mut daemon_place: Option<Place> = None;
         let mut host_place: Option<Place> = None;
         for (file, text) in files {
             let document: Document =
@@ -252,14 +256,14 @@ impl Config {
             let at = |section: &str, start: usize| Place::new(file, text, section, start);
             if let Some(daemon) = document.daemon {
                 let place = at("[daemon]", daemon.span().start);
-                once("daemon", &daemon_place, &place)?;
+                once("daemon", config.daemon_place.as_ref(), &place)?;
                 config.daemon = daemon.into_inner();
                 check_daemon(&config.daemon, &place)?;
-                daemon_place = Some(place);
+                config.daemon_place = Some(place);
             }
             if let Some(host) = document.host {
                 let place = at("[host]", host.span().start);
-                once("host", &host_place, &place)?;
+                once("host", host_place.as_ref(), &place)?;
                 config.host = host.into_inner();
                 host_place = Some(place);
             }
@@ -332,6 +336,24 @@ impl Config {
         Err(format!("{:?} is no [[device]], {}", name.as_str(), self.device_names()))
     }
 
+    /// Puts the API elsewhere than the files say.
+    ///
+    /// # Errors
+    /// When a disk has that socket.
+    pub fn set_api(&mut self, api: SocketPath) -> Result<(), ConfigError> {
+        self.daemon.api = api;
+        self.check()
+    }
+
+    /// An error about a key of `[daemon]`.
+    #[must_use]
+    pub fn daemon_error(&self, key: &str, what: impl fmt::Display) -> ConfigError {
+        match &self.daemon_place {
+            Some(place) => ConfigError(format!("{}: {what}", place.key(key))),
+            None => ConfigError(format!("{}: [daemon] {key}: {what}", self.file.display())),
+        }
+    }
+
     /// The device called `name`.
     #[must_use]
     pub fn device(&self, name: &str) -> Option<&Placed<DeviceConfig>> {
@@ -385,7 +407,7 @@ fn conf_d_files(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(files)
 }
 
-fn once(section: &str, first: &Option<Place>, second: &Place) -> Result<(), ConfigError> {
+fn once(section: &str, first: Option<&Place>, second: &Place) -> Result<(), ConfigError> {
     let Some(first) = first else { return Ok(()) };
     Err(ConfigError(format!(
         "{}: is in {} too, want [{section}] in one file only",

@@ -1,0 +1,9 @@
+//! From what the configuration says to what runs: devices, disks, targets, and who we are to targets.
+//!
+//! Owns: the only place where the layers meet. Must not know: requests.
+
+pub mod device;
+pub mod disk;
+pub mod host;
+pub mod reactors;
+pub mod target;

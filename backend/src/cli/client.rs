@@ -1,0 +1,112 @@
+//! The command line's way to a running daemon: one request over the API's socket.
+
+use crate::cli::Failure;
+use crate::daemon::api::view::ErrorView;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longer than any drain: who stops a disk may set `drain_timeout` to an hour.
+const ANSWER_MAX: Duration = Duration::from_secs(2 * 3600);
+/// A daemon that does not take the connection in this time is stuck.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+
+/// A daemon, named by its socket.
+pub(super) struct Client {
+    api: PathBuf,
+}
+
+impl Client {
+    pub(super) fn new(api: &Path) -> Client {
+        Client { api: api.to_owned() }
+    }
+
+    pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.call(Method::GET, path, None)
+    }
+
+    pub(super) fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.call(Method::DELETE, path, None)
+    }
+
+    pub(super) fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Failure> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(|error| self.failed(&error))?;
+        self.call(Method::POST, path, body)
+    }
+
+    fn failed(&self, what: &dyn std::fmt::Display) -> Failure {
+        Failure::Failed(format!("{}: {what}", self.api.display()))
+    }
+
+    fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<T, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| self.failed(&error))?;
+        let (status, body) = runtime.block_on(self.exchange(method, path, body))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body)
+                .map_err(|error| self.failed(&format!("the daemon's answer is not understood: {error}")));
+        }
+        let what =
+            serde_json::from_slice::<ErrorView>(&body).map_or_else(|_| status.to_string(), |view| view.error);
+        if status == StatusCode::BAD_REQUEST { Err(Failure::Usage(what)) } else { Err(Failure::Failed(what)) }
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<(StatusCode, Bytes), Failure> {
+        let stream = tokio::time::timeout(CONNECT_MAX, tokio::net::UnixStream::connect(&self.api))
+            .await
+            .map_err(|_| self.failed(&"the daemon does not take connections"))?
+            .map_err(|error| self.no_daemon(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.failed(&error))?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "hawser")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body.unwrap_or_default())))
+            .map_err(|error| self.failed(&error))?;
+        let answer = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+        };
+        tokio::time::timeout(ANSWER_MAX, answer)
+            .await
+            .map_err(|_| self.failed(&"the daemon does not answer"))?
+            .map_err(|error| self.failed(&format!("the daemon's answer was cut off: {error}")))
+    }
+
+    fn no_daemon(&self, error: &io::Error) -> Failure {
+        let why = match error.kind() {
+            io::ErrorKind::NotFound => "no daemon serves this API socket".to_owned(),
+            io::ErrorKind::ConnectionRefused => "the daemon of this API socket has ended".to_owned(),
+            _ => format!("cannot be reached: {error}"),
+        };
+        self.failed(&format!("{why}; start `hawser serve`, or name another by --api or HAWSER_API"))
+    }
+}

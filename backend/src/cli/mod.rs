@@ -1,0 +1,101 @@
+//! The command line: what people type, and what comes back.
+//!
+//! Owns: arguments, tables, exit codes. Everything about a running daemon goes through its API ([`client`]).
+//!
+//! Exit codes: 0 done; 1 failed; 2 usage or configuration. Errors are one line on stderr that begins with `hawser: `.
+
+mod client;
+mod device;
+mod disk;
+mod image;
+mod serve;
+mod status;
+mod table;
+
+use crate::config::ConfigError;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Why a command did not do what it was asked to. One line each.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The asker's mistake: exit code 2.
+    Usage(String),
+    /// Anything else: exit code 1.
+    Failed(String),
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        Failure::Usage(error.to_string())
+    }
+}
+
+/// Moors virtual machines to remote disks.
+#[derive(Parser)]
+#[command(name = "hawser", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run what a configuration file describes, in the foreground
+    Serve(serve::ServeArgs),
+    /// Show how a running daemon is doing
+    Status(status::StatusArgs),
+    /// Disks of a running daemon
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
+    /// Devices of a running daemon, and what a target offers
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
+    /// Disk images
+    #[command(subcommand)]
+    Image(image::ImageCommand),
+}
+
+/// Which daemon.
+#[derive(Args)]
+struct ApiArgs {
+    /// The daemon's API socket
+    #[arg(long, value_name = "SOCK", env = "HAWSER_API", default_value = crate::config::DEFAULT_API)]
+    api: PathBuf,
+    /// Print JSON for scripts instead of a table for people
+    #[arg(long)]
+    json: bool,
+}
+
+impl ApiArgs {
+    fn client(&self) -> client::Client {
+        client::Client::new(&self.api)
+    }
+}
+
+/// Parses the process's arguments, does what they say, and gives the exit code.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match &cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Disk(command) => disk::run(command),
+        Command::Device(command) => device::run(command),
+        Command::Image(command) => image::run(command),
+    };
+    let (line, code) = match done {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Usage(line)) => (line, 2),
+        Err(Failure::Failed(line)) => (line, 1),
+    };
+    eprintln!("hawser: {line}");
+    ExitCode::from(code)
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::Failed(error.to_string()))?;
+    println!("{text}");
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `hawser status`
+
+use crate::cli::table::{self, Align, Table};
+use crate::cli::{ApiArgs, Failure, device, disk, print_json};
+use crate::daemon::api::view::{StatusView, SubsystemView};
+use clap::Args;
+
+#[derive(Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    api: ApiArgs,
+}
+
+pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
+    let status: StatusView = args.api.client().get("/v1/status")?;
+    if args.api.json {
+        return print_json(&status);
+    }
+    println!(
+        "hawser {}, build {}, pid {}, up {}{}",
+        status.version,
+        status.build_id,
+        status.pid,
+        table::duration_seconds(status.uptime_seconds),
+        if status.crashes == 0 { String::new() } else { format!(", {} crashes before", status.crashes) }
+    );
+    let mut reactors = Table::new(&[
+        ("REACTOR", Align::Right),
+        ("CPU", Align::Right),
+        ("PASSES", Align::Right),
+        ("BUSY", Align::Right),
+        ("SLEEPS", Align::Right),
+    ]);
+    for (index, reactor) in status.reactors.iter().enumerate() {
+        reactors.row(vec![
+            index.to_string(),
+            reactor.cpu.map_or("-".to_owned(), |cpu| cpu.to_string()),
+            table::count(reactor.passes),
+            table::count(reactor.busy_passes),
+            table::count(reactor.sleeps),
+        ]);
+    }
+    println!();
+    reactors.print();
+    if !status.disks.is_empty() {
+        println!();
+        disk::print_table(&status.disks);
+    }
+    if !status.devices.is_empty() {
+        println!();
+        device::print_table(&status.devices);
+    }
+    if !status.subsystems.is_empty() {
+        println!();
+        print_subsystems(&status.subsystems);
+    }
+    Ok(())
+}
+
+fn print_subsystems(subsystems: &[SubsystemView]) {
+    let mut table =
+        Table::new(&[("SUBSYSTEM", Align::Left), ("LISTEN", Align::Left), ("NAMESPACES", Align::Left)]);
+    for subsystem in subsystems {
+        let namespaces: Vec<String> = subsystem
+            .namespaces
+            .iter()
+            .map(|namespace| format!("{}:{}", namespace.nsid, namespace.device))
+            .collect();
+        table.row(vec![subsystem.nqn.clone(), subsystem.listen.join(" "), namespaces.join(" ")]);
+    }
+    table.print();
+}

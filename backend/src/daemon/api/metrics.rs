@@ -1,0 +1,227 @@
+//! `GET /metrics`: every number of the daemon in the OpenMetrics text format, read when it is asked for.
+
+use crate::daemon::Daemon;
+use hawser_block::{IoKind, StatsSet, Status};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+use std::fmt::{self, Error};
+use std::sync::Arc;
+
+/// What [`text()`] is.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Upper bounds of the histograms' buckets, in nanoseconds: 1, 2, 5 per decade from 5 us, below which only `null:` gets,
+/// to 10 s, above which somebody has already been called.
+const BOUNDS_NS: [u64; 20] = [
+    5_000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+    200_000,
+    500_000,
+    1_000_000,
+    2_000_000,
+    5_000_000,
+    10_000_000,
+    20_000_000,
+    50_000_000,
+    100_000_000,
+    200_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_000_000_000,
+    5_000_000_000,
+    10_000_000_000,
+];
+
+/// Everything, as text.
+pub(super) fn text(daemon: &Daemon) -> String {
+    let mut registry = Registry::with_prefix("hawser");
+    registry.register_collector(Box::new(Numbers::of(daemon)));
+    let mut out = String::new();
+    // Writing into a string cannot fail.
+    let _ = text::encode(&mut out, &registry);
+    out
+}
+
+struct Numbers {
+    version: String,
+    build_id: String,
+    uptime_seconds: u64,
+    crashes: u64,
+    /// CPU or index, then passes, busy passes, sleeps.
+    reactors: Vec<(String, [u64; 3])>,
+    disks: Vec<(String, Arc<StatsSet>)>,
+    disk_states: Vec<(String, &'static str)>,
+    devices: Vec<(String, Arc<StatsSet>)>,
+    device_states: Vec<(String, String)>,
+}
+
+impl fmt::Debug for Numbers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Numbers")
+    }
+}
+
+impl Numbers {
+    fn of(daemon: &Daemon) -> Numbers {
+        let status = daemon.status();
+        let (disks, devices) = daemon.stats();
+        Numbers {
+            version: status.version,
+            build_id: status.build_id,
+            uptime_seconds: status.uptime_seconds,
+            crashes: status.crashes,
+            reactors: status
+                .reactors
+                .iter()
+                .enumerate()
+                .map(|(index, reactor)| {
+                    (index.to_string(), [reactor.passes, reactor.busy_passes, reactor.sleeps])
+                })
+                .collect(),
+            disks,
+            disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
+            devices,
+            device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
+        }
+    }
+}
+
+impl Collector for Numbers {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let build = [("version", self.version.as_str()), ("build_id", self.build_id.as_str())];
+        encoder
+            .encode_descriptor("build", "Which binary this is", None, MetricType::Info)?
+            .encode_info(&build)?;
+        gauge(
+            &mut encoder,
+            "uptime",
+            "How long the daemon serves",
+            Some(&Unit::Seconds),
+            self.uptime_seconds,
+        )?;
+        counter(&mut encoder, "crashes", "Deaths by the daemon's own fault", |metric| {
+            metric.encode_counter::<NoLabelSet, u64, u64>(&self.crashes, None)
+        })?;
+        let reactor = [
+            ("reactor_passes", "Passes of the reactor's loop"),
+            ("reactor_busy_passes", "Passes that found something to do"),
+            ("reactor_sleeps", "Times the reactor went to sleep"),
+        ];
+        for (which, (name, help)) in reactor.into_iter().enumerate() {
+            counter(&mut encoder, name, help, |metric| {
+                self.reactors.iter().try_for_each(|(reactor, numbers)| {
+                    one(metric, &[("reactor", reactor.as_str())], numbers[which])
+                })
+            })?;
+        }
+        states(&mut encoder, "disk", self.disk_states.iter().map(|(name, state)| (name.as_str(), *state)))?;
+        states(
+            &mut encoder,
+            "device",
+            self.device_states.iter().map(|(name, state)| (name.as_str(), state.as_str())),
+        )?;
+        io(&mut encoder, "disk", &self.disks)?;
+        io(&mut encoder, "device", &self.devices)
+    }
+}
+
+fn gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    value: u64,
+) -> Result<(), Error> {
+    encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+}
+
+fn counter(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    values: impl FnOnce(&mut MetricEncoder<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    values(&mut encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
+}
+
+fn one<const N: usize>(
+    metric: &mut MetricEncoder<'_>,
+    labels: &[(&str, &str); N],
+    value: u64,
+) -> Result<(), Error> {
+    metric.encode_family(labels)?.encode_counter::<NoLabelSet, u64, u64>(&value, None)
+}
+
+/// One series for each thing, with its state as a label and the value 1.
+fn states<'a>(
+    encoder: &mut DescriptorEncoder<'_>,
+    of: &str,
+    states: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<(), Error> {
+    let name = format!("{of}_state");
+    let mut metric = encoder.encode_descriptor(&name, "How it is doing", None, MetricType::Gauge)?;
+    for (name, state) in states {
+        metric.encode_family(&[(of, name), ("state", state)])?.encode_gauge(&1u64)?;
+    }
+    Ok(())
+}
+
+fn io(encoder: &mut DescriptorEncoder<'_>, of: &str, all: &[(String, Arc<StatsSet>)]) -> Result<(), Error> {
+    let name = format!("{of}_requests");
+    counter(encoder, &name, "Requests that ended well", |metric| {
+        each(all, |name, kind, stats| {
+            one(metric, &[(of, name), ("kind", kind.name())], stats.kind(kind).requests)
+        })
+    })?;
+    let name = format!("{of}_bytes");
+    counter(encoder, &name, "Bytes moved or covered by them", |metric| {
+        each(all, |name, kind, stats| {
+            one(metric, &[(of, name), ("kind", kind.name())], stats.kind(kind).bytes)
+        })
+    })?;
+    let name = format!("{of}_failures");
+    counter(encoder, &name, "Requests that failed", |metric| {
+        all.iter().try_for_each(|(name, stats)| {
+            Status::ALL.into_iter().try_for_each(|status| {
+                one(metric, &[(of, name.as_str()), ("status", status.name())], stats.failures(status))
+            })
+        })
+    })?;
+    let name = format!("{of}_latency");
+    let help = "From submission to end, of all requests";
+    let mut metric = encoder.encode_descriptor(&name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
+    each(all, |name, kind, stats| {
+        let latency = stats.kind(kind).latency;
+        let count = latency.count();
+        let mut below = 0;
+        let mut buckets = Vec::with_capacity(BOUNDS_NS.len() + 1);
+        for bound in BOUNDS_NS {
+            let up_to = latency.count_up_to(bound).max(below);
+            buckets.push((seconds(bound), up_to - below));
+            below = up_to;
+        }
+        buckets.push((f64::INFINITY, count.saturating_sub(below)));
+        metric.encode_family(&[(of, name), ("kind", kind.name())])?.encode_histogram::<NoLabelSet>(
+            seconds(latency.sum_ns),
+            count,
+            &buckets,
+            None,
+        )
+    })
+}
+
+fn each(
+    all: &[(String, Arc<StatsSet>)],
+    mut f: impl FnMut(&str, IoKind, &StatsSet) -> Result<(), Error>,
+) -> Result<(), Error> {
+    all.iter().try_for_each(|(name, stats)| IoKind::ALL.into_iter().try_for_each(|kind| f(name, kind, stats)))
+}
+
+fn seconds(ns: u64) -> f64 {
+    std::time::Duration::from_nanos(ns).as_secs_f64()
+}

@@ -1,0 +1,187 @@
+//! The values that the management API sends and takes: the one definition for the daemon, the command line and the tests.
+//!
+//! `docs/openapi.json` describes the same for others; a test holds real answers against it.
+
+use crate::config::DiskConfig;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// `GET /v1/status`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StatusView {
+    /// The package's version.
+    pub version: String,
+    /// The linker's build ID.
+    pub build_id: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// Since the daemon serves.
+    pub uptime_seconds: u64,
+    /// Deaths by the daemon's own fault since its run state was made.
+    pub crashes: u64,
+    /// The threads that do the work.
+    pub reactors: Vec<ReactorView>,
+    /// As `GET /v1/disks`.
+    pub disks: Vec<DiskView>,
+    /// As `GET /v1/devices`.
+    pub devices: Vec<DeviceView>,
+    /// As `GET /v1/subsystems`.
+    pub subsystems: Vec<SubsystemView>,
+}
+
+/// One reactor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReactorView {
+    /// The CPU that it is pinned to.
+    pub cpu: Option<usize>,
+    /// Passes of its loop.
+    pub passes: u64,
+    /// Passes that found something to do.
+    pub busy_passes: u64,
+    /// Times it went to sleep.
+    pub sleeps: u64,
+}
+
+/// One disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskView {
+    /// Its name.
+    pub name: String,
+    /// The device behind it.
+    pub device: String,
+    /// The vhost-user socket.
+    pub socket: String,
+    /// How it is doing.
+    pub state: DiskState,
+    /// Why it does not listen.
+    pub trouble: Option<String>,
+    /// The most queues that the VM may use.
+    pub queues: u16,
+    /// What GET_ID answers.
+    pub serial: String,
+    /// `None` until the device was reached once.
+    pub size_bytes: Option<u64>,
+    /// `None` until the device was reached once.
+    pub block_size: Option<u32>,
+    /// The VM may not write.
+    pub read_only: bool,
+    /// The file that brings it back at the next start; `None`: it was added without `--save`.
+    pub saved_in: Option<String>,
+    /// What the VM asked for.
+    #[serde(flatten)]
+    pub io: IoView,
+}
+
+/// How a disk is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskState {
+    /// The device was not reached yet, or the socket cannot be had.
+    Waiting,
+    /// The socket is there and nobody has connected.
+    Listening,
+    /// A VM is connected.
+    Connected,
+    /// Set aside after the same request crashed the daemon twice.
+    Suspended,
+}
+
+impl DiskState {
+    /// The word that people see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DiskState::Waiting => "waiting",
+            DiskState::Listening => "listening",
+            DiskState::Connected => "connected",
+            DiskState::Suspended => "suspended",
+        }
+    }
+}
+
+/// One device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceView {
+    /// Its name.
+    pub name: String,
+    /// The paths to it.
+    pub uri: Vec<String>,
+    /// `connecting`, `ready`, `reconnecting` or `failed`.
+    pub state: String,
+    /// Why it is not ready.
+    pub trouble: Option<String>,
+    /// `None` until it was reached once.
+    pub size_bytes: Option<u64>,
+    /// `None` until it was reached once.
+    pub block_size: Option<u32>,
+    /// `None` when not known.
+    pub uuid: Option<String>,
+    /// What was asked of it.
+    #[serde(flatten)]
+    pub io: IoView,
+}
+
+/// The numbers of a disk or device since the daemon started, by kind: `read`, `write`, `flush`, `discard`, `write_zeroes`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct IoView {
+    /// Requests that ended well.
+    pub requests: BTreeMap<String, u64>,
+    /// Bytes that they moved or covered.
+    pub bytes: BTreeMap<String, u64>,
+    /// Requests that failed, by status.
+    pub failures: BTreeMap<String, u64>,
+    /// From submission to end, of all requests.
+    pub latency_ns: BTreeMap<String, LatencyView>,
+}
+
+/// One kind's latencies in nanoseconds, known to about 6 %.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct LatencyView {
+    /// Half were quicker.
+    pub p50: u64,
+    /// 99 of 100 were quicker.
+    pub p99: u64,
+    /// 999 of 1000 were quicker.
+    pub p999: u64,
+    /// How many.
+    pub count: u64,
+}
+
+/// One subsystem.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SubsystemView {
+    /// Its name.
+    pub nqn: String,
+    /// Where it is reached, with the ports that were bound.
+    pub listen: Vec<String>,
+    /// The hosts that may connect; `None`: any.
+    pub allowed_hosts: Option<Vec<String>>,
+    /// What is in it.
+    pub namespaces: Vec<NamespaceView>,
+}
+
+/// One namespace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NamespaceView {
+    /// Its number.
+    pub nsid: u32,
+    /// The device behind it.
+    pub device: String,
+}
+
+/// The body of `POST /v1/disks`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AddDisk {
+    /// What to add.
+    pub disk: DiskConfig,
+    /// Whether it comes back at the next start.
+    #[serde(default)]
+    pub save: bool,
+}
+
+/// What an error looks like.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorView {
+    /// One line.
+    pub error: String,
+}

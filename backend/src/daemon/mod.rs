@@ -1,0 +1,396 @@
+//! The life of a daemon: from a configuration to its last drained request.
+//!
+//! Owns: the order of starting and stopping, the disks that come and go, the run state. Must not know: how the API or the
+//! command line look, nor what layers do inside.
+//!
+//! Order of starting, so that a failure leaves nothing half-created: lock, run state, devices, reactors, targets, disks,
+//! API. Threads: one for each reactor; `api`; `signals`; and the main thread, which waits for news of devices and for the
+//! end. Only [`Daemon`]'s own locks are taken, none while another is held, except that `changes` is the outermost.
+
+pub mod api;
+mod build_id;
+mod disk;
+mod lock;
+mod run_state;
+mod signals;
+mod view;
+
+use crate::assemble::device::{self, OpenError};
+use crate::assemble::disk as assemble_disk;
+use crate::assemble::reactors::Reactors;
+use crate::assemble::target::{Target, targets};
+use crate::config::value::{Name, SocketPath};
+use crate::config::{Config, ConfigError, DeviceConfig, DiskConfig};
+use api::ApiSocket;
+use api::view::{DeviceView, DiskView, StatusView, SubsystemView};
+use disk::{Disk, Service};
+use hawser_block::{Device, StatsSet};
+use hawser_virtio::VhostDisk;
+use lock::Lock;
+use run_state::RunState;
+pub(crate) use run_state::replace_file;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Why a daemon does not start.
+#[derive(Debug)]
+pub enum StartError {
+    /// The configuration is wrong.
+    Config(ConfigError),
+    /// The world is not as it should be: one line.
+    Failed(String),
+}
+
+impl From<ConfigError> for StartError {
+    fn from(error: ConfigError) -> StartError {
+        StartError::Config(error)
+    }
+}
+
+impl From<String> for StartError {
+    fn from(error: String) -> StartError {
+        StartError::Failed(error)
+    }
+}
+
+/// Why a change was not made; nothing of it was. One line each.
+#[derive(Debug)]
+pub enum ChangeError {
+    /// What was asked for cannot be right.
+    Wrong(String),
+    /// There is no such thing.
+    Unknown(String),
+    /// It does not go together with what is there.
+    Conflict(String),
+    /// It could be right, and did not work.
+    Failed(String),
+}
+
+/// What the main thread waits for.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// It is time to go.
+    Stop(&'static str),
+}
+
+/// A running daemon.
+pub struct Daemon {
+    config: Config,
+    build_id: String,
+    since: Instant,
+    reactors: Reactors,
+    devices: Vec<(DeviceConfig, Arc<dyn Device>)>,
+    disks: Mutex<Vec<Arc<Disk>>>,
+    targets: Vec<Target>,
+    run_state: Mutex<RunState>,
+    /// Held while disks are added or removed: one change at a time.
+    changes: Mutex<()>,
+    disks_started: AtomicUsize,
+}
+
+/// Runs what `config` describes until a signal ends it. `ready` is called once, when everything that can be reached is.
+///
+/// # Errors
+/// When it cannot start; nothing is left behind then.
+pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), StartError> {
+    device::check(&config)?;
+    let reactors_wanted = Reactors::check(&config)?;
+    let api = config.daemon.api.clone();
+    let folder = run_state::folder_of(api.as_path());
+    run_state::make_folder(&folder)?;
+    let lock = Lock::take(&folder.join("lock"))?;
+    let build_id = build_id::own();
+    let run_state = RunState::take_over(&folder, &build_id)?;
+    match &run_state.previous {
+        Some(previous) if *previous != build_id => {
+            log::info!("build {build_id} takes over from build {previous}")
+        }
+        Some(_) => log::info!("build {build_id} starts again"),
+        None => log::info!("build {build_id} starts"),
+    }
+    let (news, inbox) = mpsc::channel();
+    signals::watch(news).map_err(|error| format!("signals: {error}"))?;
+    let daemon = Arc::new(Daemon::start(config, build_id, reactors_wanted, run_state)?);
+    let socket =
+        ApiSocket::bind(&api, daemon.config.daemon.api_mode).inspect_err(|_| daemon.stop(Duration::ZERO))?;
+    api::serve(Arc::clone(&daemon), &socket).map_err(|error| format!("{api}: {error}"))?;
+    ready(&api);
+    daemon.run(&inbox);
+    drop(socket);
+    drop(lock);
+    Ok(())
+}
+
+impl Daemon {
+    fn start(
+        config: Config,
+        build_id: String,
+        reactors_wanted: Vec<Option<usize>>,
+        run_state: RunState,
+    ) -> Result<Daemon, StartError> {
+        let reactors = Reactors::start(&reactors_wanted, config.daemon.poll_us)?;
+        let mut devices: Vec<(DeviceConfig, Arc<dyn Device>)> = Vec::new();
+        for placed in &config.devices {
+            let device =
+                device::open(placed, &config, run_state.had_predecessor, &reactors).map_err(|error| {
+                    match error {
+                        OpenError::Config(error) => StartError::Config(error),
+                        OpenError::Failed(error) => StartError::Failed(error),
+                    }
+                })?;
+            devices.push((placed.value.clone(), device));
+        }
+        let find = |name: &Name| {
+            devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
+        };
+        let targets = targets(&config, &reactors, find)?;
+        let daemon = Daemon {
+            build_id,
+            since: Instant::now(),
+            reactors,
+            devices,
+            disks: Mutex::default(),
+            targets,
+            run_state: Mutex::new(run_state),
+            changes: Mutex::default(),
+            disks_started: AtomicUsize::new(0),
+            config,
+        };
+        daemon.start_disks().inspect_err(|_| daemon.stop(Duration::ZERO))?;
+        Ok(daemon)
+    }
+
+    fn start_disks(&self) -> Result<(), StartError> {
+        for placed in &self.config.disks {
+            let disk = self.start_disk(placed.value.clone(), Some(placed.file().to_owned()));
+            let disk = disk.map_err(|what| StartError::Failed(placed.error("socket", what).to_string()))?;
+            self.lock_disks().push(Arc::new(disk));
+        }
+        Ok(())
+    }
+
+    fn start_disk(&self, config: DiskConfig, saved_in: Option<PathBuf>) -> Result<Disk, String> {
+        let name = &config.name;
+        let device = self.device(&config.device).ok_or_else(|| format!("no device {}", config.device))?;
+        let suspended = self.lock_run_state().suspended(name.as_str());
+        let service = match suspended {
+            Some(why) => {
+                log::error!("disk {name}: suspended: {why}; `hawser disk resume {name}` returns it");
+                Service::Suspended(why)
+            }
+            None => Service::Serving(self.start_server(&config, Arc::clone(&device))?),
+        };
+        Ok(Disk::new(config, device, service, saved_in))
+    }
+
+    fn start_server(&self, config: &DiskConfig, device: Arc<dyn Device>) -> Result<VhostDisk, String> {
+        let index = self.disks_started.fetch_add(1, Ordering::Relaxed);
+        let crash_file = Arc::clone(&self.lock_run_state().crash_file);
+        let known = device.geometry().is_some();
+        let server = assemble_disk::start(config, index, device, &self.reactors, self.drain(), &crash_file)?;
+        let DiskConfig { name, device, socket, .. } = config;
+        if known {
+            log::info!("disk {name}: listening at {socket}");
+        } else {
+            log::warn!("disk {name}: device {device} is not reached yet; {socket} listens once it is");
+        }
+        Ok(server)
+    }
+
+    fn drain(&self) -> Duration {
+        Duration::from_secs(u64::from(self.config.daemon.drain_timeout))
+    }
+
+    fn device(&self, name: &Name) -> Option<Arc<dyn Device>> {
+        self.devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
+    }
+
+    fn lock_disks(&self) -> MutexGuard<'_, Vec<Arc<Disk>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_run_state(&self) -> MutexGuard<'_, RunState> {
+        self.run_state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_changes(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_disks(&self) -> Vec<Arc<Disk>> {
+        self.lock_disks().clone()
+    }
+
+    /// Waits until it is time to go, then drains.
+    fn run(&self, inbox: &Receiver<News>) {
+        if let Ok(News::Stop(why)) = inbox.recv() {
+            log::info!("{why}: draining for up to {} s", self.config.daemon.drain_timeout);
+        }
+        self.stop(self.drain());
+        if let Err(error) = self.lock_run_state().end() {
+            log::error!("{error}");
+        }
+        log::info!("ended");
+    }
+
+    /// Ends all disks at the same time, then the targets.
+    fn stop(&self, drain: Duration) {
+        let _change = self.lock_changes();
+        let disks = std::mem::take(&mut *self.lock_disks());
+        std::thread::scope(|scope| {
+            for disk in &disks {
+                scope.spawn(|| disk.stop(drain));
+            }
+        });
+        for target in &self.targets {
+            target.stop(drain);
+        }
+    }
+
+    /// Adds a disk to the running daemon; with `save`, also to `conf.d`.
+    ///
+    /// # Errors
+    /// When it cannot be had; then nothing has changed.
+    pub fn add_disk(&self, config: DiskConfig, save: bool) -> Result<DiskView, ChangeError> {
+        let _change = self.lock_changes();
+        config.check().map_err(|(key, what)| ChangeError::Wrong(format!("{key}: {what}")))?;
+        self.config
+            .check_device(&config.device)
+            .map_err(|what| ChangeError::Wrong(format!("device: {what}")))?;
+        for other in self.all_disks() {
+            if other.config.name == config.name {
+                return Err(ChangeError::Conflict(format!(
+                    "disk {} is there, want another name",
+                    config.name
+                )));
+            }
+            if other.config.socket == config.socket {
+                let what =
+                    format!("socket {} is disk {}'s, want another path", config.socket, other.config.name);
+                return Err(ChangeError::Conflict(what));
+            }
+        }
+        if config.socket == self.config.daemon.api {
+            let what = format!("socket {} is the API's own, want another path", config.socket);
+            return Err(ChangeError::Conflict(what));
+        }
+        let name = config.name.clone();
+        let disk = self
+            .start_disk(config, None)
+            .map_err(|what| ChangeError::Failed(format!("disk {name}: {what}")))?;
+        if save {
+            match self.config.save_disk(&disk.config) {
+                Ok(file) => disk.set_saved_in(Some(file)),
+                Err(what) => {
+                    disk.stop(Duration::ZERO);
+                    return Err(ChangeError::Failed(what));
+                }
+            }
+        }
+        log::info!("disk {name}: added");
+        let disk = Arc::new(disk);
+        self.lock_disks().push(Arc::clone(&disk));
+        Ok(disk.view())
+    }
+
+    /// Removes a disk from the running daemon; with `save`, also from `conf.d`.
+    ///
+    /// # Errors
+    /// When there is none, or it is not ours to remove; then nothing has changed.
+    pub fn remove_disk(&self, name: &str, save: bool) -> Result<DiskView, ChangeError> {
+        let _change = self.lock_changes();
+        let disk = self.find_disk(name)?;
+        if save {
+            self.config
+                .unsave_disk(&disk.config.name, disk.saved_in().as_deref())
+                .map_err(ChangeError::Conflict)?;
+            disk.set_saved_in(None);
+        }
+        let view = disk.view();
+        disk.stop(self.drain());
+        self.lock_disks().retain(|other| !Arc::ptr_eq(other, &disk));
+        log::info!("disk {name}: removed");
+        Ok(view)
+    }
+
+    /// Returns a disk that was set aside.
+    ///
+    /// # Errors
+    /// When there is none, or it is not set aside, or its socket cannot be had.
+    pub fn resume_disk(&self, name: &str) -> Result<DiskView, ChangeError> {
+        let _change = self.lock_changes();
+        let disk = self.find_disk(name)?;
+        if !disk.is_suspended() {
+            return Err(ChangeError::Conflict(format!("disk {name} is not suspended")));
+        }
+        self.lock_run_state().resume(name).map_err(ChangeError::Failed)?;
+        let server = self
+            .start_server(&disk.config, Arc::clone(disk.device()))
+            .map_err(|what| ChangeError::Failed(format!("disk {name}: {what}")))?;
+        disk.resume(server);
+        log::info!("disk {name}: resumed");
+        Ok(disk.view())
+    }
+
+    fn find_disk(&self, name: &str) -> Result<Arc<Disk>, ChangeError> {
+        let disk = self.all_disks().into_iter().find(|disk| disk.config.name.as_str() == name);
+        disk.ok_or_else(|| ChangeError::Unknown(self.no_such_disk(name)))
+    }
+
+    pub(crate) fn no_such_disk(&self, name: &str) -> String {
+        let disks = self.all_disks();
+        let names: Vec<&str> = disks.iter().map(|disk| disk.config.name.as_str()).collect();
+        if names.is_empty() {
+            return format!("disk {name:?} is not there; there is none");
+        }
+        format!("disk {name:?} is not there; there are {}", names.join(", "))
+    }
+
+    /// Everything.
+    #[must_use]
+    pub fn status(&self) -> StatusView {
+        StatusView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            build_id: self.build_id.clone(),
+            pid: std::process::id(),
+            uptime_seconds: self.since.elapsed().as_secs(),
+            crashes: self.lock_run_state().crashes(),
+            reactors: self.reactors.views(),
+            disks: self.disk_views(),
+            devices: self.device_views(),
+            subsystems: self.subsystem_views(),
+        }
+    }
+
+    /// All disks.
+    #[must_use]
+    pub fn disk_views(&self) -> Vec<DiskView> {
+        self.all_disks().iter().map(|disk| disk.view()).collect()
+    }
+
+    /// All devices.
+    #[must_use]
+    pub fn device_views(&self) -> Vec<DeviceView> {
+        self.devices.iter().map(|(config, device)| view::device_view(config, device.as_ref())).collect()
+    }
+
+    /// All subsystems.
+    #[must_use]
+    pub fn subsystem_views(&self) -> Vec<SubsystemView> {
+        self.targets.iter().flat_map(Target::views).collect()
+    }
+
+    /// The numbers of all disks and of all devices, with their names.
+    #[must_use]
+    #[expect(clippy::type_complexity, reason = "two lists of pairs")]
+    pub(crate) fn stats(&self) -> (Vec<(String, Arc<StatsSet>)>, Vec<(String, Arc<StatsSet>)>) {
+        let disks =
+            self.all_disks().iter().map(|disk| (disk.config.name.to_string(), disk.stats())).collect();
+        let devices =
+            self.devices.iter().map(|(config, device)| (config.name.to_string(), device.stats())).collect();
+        (disks, devices)
+    }
+}

@@ -1,0 +1,253 @@
+//! What the next process on the same API socket needs to know, in `<api socket>.state/`.
+//!
+//! Owns: the folder; `state.json` with a version, the build that wrote it, the count of crashes and why disks were set
+//! aside. Beside it lie the lock and `hawser_virtio::CrashFile`'s record, which decides what a crash is and which disk is set
+//! aside for it; this only keeps the words for people. Must not know: sockets, requests.
+//!
+//! Invariant: a folder of a version that we do not know is never changed.
+
+use hawser_virtio::{Crash, CrashFile};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Raised whenever an older binary could misread the file.
+const VERSION: u32 = 1;
+
+/// The folder that belongs to an API socket.
+pub(super) fn folder_of(api: &Path) -> PathBuf {
+    let mut folder = api.as_os_str().to_owned();
+    folder.push(".state");
+    PathBuf::from(folder)
+}
+
+/// Makes the folder, for us alone.
+pub(super) fn make_folder(folder: &Path) -> Result<(), String> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|error| format!("{}: cannot be made: {error}", folder.display()))
+}
+
+/// The run state: loaded once, written at each change.
+pub(super) struct RunState {
+    file: PathBuf,
+    data: Data,
+    /// The build before this one, if there was any.
+    pub(super) previous: Option<String>,
+    /// The process before this one did not end in order: what it asked of targets may still be under way.
+    pub(super) had_predecessor: bool,
+    /// Which disks are set aside.
+    pub(super) crash_file: Arc<CrashFile>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Data {
+    version: u32,
+    /// The build that wrote this last.
+    build_id: String,
+    /// Its process ended in order.
+    ended: bool,
+    /// Deaths by our own fault, since the folder was made.
+    crashes: u64,
+    /// Why disks were set aside.
+    suspended: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+impl RunState {
+    /// Takes the folder over from the process before, logs how that one ended, and installs the handler that notes how
+    /// this one does.
+    ///
+    /// # Errors
+    /// When something in it is of another version, or cannot be read or written: one line.
+    pub(super) fn take_over(folder: &Path, build_id: &str) -> Result<RunState, String> {
+        let file = folder.join("state.json");
+        let before = read(&file, folder)?;
+        let (crash_file, crash) =
+            CrashFile::open(&folder.join("crash")).map_err(|error| error.to_string())?;
+        let previous = before.as_ref().map(|data| data.build_id.clone());
+        let mut data = before.unwrap_or(Data {
+            version: VERSION,
+            build_id: String::new(),
+            ended: true,
+            crashes: 0,
+            suspended: BTreeMap::new(),
+        });
+        let had_predecessor = !std::mem::replace(&mut data.ended, false);
+        build_id.clone_into(&mut data.build_id);
+        if let Some(crash) = &crash {
+            data.note(crash);
+        }
+        let state = RunState { file, data, previous, had_predecessor, crash_file: Arc::new(crash_file) };
+        state.write()?;
+        Ok(state)
+    }
+
+    /// Takes down that everything has been drained.
+    pub(super) fn end(&mut self) -> Result<(), String> {
+        self.data.ended = true;
+        self.write()
+    }
+
+    /// How often a process died by its own fault since the folder was made.
+    pub(super) fn crashes(&self) -> u64 {
+        self.data.crashes
+    }
+
+    /// Why `disk` is set aside, if it is.
+    pub(super) fn suspended(&self, disk: &str) -> Option<String> {
+        let why = || {
+            self.data.suspended.get(disk).map_or("a request of it crashed the daemon twice", String::as_str)
+        };
+        self.crash_file.is_set_aside(disk).then(|| why().to_owned())
+    }
+
+    /// Gives `disk` another chance.
+    pub(super) fn resume(&mut self, disk: &str) -> Result<(), String> {
+        self.crash_file.resume(disk);
+        self.data.suspended.remove(disk);
+        self.write()
+    }
+
+    fn write(&self) -> Result<(), String> {
+        let text = serde_json::to_vec_pretty(&self.data).map_err(|error| error.to_string())?;
+        replace_file(&self.file, &text, 0o600)
+            .map_err(|error| format!("{}: cannot be written: {error}", self.file.display()))
+    }
+}
+
+impl Data {
+    fn note(&mut self, crash: &Crash) {
+        self.crashes += 1;
+        let signal = signal_name(crash.signal);
+        let Some(request) = &crash.request else {
+            log::error!("the process before this one died by {signal}, on no request");
+            return;
+        };
+        let (from, to) = request.counters;
+        let numbers = if from == to { format!("number {from}") } else { format!("numbers {from} to {to}") };
+        let what =
+            format!("{signal} on a request (queue {}, head {}, {numbers})", request.queue, request.head);
+        log::error!("the process before this one died by {what} of disk {}", request.disk);
+        if request.again {
+            self.suspended.insert(request.disk.clone(), format!("the daemon died twice by {what}"));
+        }
+    }
+}
+
+fn read(file: &Path, folder: &Path) -> Result<Option<Data>, String> {
+    let cannot = |error: &dyn std::fmt::Display| format!("{}: cannot be read: {error}", file.display());
+    let text = match fs::read(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(cannot(&error)),
+    };
+    let VersionOnly { version } = serde_json::from_slice(&text).map_err(|error| cannot(&error))?;
+    if version != VERSION {
+        return Err(format!(
+            "{}: run state of version {version}, want {VERSION}: start the binary that wrote it, or remove {} once no VM uses its disks",
+            file.display(),
+            folder.display()
+        ));
+    }
+    serde_json::from_slice(&text).map(Some).map_err(|error| cannot(&error))
+}
+
+fn signal_name(signal: u32) -> String {
+    let names = [
+        (libc::SIGSEGV, "SIGSEGV"),
+        (libc::SIGBUS, "SIGBUS"),
+        (libc::SIGILL, "SIGILL"),
+        (libc::SIGFPE, "SIGFPE"),
+        (libc::SIGABRT, "SIGABRT"),
+    ];
+    let known = names.iter().find(|(number, _)| u32::try_from(*number) == Ok(signal));
+    known.map_or_else(|| format!("signal {signal}"), |(_, name)| (*name).to_owned())
+}
+
+/// Puts `content` in the place of `file` so that every reader, also after a power cut, sees the old or the new whole.
+pub(crate) fn replace_file(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let permissions = fs::Permissions::from_mode(mode);
+    let mut new = tempfile::Builder::new().prefix(".new-").permissions(permissions).tempfile_in(folder)?;
+    new.write_all(content)?;
+    new.as_file().sync_all()?;
+    new.persist(file)?;
+    fs::File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hawser_virtio::CrashedRequest;
+
+    fn crash(again: bool) -> Crash {
+        let disk = "d".to_owned();
+        let request = CrashedRequest { disk, queue: 1, head: 7, counters: (5, 5), again };
+        Crash { signal: 11, request: Some(request) }
+    }
+
+    #[test]
+    fn another_version_is_refused_and_the_folder_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("state.json");
+        for (text, want) in [
+            (
+                r#"{"version": 2, "something": "new"}"#,
+                "state.json: run state of version 2, want 1: start the binary",
+            ),
+            ("no json", "state.json: cannot be read"),
+        ] {
+            fs::write(&file, text).unwrap();
+            let error = RunState::take_over(folder.path(), "b1").err().unwrap();
+            assert!(error.contains(want), "{error}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), text);
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else was made");
+        }
+    }
+
+    #[test]
+    fn the_build_before_is_remembered() {
+        let folder = tempfile::tempdir().unwrap();
+        let previous = |build: &str| RunState::take_over(folder.path(), build).unwrap().previous;
+        assert_eq!(previous("b1"), None);
+        assert_eq!(previous("b2"), Some("b1".to_owned()));
+        assert_eq!(previous("b2"), Some("b2".to_owned()));
+    }
+
+    #[test]
+    fn an_end_in_order_leaves_no_predecessor() {
+        let folder = tempfile::tempdir().unwrap();
+        let take_over = || RunState::take_over(folder.path(), "b").unwrap();
+        assert!(!take_over().had_predecessor, "there was none");
+        let mut state = take_over();
+        assert!(state.had_predecessor, "it never said that it ended");
+        state.end().unwrap();
+        assert!(!take_over().had_predecessor);
+    }
+
+    #[test]
+    fn the_second_crash_on_a_request_says_why() {
+        let mut data =
+            Data { version: 1, build_id: String::new(), ended: true, crashes: 0, suspended: BTreeMap::new() };
+        data.note(&crash(false));
+        assert!(data.suspended.is_empty());
+        data.note(&crash(true));
+        data.note(&Crash { signal: 6, request: None });
+        assert_eq!(data.crashes, 3);
+        assert_eq!(
+            data.suspended["d"],
+            "the daemon died twice by SIGSEGV on a request (queue 1, head 7, number 5)"
+        );
+    }
+}

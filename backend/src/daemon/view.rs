@@ -1,0 +1,46 @@
+//! From the daemon's parts to what the API shows of them.
+
+use super::api::view::{DeviceView, IoView, LatencyView};
+use crate::config::DeviceConfig;
+use crate::config::value::Uuid;
+use hawser_block::{Device, IoKind, StatsSet, Status};
+
+pub(super) fn io_view(stats: &StatsSet) -> IoView {
+    let kinds: Vec<_> = IoKind::ALL.iter().map(|kind| (kind.name().to_owned(), stats.kind(*kind))).collect();
+    IoView {
+        requests: kinds.iter().map(|(name, kind)| (name.clone(), kind.requests)).collect(),
+        bytes: kinds.iter().map(|(name, kind)| (name.clone(), kind.bytes)).collect(),
+        failures: Status::ALL
+            .iter()
+            .map(|status| (status.name().to_owned(), stats.failures(*status)))
+            .collect(),
+        latency_ns: kinds
+            .iter()
+            .map(|(name, kind)| {
+                let quantile = |permille| kind.latency.quantile_ns(permille);
+                let latency = LatencyView {
+                    p50: quantile(500),
+                    p99: quantile(990),
+                    p999: quantile(999),
+                    count: kind.latency.count(),
+                };
+                (name.clone(), latency)
+            })
+            .collect(),
+    }
+}
+
+pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceView {
+    let geometry = device.geometry();
+    let uuid = device.uuid();
+    DeviceView {
+        name: config.name.to_string(),
+        uri: config.uri.0.clone(),
+        state: device.state().name().to_owned(),
+        trouble: Some(device.trouble()).filter(|trouble| !trouble.is_empty()),
+        size_bytes: geometry.map(|geometry| geometry.size_bytes()),
+        block_size: geometry.map(|geometry| geometry.block_size.bytes()),
+        uuid: (uuid != [0; 16]).then(|| Uuid(uuid).to_string()),
+        io: io_view(&device.stats()),
+    }
+}

@@ -1,0 +1,217 @@
+//! A real `hawser` process in a folder of its own, and plain HTTP to its API.
+//!
+//! Every process started here dies with the test, however that ends.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use serde_json::Value;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longer than anything takes on a machine that is busy with other tests.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A folder for one test: configuration, sockets, images.
+pub(crate) struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    /// A new folder with a short name: sockets' paths are short.
+    pub(crate) fn new() -> Place {
+        Place { folder: tempfile::Builder::new().prefix("hw").tempdir_in("/tmp").unwrap() }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `path` as text, for configurations.
+    pub(crate) fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// Writes `hawser.toml`: `[daemon]` for this folder, then `rest`, in which `@` stands for the folder.
+    pub(crate) fn configure(&self, rest: &str) -> PathBuf {
+        let folder = self.folder.path().display().to_string();
+        let text = format!("[daemon]\napi = \"@/api\"\nstate_dir = \"@/lib\"\n{rest}").replace('@', &folder);
+        let file = self.path("hawser.toml");
+        fs::write(&file, text).unwrap();
+        file
+    }
+
+    /// Runs `hawser ARGS` to its end. `HAWSER_API` is this folder's.
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        hawser().args(args).env("HAWSER_API", self.path("api")).output().unwrap()
+    }
+
+    /// Runs a command that must succeed; what it printed.
+    pub(crate) fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that must end with `code` and one line on stderr, which is given.
+    pub(crate) fn fails(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+        let lines: Vec<&str> = error.lines().filter(|line| !line.starts_with("[20")).collect();
+        assert_eq!(lines.len(), 1, "{args:?}: {error}");
+        lines[0].strip_prefix("hawser: ").unwrap_or_else(|| panic!("{error}")).to_owned()
+    }
+
+    /// The names in the folder.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.folder.path()).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Starts `hawser serve` on the folder's configuration and waits until it is ready.
+    pub(crate) fn serve(&self) -> Serving {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
+        // The shell gives descriptor 3 to the daemon and becomes it.
+        let mut child = with_parent(Command::new("sh"))
+            .args(["-c", "exec \"$0\" serve --config \"$1\" --ready-fd 3 3>&1 >&2"])
+            .arg(env!("CARGO_BIN_EXE_hawser"))
+            .arg(self.path("hawser.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let serving = Serving { child, api: self.path("api") };
+        assert_eq!(line, "ready\n", "{}", self.log());
+        serving
+    }
+
+    /// What daemons have logged here.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+}
+
+/// A daemon that is ready.
+pub(crate) struct Serving {
+    child: Child,
+    api: PathBuf,
+}
+
+impl Serving {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by its name.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        let since = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(since.elapsed() < PATIENCE, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// SIGTERM, and its exit code.
+    pub(crate) fn end(self) -> Option<i32> {
+        self.signal("TERM");
+        self.wait().code()
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(self) {
+        self.signal("KILL");
+        self.wait();
+    }
+
+    /// One request to the API: status, content type, body.
+    pub(crate) fn http(&self, method: &str, path: &str, body: &str) -> (u16, String, String) {
+        http(&self.api, method, path, body)
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        let (code, _, body) = self.http("GET", "/v1/status", "");
+        assert_eq!(code, 200, "{body}");
+        serde_json::from_str(&body).unwrap()
+    }
+
+    /// The state and the trouble of a disk.
+    pub(crate) fn disk(&self, name: &str) -> (String, Option<String>) {
+        let (code, _, body) = self.http("GET", &format!("/v1/disks/{name}"), "");
+        assert_eq!(code, 200, "{body}");
+        let disk: Value = serde_json::from_str(&body).unwrap();
+        (disk["state"].as_str().unwrap().to_owned(), disk["trouble"].as_str().map(str::to_owned))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn hawser() -> Command {
+    let mut command = with_parent(Command::new(env!("CARGO_BIN_EXE_hawser")));
+    command.stdin(Stdio::null()).env("RUST_LOG", "info");
+    command
+}
+
+/// The process is killed when the test's thread ends.
+fn with_parent(mut command: Command) -> Command {
+    // SAFETY: prctl is async-signal-safe and touches nothing of ours.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    command
+}
+
+/// One request over a Unix socket.
+pub(crate) fn http(api: &Path, method: &str, path: &str, body: &str) -> (u16, String, String) {
+    let mut stream = UnixStream::connect(api).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let content_type =
+        head.lines().find_map(|line| line.strip_prefix("content-type: ")).unwrap_or_default().to_owned();
+    (code, content_type, body.to_owned())
+}
+
+/// Waits until `condition` holds.
+pub(crate) fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !condition() {
+        assert!(since.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
