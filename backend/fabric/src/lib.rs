@@ -4,6 +4,7 @@
 //! Must not know: rings, volumes, members, stripes.
 
 pub mod file;
+pub mod initiator;
 mod leaf;
 pub mod mem;
 pub mod null;
@@ -12,6 +13,7 @@ mod pool;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
+pub mod uri;
 
 pub use file::{FileDevice, FileOptions};
 pub use mem::MemDevice;

@@ -41,21 +41,19 @@ pub enum PduKind {
 }
 
 impl PduKind {
-    /// All kinds.
-    pub const ALL: [PduKind; 9] = [
-        PduKind::InitRequest,
-        PduKind::InitResponse,
-        PduKind::HostTerm,
-        PduKind::ControllerTerm,
-        PduKind::Command,
-        PduKind::Response,
-        PduKind::HostData,
-        PduKind::ControllerData,
-        PduKind::ReadyToTransfer,
-    ];
-
     fn from_byte(byte: u8) -> Option<PduKind> {
-        PduKind::ALL.into_iter().find(|kind| *kind as u8 == byte)
+        Some(match byte {
+            0x00 => PduKind::InitRequest,
+            0x01 => PduKind::InitResponse,
+            0x02 => PduKind::HostTerm,
+            0x03 => PduKind::ControllerTerm,
+            0x04 => PduKind::Command,
+            0x05 => PduKind::Response,
+            0x06 => PduKind::HostData,
+            0x07 => PduKind::ControllerData,
+            0x09 => PduKind::ReadyToTransfer,
+            _ => return None,
+        })
     }
 
     /// The specification's name.

@@ -1,0 +1,66 @@
+//! What an NVMe device is opened with.
+
+use crate::uri::NvmeUri;
+use std::time::Duration;
+
+/// Who we are to targets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostIdentity {
+    /// HOSTNQN.
+    pub nqn: String,
+    /// HOSTID: a UUID's bytes.
+    pub id: [u8; 16],
+}
+
+/// The timers of a path, with the names that people know from Linux.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathTimers {
+    /// A controller that has not heard of us for so long ends the association; we give it up when a keep-alive is not
+    /// answered for as long.
+    pub keep_alive_tmo: Duration,
+    /// The longest wait between attempts to reconnect. The first come sooner.
+    pub reconnect_delay: Duration,
+    /// After so long without an association requests fail; reconnecting goes on. `None`: they wait for ever.
+    pub ctrl_loss_tmo: Option<Duration>,
+    /// A command that is not answered for so long ends the association.
+    pub io_timeout: Duration,
+    /// How long after the keep-alive timeout a controller may still execute commands of a lost association, where it
+    /// does not say so itself (CQT).
+    pub quiesce_tmo: Duration,
+}
+
+impl Default for PathTimers {
+    fn default() -> Self {
+        PathTimers {
+            keep_alive_tmo: Duration::from_secs(5),
+            reconnect_delay: Duration::from_secs(10),
+            ctrl_loss_tmo: None,
+            io_timeout: Duration::from_secs(30),
+            quiesce_tmo: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What an NVMe device is opened with.
+#[derive(Clone, Debug)]
+pub struct NvmeConfig {
+    /// The device's name in the configuration.
+    pub name: String,
+    /// One path or several, of which one is used at a time.
+    pub paths: Vec<NvmeUri>,
+    /// Who we are.
+    pub host: HostIdentity,
+    /// Its timers.
+    pub timers: PathTimers,
+    /// A process that may have written to this device before us died without an orderly end: our first writes wait
+    /// until its association is provably quiet.
+    pub had_predecessor: bool,
+}
+
+impl NvmeConfig {
+    /// With Linux's timers and no predecessor.
+    #[must_use]
+    pub fn new(name: impl Into<String>, paths: Vec<NvmeUri>, host: HostIdentity) -> NvmeConfig {
+        NvmeConfig { name: name.into(), paths, host, timers: PathTimers::default(), had_predecessor: false }
+    }
+}

@@ -1,0 +1,318 @@
+//! From an address to a connected queue: resolve, connect, ICReq and ICResp, Fabrics Connect. Straight-line code.
+//!
+//! Nothing here blocks a reactor: names are resolved on a thread of their own, everything else is awaited.
+
+use super::config::HostIdentity;
+use super::queue::Limits;
+use super::signal::{Mailbox, within};
+use crate::nvme::bytes::get_array;
+use crate::nvme::fabrics::{self, CATTR_NO_FLOW_CONTROL, Connect, ConnectData};
+use crate::nvme::{Cqe, Sgl, StatusCode};
+use crate::tcp::{
+    CommonHeader, Digests, InitRequest, InitResponse, PduError, PduKind, Receiver, TermRequest, pdu,
+};
+use crate::uri::TcpAddress;
+use hawser_runtime::buffers::AlignedBuffer;
+use hawser_runtime::{Completed, Fd, Op, Runtime};
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a TCP connection, and the ICResp on it, may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long Connect may take: a target may first wait for the commands of our last association. As Linux's admin timeout.
+const FABRICS_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// In-capsule data that every controller takes for admin and Fabrics commands (TCP 3.6.2.6).
+pub(crate) const ADMIN_IN_CAPSULE: u32 = 8192;
+
+/// A TCP socket, closed when the last operation or connection that uses it is gone.
+pub(crate) struct Socket {
+    runtime: Runtime,
+    fd: Fd,
+}
+
+impl Socket {
+    pub(crate) fn fd(&self) -> Fd {
+        self.fd
+    }
+
+    pub(crate) fn shutdown(&self) {
+        self.runtime.shutdown(self.fd);
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.runtime.close(self.fd);
+    }
+}
+
+/// An error of the system, for people: what it says, without the number, in the middle of a sentence.
+pub(crate) fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut chars = text.chars();
+    chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
+}
+
+fn result(completed: Completed) -> Result<u32, String> {
+    completed.into_result().map_err(|error| plain(&error))
+}
+
+/// All addresses of a host, off the reactor's thread if that takes a resolver.
+pub(crate) async fn resolve(address: &TcpAddress) -> Result<Vec<SocketAddr>, String> {
+    if let Ok(ip) = address.host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, address.port)]);
+    }
+    let answer = Arc::new(Mailbox::default());
+    let post = Arc::clone(&answer);
+    let (host, port) = (address.host.clone(), address.port);
+    let resolver = std::thread::Builder::new().name("resolve".into()).spawn(move || {
+        let found = (host.as_str(), port).to_socket_addrs();
+        post.post(found.map(Iterator::collect::<Vec<_>>));
+    });
+    resolver.map_err(|error| plain(&error))?;
+    match answer.next().await {
+        Ok(found) if !found.is_empty() => Ok(found),
+        Ok(_) => Err("the name has no address".to_owned()),
+        Err(error) => {
+            let text = plain(&error);
+            Err(text.strip_prefix("failed to lookup address information: ").unwrap_or(&text).to_owned())
+        }
+    }
+}
+
+/// A socket address as the kernel takes it.
+enum RawAddress {
+    V4(libc::sockaddr_in),
+    V6(libc::sockaddr_in6),
+}
+
+impl RawAddress {
+    fn new(address: &SocketAddr) -> RawAddress {
+        match address {
+            SocketAddr::V4(v4) => RawAddress::V4(libc::sockaddr_in {
+                sin_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or_default(),
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            }),
+            SocketAddr::V6(v6) => RawAddress::V6(libc::sockaddr_in6 {
+                sin6_family: libc::sa_family_t::try_from(libc::AF_INET6).unwrap_or_default(),
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            }),
+        }
+    }
+
+    fn raw(&self) -> (*const libc::sockaddr, u32) {
+        let len = |len: usize| u32::try_from(len).unwrap_or(0);
+        match self {
+            RawAddress::V4(v4) => ((&raw const *v4).cast(), len(size_of_val(v4))),
+            RawAddress::V6(v6) => ((&raw const *v6).cast(), len(size_of_val(v6))),
+        }
+    }
+}
+
+/// Opens a TCP connection.
+async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, String> {
+    let fd = runtime.tcp_socket(address.is_ipv6()).map_err(|error| plain(&error))?;
+    let socket = Rc::new(Socket { runtime: runtime.clone(), fd });
+    let raw = Box::new(RawAddress::new(address));
+    let (pointer, len) = raw.raw();
+    // The address and the socket live until the operation is terminal, also if we give up before.
+    let owned = Box::new((raw, Rc::clone(&socket)));
+    let connected = within(
+        runtime,
+        CONNECT_TIMEOUT,
+        runtime.operate(&Op::Connect { fd, address: pointer, len }, Some(owned)),
+    )
+    .await;
+    result(connected.ok_or("no answer in time")?)?;
+    Ok(socket)
+}
+
+async fn send(runtime: &Runtime, socket: &Rc<Socket>, bytes: Vec<u8>) -> Result<(), String> {
+    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    let op = Op::Send { fd: socket.fd(), buffer: bytes.as_ptr(), len };
+    let sent = runtime.operate(&op, Some(Box::new((bytes, Rc::clone(socket))))).await;
+    if result(sent)? == len { Ok(()) } else { Err("the connection was closed".to_owned()) }
+}
+
+/// Receives exactly `N` bytes.
+async fn receive<const N: usize>(runtime: &Runtime, socket: &Rc<Socket>) -> Result<[u8; N], String> {
+    let mut all = [0; N];
+    let mut have = 0;
+    while have < N {
+        let piece = Rc::new(AlignedBuffer::new(N - have));
+        let len = u32::try_from(piece.len()).unwrap_or(u32::MAX);
+        let op = Op::Recv { fd: socket.fd(), buffer: piece.as_ptr(), len };
+        // The operation owns its buffer, also if we are dropped before it ends.
+        let got = runtime.operate(&op, Some(Box::new((Rc::clone(&piece), Rc::clone(socket))))).await;
+        let got = result(got)? as usize;
+        if got == 0 {
+            return Err("the connection was closed".to_owned());
+        }
+        // SAFETY: the one operation that wrote to the buffer has ended.
+        all[have..have + got].copy_from_slice(unsafe { piece.slice(0, got) });
+        have += got;
+    }
+    Ok(all)
+}
+
+/// What a queue is connected with.
+#[derive(Clone, Debug)]
+pub(crate) struct QueueRequest {
+    pub(crate) host: HostIdentity,
+    pub(crate) subsystem_nqn: String,
+    /// 0 for the admin queue.
+    pub(crate) queue_id: u16,
+    /// Entries, not counted from 0.
+    pub(crate) entries: u16,
+    pub(crate) cntlid: u16,
+    pub(crate) keep_alive_ms: u32,
+    /// In-capsule data of an I/O queue; the admin queue has its own.
+    pub(crate) in_capsule_max: u32,
+}
+
+/// A queue that takes commands.
+pub(crate) struct ConnectedQueue {
+    pub(crate) socket: Rc<Socket>,
+    pub(crate) limits: Limits,
+    pub(crate) cntlid: u16,
+}
+
+/// Connects a queue: TCP, ICReq and ICResp, Connect.
+pub(crate) async fn connect_queue(
+    runtime: &Runtime,
+    address: &SocketAddr,
+    request: &QueueRequest,
+) -> Result<ConnectedQueue, String> {
+    // SQ flow control is given up where the target lets us: fewer bytes to mind, and reads may end with their data.
+    match try_connect_queue(runtime, address, request, CATTR_NO_FLOW_CONTROL).await? {
+        Ok(queue) => Ok(queue),
+        Err(cqe) if refuses_attributes(&cqe) => try_connect_queue(runtime, address, request, 0)
+            .await?
+            .map_err(|cqe| format!("the target refused: {}", fabrics::connect_refusal(&cqe))),
+        Err(cqe) => Err(format!("the target refused: {}", fabrics::connect_refusal(&cqe))),
+    }
+}
+
+/// Connect Invalid Parameters, at CATTR (byte 46 of the command).
+fn refuses_attributes(cqe: &Cqe) -> bool {
+    cqe.status.code == StatusCode::CONNECT_INVALID_PARAMETERS && cqe.dword0() & 0x1_FFFF == 46
+}
+
+async fn try_connect_queue(
+    runtime: &Runtime,
+    address: &SocketAddr,
+    request: &QueueRequest,
+    attributes: u8,
+) -> Result<Result<ConnectedQueue, Cqe>, String> {
+    let socket = connect(runtime, address).await?;
+    let init = InitRequest { data_alignment: 0, digests: Digests::NONE, r2t_max: 0 };
+    let response = within(runtime, CONNECT_TIMEOUT, async {
+        send(runtime, &socket, init.to_bytes().to_vec()).await?;
+        receive::<128>(runtime, &socket).await
+    })
+    .await
+    .ok_or("no ICResp in time")??;
+    let response = check_init_response(&response).map_err(|error| error.to_string())?;
+
+    let limits = Limits {
+        in_capsule_max: if request.queue_id == 0 { ADMIN_IN_CAPSULE } else { request.in_capsule_max },
+        // A multiple of 4 keeps the next DATAO one.
+        host_data_max: response.host_data_max & !3,
+        alignment: pdu::alignment(response.data_alignment),
+    };
+    let command = Connect {
+        record_format: 0,
+        queue_id: request.queue_id,
+        queue_size: request.entries - 1,
+        attributes,
+        keep_alive_ms: request.keep_alive_ms,
+    };
+    let data = ConnectData {
+        host_id: request.host.id,
+        cntlid: request.cntlid,
+        subsystem_nqn: request.subsystem_nqn.clone(),
+        host_nqn: request.host.nqn.clone(),
+    };
+    let data = data.to_bytes();
+    let data_len = u32::try_from(data.len()).unwrap_or(0);
+    let sqe = command.to_sqe(Sgl::in_capsule(data_len));
+    let header = pdu::command_to_bytes(&sqe, data_len, Digests::NONE, limits.alignment);
+    let mut bytes = header.to_vec();
+    bytes.resize(usize::from(header[3]), 0);
+    bytes.extend_from_slice(&data);
+    let answer = within(runtime, FABRICS_CONNECT_TIMEOUT, async {
+        send(runtime, &socket, bytes).await?;
+        receive::<24>(runtime, &socket).await
+    })
+    .await
+    .ok_or("no answer to Connect in time")??;
+    let header = CommonHeader::decode(&get_array(&answer, 0), Receiver::Host, Digests::NONE)
+        .map_err(|error| error.to_string())?;
+    match header.kind {
+        PduKind::Response => {}
+        PduKind::ControllerTerm => {
+            return Err(format!("the target ended the connection: {}", TermRequest::decode(&answer).status));
+        }
+        other => return Err(format!("the target answered Connect with {}", other.name())),
+    }
+    let cqe = pdu::response_from_bytes(&answer);
+    if !cqe.status.is_success() {
+        return Ok(Err(cqe));
+    }
+    let (cntlid, authentication) = fabrics::connect_answer(&cqe);
+    if authentication != 0 {
+        return Err("the target wants authentication, which is not supported".to_owned());
+    }
+    Ok(Ok(ConnectedQueue { socket, limits, cntlid }))
+}
+
+fn check_init_response(bytes: &[u8; 128]) -> Result<InitResponse, PduError> {
+    let header = CommonHeader::decode(&get_array(bytes, 0), Receiver::Host, Digests::NONE)?;
+    let wrong = |field, offset, value, expected| PduError {
+        status: crate::tcp::FatalStatus::INVALID_HEADER_FIELD,
+        offset,
+        pdu: "ICResp",
+        field,
+        value,
+        expected,
+    };
+    if header.kind != PduKind::InitResponse {
+        return Err(wrong("PDU-Type", 0, header.kind as u64, "1"));
+    }
+    let response = InitResponse::decode(bytes)?;
+    if response.digests != Digests::NONE {
+        return Err(wrong("DGST", 11, u64::from(bytes[11]), "0: no digests were asked for"));
+    }
+    Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_system_reads_well() {
+        let error = io::Error::from_raw_os_error(libc::ECONNREFUSED);
+        assert_eq!(plain(&error), "connection refused");
+    }
+
+    #[test]
+    fn an_init_response_that_we_cannot_use_is_named() {
+        let good = InitResponse { data_alignment: 0, digests: Digests::NONE, host_data_max: 4096 };
+        assert_eq!(check_init_response(&good.to_bytes()), Ok(good));
+        let digests = InitResponse { digests: Digests { header: true, data: false }, ..good };
+        assert_eq!(check_init_response(&digests.to_bytes()).unwrap_err().field, "DGST");
+        let mut other = [0; 128];
+        other[..24].copy_from_slice(&pdu::response_to_bytes(&Cqe::success(0), Digests::NONE));
+        assert_eq!(check_init_response(&other).unwrap_err().field, "PDU-Type");
+    }
+}

@@ -1,0 +1,52 @@
+//! The initiator on real sockets: against our own target, through a middle box that cuts connections, and against a
+//! scripted target that does what ours does not.
+
+mod client;
+mod middle_box;
+mod scripted;
+mod with_our_target;
+mod with_scripted_target;
+
+use super::{HostIdentity, NvmeConfig, NvmeDevice};
+use crate::uri::NvmeUri;
+use hawser_block::{Device, DeviceState};
+use hawser_runtime::{ReactorConfig, ReactorThread};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const NQN: &str = "nqn.2026-11.io.hawser:test";
+
+/// Long enough for anything that happens at all.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn reactor(name: &str) -> ReactorThread {
+    ReactorThread::spawn(name, ReactorConfig::default()).unwrap()
+}
+
+fn host() -> HostIdentity {
+    HostIdentity {
+        nqn: "nqn.2014-08.org.nvmexpress:uuid:11111111-2222-3333-4444-555555555555".into(),
+        id: [7; 16],
+    }
+}
+
+fn config(address: SocketAddr) -> NvmeConfig {
+    let uri: NvmeUri = format!("nvme+tcp://{address}/{NQN}?nsid=1").parse().unwrap();
+    let mut config = NvmeConfig::new("n0", vec![uri], host());
+    config.timers.reconnect_delay = Duration::from_millis(200);
+    config
+}
+
+/// Waits until `done`, by looking: what changes has no other way to tell a test.
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < PATIENCE, "gave up waiting until {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn wait_ready(device: &Arc<NvmeDevice>) {
+    wait_until("the device is ready", || device.state() == DeviceState::Ready && device.geometry().is_some());
+}

@@ -1,0 +1,184 @@
+//! Where NVMe/TCP devices and discovery services are: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1` and `tcp://HOST:PORT`.
+#![forbid(unsafe_code)]
+
+use crate::nvme;
+use std::fmt;
+use std::str::FromStr;
+
+/// `HOST:PORT`, the host as a name, an IPv4 address or an IPv6 address in brackets.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TcpAddress {
+    /// Without brackets.
+    pub host: String,
+    /// Not 0 where it is somewhere to connect to.
+    pub port: u16,
+}
+
+/// The port that NVMe/TCP has from IANA; what is meant when a URI names none.
+pub const PORT_DEFAULT: u16 = 4420;
+/// The port of the discovery service, likewise.
+pub const DISCOVERY_PORT_DEFAULT: u16 = 8009;
+
+impl TcpAddress {
+    fn parse(text: &str, port_default: u16) -> Result<TcpAddress, String> {
+        let (host, port) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or_else(|| format!("{text:?} has no ]"))?;
+                (host, port.strip_prefix(':').or((port.is_empty()).then_some("")))
+            }
+            None => match text.rsplit_once(':') {
+                Some((host, _)) if host.contains(':') => {
+                    return Err(format!("{text:?}: an IPv6 address stands in brackets, such as [::1]:4420"));
+                }
+                Some((host, port)) => (host, Some(port)),
+                None => (text, Some("")),
+            },
+        };
+        let port = match port {
+            Some("") => port_default,
+            Some(port) => match port.parse() {
+                Ok(port) if port != 0 => port,
+                _ => return Err(format!("{port:?} is no port, want 1 to 65535")),
+            },
+            None => return Err(format!("{text:?} is no HOST:PORT")),
+        };
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || b".-_:%".contains(&byte);
+        if host.is_empty() || !host.bytes().all(good) {
+            return Err(format!("{host:?} is no host, want a name or an address"));
+        }
+        Ok(TcpAddress { host: host.to_owned(), port })
+    }
+
+    /// `tcp://HOST:PORT`, where a discovery service listens (port 8009 if it names none).
+    ///
+    /// # Errors
+    /// What is wrong and what would be right, for people.
+    pub fn parse_discovery(text: &str) -> Result<TcpAddress, String> {
+        text.strip_prefix("tcp://")
+            .ok_or_else(|| "no scheme".to_owned())
+            .and_then(|rest| {
+                TcpAddress::parse(rest.strip_suffix('/').unwrap_or(rest), DISCOVERY_PORT_DEFAULT)
+            })
+            .map_err(|what| format!("{text:?} is no discovery service: {what}; want tcp://HOST:PORT"))
+    }
+}
+
+impl fmt::Display for TcpAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// One path to one namespace: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NvmeUri {
+    /// Where the controller listens.
+    pub address: TcpAddress,
+    /// The subsystem.
+    pub subsystem_nqn: String,
+    /// The namespace in it; 1 when not said.
+    pub nsid: u32,
+}
+
+impl FromStr for NvmeUri {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NvmeUri, String> {
+        parse_nvme(text).map_err(|what| {
+            format!("{text:?} is no NVMe/TCP device: {what}; want nvme+tcp://HOST:PORT/SUBNQN?nsid=1")
+        })
+    }
+}
+
+fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
+    let rest = text.strip_prefix("nvme+tcp://").ok_or("the scheme is another")?;
+    let (address, rest) = rest.split_once('/').ok_or("it names no subsystem")?;
+    let address = TcpAddress::parse(address, PORT_DEFAULT)?;
+    let (nqn, query) = match rest.split_once('?') {
+        Some((nqn, query)) => (nqn, Some(query)),
+        None => (rest, None),
+    };
+    if !nvme::nqn_is_valid(nqn) {
+        return Err(format!("{nqn:?} is no NQN, want nqn. and at most 223 bytes"));
+    }
+    let nsid = match query {
+        None => 1,
+        Some(query) => {
+            let value = query.strip_prefix("nsid=").ok_or_else(|| format!("{query:?} is not known"))?;
+            // NSID FFFFFFFFh means all of them (base 3.2.1.2).
+            match value.parse::<u32>() {
+                Ok(nsid) if nsid != 0 && nsid != u32::MAX => nsid,
+                _ => return Err(format!("nsid {value:?} is no namespace, want 1 or more")),
+            }
+        }
+    };
+    Ok(NvmeUri { address, subsystem_nqn: nqn.to_owned(), nsid })
+}
+
+impl fmt::Display for NvmeUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "nvme+tcp://{}/{}?nsid={}", self.address, self.subsystem_nqn, self.nsid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_full_uri_is_read_and_written() {
+        for text in [
+            "nvme+tcp://127.0.0.1:4420/nqn.2026-11.io.hawser:n0?nsid=1",
+            "nvme+tcp://[fe80::1%eth0]:1/nqn.x?nsid=4294967294",
+            "nvme+tcp://storage-1.example:65535/nqn.x?nsid=7",
+        ] {
+            assert_eq!(text.parse::<NvmeUri>().unwrap().to_string(), text);
+        }
+        let short: NvmeUri = "nvme+tcp://h/nqn.x".parse().unwrap();
+        assert_eq!(short.to_string(), "nvme+tcp://h:4420/nqn.x?nsid=1");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (text, what) in [
+            ("nvme+rdma://h/nqn.x", "scheme"),
+            ("nvme+tcp://h:4420", "no subsystem"),
+            ("nvme+tcp://h:0/nqn.x", "\"0\" is no port"),
+            ("nvme+tcp://h:70000/nqn.x", "\"70000\" is no port"),
+            ("nvme+tcp://::1:4420/nqn.x", "brackets"),
+            ("nvme+tcp://[::1/nqn.x", "no ]"),
+            ("nvme+tcp://[::1]x/nqn.x", "no HOST:PORT"),
+            ("nvme+tcp://:4420/nqn.x", "no host"),
+            ("nvme+tcp://a b:4420/nqn.x", "no host"),
+            ("nvme+tcp://h/iqn.x", "no NQN"),
+            ("nvme+tcp://h/nqn.x?nsid=0", "no namespace"),
+            ("nvme+tcp://h/nqn.x?nsid=4294967295", "no namespace"),
+            ("nvme+tcp://h/nqn.x?ns=1", "not known"),
+        ] {
+            let error = text.parse::<NvmeUri>().unwrap_err();
+            assert!(error.contains(what), "{error}");
+            assert!(error.contains("want nvme+tcp://HOST:PORT/SUBNQN?nsid=1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_discovery_service_is_read() {
+        assert_eq!(TcpAddress::parse_discovery("tcp://h:1").unwrap().to_string(), "h:1");
+        assert_eq!(TcpAddress::parse_discovery("tcp://[::1]/").unwrap().to_string(), "[::1]:8009");
+        assert!(TcpAddress::parse_discovery("h:1").unwrap_err().contains("want tcp://HOST:PORT"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_is_too_strange(text in "(nvme\\+tcp://)?\\PC{0,40}") {
+            if let Ok(uri) = text.parse::<NvmeUri>() {
+                prop_assert_eq!(uri.to_string().parse(), Ok(uri));
+            }
+        }
+    }
+}
