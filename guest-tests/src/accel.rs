@@ -28,6 +28,15 @@ pub enum Accel {
     Tcg,
 }
 
+impl std::fmt::Display for Accel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Accel::Kvm => "KVM",
+            Accel::Tcg => "TCG",
+        })
+    }
+}
+
 impl Accel {
     /// QEMU's `-accel` value.
     pub fn argument(self) -> &'static str {
@@ -72,7 +81,7 @@ impl Accel {
                 )
             }
         };
-        progress(&format!("accelerator: {} ({how})", if accel == Accel::Kvm { "KVM" } else { "TCG" }));
+        progress(&format!("accelerator: {accel} ({how})"));
         Ok(accel)
     }
 }

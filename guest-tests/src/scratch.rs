@@ -36,10 +36,17 @@ pub struct Scratch {
 impl Scratch {
     /// Makes a new empty folder.
     pub fn new() -> Result<Self> {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = base().join(format!("{PREFIX}{}.{number}", std::process::id()));
+        // Two containers may share /tmp and not their process ids: then a name may be taken.
+        let path = loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = base().join(format!("{PREFIX}{}.{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                Ok(()) => break path,
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(format!("{}: {e}", path.display())),
+            }
+        };
         let explain = |e: std::io::Error| format!("{}: {e}", path.display());
-        fs::create_dir(&path).map_err(explain)?;
         let lock = File::create(path.join("lock")).map_err(explain)?;
         if !try_lock(&lock) {
             return Err(format!("{}: a new folder is locked by somebody else", path.display()));

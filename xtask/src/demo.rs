@@ -86,7 +86,7 @@ pub(crate) fn run() -> Result<()> {
         format!("{:.0} s", started.elapsed().as_secs_f64()),
         "after build and downloads",
     );
-    print!("{}", table.text(&format!("hawser demo ({:?}, 2 queues)", lab.accel)));
+    print!("{}", table.text(&format!("hawser demo ({}, 2 queues)", lab.accel)));
     match (errors, left.is_empty()) {
         (0, true) => Ok(()),
         (0, false) => Err("something was left behind".into()),

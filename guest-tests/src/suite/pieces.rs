@@ -34,9 +34,16 @@ pub(crate) fn target_sections(uri: &str, listen: &str) -> String {
 }
 
 /// Sections that serve a device as a disk; the socket's name is what `qemu-configs/` say.
-pub(crate) fn disk_sections(folder: &Path, disk: &str, uri: &str, queues: u32) -> String {
+pub(crate) fn disk_sections(
+    folder: &Path,
+    disk: &str,
+    uri: &str,
+    block_size: Option<u32>,
+    queues: u32,
+) -> String {
+    let block_size = block_size.map(|bytes| format!("block_size = {bytes}\n")).unwrap_or_default();
     format!(
-        "[[device]]\nname = \"{disk}\"\nuri = \"{uri}\"\n\n\
+        "[[device]]\nname = \"{disk}\"\nuri = \"{uri}\"\n{block_size}\n\
         [[disk]]\nname = \"{disk}\"\ndevice = \"{disk}\"\nsocket = \"{}/{disk}.sock\"\nserial = \"{disk}\"\nqueues = {queues}\n\n",
         folder.display()
     )
@@ -67,7 +74,7 @@ impl Served {
         let target =
             Daemon::start("target", &lab.hawser, scratch.path(), &target_sections(&uri, "127.0.0.1:0"))?;
         let uri = uri_of(&target.listener(NQN)?);
-        let sections = host_section() + &disk_sections(scratch.path(), DISK, &uri, queues);
+        let sections = host_section() + &disk_sections(scratch.path(), DISK, &uri, None, queues);
         import(lab, &scratch, &uri, shown)?;
         let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
         serve.await_disk(DISK, "listening")?;
@@ -79,7 +86,8 @@ impl Served {
         let scratch = Scratch::new()?;
         let disk = scratch.file("disk.raw");
         fs::copy(&lab.image.disk, &disk).map_err(|e| format!("{}: {e}", disk.display()))?;
-        let sections = disk_sections(scratch.path(), DISK, &format!("file://{}", disk.display()), queues);
+        let sections =
+            disk_sections(scratch.path(), DISK, &format!("file://{}", disk.display()), None, queues);
         let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
         serve.await_disk(DISK, "listening")?;
         Ok(Served { serve, target: None, scratch })
