@@ -178,7 +178,6 @@ impl<T: Copy> Connection<T> {
                 let wanted: usize = self.memory().send_iovecs.iter().map(|iovec| iovec.iov_len).sum();
                 if self.error.is_some() {
                     // A terminate request, or what was under way when the connection was given up.
-                    self.socket.shutdown();
                     return;
                 }
                 match completed.into_result() {
@@ -248,10 +247,15 @@ impl<T: Copy> Connection<T> {
         self.pair().ended()
     }
 
-    /// Gives the connection up: its operations become terminal soon.
+    /// Gives the connection up: its operations become terminal soon, and what was not sent yet never is.
     pub(crate) fn close(&mut self) {
         self.fail("given up".to_owned());
-        self.socket.shutdown();
+        if self.outstanding() > 0 {
+            // Not shut down: that would send the rest. Its operations end by cancellation.
+            self.socket.discard_on_close();
+        } else {
+            self.socket.shutdown();
+        }
         if self.sending {
             self.runtime.submit(self.source, 0, &Op::Cancel { key: KEY_SEND });
         }

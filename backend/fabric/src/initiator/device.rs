@@ -88,6 +88,13 @@ impl NvmeDevice {
             return Err("the device names no path, want nvme+tcp://HOST:PORT/SUBNQN?nsid=1".to_owned());
         }
         let Some(owner) = reactors.first() else { return Err("no reactor to run on".to_owned()) };
+        // A reactor that is named twice has one lane.
+        let mut distinct: Vec<ReactorHandle> = Vec::new();
+        for reactor in reactors {
+            if !distinct.iter().any(|other| other.same(reactor)) {
+                distinct.push(reactor.clone());
+            }
+        }
         let status = Status {
             state: DeviceState::Connecting,
             known: None,
@@ -96,13 +103,13 @@ impl NvmeDevice {
         let shared = Arc::new(Shared {
             key: KEYS.fetch_add(1, Ordering::Relaxed),
             config,
-            reactors: reactors.to_vec(),
+            reactors: distinct,
             notices: Arc::default(),
             stats: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
-        for reactor in reactors {
+        for reactor in &shared.reactors {
             let shared = Arc::clone(&shared);
             reactor.run(move |runtime| {
                 let timers = shared.config.timers;

@@ -25,6 +25,7 @@ mod connection;
 mod controller;
 mod device;
 mod discover;
+pub mod fuzz;
 mod geometry;
 mod lane;
 mod queue;

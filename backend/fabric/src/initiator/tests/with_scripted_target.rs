@@ -1,1 +1,275 @@
+//! Against a target that holds, refuses, lies and changes.
 
+use super::client::{Ask, Client};
+use super::scripted::Scripted;
+use super::*;
+use crate::nvme::command::io_opcode;
+use crate::nvme::identify::VENDOR_MARK;
+use crate::nvme::{NvmeStatus, StatusCode};
+use hawser_block::{Operation, Status};
+
+struct Bench {
+    // Dropped in this order: the device before its reactor, the target last.
+    client: Client,
+    device: Arc<NvmeDevice>,
+    _reactor: ReactorThread,
+    target: Scripted,
+}
+
+fn bench(target: Scripted, change: impl FnOnce(&mut NvmeConfig)) -> Bench {
+    let reactor = reactor("host");
+    let mut config = config(target.address);
+    change(&mut config);
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_ready(&device);
+    let client = Client::open(&device, reactor.handle());
+    Bench { client, device, _reactor: reactor, target }
+}
+
+fn data(seed: u8, blocks: usize) -> Vec<u8> {
+    (0..blocks * 512).map(|at| seed ^ at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect()
+}
+
+fn opcodes(target: &Scripted) -> Vec<u8> {
+    target.state().log.iter().map(|(_, sqe)| sqe.opcode).collect()
+}
+
+/// A write and a read that the target has taken and not answered, when its connections are cut.
+fn lose_a_write_and_a_read(bench: &mut Bench) {
+    bench.target.state().hold_io = true;
+    bench.client.submit(vec![Ask::write(0, 8, data(1, 8)), Ask::read(8, 8, 512)]);
+    wait_until("both have arrived", || bench.target.state().log.len() == 2);
+    bench.target.state().hold_io = false;
+    bench.target.cut();
+}
+
+#[test]
+fn elsewhere_a_write_of_unknown_outcome_waits_until_the_old_association_is_quiet() {
+    let mut bench = bench(Scripted::start(NQN), |config| {
+        config.timers.keep_alive_tmo = Duration::from_millis(1200);
+        config.timers.quiesce_tmo = Duration::from_millis(300);
+    });
+    lose_a_write_and_a_read(&mut bench);
+    let read = bench.client.next();
+    assert_eq!((read.token, read.outcome), (1, Ok(())), "the read does not wait");
+    // Later writes wait behind the one whose outcome is unknown.
+    bench.client.submit(vec![Ask::write(0, 8, data(2, 8))]);
+    assert_eq!((bench.client.next().token, bench.client.next().token), (0, 2));
+    assert_eq!(
+        opcodes(&bench.target),
+        [io_opcode::WRITE, io_opcode::READ, io_opcode::READ, io_opcode::WRITE, io_opcode::WRITE]
+    );
+    let state = bench.target.state();
+    let waited = state.log[3].0 - state.log[0].0;
+    assert!(waited >= Duration::from_millis(1500), "{waited:?}");
+    assert!(state.disk[..4096] == data(2, 8), "in the order in which they came");
+}
+
+#[test]
+fn where_connect_waits_for_earlier_associations_a_write_is_sent_again_at_once() {
+    let target = Scripted::start(NQN);
+    target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
+    // An hour would be too long for this test.
+    let mut bench = bench(target, |config| config.timers.quiesce_tmo = Duration::from_secs(3600));
+    lose_a_write_and_a_read(&mut bench);
+    assert_eq!((bench.client.next().outcome, bench.client.next().outcome), (Ok(()), Ok(())));
+    assert_eq!(
+        opcodes(&bench.target),
+        [io_opcode::WRITE, io_opcode::READ, io_opcode::WRITE, io_opcode::READ],
+        "in the order in which they came"
+    );
+}
+
+#[test]
+fn after_a_predecessor_the_first_writes_wait_and_reads_do_not() {
+    let mut bench = bench(Scripted::start(NQN), |config| {
+        config.had_predecessor = true;
+        config.timers.keep_alive_tmo = Duration::from_millis(700);
+        config.timers.quiesce_tmo = Duration::from_millis(300);
+    });
+    bench.client.submit(vec![Ask::write(0, 8, data(1, 8)), Ask::read(8, 8, 512)]);
+    assert_eq!((bench.client.next().token, bench.client.next().token), (1, 0));
+}
+
+#[test]
+fn an_aborted_write_of_unknown_outcome_ends_when_it_can_do_no_harm_any_more() {
+    let mut bench = bench(Scripted::start(NQN), |config| {
+        config.timers.keep_alive_tmo = Duration::from_millis(700);
+        config.timers.quiesce_tmo = Duration::from_millis(300);
+    });
+    bench.target.state().hold_io = true;
+    let begun = Instant::now();
+    bench.client.submit(vec![Ask::write(0, 8, data(1, 8)), Ask::read(8, 8, 512)]);
+    wait_until("both have arrived", || bench.target.state().log.len() == 2);
+    bench.client.abort();
+    let read = bench.client.next();
+    assert_eq!((read.token, read.outcome), (1, Err(Status::Aborted)));
+    let write = bench.client.next();
+    assert_eq!((write.token, write.outcome), (0, Err(Status::Aborted)));
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    bench.target.state().hold_io = false;
+    assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
+}
+
+#[test]
+fn growth_that_an_event_tells_of_is_followed() {
+    let mut bench = bench(Scripted::start(NQN), |_| {});
+    let before = bench.device.geometry().unwrap().blocks;
+    assert_eq!(bench.client.run(Ask::read(before, 1, 512)).outcome, Err(Status::Invalid));
+    for blocks in [before + 1, 4096] {
+        wait_until("an event is asked for", || bench.target.has_event_request());
+        bench.target.state().namespace.size = blocks;
+        bench.target.tell_change();
+        wait_until("the growth is seen", || bench.device.geometry().unwrap().blocks == blocks);
+        wait_until("the lane knows", || bench.device.state() == DeviceState::Ready);
+        assert_eq!(bench.client.run(Ask::read(blocks - 1, 1, 512)).outcome, Ok(()));
+    }
+    assert_eq!(bench.target.state().associations, 1);
+}
+
+#[test]
+fn growth_while_the_target_was_away_is_followed() {
+    let bench = bench(Scripted::start(NQN), |_| {});
+    bench.target.state().namespace.size = 4096;
+    bench.target.cut();
+    wait_until("the growth is seen", || bench.device.geometry().unwrap().blocks == 4096);
+}
+
+#[test]
+fn a_device_that_shrank_is_refused_with_both_sizes() {
+    let mut bench = bench(Scripted::start(NQN), |_| {});
+    wait_until("an event is asked for", || bench.target.has_event_request());
+    bench.target.state().namespace.size = 1024;
+    bench.target.tell_change();
+    wait_until("the device has failed", || bench.device.state() == DeviceState::Failed);
+    wait_until("both sizes are told", || {
+        bench.device.trouble().contains("the device shrank: its size was 1048576 bytes and is 524288")
+    });
+    assert_eq!(bench.device.geometry().unwrap().blocks, 2048, "it only ever grows");
+    assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Path));
+    bench.target.state().namespace.size = 2048;
+    wait_ready(&bench.device);
+    assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Ok(()));
+}
+
+#[test]
+fn a_refusal_that_may_pass_is_tried_again_and_one_that_does_not_is_told() {
+    let target = Scripted::start(NQN);
+    target.state().controller.retry_delays = [1, 0, 0];
+    let mut bench = bench(target, |_| {});
+    let passing = NvmeStatus { retry_delay: 1, ..NvmeStatus::retryable(StatusCode::COMMAND_INTERRUPTED) };
+    bench.target.state().statuses.extend([passing, NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY)]);
+    assert_eq!(bench.client.run(Ask::write(0, 1, data(1, 1))).outcome, Ok(()));
+    assert_eq!(bench.target.state().log.len(), 3);
+
+    bench.target.state().statuses.push_back(NvmeStatus::fatal(StatusCode::UNRECOVERED_READ_ERROR));
+    assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Media));
+    assert_eq!(bench.target.state().log.len(), 4);
+
+    let never = NvmeStatus { retry_delay: 1, ..NvmeStatus::retryable(StatusCode::INTERNAL_ERROR) };
+    bench.target.state().statuses.extend([never; 6]);
+    assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Media));
+    assert_eq!(bench.target.state().log.len(), 10, "once, and five times more");
+    assert_eq!(bench.device.stats().failures(Status::Media), 2);
+}
+
+#[test]
+fn garbage_ends_the_association_and_nothing_is_lost() {
+    let mut bench = bench(Scripted::start(NQN), |_| {});
+    for (round, garbage) in
+        [vec![0xff; 64], vec![5, 0, 24, 0, 25, 0, 0, 0], [7, 0, 24, 24, 28, 0, 0, 0].repeat(4)]
+            .into_iter()
+            .enumerate()
+    {
+        bench.target.state().garbage = Some(garbage);
+        assert_eq!(bench.client.run(Ask::read(8, 8, 512)).outcome, Ok(()));
+        assert_eq!(bench.target.state().associations, round + 2);
+    }
+}
+
+#[test]
+fn a_target_that_breaks_the_protocol_is_told_of_by_field() {
+    let target = Scripted::start(NQN);
+    let mut bench = bench(target, |config| config.timers.reconnect_delay = Duration::from_secs(3600));
+    // Nothing is tried again in this test's time.
+    bench.target.state().garbage = Some(vec![5, 0, 24, 0, 25, 0, 0, 0]);
+    let seen = Arc::new(std::sync::Mutex::new(String::new()));
+    let (note, device) = (Arc::clone(&seen), Arc::downgrade(&bench.device));
+    bench.device.subscribe(Box::new(move || {
+        let trouble = device.upgrade().map(|device| device.trouble()).unwrap_or_default();
+        if !trouble.is_empty() {
+            *note.lock().unwrap() = trouble;
+        }
+    }));
+    assert_eq!(bench.client.run(Ask::read(8, 8, 512)).outcome, Ok(()));
+    let seen = seen.lock().unwrap();
+    assert!(seen.contains("the target broke the protocol: CapsuleResp: PLEN is 0x19"), "{seen}");
+}
+
+#[test]
+fn an_unanswered_keep_alive_ends_the_association() {
+    let bench = bench(Scripted::start(NQN), |config| {
+        config.timers.keep_alive_tmo = Duration::from_millis(200);
+    });
+    bench.target.state().deaf = true;
+    wait_until("it is given up", || bench.target.state().associations > 1);
+    bench.target.state().deaf = false;
+    wait_ready(&bench.device);
+}
+
+#[test]
+fn a_command_that_is_not_answered_ends_the_association() {
+    let mut bench = bench(Scripted::start(NQN), |config| {
+        config.timers.io_timeout = Duration::from_millis(300);
+    });
+    bench.target.state().hold_io = true;
+    bench.client.submit(vec![Ask::read(0, 8, 512)]);
+    wait_until("it is given up", || bench.target.state().associations > 1);
+    wait_until("what was not sent is thrown away", || bench.target.state().resets > 0);
+    bench.target.state().hold_io = false;
+    assert_eq!(bench.client.next().outcome, Ok(()));
+}
+
+#[test]
+fn a_target_that_insists_on_flow_control_gets_it() {
+    let target = Scripted::start(NQN);
+    target.state().refuse_attributes = true;
+    let mut bench = bench(target, |_| {});
+    assert_eq!(bench.client.run(Ask::write(0, 1, data(3, 1))).outcome, Ok(()));
+}
+
+#[test]
+fn what_makes_a_device_unreachable_is_told() {
+    let told = |change: &dyn Fn(&Scripted), expected: &str| {
+        let (target, reactors) = (Scripted::start(NQN), [reactor("h0"), reactor("h1")]);
+        change(&target);
+        let handles = [reactors[0].handle().clone(), reactors[1].handle().clone()];
+        let device = NvmeDevice::open(config(target.address), &handles);
+        let device = device.unwrap();
+        wait_until(expected, || device.trouble().contains(expected));
+        assert_eq!(device.state(), DeviceState::Connecting);
+        drop(device);
+    };
+    told(
+        &|target| target.state().queues = 1,
+        "the controller grants 1 I/O queues, and 2 reactors need one each",
+    );
+    told(&|target| target.state().namespace.size = 0, "namespace 1: the namespace is not active");
+    told(
+        &|target| target.state().namespace.formats[0].metadata_bytes = 8,
+        "namespace 1: Identify Namespace: LBAF.MS is 0x8, not 0: metadata is not supported",
+    );
+    told(&|target| target.state().controller.controller_type = 2, "is a discovery service, not a subsystem");
+}
+
+#[test]
+fn a_device_without_a_cache_answers_a_flush_and_one_with_a_cache_sends_it() {
+    let mut plain = bench(Scripted::start(NQN), |_| {});
+    assert_eq!(plain.client.run(Ask::plain(Operation::Flush, 0, 0)).outcome, Ok(()));
+    assert_eq!(opcodes(&plain.target), [0u8; 0]);
+    let target = Scripted::start(NQN);
+    target.state().controller.volatile_write_cache = 1;
+    let mut cached = bench(target, |_| {});
+    assert_eq!(cached.client.run(Ask::plain(Operation::Flush, 0, 0)).outcome, Ok(()));
+    assert_eq!(opcodes(&cached.target), [io_opcode::FLUSH]);
+}
