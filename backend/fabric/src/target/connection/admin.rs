@@ -1,0 +1,194 @@
+//! Admin commands.
+
+use super::slots::{Phase, Place, place_of};
+use super::{Connection, answers};
+use crate::nvme::features::{self, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE};
+use crate::nvme::log::{self, AsyncEvent};
+use crate::nvme::{NvmeStatus, StatusCode, admin_opcode};
+use crate::target::{ASYNC_EVENTS_MAX, IO_QUEUES_MAX};
+use std::sync::atomic::Ordering;
+
+/// Dword 0 of Abort's completion: the command was not aborted (base 5.1).
+const NOT_ABORTED: u64 = 1;
+
+impl Connection {
+    pub(super) fn begin_admin(&mut self, index: usize) {
+        let opcode = self.slots.at(index).sqe.opcode;
+        let discovery = self.controller.as_ref().is_none_or(|controller| controller.subsystem.is_none());
+        match opcode {
+            admin_opcode::FABRICS => self.begin_fabrics(index),
+            admin_opcode::IDENTIFY => {
+                let data = self.identify(index);
+                self.answer_read(index, data);
+            }
+            admin_opcode::GET_LOG_PAGE => {
+                let data = self.log_page(index);
+                self.answer_read(index, data);
+            }
+            // Best effort (base 5.1): commands end soon by themselves, and an association that hangs is given up whole.
+            admin_opcode::ABORT if !discovery => self.answer(index, NvmeStatus::SUCCESS, NOT_ABORTED),
+            admin_opcode::SET_FEATURES => match self.set_feature(index, discovery) {
+                Ok(result) => self.answer(index, NvmeStatus::SUCCESS, result),
+                Err(code) => self.fail(index, NvmeStatus::fatal(code)),
+            },
+            admin_opcode::GET_FEATURES => match self.get_feature(index, discovery) {
+                Ok(result) => self.answer(index, NvmeStatus::SUCCESS, result),
+                Err(code) => self.fail(index, NvmeStatus::fatal(code)),
+            },
+            admin_opcode::ASYNC_EVENT_REQUEST => {
+                if self.slots.in_phase(Phase::Held).count() >= ASYNC_EVENTS_MAX {
+                    self.fail(index, NvmeStatus::fatal(StatusCode::AER_LIMIT_EXCEEDED));
+                    return;
+                }
+                self.slots.drop_buffer(index);
+                self.slots.at(index).phase = Phase::Held;
+                self.give_notices();
+            }
+            admin_opcode::KEEP_ALIVE => self.answer(index, NvmeStatus::SUCCESS, 0),
+            _ => self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_OPCODE)),
+        }
+    }
+
+    /// Ends a command that reads with its data, of which the host wants at most as much as its SGL says.
+    fn answer_read(&mut self, index: usize, data: Result<Vec<u8>, StatusCode>) {
+        let data = match data {
+            Ok(data) => data,
+            Err(code) => return self.fail(index, NvmeStatus::fatal(code)),
+        };
+        let len = u32::try_from(data.len()).expect("bounded by the transfer size");
+        match place_of(self.slots.at(index), len) {
+            Ok(Place::Transport) => {}
+            Ok(Place::Capsule) => return self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_SGL_TYPE)),
+            Err(status) => return self.fail(index, status),
+        }
+        let buffer = self.slots.pool.take_anyway(data.len());
+        // SAFETY: the buffer has room for all of `data`, is fresh, and apart from it.
+        unsafe { buffer.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        let slot = self.slots.at(index);
+        slot.buffer = Some(buffer);
+        slot.len = len;
+        self.answer_with_data(index, len);
+    }
+
+    fn identify(&mut self, index: usize) -> Result<Vec<u8>, StatusCode> {
+        let sqe = self.slots.at(index).sqe;
+        let controller = self.controller.as_ref().ok_or(StatusCode::INTERNAL_ERROR)?;
+        answers::identify(controller, &sqe)
+    }
+
+    fn log_page(&mut self, index: usize) -> Result<Vec<u8>, StatusCode> {
+        let sqe = self.slots.at(index).sqe;
+        let controller = self.controller.as_ref().ok_or(StatusCode::INTERNAL_ERROR)?;
+        let len = sqe.log_len().filter(|len| *len <= controller.transfer_bytes_max);
+        let len = len.ok_or(StatusCode::INVALID_FIELD)? as usize;
+        let page = match (&controller.subsystem, sqe.log_id()) {
+            (None, log::id::DISCOVERY) => {
+                answers::discovery_log(&self.shared, &controller.host.nqn, self.local)
+            }
+            (Some(_), log::id::CHANGED_NAMESPACES) => {
+                let page = answers::changed_namespaces(&self.changed_namespaces);
+                if !sqe.log_retains_event() {
+                    self.changed_namespaces.clear();
+                    self.namespace_notice_out = false;
+                }
+                page
+            }
+            (subsystem, id) => answers::plain_log(id, subsystem.is_none())?,
+        };
+        // What lies past the page's end reads as zeroes.
+        let from = usize::try_from(sqe.log_offset()).unwrap_or(usize::MAX);
+        if from > page.len() || !from.is_multiple_of(4) {
+            return Err(StatusCode::INVALID_FIELD);
+        }
+        let mut data = vec![0; len];
+        let there = len.min(page.len() - from);
+        data[..there].copy_from_slice(&page[from..from + there]);
+        Ok(data)
+    }
+
+    fn set_feature(&mut self, index: usize, discovery: bool) -> Result<u64, StatusCode> {
+        let sqe = self.slots.at(index).sqe;
+        let controller = self.controller.as_ref().ok_or(StatusCode::INTERNAL_ERROR)?;
+        if sqe.cdw[0] & 1 << 31 != 0 {
+            return Err(StatusCode::FEATURE_NOT_SAVEABLE);
+        }
+        let value = sqe.cdw[1];
+        match sqe.feature_id() {
+            features::id::NUMBER_OF_QUEUES if !discovery => {
+                if value & 0xffff == 0xffff || value >> 16 == 0xffff {
+                    return Err(StatusCode::INVALID_FIELD);
+                }
+                if !controller.io_connections().is_empty() {
+                    return Err(StatusCode::COMMAND_SEQUENCE_ERROR);
+                }
+                let count = features::queues_from_value(value).min(u32::from(IO_QUEUES_MAX));
+                controller.io_queues_max.store(count, Ordering::Relaxed);
+                Ok(u64::from(features::queues_to_value(u16::try_from(count).unwrap_or(1))))
+            }
+            features::id::KEEP_ALIVE_TIMER => {
+                controller.keep_alive_ms.store(value, Ordering::Relaxed);
+                Ok(u64::from(value))
+            }
+            features::id::ASYNC_EVENT_CONFIGURATION => {
+                let able = if discovery { EVENT_DISCOVERY_CHANGE } else { EVENT_NAMESPACE_ATTRIBUTE };
+                // Bits 7:0 are SMART's critical warnings, of which there will be none.
+                if value & !(able | 0xff) != 0 {
+                    return Err(StatusCode::INVALID_FIELD);
+                }
+                controller.event_mask.store(value, Ordering::Relaxed);
+                Ok(0)
+            }
+            features::id::VOLATILE_WRITE_CACHE if !discovery => {
+                if !answers::has_volatile_cache(controller) {
+                    return Err(StatusCode::INVALID_FIELD);
+                }
+                controller.write_cache.store(value & 1 != 0, Ordering::Relaxed);
+                Ok(0)
+            }
+            features::id::HOST_IDENTIFIER => Err(StatusCode::COMMAND_SEQUENCE_ERROR),
+            _ => Err(StatusCode::INVALID_FIELD),
+        }
+    }
+
+    fn get_feature(&mut self, index: usize, discovery: bool) -> Result<u64, StatusCode> {
+        let sqe = self.slots.at(index).sqe;
+        let controller = self.controller.as_ref().ok_or(StatusCode::INTERNAL_ERROR)?;
+        // SEL: only the current value.
+        if sqe.cdw[0] >> 8 & 7 != 0 {
+            return Err(StatusCode::INVALID_FIELD);
+        }
+        let value = match sqe.feature_id() {
+            features::id::NUMBER_OF_QUEUES if !discovery => {
+                let count = controller.io_queues_max.load(Ordering::Relaxed);
+                features::queues_to_value(u16::try_from(count).unwrap_or(1))
+            }
+            features::id::KEEP_ALIVE_TIMER => controller.keep_alive_ms.load(Ordering::Relaxed),
+            features::id::ASYNC_EVENT_CONFIGURATION => controller.event_mask.load(Ordering::Relaxed),
+            features::id::VOLATILE_WRITE_CACHE if !discovery && answers::has_volatile_cache(controller) => {
+                u32::from(controller.write_cache.load(Ordering::Relaxed))
+            }
+            _ => return Err(StatusCode::INVALID_FIELD),
+        };
+        Ok(u64::from(value))
+    }
+
+    /// A namespace may have changed.
+    pub(in super::super) fn handle_namespace_change(&mut self) {
+        let Some(controller) = &self.controller else { return };
+        self.changed_namespaces.extend(controller.take_changes());
+        self.give_notices();
+    }
+
+    /// Answers an Asynchronous Event Request if there is something to tell, and that was not told before.
+    fn give_notices(&mut self) {
+        let Some(controller) = &self.controller else { return };
+        let wanted = controller.event_mask.load(Ordering::Relaxed) & EVENT_NAMESPACE_ATTRIBUTE != 0;
+        if self.changed_namespaces.is_empty() || self.namespace_notice_out || !wanted || self.is_over() {
+            return;
+        }
+        let Some(index) = self.slots.in_phase(Phase::Held).next() else { return };
+        self.namespace_notice_out = true;
+        let event = AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED.to_dword();
+        self.answer(index, NvmeStatus::SUCCESS, u64::from(event));
+    }
+}

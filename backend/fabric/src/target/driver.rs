@@ -1,0 +1,310 @@
+//! Moves a connection's bytes: one receive and one send at a time on its socket, and requests to its devices.
+//!
+//! A connection ends in two steps. First it is ended: its socket is shut down and its requests are aborted. When its
+//! operations and its requests are over it is quiet: it leaves its controller, and is gone.
+
+use super::Shared;
+use super::connection::{Action, Connection};
+use super::registry::ConnectionRef;
+use hawser_block::{Channel, Completion};
+use hawser_runtime::{Event, Fd, Op, Runtime, Source, SourceId, TimerId};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// How long a peer may take from its connection to its Connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Grace on top of the keep-alive time-out: its unit.
+const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(1);
+
+const RECEIVE: u32 = 0;
+const SEND: u32 = 1;
+const ALIVE: u32 = 2;
+
+/// This reactor's connections.
+#[derive(Default)]
+struct Local {
+    connections: RefCell<HashMap<u64, Rc<RefCell<Driver>>>>,
+}
+
+/// Calls `f` with a connection on its reactor, if it is still there.
+pub(super) fn tell(connection: &ConnectionRef, f: impl FnOnce(&mut Driver, &Runtime) + Send + 'static) {
+    let id = connection.id;
+    connection.reactor.run(move |runtime| {
+        let local = runtime.local::<Local>();
+        let driver = local.connections.borrow().get(&id).cloned();
+        if let Some(driver) = driver {
+            f(&mut driver.borrow_mut(), runtime);
+        }
+    });
+}
+
+/// A connection with its socket.
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    id: u64,
+    /// Known as soon as the reactor has it.
+    source: Option<SourceId>,
+    fd: Fd,
+    connection: Connection,
+    /// By the connection's lanes.
+    channels: Vec<Option<Box<dyn Channel>>>,
+    ended: Vec<Completion>,
+    places: [libc::iovec; 2],
+    message: libc::msghdr,
+    receiving: bool,
+    /// The length of the batch under way.
+    sending: Option<usize>,
+    /// The socket is done with.
+    ending: bool,
+    timer: Option<TimerId>,
+}
+
+impl Driver {
+    /// Takes an accepted socket in.
+    pub(super) fn start(runtime: &Runtime, shared: Arc<Shared>, id: u64, fd: Fd, listener: usize) {
+        let me = ConnectionRef { reactor: runtime.handle(), id };
+        let connection = Connection::new(Arc::clone(&shared), me, listener, local_address(fd));
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let driver = Rc::new(RefCell::new(Driver {
+            shared,
+            id,
+            source: None,
+            fd,
+            connection,
+            channels: Vec::new(),
+            ended: Vec::new(),
+            places: [empty; 2],
+            // SAFETY: an all-zero msghdr is one without anything.
+            message: unsafe { std::mem::zeroed() },
+            receiving: false,
+            sending: None,
+            ending: false,
+            timer: None,
+        }));
+        let source = runtime.add_source(Rc::<RefCell<Driver>>::clone(&driver));
+        let local = runtime.local::<Local>();
+        local.connections.borrow_mut().insert(id, Rc::clone(&driver));
+        let mut this = driver.borrow_mut();
+        this.source = Some(source);
+        this.timer = Some(runtime.timer(source, runtime.now() + CONNECT_TIMEOUT, ALIVE));
+        if this.shared.stopping.load(Ordering::Relaxed) {
+            this.end(runtime, "the target stops");
+        }
+        this.go_on(runtime);
+    }
+
+    /// Does everything that can be done now.
+    fn go_on(&mut self, runtime: &Runtime) {
+        self.exchange(runtime);
+        for action in self.connection.take_actions() {
+            self.act(runtime, action);
+        }
+        if !self.ending && self.sending.is_none() {
+            if let Some((message, len)) = self.connection.poll_transmit() {
+                self.sending = Some(len);
+                runtime.submit(self.source(), SEND, &Op::Sendmsg { fd: self.fd, message });
+            } else if self.connection.is_over() {
+                // The last words are out.
+                self.end(runtime, "");
+            }
+        }
+        if !self.ending && !self.receiving && !self.connection.is_over() {
+            let count = self.connection.receive_space(&mut self.places);
+            self.message.msg_iov = self.places.as_mut_ptr();
+            self.message.msg_iovlen = count;
+            self.receiving = true;
+            runtime.submit(
+                self.source(),
+                RECEIVE,
+                &Op::Recvmsg { fd: self.fd, message: &raw mut self.message },
+            );
+        }
+        if self.ending && !self.receiving && self.sending.is_none() && self.connection.is_quiet() {
+            self.gone(runtime);
+        }
+    }
+
+    /// Requests to their devices, and their ends back, until nothing moves.
+    fn exchange(&mut self, runtime: &Runtime) {
+        let source = self.source();
+        loop {
+            if self.connection.take_submitting() {
+                let lanes = self.connection.lanes();
+                if self.channels.len() < lanes.len() {
+                    self.channels.resize_with(lanes.len(), || None);
+                }
+                for (lane, channel) in lanes.iter_mut().zip(&mut self.channels) {
+                    if !lane.batch.is_empty() {
+                        let channel = channel.get_or_insert_with(|| lane.device.channel(runtime, source));
+                        channel.submit(&mut lane.batch);
+                    }
+                }
+            }
+            for channel in self.channels.iter_mut().flatten() {
+                channel.reap(&mut self.ended);
+            }
+            if self.ended.is_empty() {
+                return;
+            }
+            for completion in self.ended.drain(..) {
+                self.connection.handle_completion(completion);
+            }
+        }
+    }
+
+    fn act(&self, runtime: &Runtime, action: Action) {
+        match action {
+            Action::Close(connections) => {
+                for connection in connections {
+                    tell(&connection, |driver, runtime| driver.end(runtime, "its controller was reset"));
+                }
+            }
+            Action::AwaitQuiet(connections) => {
+                let left = Arc::new(AtomicUsize::new(connections.len()));
+                for connection in connections {
+                    let left = Arc::clone(&left);
+                    let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
+                    let done = Box::new(move || {
+                        if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                            tell(&me, |driver, runtime| {
+                                driver.connection.connected();
+                                driver.go_on(runtime);
+                            });
+                        }
+                    });
+                    let id = connection.id;
+                    connection.reactor.run(move |runtime| {
+                        let local = runtime.local::<Local>();
+                        let driver = local.connections.borrow().get(&id).cloned();
+                        match driver {
+                            Some(driver) => driver.borrow_mut().connection.add_barrier(done),
+                            // Gone, and so quiet.
+                            None => done(),
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    fn source(&self) -> SourceId {
+        self.source.expect("set before anything is submitted")
+    }
+
+    /// A namespace may have changed.
+    pub(super) fn namespace_changed(&mut self, runtime: &Runtime) {
+        self.connection.handle_namespace_change();
+        self.go_on(runtime);
+    }
+
+    /// Ends the connection, and with an admin queue's the association.
+    pub(super) fn end(&mut self, runtime: &Runtime, why: &str) {
+        if self.ending {
+            return;
+        }
+        self.ending = true;
+        if let Some(trouble) = self.connection.take_trouble().or((!why.is_empty()).then(|| why.to_owned())) {
+            let host = self.connection.controller().map_or("a peer", |controller| &controller.host.nqn);
+            log::info!("connection of {host} ends: {trouble}");
+        }
+        self.connection.close();
+        if let Some(timer) = self.timer.take() {
+            runtime.cancel_timer(timer);
+        }
+        runtime.shutdown(self.fd);
+        for channel in self.channels.iter_mut().flatten() {
+            channel.abort();
+        }
+        if self.connection.is_admin()
+            && let Some(controller) = self.connection.controller()
+        {
+            for connection in controller.close() {
+                tell(&connection, |driver, runtime| driver.end(runtime, "its association is over"));
+            }
+        }
+        // Operations may be over already; whether we are quiet is seen in the next pass.
+        runtime.wake(self.source());
+    }
+
+    /// Nothing of the connection is under way any more.
+    fn gone(&mut self, runtime: &Runtime) {
+        if let Some(controller) = self.connection.controller() {
+            controller.leave(self.id);
+        }
+        self.channels.clear();
+        runtime.close(self.fd);
+        runtime.remove_source(self.source());
+        runtime.local::<Local>().connections.borrow_mut().remove(&self.id);
+        self.shared.forget(self.id);
+    }
+
+    /// Looks whether the host still lives, and when to look again.
+    fn check_alive(&mut self, runtime: &Runtime) {
+        self.timer = None;
+        if !self.connection.is_connected() {
+            self.end(runtime, "no Connect came in time");
+            return;
+        }
+        let Some(controller) = self.connection.controller().filter(|_| self.connection.is_admin()) else {
+            return;
+        };
+        let keep_alive = Duration::from_millis(u64::from(controller.keep_alive_ms.load(Ordering::Relaxed)));
+        if keep_alive.is_zero() {
+            // It may be set later.
+            let later = runtime.now() + CONNECT_TIMEOUT;
+            self.timer = Some(runtime.timer(self.source(), later, ALIVE));
+            return;
+        }
+        let deadline = controller.last_heard() + keep_alive + KEEP_ALIVE_GRACE;
+        if runtime.now() >= deadline {
+            self.end(runtime, "keep-alive expired");
+        } else {
+            self.timer = Some(runtime.timer(self.source(), deadline, ALIVE));
+        }
+    }
+}
+
+impl Source for Driver {
+    fn poll(&mut self, runtime: &Runtime, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            match event {
+                Event::Op { key: RECEIVE, completed } => {
+                    self.receiving = false;
+                    match usize::try_from(completed.result) {
+                        Ok(count) if count > 0 && !self.ending => {
+                            let connected = self.connection.is_connected();
+                            self.connection.handle_received(count, runtime.now());
+                            if self.connection.is_connected() != connected {
+                                self.check_alive(runtime);
+                            }
+                        }
+                        // The host has closed it, or it is broken.
+                        _ => self.end(runtime, ""),
+                    }
+                }
+                Event::Op { key: SEND, completed } => {
+                    let whole = usize::try_from(completed.result).ok() == self.sending.take();
+                    self.connection.transmitted();
+                    if !whole {
+                        self.end(runtime, "");
+                    }
+                }
+                Event::Op { .. } => {}
+                Event::Timer { .. } => self.check_alive(runtime),
+            }
+        }
+        self.go_on(runtime);
+    }
+}
+
+/// The address that the peer dialled.
+fn local_address(fd: Fd) -> Option<std::net::SocketAddr> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the socket is ours and open; the wrapper is not dropped, so that it stays open.
+    let stream = std::mem::ManuallyDrop::new(unsafe { std::net::TcpStream::from_raw_fd(fd.0) });
+    stream.local_addr().ok()
+}

@@ -1,0 +1,343 @@
+//! Our NVMe/TCP target: devices of this process for other hosts.
+//!
+//! Owns: subsystems, the controllers that hosts make, connections. Must not know: volumes, who made the devices.
+//!
+//! ```text
+//!   listener ──► connections, in turn over the reactors ──► a channel per namespace ──► device
+//!                 driver: one receive, one send at a time, many PDUs in each
+//!                 connection: the protocol, without a socket
+//!   registry: controllers by host, shared by all reactors, never on a command's way
+//! ```
+//!
+//! - **No ghost writes.** A Connect to an admin queue is answered when every command that earlier associations of the same
+//!   host (NQN and ID) had at a device has ended, closed associations or not. What such an association may still send is
+//!   not taken in once it is closed. Identify says so ([`crate::nvme::identify::VENDOR_MARK`]).
+//! - Nothing that a peer sends ends more than its own association, or takes more memory than the limits below.
+//! - The discovery service answers at every listener.
+
+mod connection;
+mod driver;
+pub mod fuzz;
+#[cfg(test)]
+mod peer;
+mod registry;
+#[cfg(test)]
+mod tests;
+mod uuid;
+
+use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
+use crate::pool::BufferPool;
+use driver::Driver;
+use hawser_block::Device;
+use hawser_runtime::{Fd, Op, ReactorHandle, Runtime};
+use registry::Subsystem;
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The specification that we follow: VS and VER.
+const VERSION: u32 = properties::version(2, 0, 0);
+/// Entries of a queue: what CAP.MQES says, counted from 1.
+const QUEUE_ENTRIES_MAX: u16 = 128;
+/// I/O queues of one association.
+const IO_QUEUES_MAX: u16 = 64;
+/// Asynchronous Event Requests of one association.
+const ASYNC_EVENTS_MAX: usize = 4;
+/// Data in a capsule: four pages, so that small writes need no R2T.
+const IN_CAPSULE_BYTES_MAX: u32 = 16 << 10;
+/// The data of one command (MDTS), and of one H2CData (MAXH2CDATA).
+const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+/// Connections to all subsystems of a target.
+const CONNECTIONS_MAX: usize = 512;
+
+/// A device in a subsystem.
+pub struct NamespaceConfig {
+    /// Its NSID: not 0, and each once.
+    pub nsid: u32,
+    /// What it is.
+    pub device: Arc<dyn Device>,
+    /// Its UUID; else the device's own, else one made from NQN and NSID.
+    pub uuid: Option<[u8; 16]>,
+}
+
+/// A subsystem that hosts connect to.
+pub struct SubsystemConfig {
+    /// Its name.
+    pub nqn: String,
+    /// Where it listens; port 0 takes a free one.
+    pub listen: Vec<SocketAddr>,
+    /// The NQNs of the hosts that may connect; `None`: any.
+    pub allowed_hosts: Option<Vec<String>>,
+    /// Its serial number, at most 20 characters.
+    pub serial: String,
+    /// What it consists of.
+    pub namespaces: Vec<NamespaceConfig>,
+}
+
+/// What listeners and connections share.
+struct Shared {
+    subsystems: Vec<Arc<Subsystem>>,
+    /// By listener: the positions of the subsystems that can be reached there.
+    listeners: Vec<Vec<usize>>,
+    reactors: Vec<ReactorHandle>,
+    next_reactor: AtomicUsize,
+    next_connection: AtomicU64,
+    next_discovery_cntlid: AtomicU16,
+    stopping: AtomicBool,
+    /// Every connection that is not quiet, by its ID.
+    connections: Mutex<HashMap<u64, ReactorHandle>>,
+    /// Told when a connection is gone.
+    gone: Condvar,
+}
+
+impl Shared {
+    fn subsystems(&self) -> &[Arc<Subsystem>] {
+        &self.subsystems
+    }
+
+    /// The subsystem of this name, if it can be reached at this listener.
+    fn subsystem(&self, nqn: &str, listener: usize) -> Option<&Arc<Subsystem>> {
+        let mut here = self.listeners.get(listener)?.iter().filter_map(|at| self.subsystems.get(*at));
+        here.find(|subsystem| subsystem.nqn == nqn)
+    }
+
+    fn next_discovery_cntlid(&self) -> u16 {
+        self.next_discovery_cntlid.fetch_add(1, Ordering::Relaxed) % 0xffef + 1
+    }
+
+    fn connections(&self) -> MutexGuard<'_, HashMap<u64, ReactorHandle>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a new connection in, on the next reactor.
+    fn accepted(self: &Arc<Self>, runtime: &Runtime, fd: Fd, listener: usize) {
+        let reactor = &self.reactors[self.next_reactor.fetch_add(1, Ordering::Relaxed) % self.reactors.len()];
+        let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut connections = self.connections();
+            if connections.len() >= CONNECTIONS_MAX || self.stopping.load(Ordering::Relaxed) {
+                drop(connections);
+                log::warn!("a connection is refused: {CONNECTIONS_MAX} are open, or the target stops");
+                runtime.close(fd);
+                return;
+            }
+            connections.insert(id, reactor.clone());
+        }
+        let shared = Arc::clone(self);
+        reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, listener));
+    }
+
+    fn forget(&self, id: u64) {
+        self.connections().remove(&id);
+        self.gone.notify_all();
+    }
+}
+
+/// A running target. Dropping it stops it, without waiting for its connections to end.
+pub struct Target {
+    shared: Arc<Shared>,
+    /// Kept open until every accept on them has ended.
+    listening: Vec<Arc<OwnedFd>>,
+    /// On which reactor the accepting goes on.
+    acceptor: ReactorHandle,
+}
+
+impl Target {
+    /// Binds all addresses and begins to serve. Connections are spread over `reactors`, of which there is at least one.
+    ///
+    /// # Errors
+    /// When a name, an NSID or a serial cannot be used, or an address cannot be bound: one line for people.
+    ///
+    /// # Panics
+    /// Without reactors.
+    pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
+        assert!(!reactors.is_empty(), "a target runs on at least one reactor");
+        let mut bound: Vec<(SocketAddr, TcpListener)> = Vec::new();
+        let mut listeners: Vec<Vec<usize>> = Vec::new();
+        let mut made: Vec<Arc<Subsystem>> = Vec::new();
+        for config in subsystems {
+            check(&config, &made)?;
+            let mut addresses = Vec::new();
+            for address in &config.listen {
+                // Port 0 is a port of its own each time; else subsystems may share a listener.
+                let known = bound.iter().position(|(other, _)| address.port() != 0 && other == address);
+                let at = match known {
+                    Some(at) => at,
+                    None => {
+                        let listener = TcpListener::bind(address).map_err(|error| {
+                            format!("{}: cannot listen on {address}: {error}", config.nqn)
+                        })?;
+                        let actual = listener
+                            .local_addr()
+                            .map_err(|error| format!("{}: {address}: {error}", config.nqn))?;
+                        set_no_delay(&listener);
+                        bound.push((actual, listener));
+                        listeners.push(Vec::new());
+                        bound.len() - 1
+                    }
+                };
+                listeners[at].push(made.len());
+                addresses.push(bound[at].0);
+            }
+            let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
+            made.push(Arc::new(Subsystem::new(&nqn, &serial, addresses, allowed_hosts, namespaces)));
+        }
+        let shared = Arc::new(Shared {
+            subsystems: made,
+            listeners,
+            reactors: reactors.to_vec(),
+            next_reactor: AtomicUsize::new(0),
+            next_connection: AtomicU64::new(1),
+            next_discovery_cntlid: AtomicU16::new(0),
+            stopping: AtomicBool::new(false),
+            connections: Mutex::default(),
+            gone: Condvar::new(),
+        });
+        for subsystem in &shared.subsystems {
+            for namespace in &subsystem.namespaces {
+                let subsystem = Arc::downgrade(subsystem);
+                namespace.device.subscribe(Box::new(move || {
+                    let Some(subsystem) = subsystem.upgrade() else { return };
+                    for admin in subsystem.admin_connections() {
+                        driver::tell(&admin, |driver, runtime| driver.namespace_changed(runtime));
+                    }
+                }));
+            }
+        }
+        let target = Target {
+            shared,
+            listening: bound.into_iter().map(|(_, listener)| Arc::new(OwnedFd::from(listener))).collect(),
+            acceptor: reactors[0].clone(),
+        };
+        for (index, listener) in target.listening.iter().enumerate() {
+            target.accept(index, Arc::clone(listener));
+        }
+        Ok(target)
+    }
+
+    /// Accepts connections until the target stops.
+    fn accept(&self, index: usize, listener: Arc<OwnedFd>) {
+        let shared = Arc::clone(&self.shared);
+        self.acceptor.run(move |runtime| {
+            let runtime_of_task = runtime.clone();
+            runtime.spawn(async move {
+                let runtime = runtime_of_task;
+                while !shared.stopping.load(Ordering::Relaxed) {
+                    let op = Op::Accept { fd: Fd(listener.as_raw_fd()) };
+                    let accepted = runtime.operate(&op, Some(Box::new(Arc::clone(&listener)))).await;
+                    match accepted.into_result().map(i32::try_from) {
+                        Ok(Ok(fd)) => shared.accepted(&runtime, Fd(fd), index),
+                        Ok(Err(_)) => {}
+                        Err(_) if shared.stopping.load(Ordering::Relaxed) => {}
+                        Err(error) => {
+                            // Out of descriptors or memory: it may pass.
+                            log::warn!("cannot accept a connection: {error}");
+                            runtime.sleep(Duration::from_millis(100)).await;
+                        }
+                    }
+                }
+            });
+        });
+    }
+
+    /// Each subsystem's name with the addresses that it can be reached at; port 0 has become a real one.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<(String, Vec<SocketAddr>)> {
+        let all = self.shared.subsystems.iter();
+        all.map(|subsystem| (subsystem.nqn.clone(), subsystem.addresses.clone())).collect()
+    }
+
+    /// The NQNs of the hosts that are connected to a subsystem, one for each association.
+    #[must_use]
+    pub fn hosts(&self, nqn: &str) -> Vec<String> {
+        let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
+        subsystem.map(|subsystem| subsystem.hosts()).unwrap_or_default()
+    }
+
+    /// Stops: no new connections, and the open ones end. Waits at most `wait` for their commands to end; whether they have.
+    /// Not to be called on a reactor.
+    #[must_use]
+    pub fn stop(self, wait: Duration) -> bool {
+        self.begin_stop();
+        let deadline = Instant::now() + wait;
+        let mut connections = self.shared.connections();
+        while !connections.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.shared.gone.wait_timeout(connections, left);
+            connections = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn begin_stop(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        for listener in &self.listening {
+            // SAFETY: plain system call on a descriptor of ours; it makes the accept under way end.
+            unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+        }
+        let connections: Vec<_> =
+            self.shared.connections().iter().map(|(id, reactor)| (*id, reactor.clone())).collect();
+        for (id, reactor) in connections {
+            let connection = registry::ConnectionRef { reactor, id };
+            driver::tell(&connection, |driver, runtime| driver.end(runtime, "the target stops"));
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.begin_stop();
+    }
+}
+
+/// What can be wrong with a subsystem's configuration.
+fn check(config: &SubsystemConfig, others: &[Arc<Subsystem>]) -> Result<(), String> {
+    let nqn = &config.nqn;
+    if !nqn_is_valid(nqn) || nqn == DISCOVERY_NQN {
+        return Err(format!(
+            "{nqn:?} is not an NQN: at most 223 characters that begin with \"nqn.\" would be"
+        ));
+    }
+    if others.iter().any(|other| other.nqn == *nqn) {
+        return Err(format!("{nqn}: there is another subsystem of this name"));
+    }
+    if config.serial.len() > 20 || !config.serial.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
+        return Err(format!("{nqn}: the serial {:?} is not at most 20 ASCII characters", config.serial));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for namespace in &config.namespaces {
+        let nsid = namespace.nsid;
+        if nsid == 0 || nsid > 0xffff_fffd {
+            return Err(format!("{nqn}: nsid {nsid} is not between 1 and 4294967293"));
+        }
+        if !seen.insert(nsid) {
+            return Err(format!("{nqn}: nsid {nsid} is there twice"));
+        }
+    }
+    Ok(())
+}
+
+/// Accepted sockets inherit it. Without it a reply may wait for the peer's acknowledgement.
+fn set_no_delay(listener: &TcpListener) {
+    let on: libc::c_int = 1;
+    // SAFETY: `on` is an int, as long as is said.
+    let result = unsafe {
+        let len = libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(4);
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NODELAY,
+            (&raw const on).cast(),
+            len,
+        )
+    };
+    if result < 0 {
+        log::warn!("TCP_NODELAY: {}", std::io::Error::last_os_error());
+    }
+}
