@@ -120,6 +120,23 @@ pub(crate) struct DiskShared {
 }
 
 impl DiskShared {
+    pub(crate) fn new(config: DiskConfig, device: Arc<dyn Device>) -> io::Result<DiskShared> {
+        Ok(DiskShared {
+            stats: Arc::default(),
+            counters: (0..config.queues).map(|_| QueueCounters::default()).collect(),
+            disk_counters: DiskCounters::default(),
+            geometry: OnceLock::new(),
+            blocks: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+            state: AtomicU8::new(DiskState::Waiting as u8),
+            trouble: Mutex::default(),
+            wake: connection::eventfd()?,
+            stop: Mutex::default(),
+            config,
+            device,
+        })
+    }
+
     /// What the disk is now. `flush`: the driver negotiated FLUSH.
     #[inline]
     pub(crate) fn limits(&self, flush: bool) -> Limits {
@@ -199,21 +216,7 @@ impl VhostDisk {
             return Err(DiskError::Queues(config.queues));
         }
         let lock = SocketLock::take(&config.socket).map_err(DiskError::Socket)?;
-        let counters = (0..config.queues).map(|_| QueueCounters::default()).collect();
-        let shared = Arc::new(DiskShared {
-            stats: Arc::default(),
-            counters,
-            disk_counters: DiskCounters::default(),
-            geometry: OnceLock::new(),
-            blocks: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
-            state: AtomicU8::new(DiskState::Waiting as u8),
-            trouble: Mutex::default(),
-            wake: connection::eventfd().map_err(DiskError::Io)?,
-            stop: Mutex::default(),
-            config,
-            device,
-        });
+        let shared = Arc::new(DiskShared::new(config, device).map_err(DiskError::Io)?);
         let weak = Arc::downgrade(&shared);
         shared.device.subscribe(Box::new(move || {
             if let Some(shared) = weak.upgrade() {

@@ -26,7 +26,10 @@ mod disk;
 mod fault;
 mod features;
 mod gate;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod harness;
 mod inflight;
+mod interrupt;
 mod memory;
 mod message;
 mod queue;
@@ -40,3 +43,6 @@ pub use counters::{DiskCounters, QueueCounters};
 pub use crash::{Crash, CrashError, CrashFile, CrashedRequest, NAME_BYTES_MAX};
 pub use disk::{DiskConfig, DiskError, DiskState, QUEUES_MAX, VhostDisk};
 pub use socket::{SocketAccess, SocketError};
+
+#[cfg(test)]
+mod death_tests;

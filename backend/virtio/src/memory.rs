@@ -299,7 +299,7 @@ pub(crate) mod tests {
             let model = |address: u64| {
                 regions.iter().find_map(|region| {
                     let offset = address.checked_sub(region.description.guest_address)?;
-                    (offset < region.description.bytes).then(|| region.host + offset as usize)
+                    (offset < region.description.bytes).then(|| region.host + host_offset(offset))
                 })
             };
             for start in [0xfff, 0x1000, 0x27ff, 0x2800, 0x2832, 0x2833, 0x3fff, 0x4fff, 0x10_0fff] {

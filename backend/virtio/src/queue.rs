@@ -19,6 +19,7 @@ use crate::disk::DiskShared;
 use crate::fault;
 use crate::gate::Gate;
 use crate::inflight::{QueueLog, Unfinished};
+use crate::interrupt::Interrupt;
 use crate::memory::{GuestMemory, Region};
 use crate::ring::Ring;
 use crate::session::SessionShared;
@@ -38,7 +39,6 @@ use std::sync::mpsc::Sender;
 /// Pieces that lie in the slot itself; longer lists go to the queue's overflow area.
 const PIECES_INLINE: usize = 6;
 const KEY_KICK: u32 = 0;
-const KEY_NOTIFY: u32 = 1;
 /// Heads whose descriptors are fetched ahead of the first one's parsing.
 const PREFETCH: u16 = 32;
 
@@ -50,8 +50,8 @@ pub(crate) struct QueueSetup {
     pub(crate) memory: Arc<GuestMemory>,
     /// `None`: the front end does not kick, we look.
     pub(crate) kick: Option<OwnedFd>,
-    /// `None`: the front end does not want to be interrupted, it looks.
-    pub(crate) call: Option<OwnedFd>,
+    /// Made by the session, so that a failure ends that.
+    pub(crate) interrupt: Interrupt,
     pub(crate) err: Option<OwnedFd>,
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
@@ -116,7 +116,7 @@ pub(crate) struct Queue {
     generation: u32,
     kick: Option<OwnedFd>,
     kick_armed: bool,
-    call: Option<OwnedFd>,
+    interrupt: Interrupt,
     err: Option<OwnedFd>,
     event_idx: bool,
     indirect: bool,
@@ -198,7 +198,7 @@ impl Queue {
             generation: 0,
             kick_armed: setup.kick.is_some(),
             kick: setup.kick,
-            call: setup.call,
+            interrupt: setup.interrupt,
             err: setup.err,
             event_idx: setup.event_idx,
             indirect: setup.indirect,
@@ -296,7 +296,7 @@ impl Queue {
         if self.takes_requests() {
             self.drain(runtime);
         }
-        self.publish(runtime);
+        self.publish();
         self.recorder.idle();
         self.look_for_faults();
         if self.stopping.is_some() {
@@ -643,7 +643,7 @@ impl Queue {
 
     /// Shows the driver everything that has ended, and interrupts it if it wants that.
     #[inline]
-    fn publish(&mut self, runtime: &Runtime) {
+    fn publish(&mut self) {
         let (old, new) = (self.published, self.next_used);
         if old != new {
             self.ring.publish_used(new);
@@ -655,23 +655,24 @@ impl Queue {
         }
         let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
         if wanted || std::mem::take(&mut self.owes_interrupt) {
-            self.interrupt(runtime);
+            self.interrupt();
         }
     }
 
-    fn interrupt(&self, runtime: &Runtime) {
-        if let Some(call) = &self.call {
+    fn interrupt(&mut self) {
+        if self.interrupt.is_set() {
             self.counters().interrupts.add(1);
-            runtime.submit(self.id(), KEY_NOTIFY, &Op::Notify { fd: Fd(call.as_raw_fd()) });
+            self.interrupt.signal();
         }
     }
 
-    /// Replaces the interrupt. The old one may be named by a notification that is not submitted yet.
-    pub(crate) fn set_call(&mut self, runtime: &Runtime, call: Option<OwnedFd>) {
-        let old = std::mem::replace(&mut self.call, call);
-        drop_after_submission(runtime, old);
+    /// Replaces the interrupt.
+    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
+        if let Err(error) = self.interrupt.set(call) {
+            return self.fail(&format!("SET_VRING_CALL: {error}"));
+        }
         // What was signalled on the old one may have been missed.
-        self.interrupt(runtime);
+        self.interrupt();
     }
 
     /// Replaces the descriptor for errors.
@@ -737,18 +738,10 @@ impl Queue {
         }
         let Some(done) = self.stopping.take() else { return };
         let left_in_log = self.left_in_log || self.replaying;
-        drop_after_submission(runtime, self.call.take());
         runtime.remove_source(self.id());
         runtime.local::<Queues>().0.borrow_mut().remove(&self.key);
         // The session may have stopped waiting.
         let _ = done.send(Stopped { next_available: self.next_available, left_in_log });
-    }
-}
-
-/// Keeps a descriptor open until everything that was submitted before has been taken by the kernel.
-fn drop_after_submission(runtime: &Runtime, fd: Option<OwnedFd>) {
-    if let Some(fd) = fd {
-        drop(runtime.operate(&Op::Nop, Some(Box::new(fd))));
     }
 }
 

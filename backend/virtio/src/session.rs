@@ -9,6 +9,7 @@ use crate::disk::DiskShared;
 use crate::features;
 use crate::gate::Gate;
 use crate::inflight::{InflightArea, QueueLog};
+use crate::interrupt::Interrupt;
 use crate::memory::{GuestMemory, Region};
 use crate::message::{
     self, FrontendMessage, InflightDescription, MessageError, RegionDescription, RingAddresses, protocol,
@@ -31,13 +32,18 @@ pub(crate) struct SessionShared {
 }
 
 impl SessionShared {
+    pub(crate) fn new(disk: &Arc<DiskShared>) -> SessionShared {
+        SessionShared { disk: Arc::clone(disk), error: Mutex::default() }
+    }
+
     /// Ends the session, for this reason. Called on reactors.
     pub(crate) fn end(&self, error: String) {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         connection::signal(self.disk.wake_fd());
     }
 
-    fn error(&self) -> Option<String> {
+    /// Why the session is over, if it is.
+    pub(crate) fn error(&self) -> Option<String> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -120,7 +126,7 @@ impl<'a> Session<'a> {
             disk,
             reactors,
             connection: Connection::new(stream),
-            shared: Arc::new(SessionShared { disk: Arc::clone(disk), error: Mutex::default() }),
+            shared: Arc::new(SessionShared::new(disk)),
             features: 0,
             protocol: 0,
             memory: Arc::default(),
@@ -312,7 +318,7 @@ impl<'a> Session<'a> {
                 self.vrings[index].call = fd;
                 if let Some(Running { key, reactor }) = self.vrings[index].running {
                     self.reactors[reactor].run(move |runtime| {
-                        with_queue(runtime, key, |queue, runtime| queue.set_call(runtime, clone));
+                        with_queue(runtime, key, |queue, _| queue.set_call(clone));
                     });
                 }
             }
@@ -598,6 +604,10 @@ impl<'a> Session<'a> {
                 unfinished.len()
             );
         }
+        let mut interrupt = Interrupt::new().map_err(|error| wrong(format!("interrupt: {error}")))?;
+        interrupt
+            .set(clone_fd(vring.call.as_ref())?)
+            .map_err(|error| wrong(format!("SET_VRING_CALL: {error}")))?;
         let reactor_index = (self.disk.config.index + index) % self.reactors.len();
         let (recorder, recorded_disk) = self.recorder(reactor_index);
         let setup = QueueSetup {
@@ -605,7 +615,7 @@ impl<'a> Session<'a> {
             ring,
             memory: Arc::clone(&self.memory),
             kick: clone_fd(kick.as_ref())?,
-            call: clone_fd(vring.call.as_ref())?,
+            interrupt,
             err: clone_fd(vring.err.as_ref())?,
             event_idx: self.features & features::EVENT_IDX != 0,
             indirect: self.features & features::INDIRECT_DESC != 0,

@@ -1,14 +1,17 @@
 //! What the tests share: a short folder, a reactor, a disk over a fake device.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+pub mod frontend;
 
 use hawser_block::fake::FakeDevice;
-use hawser_block::{BlockSize, Device, Geometry};
-use hawser_runtime::{ReactorConfig, ReactorHandle, ReactorThread};
+use hawser_block::{BlockSize, Channel, Device, DeviceState, Geometry, StatsSet};
+use hawser_runtime::{ReactorConfig, ReactorHandle, ReactorThread, Runtime, SourceId};
 use hawser_virtio::{DiskConfig, SocketAccess, VhostDisk};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// A folder of its own, removed at the end.
@@ -52,11 +55,84 @@ pub fn config(socket: &Path) -> DiskConfig {
     }
 }
 
+/// A fake device that can be told to go on: its users are woken.
+pub struct TestDevice {
+    pub fake: FakeDevice,
+    users: Mutex<Vec<(ReactorHandle, SourceId)>>,
+    grown: Mutex<Option<Geometry>>,
+    listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+}
+
+impl TestDevice {
+    pub fn new(geometry: Geometry) -> TestDevice {
+        TestDevice {
+            fake: FakeDevice::new(geometry),
+            users: Mutex::default(),
+            grown: Mutex::default(),
+            listeners: Mutex::default(),
+        }
+    }
+
+    /// Ends what was held.
+    pub fn release(&self) {
+        self.fake.state().hold = false;
+        for (reactor, user) in self.users.lock().unwrap().iter() {
+            let user = *user;
+            reactor.run(move |runtime| runtime.wake(user));
+        }
+    }
+
+    /// Says that it is larger now.
+    pub fn grow(&self, blocks: u64) {
+        let geometry = Geometry { blocks, ..self.geometry().unwrap() };
+        *self.grown.lock().unwrap() = Some(geometry);
+        self.listeners.lock().unwrap().iter().for_each(|listener| listener());
+    }
+}
+
+impl Deref for TestDevice {
+    type Target = FakeDevice;
+    fn deref(&self) -> &FakeDevice {
+        &self.fake
+    }
+}
+
+impl Device for TestDevice {
+    fn name(&self) -> &str {
+        self.fake.name()
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        self.grown.lock().unwrap().or_else(|| self.fake.geometry())
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Ready
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.fake.uuid()
+    }
+
+    fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        self.listeners.lock().unwrap().push(listener);
+    }
+
+    fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel> {
+        self.users.lock().unwrap().push((runtime.handle(), user));
+        self.fake.channel(runtime, user)
+    }
+
+    fn stats(&self) -> Arc<StatsSet> {
+        self.fake.stats()
+    }
+}
+
 /// A disk on a reactor of its own. Fields are dropped in order: the disk before its reactor, the folder last.
 pub struct Served {
     pub disk: VhostDisk,
     pub reactor: ReactorThread,
-    pub device: Arc<FakeDevice>,
+    pub device: Arc<TestDevice>,
     pub socket: PathBuf,
     pub folder: Folder,
 }
@@ -69,16 +145,13 @@ impl Served {
     pub fn with(geometry: Geometry, change: impl FnOnce(&mut DiskConfig)) -> Served {
         let folder = Folder::new();
         let socket = folder.path("s");
-        let device = Arc::new(FakeDevice::new(geometry));
+        let device = Arc::new(TestDevice::new(geometry));
         let reactor = reactor();
         let mut config = config(&socket);
         change(&mut config);
-        let disk = VhostDisk::start(
-            config,
-            Arc::clone(&device) as Arc<dyn Device>,
-            vec![reactor.handle().clone()],
-        )
-        .unwrap();
+        let disk =
+            VhostDisk::start(config, Arc::clone(&device) as Arc<dyn Device>, vec![reactor.handle().clone()])
+                .unwrap();
         Served { disk, reactor, device, socket, folder }
     }
 

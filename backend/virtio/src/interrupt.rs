@@ -1,0 +1,105 @@
+//! The interrupt of a queue: adds 1 to the front end's call eventfd, and never waits for it.
+//!
+//! The eventfd's file is the front end's: it may be blocking (libblkio's clients want it so) and it may be full, so a plain
+//! `write` could hang a reactor, and io_uring hands a write to a blocking eventfd to a worker thread (1.9 µs and a second
+//! thread's time, against 0.3 µs). What the kernel itself signals it never waits for: so each queue has a tiny io_uring of
+//! its own with the eventfd registered, and an interrupt is a no-op in there.
+
+use io_uring::{IoUring, opcode};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// The call descriptor of one queue. Used by one thread.
+pub(crate) struct Interrupt {
+    ring: IoUring,
+    /// Kept for its number; the ring has a reference of its own.
+    call: Option<OwnedFd>,
+}
+
+impl Interrupt {
+    /// An interrupt that goes nowhere.
+    pub(crate) fn new() -> io::Result<Interrupt> {
+        Ok(Interrupt { ring: IoUring::builder().dontfork().build(2)?, call: None })
+    }
+
+    /// From now on interrupts go to `call`, an eventfd, or nowhere.
+    pub(crate) fn set(&mut self, call: Option<OwnedFd>) -> io::Result<()> {
+        if self.call.take().is_some() {
+            self.ring.submitter().unregister_eventfd()?;
+        }
+        if let Some(call) = call {
+            self.ring.submitter().register_eventfd(call.as_raw_fd())?;
+            self.call = Some(call);
+        }
+        Ok(())
+    }
+
+    /// Whether anybody hears it.
+    pub(crate) fn is_set(&self) -> bool {
+        self.call.is_some()
+    }
+
+    /// Signals.
+    #[inline]
+    pub(crate) fn signal(&mut self) {
+        if self.call.is_none() {
+            return;
+        }
+        // The completions of earlier ones, which say nothing; else the ring would fill up.
+        self.ring.completion().for_each(drop);
+        // SAFETY: a no-op names no memory.
+        let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
+        // A full ring holds a signal that was not submitted: submitting is all it needs. An interrupted call is repeated by
+        // the next signal; a no-op cannot fail otherwise.
+        let _ = pushed;
+        while self.ring.submit().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection;
+    use std::os::fd::{AsFd, FromRawFd};
+
+    fn count(fd: &OwnedFd) -> u64 {
+        let mut count = 0u64;
+        // SAFETY: 8 writable bytes; our own descriptor.
+        let got = unsafe { libc::read(fd.as_raw_fd(), (&raw mut count).cast(), 8) };
+        if got == 8 { count } else { 0 }
+    }
+
+    #[test]
+    fn every_signal_counts_and_goes_to_the_newest_descriptor() {
+        let (first, second) = (connection::eventfd().unwrap(), connection::eventfd().unwrap());
+        let mut interrupt = Interrupt::new().unwrap();
+        interrupt.signal();
+        interrupt.set(Some(first.try_clone().unwrap())).unwrap();
+        for _ in 0..100 {
+            interrupt.signal();
+        }
+        assert_eq!(count(&first), 100);
+        interrupt.set(Some(second.try_clone().unwrap())).unwrap();
+        interrupt.signal();
+        assert_eq!((count(&first), count(&second)), (0, 1));
+        interrupt.set(None).unwrap();
+        interrupt.signal();
+        assert_eq!((count(&first), count(&second)), (0, 0));
+    }
+
+    #[test]
+    fn a_full_and_blocking_eventfd_does_not_hang_us() {
+        // SAFETY: plain system call; the descriptor is ours.
+        let full = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+        let most = u64::MAX - 1;
+        // SAFETY: 8 readable bytes.
+        assert_eq!(unsafe { libc::write(full.as_raw_fd(), (&raw const most).cast(), 8) }, 8);
+        assert!(connection::is_eventfd(full.as_fd()));
+        let mut interrupt = Interrupt::new().unwrap();
+        interrupt.set(Some(full.try_clone().unwrap())).unwrap();
+        for _ in 0..10 {
+            interrupt.signal();
+        }
+        assert!(count(&full) >= most);
+    }
+}
