@@ -142,6 +142,8 @@ pub fn cpu_times() -> io::Result<Vec<CpuTimes>> {
 pub struct Usage {
     /// CPU seconds, user and system.
     pub cpu_seconds: f64,
+    /// How often it went to sleep.
+    pub voluntary_switches: u64,
     /// How often it was taken from its CPU for somebody else.
     pub involuntary_switches: u64,
 }
@@ -157,6 +159,7 @@ pub fn usage() -> Usage {
     };
     Usage {
         cpu_seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
+        voluntary_switches: u64::try_from(usage.ru_nvcsw).unwrap_or(0),
         involuntary_switches: u64::try_from(usage.ru_nivcsw).unwrap_or(0),
     }
 }

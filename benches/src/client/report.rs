@@ -55,6 +55,8 @@ pub struct Report {
     pub server_cpu_share: Option<f64>,
     /// CPU seconds of the client per million requests.
     pub client_cpu_per_million: f64,
+    /// How often the client slept per thousand requests.
+    pub client_sleeps_per_thousand: f64,
     /// Share of the measured time in which the client could have run but somebody else had its CPU.
     pub client_waited_share: f64,
     /// How often the client was taken from its CPU for somebody else.
@@ -90,8 +92,12 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "client {:.3} CPU s per million requests, {:.1} completions at a time, {} involuntary switches",
-            self.client_cpu_per_million, self.batch_mean, self.client_involuntary_switches
+            "client {:.3} CPU s per million requests, {:.1} completions at a time, {:.2} sleeps per thousand requests, \
+             {} involuntary switches",
+            self.client_cpu_per_million,
+            self.batch_mean,
+            self.client_sleeps_per_thousand,
+            self.client_involuntary_switches
         )?;
         if self.verified > 0 {
             writeln!(f, "verified {} blocks", self.verified)?;

@@ -312,6 +312,9 @@ fn report(options: &Options, start: &Reading, stop: &Reading, totals: &[Totals])
         server_cpu_per_million: server.map(per_million),
         server_cpu_share: server.map(|cpu| cpu / seconds),
         client_cpu_per_million: per_million(stop.client.cpu_seconds - start.client.cpu_seconds),
+        client_sleeps_per_thousand: to_f64(stop.client.voluntary_switches - start.client.voluntary_switches)
+            * 1e3
+            / requests.max(1.0),
         client_waited_share: (stop.waited - start.waited).max(0.0) / seconds,
         client_involuntary_switches: stop.client.involuntary_switches - start.client.involuntary_switches,
         verified: all.verified,
