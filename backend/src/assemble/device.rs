@@ -1,13 +1,16 @@
 //! From a `[[device]]` to a device.
 
+use super::host::{self, HostIdentity};
 use super::reactors::Reactors;
 use crate::config::value::Uris;
 use crate::config::{Config, ConfigError, DeviceConfig, Placed};
 use hawser_block::{BlockSize, Device};
-type NvmeUri = String;
+use hawser_fabric::initiator::{self, NvmeConfig, NvmeDevice, PathTimers};
+use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A device's URIs, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +60,7 @@ impl Kind {
                         "{other:?} cannot be one of several paths, want {NVME_TCP}... for each"
                     ));
                 }
-                Ok(Kind::Nvme { paths: paths.to_vec() })
+                Ok(Kind::Nvme { paths: paths.iter().map(|uri| uri.parse()).collect::<Result<_, _>>()? })
             }
         }
     }
@@ -113,6 +116,14 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
     for device in &config.devices {
         let kind = Kind::parse(&device.value.uri).map_err(|what| device.error("uri", what))?;
         let made_by_us = matches!(kind, Kind::Mem { .. } | Kind::Null { .. });
+        if !matches!(kind, Kind::Nvme { .. })
+            && let Some((key, _)) = device.value.timers().next()
+        {
+            return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
+        }
+        if matches!(kind, Kind::Nvme { .. }) && device.value.block_size.is_some() {
+            return Err(device.error("block_size", "is the target's to say, want no such key here"));
+        }
         if device.value.read_only && made_by_us {
             return Err(
                 device.error("read_only", "true has no sense for mem: and null:, want it on the [[disk]]")
@@ -133,7 +144,7 @@ pub fn open(
     had_predecessor: bool,
     reactors: &Reactors,
 ) -> Result<Arc<dyn Device>, OpenError> {
-    let DeviceConfig { name, uri, block_size, read_only } = &config.value;
+    let DeviceConfig { name, uri, block_size, read_only, .. } = &config.value;
     let wrong = |key: &str, what: String| OpenError::Config(config.error(key, what));
     let kind = Kind::parse(uri).map_err(|what| wrong("uri", what))?;
     let block_size = BlockSize::new(block_size.unwrap_or(512)).unwrap_or(BlockSize::B512);
@@ -147,9 +158,15 @@ pub fn open(
             NullDevice::new(name.as_str(), size, block_size)
                 .map_err(|what| wrong("uri", format!("{shown:?}: {what}")))?,
         ),
-        Kind::Nvme { .. } => {
-            let _ = (super::host::identity(&whole.host, &whole.daemon.state_dir), had_predecessor, reactors);
-            return Err(OpenError::Failed("this build has no NVMe".to_owned()));
+        Kind::Nvme { paths } => {
+            let HostIdentity { nqn, id } =
+                host::identity(&whole.host, &whole.daemon.state_dir).map_err(OpenError::Failed)?;
+            let host = initiator::HostIdentity { nqn: nqn.to_string(), id: id.0 };
+            let mut nvme = NvmeConfig::new(name.as_str(), paths, host);
+            nvme.timers = timers(&config.value);
+            nvme.had_predecessor = had_predecessor;
+            NvmeDevice::open(nvme, reactors.handles())
+                .map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?
         }
         Kind::File { path } => {
             let options = FileOptions { block_size, read_only: *read_only };
@@ -157,6 +174,32 @@ pub fn open(
             Arc::new(device.map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?)
         }
     })
+}
+
+fn timers(config: &DeviceConfig) -> PathTimers {
+    let seconds = |value: u32| Duration::from_secs(u64::from(value));
+    let default = PathTimers::default();
+    PathTimers {
+        keep_alive_tmo: config.keep_alive_tmo.map_or(default.keep_alive_tmo, seconds),
+        reconnect_delay: config.reconnect_delay.map_or(default.reconnect_delay, seconds),
+        ctrl_loss_tmo: config.ctrl_loss_tmo.map_or(default.ctrl_loss_tmo, |value| Some(seconds(value))),
+        io_timeout: config.io_timeout.map_or(default.io_timeout, seconds),
+        quiesce_tmo: config.quiesce_tmo.map_or(default.quiesce_tmo, seconds),
+    }
+}
+
+/// How long a device may take to end what it does: a target that does not answer is left.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+
+/// Lets devices go, and waits until their connections have ended in order.
+pub fn close(devices: Vec<Arc<dyn Device>>) {
+    // A device's numbers live as long as anything of it is at work.
+    let at_work: Vec<_> = devices.iter().map(|device| Arc::downgrade(&device.stats())).collect();
+    drop(devices);
+    let since = Instant::now();
+    while at_work.iter().any(|stats| stats.strong_count() > 0) && since.elapsed() < CLOSE_MAX {
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[cfg(test)]
@@ -173,6 +216,13 @@ mod tests {
         assert_eq!(parse("null:?size=64KiB"), Ok(Kind::Null { size: 64 << 10 }));
         assert_eq!(parse("file:///a/b"), Ok(Kind::File { path: "/a/b".into() }));
         assert_eq!(parse("file:/a/b"), Ok(Kind::File { path: "/a/b".into() }));
+        let paths = ["nvme+tcp://h:1/nqn.x?nsid=2", "nvme+tcp://i:1/nqn.x?nsid=2"];
+        let Ok(Kind::Nvme { paths: parsed }) = Kind::parse(&Uris(paths.map(str::to_owned).to_vec())) else {
+            panic!("two paths to one namespace");
+        };
+        assert_eq!(parsed.len(), 2);
+        let mixed = Kind::parse(&Uris(vec![paths[0].to_owned(), "mem:?size=1GiB".to_owned()]));
+        assert!(mixed.unwrap_err().contains("\"mem:?size=1GiB\" cannot be one of several paths"));
     }
 
     #[test]

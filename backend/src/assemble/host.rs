@@ -29,6 +29,28 @@ pub fn identity(config: &HostConfig, state_dir: &Path) -> Result<HostIdentity, S
     identity_from(config, Path::new(NVME_CLI), state_dir)
 }
 
+/// For a command that only looks: the identity that is there, else one for this once. Nothing is written.
+///
+/// # Errors
+/// When a file holds something else, or there are no random numbers: one line.
+pub fn passing(state_dir: &Path) -> Result<HostIdentity, String> {
+    let nvme_cli = Path::new(NVME_CLI);
+    let id = match read(&nvme_cli.join("hostid"))?.or(read(&state_dir.join("hostid"))?) {
+        Some(id) => id,
+        None => random_uuid().map_err(|error| error.to_string())?,
+    };
+    let nqn = match read(&nvme_cli.join("hostnqn"))?.or(read(&state_dir.join("hostnqn"))?) {
+        Some(nqn) => nqn,
+        None => nqn_of(id)?,
+    };
+    Ok(HostIdentity { nqn, id })
+}
+
+/// NVMe base specification 2.0, section 4.5: the form for hosts without a domain of their own.
+fn nqn_of(id: Uuid) -> Result<Nqn, String> {
+    format!("nqn.2014-08.org.nvmexpress:uuid:{id}").parse()
+}
+
 fn identity_from(config: &HostConfig, nvme_cli: &Path, state_dir: &Path) -> Result<HostIdentity, String> {
     let id = match config.id {
         Some(id) => id,
@@ -41,10 +63,7 @@ fn identity_from(config: &HostConfig, nvme_cli: &Path, state_dir: &Path) -> Resu
         Some(nqn) => nqn.clone(),
         None => match read(&nvme_cli.join("hostnqn"))? {
             Some(nqn) => nqn,
-            // NVMe base specification 2.0, section 4.5: the form for hosts without a domain of their own.
-            None => {
-                kept(&state_dir.join("hostnqn"), || format!("nqn.2014-08.org.nvmexpress:uuid:{id}").parse())?
-            }
+            None => kept(&state_dir.join("hostnqn"), || nqn_of(id))?,
         },
     };
     Ok(HostIdentity { nqn, id })

@@ -1,38 +1,94 @@
-//! From `[[subsystem]]`s to a target.
+//! From `[[subsystem]]`s to the target that other hosts connect to.
 
 use super::reactors::Reactors;
 use crate::config::Config;
-use crate::config::value::Name;
-use crate::daemon::api::view::SubsystemView;
+use crate::config::value::{Listen, Name, Nqn};
+use crate::daemon::api::view::{NamespaceView, SubsystemView};
 use hawser_block::Device;
+use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
 use std::sync::Arc;
-use std::time::Duration;
 
-/// All subsystems that other hosts reach.
-pub struct Target {}
-
-impl Target {
-    /// What there is.
-    #[must_use]
-    pub fn views(&self) -> Vec<SubsystemView> {
-        Vec::new()
-    }
-
-    /// Takes no more commands and waits for those under way, up to `drain`.
-    pub fn stop(&self, _drain: Duration) {}
-}
-
-/// Starts to listen.
+/// Starts to listen for all subsystems of the configuration; `None` when there are none.
 ///
 /// # Errors
-/// When an address cannot be had: one line.
-pub fn targets(
+/// When an address cannot be had, or a name is not right: one line.
+pub fn start(
     config: &Config,
-    _reactors: &Reactors,
-    _device: impl Fn(&Name) -> Option<Arc<dyn Device>>,
-) -> Result<Vec<Target>, String> {
-    match config.subsystems.first() {
-        None => Ok(Vec::new()),
-        Some(subsystem) => Err(subsystem.error("nqn", "this build serves no subsystems").to_string()),
+    reactors: &Reactors,
+    device: impl Fn(&Name) -> Option<Arc<dyn Device>>,
+) -> Result<Option<Target>, String> {
+    if config.subsystems.is_empty() {
+        return Ok(None);
+    }
+    let mut subsystems = Vec::new();
+    for placed in &config.subsystems {
+        let subsystem = &placed.value;
+        let mut namespaces = Vec::new();
+        for namespace in &subsystem.namespaces {
+            let device =
+                device(&namespace.device).ok_or_else(|| format!("no device {}", namespace.device))?;
+            let uuid = namespace.uuid.map(|uuid| uuid.0);
+            namespaces.push(NamespaceConfig { nsid: namespace.nsid, device, uuid });
+        }
+        subsystems.push(SubsystemConfig {
+            nqn: subsystem.nqn.to_string(),
+            listen: subsystem.listen.iter().map(|listen| listen.0).collect(),
+            allowed_hosts: subsystem
+                .allowed_hosts
+                .as_ref()
+                .map(|hosts| hosts.iter().map(Nqn::to_string).collect()),
+            serial: serial(&subsystem.nqn),
+            namespaces,
+        });
+    }
+    Target::start(subsystems, reactors.handles()).map(Some).map_err(|what| {
+        let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
+        about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
+    })
+}
+
+/// A subsystem's serial number, the same for the same name for ever: hosts make device links of it. FNV-1a in hexadecimal.
+fn serial(nqn: &Nqn) -> String {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("{:016x}", nqn.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, step))
+}
+
+/// What there is.
+#[must_use]
+pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
+    let addresses = target.addresses();
+    let view = |placed: &crate::config::Placed<crate::config::SubsystemConfig>| {
+        let subsystem = &placed.value;
+        let bound = addresses.iter().find(|(nqn, _)| nqn == subsystem.nqn.as_str());
+        SubsystemView {
+            nqn: subsystem.nqn.to_string(),
+            listen: bound.map_or_else(Vec::new, |(_, bound)| {
+                bound.iter().map(|address| Listen(*address).to_string()).collect()
+            }),
+            allowed_hosts: subsystem
+                .allowed_hosts
+                .as_ref()
+                .map(|hosts| hosts.iter().map(Nqn::to_string).collect()),
+            hosts: target.hosts(subsystem.nqn.as_str()),
+            namespaces: subsystem
+                .namespaces
+                .iter()
+                .map(|namespace| NamespaceView { nsid: namespace.nsid, device: namespace.device.to_string() })
+                .collect(),
+        }
+    };
+    config.subsystems.iter().map(view).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_fits_and_tells_names_apart() {
+        let serial = |nqn: &str| serial(&nqn.parse().unwrap());
+        assert_eq!(serial("nqn.a"), serial("nqn.a"));
+        assert_ne!(serial("nqn.a"), serial("nqn.b"));
+        assert_eq!(serial("nqn.a").len(), 16);
     }
 }

@@ -58,6 +58,7 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
         eprintln!("hawser: {}", line_of(&failed(what)));
         std::process::exit(1);
     }
+    device::close(vec![device]);
     let verified = if args.verify { ", verified" } else { "" };
     println!(
         "{} imported to {}: {}{verified}",

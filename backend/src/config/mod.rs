@@ -94,8 +94,10 @@ pub const DEFAULT_API: &str = "/run/hawser/api.sock";
 /// A second of polling is more than any idle period worth polling through.
 const POLL_US_MAX: u32 = 1_000_000;
 const DRAIN_TIMEOUT_MAX: u32 = 3600;
-/// The split ring's handshake numbers queues with 16 bits; this many are already more than any guest has CPUs for.
-pub const QUEUES_MAX: u16 = 256;
+/// A day; above it somebody meant milliseconds.
+const TIMER_MAX: u32 = 86400;
+/// The most queues of a disk.
+pub const QUEUES_MAX: u16 = hawser_virtio::QUEUES_MAX;
 
 impl Default for DaemonConfig {
     fn default() -> Self {
@@ -133,6 +135,30 @@ pub struct DeviceConfig {
     /// Nobody may write, and a `file:` is opened (and locked) accordingly.
     #[serde(default)]
     pub read_only: bool,
+    /// `nvme+tcp:` only, in seconds, as all that follow: a controller that is not heard of for so long is given up.
+    pub keep_alive_tmo: Option<u32>,
+    /// The longest wait between attempts to reconnect.
+    pub reconnect_delay: Option<u32>,
+    /// After so long without a connection requests fail; `None`: they wait for ever.
+    pub ctrl_loss_tmo: Option<u32>,
+    /// A command that is not answered for so long ends the connection.
+    pub io_timeout: Option<u32>,
+    /// How long a target may still execute commands of a lost connection, where it does not say so itself.
+    pub quiesce_tmo: Option<u32>,
+}
+
+impl DeviceConfig {
+    /// The timers of a path that are set, with their keys.
+    pub fn timers(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        let all = [
+            ("keep_alive_tmo", self.keep_alive_tmo),
+            ("reconnect_delay", self.reconnect_delay),
+            ("ctrl_loss_tmo", self.ctrl_loss_tmo),
+            ("io_timeout", self.io_timeout),
+            ("quiesce_tmo", self.quiesce_tmo),
+        ];
+        all.into_iter().filter_map(|(key, value)| Some((key, value?)))
+    }
 }
 
 /// `[[disk]]`: a device offered to a VM at a vhost-user socket. Also what `disk add` sends and `--save` writes.
@@ -285,6 +311,12 @@ impl Config {
             if !known {
                 let bytes = device.value.block_size.unwrap_or(0);
                 return Err(device.error("block_size", format!("{bytes} is no block size, want 512 or 4096")));
+            }
+            for (key, seconds) in device.value.timers() {
+                if seconds == 0 || seconds > TIMER_MAX {
+                    let what = format!("{seconds} is out of range, want 1 to {TIMER_MAX} (seconds)");
+                    return Err(device.error(key, what));
+                }
             }
         }
         for disk in &self.disks {

@@ -1,7 +1,7 @@
 //! One disk: its description, and whether it is served now.
 
 use super::api::view::{DiskState, DiskView};
-use super::view::io_view;
+use super::view::{device_trouble, io_view};
 use crate::config::DiskConfig;
 use hawser_block::{Device, StatsSet};
 use hawser_virtio::VhostDisk;
@@ -97,7 +97,7 @@ impl Disk {
                         DiskState::Waiting
                     }
                 };
-                (state, some(server.trouble()).or_else(|| some(self.device.trouble())))
+                (state, some(server.trouble()).or_else(|| device_trouble(self.device.as_ref())))
             }
         };
         let saved_in = now.saved_in.as_ref().map(|file| file.display().to_string());

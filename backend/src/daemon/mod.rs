@@ -18,13 +18,14 @@ mod view;
 use crate::assemble::device::{self, OpenError};
 use crate::assemble::disk as assemble_disk;
 use crate::assemble::reactors::Reactors;
-use crate::assemble::target::{Target, targets};
+use crate::assemble::target as assemble_target;
 use crate::config::value::{Name, SocketPath};
 use crate::config::{Config, ConfigError, DeviceConfig, DiskConfig};
 use api::ApiSocket;
 use api::view::{DeviceView, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
+use hawser_fabric::target::Target;
 use hawser_virtio::VhostDisk;
 use lock::Lock;
 use run_state::RunState;
@@ -82,9 +83,9 @@ pub struct Daemon {
     build_id: String,
     since: Instant,
     reactors: Reactors,
-    devices: Vec<(DeviceConfig, Arc<dyn Device>)>,
+    devices: Mutex<Vec<(DeviceConfig, Arc<dyn Device>)>>,
     disks: Mutex<Vec<Arc<Disk>>>,
-    targets: Vec<Target>,
+    target: Mutex<Option<Target>>,
     run_state: Mutex<RunState>,
     /// Held while disks are added or removed: one change at a time.
     changes: Mutex<()>,
@@ -146,14 +147,14 @@ impl Daemon {
         let find = |name: &Name| {
             devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
         };
-        let targets = targets(&config, &reactors, find)?;
+        let target = Mutex::new(assemble_target::start(&config, &reactors, find)?);
         let daemon = Daemon {
             build_id,
             since: Instant::now(),
             reactors,
-            devices,
+            devices: Mutex::new(devices),
             disks: Mutex::default(),
-            targets,
+            target,
             run_state: Mutex::new(run_state),
             changes: Mutex::default(),
             disks_started: AtomicUsize::new(0),
@@ -205,7 +206,14 @@ impl Daemon {
     }
 
     fn device(&self, name: &Name) -> Option<Arc<dyn Device>> {
-        self.devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
+        self.lock_devices()
+            .iter()
+            .find(|(config, _)| config.name == *name)
+            .map(|(_, device)| Arc::clone(device))
+    }
+
+    fn lock_devices(&self) -> MutexGuard<'_, Vec<(DeviceConfig, Arc<dyn Device>)>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_disks(&self) -> MutexGuard<'_, Vec<Arc<Disk>>> {
@@ -236,7 +244,7 @@ impl Daemon {
         log::info!("ended");
     }
 
-    /// Ends all disks at the same time, then the targets.
+    /// Ends all disks at the same time, then the target, then the devices.
     fn stop(&self, drain: Duration) {
         let _change = self.lock_changes();
         let disks = std::mem::take(&mut *self.lock_disks());
@@ -245,9 +253,13 @@ impl Daemon {
                 scope.spawn(|| disk.stop(drain));
             }
         });
-        for target in &self.targets {
-            target.stop(drain);
+        drop(disks);
+        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if target.is_some_and(|target| !target.stop(drain)) {
+            log::warn!("targets: commands were still under way after {} s", drain.as_secs());
         }
+        let devices = std::mem::take(&mut *self.lock_devices());
+        device::close(devices.into_iter().map(|(_, device)| device).collect());
     }
 
     /// Adds a disk to the running daemon; with `save`, also to `conf.d`.
@@ -374,13 +386,17 @@ impl Daemon {
     /// All devices.
     #[must_use]
     pub fn device_views(&self) -> Vec<DeviceView> {
-        self.devices.iter().map(|(config, device)| view::device_view(config, device.as_ref())).collect()
+        self.lock_devices()
+            .iter()
+            .map(|(config, device)| view::device_view(config, device.as_ref()))
+            .collect()
     }
 
     /// All subsystems.
     #[must_use]
     pub fn subsystem_views(&self) -> Vec<SubsystemView> {
-        self.targets.iter().flat_map(Target::views).collect()
+        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+        target.as_ref().map_or_else(Vec::new, |target| assemble_target::views(&self.config, target))
     }
 
     /// The numbers of all disks and of all devices, with their names.
@@ -389,8 +405,11 @@ impl Daemon {
     pub(crate) fn stats(&self) -> (Vec<(String, Arc<StatsSet>)>, Vec<(String, Arc<StatsSet>)>) {
         let disks =
             self.all_disks().iter().map(|disk| (disk.config.name.to_string(), disk.stats())).collect();
-        let devices =
-            self.devices.iter().map(|(config, device)| (config.name.to_string(), device.stats())).collect();
+        let devices = self
+            .lock_devices()
+            .iter()
+            .map(|(config, device)| (config.name.to_string(), device.stats()))
+            .collect();
         (disks, devices)
     }
 }

@@ -30,6 +30,14 @@ pub(super) fn io_view(stats: &StatsSet) -> IoView {
     }
 }
 
+/// What is wrong with a device, without its name in front.
+pub(super) fn device_trouble(device: &dyn Device) -> Option<String> {
+    let trouble = device.trouble();
+    let what =
+        trouble.strip_prefix(device.name()).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&trouble);
+    (!what.is_empty()).then(|| what.to_owned())
+}
+
 pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceView {
     let geometry = device.geometry();
     let uuid = device.uuid();
@@ -37,7 +45,7 @@ pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceV
         name: config.name.to_string(),
         uri: config.uri.0.clone(),
         state: device.state().name().to_owned(),
-        trouble: Some(device.trouble()).filter(|trouble| !trouble.is_empty()),
+        trouble: device_trouble(device),
         size_bytes: geometry.map(|geometry| geometry.size_bytes()),
         block_size: geometry.map(|geometry| geometry.block_size.bytes()),
         uuid: (uuid != [0; 16]).then(|| Uuid(uuid).to_string()),

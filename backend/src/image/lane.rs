@@ -7,7 +7,7 @@ use hawser_block::{
     BlockCount, Buffers, Channel, Completion, Device, Lba, Operation, Outcome, Request, Token,
 };
 use hawser_runtime::buffers::AlignedBuffer;
-use hawser_runtime::{Event, ReactorHandle, Runtime, Slab, Source};
+use hawser_runtime::{Event, ReactorHandle, Runtime, Slab, Source, SourceId};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,6 +74,7 @@ pub(super) struct Lane {
 
 /// What runs on the reactor.
 struct Worker {
+    id: SourceId,
     channel: Box<dyn Channel>,
     under_way: Slab<(Job, Box<libc::iovec>)>,
     batch: Vec<Request>,
@@ -95,6 +96,7 @@ impl Lane {
             let waking = Rc::new(RefCell::new(Waking(None)));
             let id = runtime.add_source(Rc::<RefCell<Waking>>::clone(&waking));
             let worker = Rc::new(RefCell::new(Worker {
+                id,
                 channel: device.channel(runtime, id),
                 under_way: Slab::with_capacity(16),
                 batch: Vec::new(),
@@ -106,6 +108,17 @@ impl Lane {
         });
         opened.ok_or("its reactor has ended")?;
         Ok(Lane { reactor: reactor.clone(), ended })
+    }
+
+    /// Gives the channel back; every job has ended.
+    pub(super) fn close(self) {
+        let closed = self.reactor.call(|runtime| {
+            let worker = runtime.local::<Place>().0.borrow_mut().take();
+            if let Some(worker) = worker {
+                runtime.remove_source(worker.borrow().id);
+            }
+        });
+        debug_assert!(closed.is_some(), "the reactor outlives its lanes");
     }
 
     pub(super) fn submit(&self, job: Job) {

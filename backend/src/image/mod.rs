@@ -54,7 +54,7 @@ fn reach_within(device: &Arc<dyn Device>, limit: Duration) -> Result<Geometry, S
         }
         let left = limit.saturating_sub(since.elapsed());
         if left.is_zero() || news.recv_timeout(left) == Err(RecvTimeoutError::Disconnected) {
-            let trouble = device.trouble();
+            let trouble = device.trouble().replace(&format!("{}: ", device.name()), "");
             let why = if trouble.is_empty() { String::new() } else { format!(": {trouble}") };
             return Err(format!("not reached within {} s{why}", limit.as_secs()));
         }
@@ -85,7 +85,11 @@ pub fn import(
     }
     let mut copy = Copy { image, geometry, lane: Lane::open(device, reactor)?, in_flight: 0, progress };
     copy.write()?;
-    if verify { copy.verify() } else { Ok(()) }
+    if verify {
+        copy.verify()?;
+    }
+    copy.lane.close();
+    Ok(())
 }
 
 struct Copy<'a> {

@@ -156,6 +156,8 @@ pub struct SubsystemView {
     pub listen: Vec<String>,
     /// The hosts that may connect; `None`: any.
     pub allowed_hosts: Option<Vec<String>>,
+    /// The hosts that are connected, one for each association.
+    pub hosts: Vec<String>,
     /// What is in it.
     pub namespaces: Vec<NamespaceView>,
 }

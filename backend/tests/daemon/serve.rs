@@ -1,8 +1,6 @@
 //! The daemon's life: starting, refusing to start, ending, dying, and what the next one makes of it.
 
-mod common;
-
-use common::{Place, until};
+use crate::common::{Place, until};
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};

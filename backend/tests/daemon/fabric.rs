@@ -1,0 +1,169 @@
+//! A target daemon and an initiator daemon, and what happens when the target is not there.
+
+use crate::common::{Place, until};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+
+const TARGET: &str = r#"
+[[device]]
+name = "f0"
+uri = "file://@/store"
+[[subsystem]]
+nqn = "nqn.2026-11.io.hawser:t"
+listen = ["tcp://127.0.0.1:PORT"]
+[[subsystem.namespace]]
+nsid = 1
+device = "f0"
+[[subsystem]]
+nqn = "nqn.2026-11.io.hawser:guarded"
+listen = ["tcp://127.0.0.1:0"]
+allowed_hosts = ["nqn.2026-11.io.hawser:nobody"]
+"#;
+
+fn initiator(port: u16) -> String {
+    format!(
+        r#"
+[host]
+nqn = "nqn.2026-11.io.hawser:test-host"
+[[device]]
+name = "r0"
+uri = "nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t?nsid=1"
+reconnect_delay = 1
+[[device]]
+name = "m0"
+uri = "mem:?size=16MiB"
+[[disk]]
+name = "far"
+device = "r0"
+socket = "@/far.sock"
+[[disk]]
+name = "near"
+device = "m0"
+socket = "@/near.sock"
+"#
+    )
+}
+
+/// A folder with a target's configuration. Its device is a file: a `mem:` is another one after each start.
+fn storage(port: u16) -> Place {
+    let place = Place::new();
+    std::fs::File::create(place.path("store")).unwrap().set_len(16 << 20).unwrap();
+    place.configure(&TARGET.replace("PORT", &port.to_string()));
+    place
+}
+
+/// A port that nobody listens at: free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn a_disk_waits_for_its_target_while_others_are_served() {
+    let port = free_port();
+    let host = Place::new();
+    host.configure(&initiator(port));
+    let daemon = host.serve();
+    assert_eq!(daemon.disk("near").0, "listening");
+    let (state, trouble) = daemon.disk("far");
+    assert_eq!(state, "waiting");
+    assert!(!host.path("far.sock").exists(), "nothing is accepted that cannot be served");
+    until("the trouble has a name", || {
+        daemon.disk("far").1.is_some_and(|trouble| trouble.contains("refused"))
+    });
+    drop(trouble);
+    assert!(host.log().contains("disk far: device r0 is not reached yet"), "{}", host.log());
+
+    let storage = storage(port);
+    let target = storage.serve();
+    until("the disk listens", || daemon.disk("far") == ("listening".to_owned(), None));
+    UnixStream::connect(host.path("far.sock")).unwrap();
+    let hosts = || target.status()["subsystems"][0]["hosts"].clone();
+    assert_eq!(hosts(), serde_json::json!(["nqn.2026-11.io.hawser:test-host"]));
+    assert_eq!(daemon.status()["devices"][0]["size_bytes"], 16 << 20);
+
+    target.kill();
+    until("the device says so", || daemon.status()["devices"][0]["state"] == "reconnecting");
+    let target = storage.serve();
+    until("it is reached again", || daemon.status()["devices"][0]["state"] == "ready");
+
+    assert_eq!(daemon.end(), Some(0));
+    until("the association has ended", || target.status()["subsystems"][0]["hosts"] == serde_json::json!([]));
+    assert_eq!(target.end(), Some(0));
+}
+
+#[test]
+fn a_target_shows_its_ports_and_answers_discovery() {
+    let storage = storage(0);
+    let target = storage.serve();
+    let status = target.status();
+    let listen = |index: usize| status["subsystems"][index]["listen"][0].as_str().unwrap().to_owned();
+    let (open, guarded) = (listen(0), listen(1));
+    assert!(!open.ends_with(":0") && !guarded.ends_with(":0") && open != guarded);
+    let found = storage.ok(&["device", "discover", &open, "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+    let entry = found.as_array().unwrap().iter().find(|entry| entry["nqn"] == "nqn.2026-11.io.hawser:t");
+    let entry = entry.unwrap_or_else(|| panic!("{found}"));
+    assert_eq!((entry["kind"].as_str(), entry["transport"].as_str()), (Some("subsystem"), Some("tcp")));
+    assert!(open.ends_with(entry["port"].as_str().unwrap()));
+    assert!(storage.ok(&["device", "discover", &open]).contains("nqn.2026-11.io.hawser:t"));
+    assert!(storage.ok(&["status"]).contains("1:f0"));
+
+    // A target that refuses us is as good as none for an offline command, and says why.
+    let host = Place::new();
+    let uri = format!("nvme+{guarded}/nqn.2026-11.io.hawser:guarded");
+    let file = host.configure(&format!("[[device]]\nname = \"g\"\nuri = \"{uri}\"\n"));
+    std::fs::write(host.path("image"), [1; 4096]).unwrap();
+    let line = host
+        .fails(&["image", "import", &host.text("image"), "g", "--config", &file.display().to_string()], 1);
+    assert!(line.starts_with(&format!("device g ({uri}): not reached within ")), "{line}");
+    assert_eq!(target.end(), Some(0));
+}
+
+#[test]
+fn discovery_of_nobody_is_one_line() {
+    let place = Place::new();
+    let line = place.fails(&["device", "discover", &format!("tcp://127.0.0.1:{}", free_port())], 1);
+    assert!(line.contains("refused"), "{line}");
+    let line = place.fails(&["device", "discover", "127.0.0.1:4420"], 2);
+    assert!(line.contains("want tcp://HOST:PORT"), "{line}");
+}
+
+#[test]
+fn a_busy_port_is_named() {
+    let busy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = busy.local_addr().unwrap().port();
+    let place = storage(port);
+    let file = place.path("hawser.toml");
+    let line = place.fails(&["serve", "--config", &file.display().to_string()], 1);
+    let want = format!("{}:10:10: [[subsystem]] listen: ", file.display());
+    assert!(line.starts_with(&want) && line.contains(&format!("127.0.0.1:{port}")), "{line}");
+    assert!(!place.path("api").exists());
+}
+
+#[test]
+fn data_goes_through_a_target_and_back() {
+    let storage = storage(0);
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    let port = listen.rsplit(':').next().unwrap().parse().unwrap();
+    let host = Place::new();
+    let file = host.configure(&initiator(port));
+    let image: Vec<u8> =
+        (0..5_000_001u32).map(|at| if at % 3_000_000 < 99 { 0 } else { at.to_le_bytes()[1] }).collect();
+    std::fs::write(host.path("image"), image).unwrap();
+    let done = host.ok(&[
+        "image",
+        "import",
+        &host.text("image"),
+        "r0",
+        "--verify",
+        "--config",
+        &file.display().to_string(),
+    ]);
+    assert!(done.ends_with("verified\n"), "{done}");
+    until("its association has ended", || target.status()["subsystems"][0]["hosts"] == serde_json::json!([]));
+    let line =
+        host.fails(&["image", "import", "/dev/null", "r0", "--config", &file.display().to_string()], 1);
+    assert!(line.contains("/dev/null: is neither a file nor a block device"), "{line}");
+    assert_eq!(target.end(), Some(0));
+}

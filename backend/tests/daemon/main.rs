@@ -1,0 +1,9 @@
+//! The binary `hawser` from outside: real processes in folders of their own, one test program for all of it.
+
+mod api;
+mod cli;
+mod common;
+mod config_errors;
+mod fabric;
+mod import;
+mod serve;
