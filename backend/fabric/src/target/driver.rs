@@ -172,6 +172,9 @@ impl Driver {
                         if left.fetch_sub(1, Ordering::AcqRel) == 1 {
                             tell(&me, |driver, runtime| {
                                 driver.connection.connected();
+                                if !driver.ending {
+                                    driver.check_alive(runtime);
+                                }
                                 driver.go_on(runtime);
                             });
                         }
@@ -244,7 +247,9 @@ impl Driver {
 
     /// Looks whether the host still lives, and when to look again.
     fn check_alive(&mut self, runtime: &Runtime) {
-        self.timer = None;
+        if let Some(timer) = self.timer.take() {
+            runtime.cancel_timer(timer);
+        }
         if !self.connection.is_connected() {
             self.end(runtime, "no Connect came in time");
             return;

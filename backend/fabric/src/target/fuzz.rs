@@ -60,24 +60,32 @@ pub(super) type Execute<'a> = &'a mut dyn FnMut(&Request) -> Outcome;
 
 /// Lets a connection receive `bytes`, and carries its requests out.
 pub(super) fn feed(connection: &mut Connection, mut bytes: &[u8], execute: Execute<'_>) {
-    let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
     while !bytes.is_empty() {
-        let mut places = [empty; 2];
-        let count = connection.receive_space(&mut places);
-        if count == 0 {
+        let taken = receive(connection, bytes);
+        if taken == 0 {
             return;
         }
-        let mut taken = 0;
-        for place in &places[..count] {
-            let len = place.iov_len.min(bytes.len() - taken);
-            // SAFETY: the connection gave the place for receiving; it has `iov_len` bytes, apart from ours.
-            unsafe { place.iov_base.cast::<u8>().copy_from_nonoverlapping(bytes[taken..].as_ptr(), len) };
-            taken += len;
-        }
         bytes = &bytes[taken..];
-        connection.handle_received(taken, Instant(1));
         run(connection, execute);
     }
+}
+
+/// Lets a connection receive as much of `bytes` as it has room for; how much that was.
+pub(super) fn receive(connection: &mut Connection, bytes: &[u8]) -> usize {
+    let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+    let mut places = [empty; 2];
+    let count = connection.receive_space(&mut places);
+    let mut taken = 0;
+    for place in &places[..count] {
+        let len = place.iov_len.min(bytes.len() - taken);
+        // SAFETY: the connection gave the place for receiving; it has `iov_len` bytes, apart from ours.
+        unsafe { place.iov_base.cast::<u8>().copy_from_nonoverlapping(bytes[taken..].as_ptr(), len) };
+        taken += len;
+    }
+    if taken > 0 {
+        connection.handle_received(taken, Instant(1));
+    }
+    taken
 }
 
 /// Carries out what a connection asks of devices and of its driver.

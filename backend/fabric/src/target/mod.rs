@@ -136,11 +136,29 @@ impl Shared {
     }
 }
 
+/// A listening socket.
+#[derive(Clone)]
+enum Listening {
+    /// The kernel's.
+    Bound(Arc<OwnedFd>),
+    /// The simulator's, which outlives us.
+    Simulated(Fd),
+}
+
+impl Listening {
+    fn fd(&self) -> Fd {
+        match self {
+            Listening::Bound(fd) => Fd(fd.as_raw_fd()),
+            Listening::Simulated(fd) => *fd,
+        }
+    }
+}
+
 /// A running target. Dropping it stops it, without waiting for its connections to end.
 pub struct Target {
     shared: Arc<Shared>,
     /// Kept open until every accept on them has ended.
-    listening: Vec<Arc<OwnedFd>>,
+    listening: Vec<Listening>,
     /// On which reactor the accepting goes on.
     acceptor: ReactorHandle,
 }
@@ -154,8 +172,34 @@ impl Target {
     /// # Panics
     /// Without reactors.
     pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
+        Target::start_with(subsystems, reactors, |address| {
+            let listener = TcpListener::bind(address)?;
+            set_no_delay(&listener);
+            Ok((listener.local_addr()?, Listening::Bound(Arc::new(OwnedFd::from(listener)))))
+        })
+    }
+
+    /// As [`Target::start`], with listening sockets that `listen` makes: for a simulated network.
+    ///
+    /// # Errors
+    /// As [`Target::start`].
+    pub fn start_simulated(
+        subsystems: Vec<SubsystemConfig>,
+        reactors: &[ReactorHandle],
+        mut listen: impl FnMut(SocketAddr) -> Fd,
+    ) -> Result<Target, String> {
+        Target::start_with(subsystems, reactors, |address| {
+            Ok((address, Listening::Simulated(listen(address))))
+        })
+    }
+
+    fn start_with(
+        subsystems: Vec<SubsystemConfig>,
+        reactors: &[ReactorHandle],
+        mut listen: impl FnMut(SocketAddr) -> std::io::Result<(SocketAddr, Listening)>,
+    ) -> Result<Target, String> {
         assert!(!reactors.is_empty(), "a target runs on at least one reactor");
-        let mut bound: Vec<(SocketAddr, TcpListener)> = Vec::new();
+        let mut bound: Vec<(SocketAddr, Listening)> = Vec::new();
         let mut listeners: Vec<Vec<usize>> = Vec::new();
         let mut made: Vec<Arc<Subsystem>> = Vec::new();
         for config in subsystems {
@@ -167,14 +211,10 @@ impl Target {
                 let at = match known {
                     Some(at) => at,
                     None => {
-                        let listener = TcpListener::bind(address).map_err(|error| {
+                        let listening = listen(*address).map_err(|error| {
                             format!("{}: cannot listen on {address}: {error}", config.nqn)
                         })?;
-                        let actual = listener
-                            .local_addr()
-                            .map_err(|error| format!("{}: {address}: {error}", config.nqn))?;
-                        set_no_delay(&listener);
-                        bound.push((actual, listener));
+                        bound.push(listening);
                         listeners.push(Vec::new());
                         bound.len() - 1
                     }
@@ -209,25 +249,25 @@ impl Target {
         }
         let target = Target {
             shared,
-            listening: bound.into_iter().map(|(_, listener)| Arc::new(OwnedFd::from(listener))).collect(),
+            listening: bound.into_iter().map(|(_, listening)| listening).collect(),
             acceptor: reactors[0].clone(),
         };
         for (index, listener) in target.listening.iter().enumerate() {
-            target.accept(index, Arc::clone(listener));
+            target.accept(index, listener.clone());
         }
         Ok(target)
     }
 
     /// Accepts connections until the target stops.
-    fn accept(&self, index: usize, listener: Arc<OwnedFd>) {
+    fn accept(&self, index: usize, listener: Listening) {
         let shared = Arc::clone(&self.shared);
         self.acceptor.run(move |runtime| {
             let runtime_of_task = runtime.clone();
             runtime.spawn(async move {
                 let runtime = runtime_of_task;
                 while !shared.stopping.load(Ordering::Relaxed) {
-                    let op = Op::Accept { fd: Fd(listener.as_raw_fd()) };
-                    let accepted = runtime.operate(&op, Some(Box::new(Arc::clone(&listener)))).await;
+                    let op = Op::Accept { fd: listener.fd() };
+                    let accepted = runtime.operate(&op, Some(Box::new(listener.clone()))).await;
                     match accepted.into_result().map(i32::try_from) {
                         Ok(Ok(fd)) => shared.accepted(&runtime, Fd(fd), index),
                         Ok(Err(_)) => {}
@@ -277,9 +317,11 @@ impl Target {
 
     fn begin_stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        for listener in &self.listening {
-            // SAFETY: plain system call on a descriptor of ours; it makes the accept under way end.
-            unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+        for listening in &self.listening {
+            if let Listening::Bound(listener) = listening {
+                // SAFETY: plain system call on a descriptor of ours; it makes the accept under way end.
+                unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+            }
         }
         let connections: Vec<_> =
             self.shared.connections().iter().map(|(id, reactor)| (*id, reactor.clone())).collect();

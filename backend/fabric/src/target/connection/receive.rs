@@ -8,6 +8,7 @@ use crate::tcp::pdu::{self, alignment, command_from_bytes};
 use crate::tcp::{
     CommonHeader, DataPdu, FatalStatus, InitRequest, InitResponse, PduError, PduKind, Receiver, TermRequest,
 };
+use hawser_block::{Completion, Status};
 use hawser_runtime::Instant;
 
 impl Connection {
@@ -54,8 +55,15 @@ impl Connection {
         while let Some(index) = self.waiting.pop_front() {
             self.slots.release(index);
         }
-        for lane in &mut self.lanes {
-            assert!(lane.batch.is_empty(), "requests go to their device before anything else happens");
+        // What no device has got ends here.
+        let unsent: Vec<_> = self
+            .lanes
+            .iter_mut()
+            .flat_map(|lane| lane.batch.drain(..))
+            .map(|request| request.token)
+            .collect();
+        for token in unsent {
+            self.handle_completion(Completion { token, outcome: Err(Status::Aborted) });
         }
     }
 

@@ -1,6 +1,6 @@
 //! The connection without a socket: every split of the same bytes gives the same answers, and no bytes break it.
 
-use super::super::fuzz::{capsule, connection, enabling, feed, fuzz, opening, run, shared};
+use super::super::fuzz::{capsule, connection, enabling, feed, fuzz, opening, receive, run, shared};
 use super::*;
 use crate::nvme::bytes::get_array;
 use crate::nvme::fabrics::{CATTR_NO_FLOW_CONTROL, CNTLID_DYNAMIC};
@@ -168,6 +168,26 @@ fn payload_beyond_the_limit_waits_for_memory() {
     }
     assert_eq!(sizes.iter().sum::<usize>(), 30);
     assert!(sizes.iter().all(|size| *size <= PAYLOAD_BYTES_MAX >> 20), "{sizes:?}");
+}
+
+/// A receive and a failed send may come in the same pass: the connection ended with requests that no device had, and an
+/// assertion took the process down.
+#[test]
+fn a_connection_that_ends_before_its_requests_reach_a_device_is_quiet() {
+    let shared = shared(Geometry::new(BlockSize::B512, 4096));
+    let mut device = |_: &Request| -> Outcome { Ok(()) };
+    let mut admin = connection(&shared, 1);
+    feed(&mut admin, &opening(0, CNTLID_DYNAMIC, 0), &mut device);
+    feed(&mut admin, &enabling(), &mut device);
+    let mut peer = connection(&shared, 2);
+    feed(&mut peer, &opening(1, admin.controller().unwrap().cntlid, 0), &mut device);
+    let input = script();
+    assert_eq!(receive(&mut peer, &input), input.len());
+    assert!(!peer.is_quiet());
+    peer.close();
+    assert!(peer.is_quiet());
+    assert!(peer.take_submitting());
+    assert!(peer.lanes().iter().all(|lane| lane.batch.is_empty()));
 }
 
 proptest! {
