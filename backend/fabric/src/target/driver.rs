@@ -184,7 +184,14 @@ impl Driver {
                         let local = runtime.local::<Local>();
                         let driver = local.connections.borrow().get(&id).cloned();
                         match driver {
-                            Some(driver) => driver.borrow_mut().connection.add_barrier(done),
+                            Some(driver) => {
+                                let mut driver = driver.borrow_mut();
+                                // What lies unread in its socket must not become commands after this answer.
+                                if peer_has_closed(driver.fd) {
+                                    driver.end(runtime, "its host has closed it");
+                                }
+                                driver.connection.add_barrier(done);
+                            }
                             // Gone, and so quiet.
                             None => done(),
                         }
@@ -306,10 +313,42 @@ impl Source for Driver {
     }
 }
 
+/// Whether the kernel knows already that the peer has closed or reset this connection, whatever is still to be read.
+fn peer_has_closed(fd: Fd) -> bool {
+    const ESTABLISHED: u8 = 1;
+    // The first byte of `tcp_info` is the state, and the kernel gives as much as is asked for.
+    let mut state = 0u8;
+    let mut len: libc::socklen_t = 1;
+    // SAFETY: `state` is writable for the one byte that `len` says.
+    let result = unsafe {
+        libc::getsockopt(fd.0, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut state).cast(), &raw mut len)
+    };
+    result == 0 && state != ESTABLISHED
+}
+
 /// The address that the peer dialled.
 fn local_address(fd: Fd) -> Option<std::net::SocketAddr> {
     use std::os::fd::FromRawFd;
     // SAFETY: the socket is ours and open; the wrapper is not dropped, so that it stays open.
     let stream = std::mem::ManuallyDrop::new(unsafe { std::net::TcpStream::from_raw_fd(fd.0) });
     stream.local_addr().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_connection_that_its_peer_closed_is_known_before_its_bytes_are_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut host = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (here, _) = listener.accept().unwrap();
+        host.write_all(b"a command").unwrap();
+        assert!(!peer_has_closed(Fd(here.as_raw_fd())));
+        drop(host);
+        assert!(peer_has_closed(Fd(here.as_raw_fd())));
+    }
 }
