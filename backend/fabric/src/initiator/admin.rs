@@ -96,6 +96,16 @@ impl Source for Inner {
     }
 }
 
+const IDENTIFY_LEN: u32 = 4096;
+
+fn identify_sqe(cns: u8, nsid: u32) -> Sqe {
+    Sqe::identify(cns, nsid, crate::nvme::Sgl::NONE)
+}
+
+fn whole(what: &str, data: Vec<u8>) -> Result<Box<[u8; identify::LEN]>, String> {
+    Box::try_from(data.into_boxed_slice()).map_err(|_| format!("{what}: short data"))
+}
+
 /// An admin queue that is connected. Dropping it closes the connection.
 pub(crate) struct Admin {
     runtime: Runtime,
@@ -177,13 +187,18 @@ impl Admin {
         sqe: Sqe,
         read_len: u32,
     ) -> Result<(u64, Vec<u8>), String> {
-        let answered = within(&self.runtime, ADMIN_TIMEOUT, self.command_unlimited(sqe, read_len)).await;
-        let (answer, data) = answered.ok_or_else(|| format!("{what}: no answer in time"))??;
+        let (answer, data) = self.answer(what, sqe, read_len).await?;
         if answer.status.is_success() {
             Ok((answer.result, data))
         } else {
             Err(format!("{what}: {}", answer.status))
         }
+    }
+
+    /// Sends a command and awaits the controller's answer, whatever it is.
+    async fn answer(&self, what: &str, sqe: Sqe, read_len: u32) -> Result<(Answer, Vec<u8>), String> {
+        let answered = within(&self.runtime, ADMIN_TIMEOUT, self.command_unlimited(sqe, read_len)).await;
+        answered.ok_or_else(|| format!("{what}: no answer in time"))?
     }
 
     /// Awaits the next asynchronous event; `None` when the controller takes no such request.
@@ -215,10 +230,20 @@ impl Admin {
         cns: u8,
         nsid: u32,
     ) -> Result<Box<[u8; identify::LEN]>, String> {
-        let len = crate::nvme::bytes::low32(identify::LEN as u64);
-        let sqe = Sqe::identify(cns, nsid, crate::nvme::Sgl::NONE);
-        let (_, data) = self.command(what, sqe, len).await?;
-        Box::try_from(data.into_boxed_slice()).map_err(|_| format!("{what}: short data"))
+        let (_, data) = self.command(what, identify_sqe(cns, nsid), IDENTIFY_LEN).await?;
+        whole(what, data)
+    }
+
+    /// Identify, where older controllers may not know what is asked for: `None` when this one says no. A connection that is
+    /// lost meanwhile is an error: it says nothing about the controller.
+    pub(crate) async fn identify_if_known(
+        &self,
+        what: &str,
+        cns: u8,
+        nsid: u32,
+    ) -> Result<Option<Box<[u8; identify::LEN]>>, String> {
+        let (answer, data) = self.answer(what, identify_sqe(cns, nsid), IDENTIFY_LEN).await?;
+        if answer.status.is_success() { whole(what, data).map(Some) } else { Ok(None) }
     }
 
     /// Starts the controller: CC.EN, then waits for CSTS.RDY. Returns its capabilities.

@@ -460,15 +460,15 @@ async fn identify(admin: &Admin, uri: &NvmeUri) -> Result<Identity, End> {
     let data = admin.identify("identify the namespace", cns::NAMESPACE, uri.nsid).await?;
     let namespace = IdentifyNamespace::from_bytes(&data);
     // Controllers before 1.3 have no list of identifiers, those before 1.4 no command set's own limits.
-    let ids = match admin.identify("identify the namespace's identifiers", cns::NAMESPACE_IDS, uri.nsid).await
-    {
-        Ok(data) => NamespaceIds::from_bytes(&data),
-        Err(_) => NamespaceIds { nguid: namespace.nguid, eui64: namespace.eui64, ..NamespaceIds::default() },
+    let what = "identify the namespace's identifiers";
+    let ids = match admin.identify_if_known(what, cns::NAMESPACE_IDS, uri.nsid).await? {
+        Some(data) => NamespaceIds::from_bytes(&data),
+        None => NamespaceIds { nguid: namespace.nguid, eui64: namespace.eui64, ..NamespaceIds::default() },
     };
-    let nvm = match admin.identify("identify the command set's limits", cns::COMMAND_SET_CONTROLLER, 0).await
-    {
-        Ok(data) => IdentifyNvmController::from_bytes(&data),
-        Err(_) => IdentifyNvmController::default(),
+    let what = "identify the command set's limits";
+    let nvm = match admin.identify_if_known(what, cns::COMMAND_SET_CONTROLLER, 0).await? {
+        Some(data) => IdentifyNvmController::from_bytes(&data),
+        None => IdentifyNvmController::default(),
     };
     Ok(Identity { capabilities, controller, nvm, namespace, ids })
 }
