@@ -292,3 +292,82 @@ pub fn fuzz_messages(data: &[u8]) {
         });
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, below: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % below
+        }
+
+        fn byte(&mut self) -> u8 {
+            self.below(256).to_le_bytes()[0]
+        }
+    }
+
+    /// Descriptors that are nearly right: addresses near the edges of memory, small numbers, flags that mean something.
+    fn chain_input(random: &mut Random) -> Vec<u8> {
+        let mut bytes = vec![random.byte(), u8::try_from(random.below(12)).unwrap()];
+        let size = 1u64 << (bytes[0] & 7);
+        let edges =
+            [0, GUEST, GUEST + DATA, GUEST + BYTES / 2, GUEST + BYTES / 2 + 0x123, GUEST + BYTES, u64::MAX];
+        for _ in 0..size {
+            let edge = edges[usize::try_from(random.below(edges.len() as u64)).unwrap()];
+            let address = edge.wrapping_add(random.below(64) * 16).wrapping_sub(random.below(3) * 256);
+            let len = [1, 16, 32, 512, 513, 4096, 48][usize::try_from(random.below(7)).unwrap()];
+            bytes.extend_from_slice(&address.to_le_bytes());
+            bytes.extend_from_slice(&u32::to_le_bytes(len));
+            bytes.extend_from_slice(&[u8::try_from(random.below(8)).unwrap(), 0]);
+            bytes.extend_from_slice(&u16::try_from(random.below(size + 1)).unwrap().to_le_bytes());
+        }
+        for _ in 0..size {
+            bytes.extend_from_slice(&u16::try_from(random.below(size)).unwrap().to_le_bytes());
+        }
+        for _ in 0..64 {
+            // Headers, and descriptors of indirect tables.
+            bytes.extend_from_slice(&[u8::try_from(random.below(15)).unwrap(), 0, 0, 0, 0, 0, 0, 0]);
+            bytes.extend_from_slice(&random.below(300).to_le_bytes());
+        }
+        bytes
+    }
+
+    #[test]
+    fn chains_of_random_bytes_end() {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        for _ in 0..3000 {
+            fuzz_chain(&chain_input(&mut random));
+            let len = random.below(600);
+            let noise: Vec<u8> = (0..len).map(|_| random.byte()).collect();
+            fuzz_chain(&noise);
+        }
+    }
+
+    #[test]
+    fn messages_of_random_bytes_end_their_session() {
+        let mut random = Random(0x1234_5678_9abc_def1);
+        for _ in 0..300 {
+            let mut bytes = Vec::new();
+            for _ in 0..random.below(20) {
+                let request = u32::try_from(random.below(48)).unwrap();
+                let payload: Vec<u8> = (0..[0, 4, 8, 8, 8, 12, 20, 24, 40]
+                    [usize::try_from(random.below(9)).unwrap()])
+                    .map(|_| if random.below(3) == 0 { random.byte() } else { 0 })
+                    .collect();
+                bytes.push(random.byte());
+                bytes.push(u8::try_from(12 + payload.len()).unwrap());
+                bytes.extend_from_slice(&request.to_ne_bytes());
+                bytes.extend_from_slice(&(1u32 | if random.below(2) == 0 { 8 } else { 0 }).to_ne_bytes());
+                bytes.extend_from_slice(&u32::try_from(payload.len()).unwrap().to_ne_bytes());
+                bytes.extend_from_slice(&payload);
+            }
+            fuzz_messages(&bytes);
+        }
+    }
+}

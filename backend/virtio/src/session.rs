@@ -668,10 +668,11 @@ impl<'a> Session<'a> {
         self.gate = Arc::default();
     }
 
-    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` it is given up, and then
-    /// waited for: a request ends once, at the end.
+    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up, and still
+    /// waited for: a request ends once, at the end, and until then its memory stays mapped and its disk is not served again.
+    /// Only a process that is about to end does not wait for ever.
     fn stop_queues(&mut self, indices: &[usize]) {
-        let patience = self.disk.stopping().unwrap_or(self.disk.config.drain_timeout);
+        let name = &self.disk.config.name;
         let mut stopping = Vec::new();
         for index in indices {
             let Some(Running { key, reactor }) = self.vrings[*index].running.take() else { continue };
@@ -681,59 +682,53 @@ impl<'a> Session<'a> {
             });
             stopping.push((*index, key, reactor, is_done));
         }
-        let deadline = Instant::now() + patience;
-        let mut aborted = false;
-        let mut told = Instant::now();
-        for (index, ..) in &stopping {
-            log::debug!("disk {}: queue {index} is stopping", self.disk.config.name);
-        }
+        let mut began = Instant::now();
+        let mut given_up = false;
+        let mut told = began;
         while let Some((index, _, _, is_done)) = stopping.first() {
-            // A stop of the daemon may shorten what a disconnect began.
-            let deadline = match self.disk.stopping() {
-                Some(patience) => deadline.min(told + patience),
-                None => deadline,
-            };
-            let wait = if aborted {
-                Duration::from_secs(1)
-            } else {
-                deadline.saturating_duration_since(Instant::now())
-            };
-            match is_done.recv_timeout(wait.min(Duration::from_millis(200))) {
+            match is_done.recv_timeout(Duration::from_millis(20)) {
                 Ok(Stopped { next_available, left_in_log }) => {
-                    let index = *index;
-                    self.vrings[index].base = next_available;
+                    self.vrings[*index].base = next_available;
                     if left_in_log {
-                        self.gate.set_unfinished(u16::try_from(index).unwrap_or(u16::MAX), true);
+                        self.gate.set_unfinished(u16::try_from(*index).unwrap_or(u16::MAX), true);
                     }
                     stopping.remove(0);
+                    continue;
                 }
                 // The queue was never there: its reactor has ended.
                 Err(RecvTimeoutError::Disconnected) => {
                     stopping.remove(0);
+                    continue;
                 }
-                Err(RecvTimeoutError::Timeout) if !aborted && Instant::now() >= deadline => {
-                    aborted = true;
-                    log::warn!(
-                        "disk {}: {} queues still have requests in flight; giving them up",
-                        self.disk.config.name,
-                        stopping.len()
-                    );
-                    for (_, key, reactor, _) in &stopping {
-                        let key = *key;
-                        self.reactors[*reactor]
-                            .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
-                    }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let stop = self.disk.stopping();
+            if began.elapsed() < stop.unwrap_or(self.disk.config.drain_timeout) {
+                continue;
+            }
+            if !given_up {
+                given_up = true;
+                began = Instant::now();
+                log::warn!("disk {name}: {} queues have requests in flight; giving them up", stopping.len());
+                for (_, key, reactor, _) in &stopping {
+                    let key = *key;
+                    self.reactors[*reactor]
+                        .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
                 }
-                Err(RecvTimeoutError::Timeout) => {
-                    if aborted && told.elapsed() > Duration::from_secs(10) {
-                        told = Instant::now();
-                        log::warn!("disk {}: waiting for the device to end requests", self.disk.config.name);
-                    }
-                }
+            } else if stop.is_some() && began.elapsed() > ABORT_PATIENCE {
+                // The queue keeps its memory; what stays in the log is executed again by the next process.
+                log::error!("disk {name}: the device does not end its requests; leaving them");
+                return;
+            } else if told.elapsed() > Duration::from_secs(10) {
+                told = Instant::now();
+                log::warn!("disk {name}: waiting for the device to end requests that were given up");
             }
         }
     }
 }
+
+/// How long the end of the process waits for requests that were given up.
+const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a ring is in our address space.
 fn ring_in(memory: &GuestMemory, vring: &Vring) -> Result<Ring, String> {
