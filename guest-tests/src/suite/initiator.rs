@@ -53,7 +53,7 @@ pub(super) fn kernel_initiator(lab: &Lab) -> Result<Outcome> {
         return Err(guest.explain("the kernel's initiator did not report a reconnect"));
     }
     // What is on the device must be a sound file system for everybody else too.
-    guest.run_for("umount /mnt && echo 1 > /sys/block/nvme0n1/device/delete_controller", 30)?;
+    guest.run_for("umount /mnt && echo 1 > /sys/class/nvme/nvme0/delete_controller", 30)?;
     target.terminate()?;
     crate::process::output(std::process::Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(&file))?;
     expect_no_trace(&mut guest)?;

@@ -14,6 +14,9 @@ use std::path::{Path, PathBuf};
 /// The name of the served disk, of its device in the configuration and, with `.sock`, of its socket.
 pub(crate) const DISK: &str = "disk0";
 
+/// UUID of the kernel target's namespace.
+const UUID: &str = "0d1b5f6c-2a1e-4f1d-8a53-6b0c9e7f4d21";
+
 /// A size as the configuration wants it.
 pub(crate) fn mib(bytes: u64) -> String {
     format!("{}MiB", bytes / (1 << 20))
@@ -188,6 +191,8 @@ impl KernelTarget {
             echo 1 > subsystems/{NQN}/attr_allow_any_host
             mkdir subsystems/{NQN}/namespaces/1
             echo -n $data > subsystems/{NQN}/namespaces/1/device_path
+            # The same after a restart: nvmet makes a new one otherwise, and another UUID is another disk.
+            echo {UUID} > subsystems/{NQN}/namespaces/1/device_uuid
             echo 1 > subsystems/{NQN}/namespaces/1/enable
             mkdir ports/1
             echo tcp > ports/1/addr_trtype

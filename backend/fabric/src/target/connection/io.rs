@@ -72,7 +72,8 @@ impl Connection {
                 self.take_host_data(index, bytes)?;
             }
             io_opcode::DATASET_MANAGEMENT => {
-                let bytes = sqe.dsm_ranges() * RANGE_BYTES;
+                // A host may send more than the ranges it counts: Linux always sends room for 256 (nvme_setup_discard).
+                let bytes = sqe.sgl.len.clamp(sqe.dsm_ranges() * RANGE_BYTES, 256 * RANGE_BYTES);
                 self.take_host_data(index, bytes)?;
             }
             io_opcode::FLUSH => {
