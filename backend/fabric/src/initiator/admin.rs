@@ -208,12 +208,17 @@ impl Admin {
         Ok(answer.status.is_success().then(|| log_page::AsyncEvent::from_dword(dword)))
     }
 
+    /// Whether the connection was lost in mere silence.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.inner.borrow_mut().connection().is_silent()
+    }
+
     /// Awaits the loss of the connection.
     pub(crate) async fn lost(&self) -> String {
         poll_fn(|cx| {
             let mut inner = self.inner.borrow_mut();
-            match &inner.lost {
-                Some(lost) => Poll::Ready(lost.clone()),
+            match inner.lost.clone() {
+                Some(lost) => Poll::Ready(lost),
                 None => {
                     inner.lost_waker = Some(cx.waker().clone());
                     Poll::Pending

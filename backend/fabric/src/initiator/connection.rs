@@ -50,6 +50,8 @@ pub(crate) struct Connection<T: Copy> {
     /// Bytes of the receive under way that go to a request's own buffers.
     in_place: u32,
     error: Option<String>,
+    /// The error is that nothing was heard: the target, or the way to it, may come back with what it still has of us.
+    silent: bool,
 }
 
 impl<T: Copy> Connection<T> {
@@ -81,6 +83,7 @@ impl<T: Copy> Connection<T> {
             receiving: false,
             in_place: 0,
             error: None,
+            silent: false,
         };
         connection.receive();
         connection
@@ -181,7 +184,7 @@ impl<T: Copy> Connection<T> {
                     return;
                 }
                 match completed.into_result() {
-                    Err(error) => self.fail(plain(&error)),
+                    Err(error) => self.fail_io(&error),
                     Ok(sent) if sent as usize != wanted => self.fail("the connection was closed".to_owned()),
                     Ok(_) => self.flush(),
                 }
@@ -192,7 +195,7 @@ impl<T: Copy> Connection<T> {
                     return;
                 }
                 match completed.into_result() {
-                    Err(error) => self.fail(plain(&error)),
+                    Err(error) => self.fail_io(&error),
                     Ok(0) => self.fail("the target closed the connection".to_owned()),
                     Ok(len) => match self.take_received(len) {
                         Ok(()) => self.receive(),
@@ -221,6 +224,13 @@ impl<T: Copy> Connection<T> {
         }
     }
 
+    fn fail_io(&mut self, error: &std::io::Error) {
+        let heard = [libc::ECONNRESET, libc::EPIPE, libc::ENOTCONN];
+        self.silent |=
+            self.error.is_none() && !error.raw_os_error().is_some_and(|code| heard.contains(&code));
+        self.fail(plain(error));
+    }
+
     /// Tells the target why, if the line is free, before the connection is given up.
     fn fail_protocol(&mut self, error: &QueueError) {
         self.fail(error.to_string());
@@ -240,6 +250,11 @@ impl<T: Copy> Connection<T> {
     /// Why the connection is of no use any more.
     pub(crate) fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// Whether that is only silence, which says nothing of what the target does.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.silent
     }
 
     /// Moves out the commands that have ended.

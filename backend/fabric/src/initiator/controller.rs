@@ -42,6 +42,8 @@ const RECONNECT_FIRST: Duration = Duration::from_millis(100);
 enum End {
     /// It may work the next time.
     Trouble(String),
+    /// The same, and the target may not know that the association is over.
+    Silence(String),
     /// What was reached must not be used.
     Refused(String),
     /// Nobody uses the device any more.
@@ -68,6 +70,8 @@ struct Task {
     path: usize,
     /// The path of the association before, whose commands may still be executed there.
     last_path: Option<usize>,
+    /// That association ended in silence: what it sent may still be on its way.
+    last_was_silent: bool,
     /// Since when there is no association.
     lost_at: Instant,
     failing: bool,
@@ -84,6 +88,7 @@ pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
         number: 0,
         path: 0,
         last_path: None,
+        last_was_silent: false,
         lost_at,
         failing: false,
         attempts: 0,
@@ -108,6 +113,7 @@ impl Task {
                     }
                     self.lost_at = self.runtime.refresh_now();
                     self.last_path = Some(self.path);
+                    self.last_was_silent = matches!(end, End::Silence(_));
                     // An association that does not last is no reason to begin with short waits again.
                     let lasted = self.lost_at - began > self.timers().reconnect_delay;
                     self.attempts = if lasted { 0 } else { self.attempts };
@@ -126,7 +132,7 @@ impl Task {
             };
             let (why, refused) = match end {
                 End::Closed => break,
-                End::Trouble(why) => (why, false),
+                End::Trouble(why) | End::Silence(why) => (why, false),
                 End::Refused(why) => (why, true),
             };
             let delay = self.delay();
@@ -301,11 +307,12 @@ impl Task {
         Ok(Association { number: self.number, admin, identity, nsid: uri.nsid })
     }
 
-    /// Our own target's Connect waits for the commands of our closed and expired associations: after it they are quiet.
-    /// That says nothing of another path, where another controller may still be at work.
+    /// Our own target's Connect waits for the commands of our earlier associations, and takes in nothing more of those that
+    /// we have closed: after it they are quiet. That says nothing of another path, where another controller may still be at
+    /// work, nor of what a silent network may still deliver.
     fn earlier_are_quiet(&self, controller: &IdentifyController) -> bool {
         let same_path = self.last_path.is_none_or(|last| last == self.path);
-        same_path && controller.vendor.starts_with(&VENDOR_MARK)
+        same_path && !self.last_was_silent && controller.vendor.starts_with(&VENDOR_MARK)
     }
 
     async fn connect_admin(
@@ -358,7 +365,7 @@ impl Task {
     async fn serve(&mut self, association: &Association) -> End {
         let admin = &association.admin;
         let busy = first(self.keep_alive(admin), self.follow_events(association));
-        let ended = first(async { End::Trouble(admin.lost().await) }, self.notices(association.number));
+        let ended = first(lost(admin), self.notices(association.number));
         match first(busy, ended).await {
             Either::First(Either::First(end) | Either::Second(end))
             | Either::Second(Either::First(end) | Either::Second(end)) => end,
@@ -374,9 +381,9 @@ impl Task {
             self.runtime.sleep(limit / 2).await;
             match within(&self.runtime, limit, admin.command("keep-alive", Sqe::keep_alive(), 0)).await {
                 None => {
-                    return End::Trouble(format!("no answer to a keep-alive in {} s", limit.as_secs_f32()));
+                    return End::Silence(format!("no answer to a keep-alive in {} s", limit.as_secs_f32()));
                 }
-                Some(Err(why)) => return End::Trouble(why),
+                Some(Err(why)) => return failed(admin, why),
                 Some(Ok(_)) => {}
             }
         }
@@ -386,7 +393,9 @@ impl Task {
         loop {
             match self.shared.notices.next().await {
                 Notice::Closed => return End::Closed,
-                Notice::Lost { association, why } if association == number => return End::Trouble(why),
+                Notice::Lost { association, why, silent } if association == number => {
+                    return if silent { End::Silence(why) } else { End::Trouble(why) };
+                }
                 Notice::Lost { .. } => {}
             }
         }
@@ -396,7 +405,7 @@ impl Task {
         let admin = &association.admin;
         loop {
             let event = match admin.event().await {
-                Err(why) => return End::Trouble(why),
+                Err(why) => return failed(admin, why),
                 // No such requests here: nothing to follow.
                 Ok(None) => return std::future::pending().await,
                 Ok(Some(event)) => event,
@@ -447,6 +456,16 @@ impl Task {
 /// Awaits that nobody uses the device any more. What is said of associations that are over is not heard.
 async fn closed(shared: &Shared) {
     while !matches!(shared.notices.next().await, Notice::Closed) {}
+}
+
+/// Awaits the loss of the admin queue.
+async fn lost(admin: &Admin) -> End {
+    failed(admin, admin.lost().await)
+}
+
+/// What an admin command's failure means for the association.
+fn failed(admin: &Admin, why: String) -> End {
+    if admin.is_silent() { End::Silence(why) } else { End::Trouble(why) }
 }
 
 /// Starts the controller and asks it everything.

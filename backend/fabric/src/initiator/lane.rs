@@ -44,8 +44,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// What a lane tells the device's owner.
 pub(crate) enum Notice {
-    /// The association with this number cannot go on.
-    Lost { association: u64, why: String },
+    /// The association with this number cannot go on; `silent`: and the other side may not know.
+    Lost { association: u64, why: String, silent: bool },
     /// Nobody uses the device any more.
     Closed,
 }
@@ -194,8 +194,9 @@ impl Lane {
         let Some(connection) = &self.connection else { return };
         if let Some(error) = connection.error().map(str::to_owned) {
             // Lost before it began. Nobody listened when that was told.
+            let silent = connection.is_silent();
             self.told_loss = false;
-            return self.lost(error);
+            return self.lost(error, silent);
         }
         self.geometry = Some(start.geometry);
         self.nsid = start.nsid;
@@ -348,15 +349,15 @@ impl Lane {
         }
         self.settle();
         if under_way {
-            self.lost("requests were given up by their user".to_owned());
+            self.lost("requests were given up by their user".to_owned(), true);
         }
         self.wake();
     }
 
-    fn lost(&mut self, why: String) {
+    fn lost(&mut self, why: String, silent: bool) {
         if !self.told_loss && self.association != 0 {
             self.told_loss = true;
-            self.notices.post(Notice::Lost { association: self.association, why });
+            self.notices.post(Notice::Lost { association: self.association, why, silent });
         }
     }
 
@@ -485,7 +486,7 @@ impl Lane {
         let limit = self.timers.io_timeout;
         let Some(connection) = &mut self.connection else { return };
         if connection.users_mut().any(|held| held.sent + limit <= now) {
-            self.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
+            self.lost(format!("a command was not answered in {} s", limit.as_secs_f32()), true);
         }
     }
 }
@@ -512,11 +513,11 @@ impl Source for Lane {
                 self.runtime.sub_outstanding(1);
                 self.answered(ended);
             }
-            let error = connection.error().map(str::to_owned);
+            let error = connection.error().map(|error| (error.to_owned(), connection.is_silent()));
             self.connection = Some(connection);
-            if let Some(error) = error {
+            if let Some((error, silent)) = error {
                 self.started = false;
-                self.lost(error);
+                self.lost(error, silent);
             }
         }
         if ticked {

@@ -16,8 +16,12 @@
 //!
 //! When a connection is lost, every lane is torn down before the next attempt (a barrier): sockets are shut down,
 //! operations awaited, commands taken back. Requests wait; after reconnecting they are sent again, writes of unknown
-//! outcome only when the lost association is quiet: our own target promises that with its answer to Connect
-//! ([`crate::nvme::identify::VENDOR_MARK`]); elsewhere `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed.
+//! outcome only when the lost association is quiet. Our own target promises that with its answer to Connect
+//! ([`crate::nvme::identify::VENDOR_MARK`]): it waits for the commands of our earlier associations, and takes in nothing
+//! more of those that are closed. What was not sent yet is thrown away with a reset when a lost connection is closed, and
+//! that reset comes before the new Connect on the same path. Elsewhere, on another path, and after mere silence (a reset
+//! may be lost with the rest), `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
+//! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
 
 mod admin;
 pub mod config;

@@ -81,6 +81,25 @@ fn where_connect_waits_for_earlier_associations_a_write_is_sent_again_at_once() 
 }
 
 #[test]
+fn after_mere_silence_that_promise_is_not_enough() {
+    let target = Scripted::start(NQN);
+    target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
+    let mut bench = bench(target, |config| {
+        config.timers.keep_alive_tmo = Duration::from_millis(700);
+        config.timers.quiesce_tmo = Duration::from_millis(300);
+        config.timers.io_timeout = Duration::from_millis(100);
+    });
+    bench.target.state().hold_io = true;
+    bench.client.submit(vec![Ask::write(0, 8, data(1, 8))]);
+    wait_until("it is given up", || bench.target.state().associations > 1);
+    bench.target.state().hold_io = false;
+    assert_eq!(bench.client.next().outcome, Ok(()));
+    let state = bench.target.state();
+    let waited = state.log[1].0 - state.log[0].0;
+    assert!(waited >= Duration::from_secs(1), "{waited:?}");
+}
+
+#[test]
 fn after_a_predecessor_the_first_writes_wait_and_reads_do_not() {
     let mut bench = bench(Scripted::start(NQN), |config| {
         config.had_predecessor = true;
