@@ -21,7 +21,7 @@ use crate::gate::Gate;
 use crate::inflight::{QueueLog, Unfinished};
 use crate::interrupt::Interrupt;
 use crate::memory::{GuestMemory, Region};
-use crate::ring::Ring;
+use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, Ring, prefetch};
 use crate::session::SessionShared;
 use crate::shared;
 use hawser_block::{
@@ -39,7 +39,7 @@ use std::sync::mpsc::Sender;
 /// Pieces that lie in the slot itself; longer lists go to the queue's overflow area.
 const PIECES_INLINE: usize = 6;
 const KEY_KICK: u32 = 0;
-/// Heads whose descriptors are fetched ahead of the first one's parsing.
+/// Chains that are fetched ahead of the first one's parsing.
 const PREFETCH: u16 = 32;
 
 /// Everything that a queue starts with.
@@ -334,12 +334,8 @@ impl Queue {
         let started = runtime.now();
         let first_counter = self.next_counter();
         for step in 0..new {
-            if step % PREFETCH == 0 {
-                for ahead in step..new.min(step + PREFETCH) {
-                    self.ring.prefetch_descriptor(
-                        self.ring.available_head(self.next_available.wrapping_add(ahead - step)),
-                    );
-                }
+            if step.is_multiple_of(PREFETCH) {
+                self.prefetch((new - step).min(PREFETCH));
             }
             let head = self.ring.available_head(self.next_available);
             if head >= self.ring.size() {
@@ -363,6 +359,36 @@ impl Queue {
         self.recorder.batch(first_counter, self.next_counter().wrapping_sub(1));
         self.submit();
         self.reap(runtime);
+    }
+
+    /// Brings the next `count` chains closer, in three turns so that the misses of one turn overlap: descriptors, what they
+    /// name (a header or an indirect table), the headers of indirect chains. Every line comes from the driver's core.
+    #[inline]
+    fn prefetch(&self, count: u16) {
+        let heads = |index: u16| {
+            self.ring.available_head(self.next_available.wrapping_add(index)) & (self.ring.size() - 1)
+        };
+        for index in 0..count {
+            self.ring.prefetch_descriptor(heads(index));
+        }
+        let mut tables = [std::ptr::null::<u8>(); PREFETCH as usize];
+        let mut found = 0;
+        for index in 0..count {
+            let descriptor = self.ring.descriptor(heads(index));
+            let Some(at) = self.memory.contiguous(descriptor.address, DESCRIPTOR_BYTES) else { continue };
+            prefetch(at);
+            if descriptor.flags & FLAG_INDIRECT != 0 {
+                tables[found] = at;
+                found += 1;
+            }
+        }
+        for table in &tables[..found] {
+            // SAFETY: 16 bytes in mapped guest memory (`contiguous`), copied out.
+            let first = Descriptor::from_bytes(unsafe { table.cast::<[u8; 16]>().read_volatile() });
+            if let Some(at) = self.memory.contiguous(first.address, 1) {
+                prefetch(at);
+            }
+        }
     }
 
     /// Executes unfinished requests of the log again: one at a time, so that a crash names the one.

@@ -56,7 +56,7 @@ fn garbage_malformed_rings_and_sudden_deaths_of_one_are_not_noticed_by_seven() {
         while turn < 60 || rounds.iter().any(|rounds| rounds.load(Ordering::Relaxed) < 50) {
             turn += 1;
             if turn % 6 == 5 {
-                UnixStream::connect(&bad).unwrap().write_all(&vec![0xff; 100]).unwrap();
+                UnixStream::connect(&bad).unwrap().write_all(&[0xff; 100]).unwrap();
                 continue;
             }
             let mut guest = Guest::connect(&bad, &Wish { rings: 4, ..Wish::default() });
