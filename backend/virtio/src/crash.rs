@@ -330,67 +330,61 @@ impl CrashFile {
 
     /// The pen of a reactor, by its number in the daemon.
     pub(crate) fn recorder(&self, reactor: usize) -> Recorder {
-        Recorder { note: self.layout.reactors.get(reactor).map_or(&SCRATCH, |note| note) }
+        Recorder { note: self.layout.reactors.get(reactor) }
     }
 }
-
-/// Where notes go that nobody keeps.
-static SCRATCH: Note = Note {
-    signal: AtomicU32::new(0),
-    busy: AtomicU32::new(0),
-    disk: AtomicU32::new(0),
-    queue: AtomicU32::new(0),
-    head: AtomicU32::new(0),
-    _pad: 0,
-    counter_from: AtomicU64::new(0),
-    counter_to: AtomicU64::new(0),
-    _pad2: [0; 3],
-};
 
 /// Writes one reactor's note. Plain stores: the process that reads them comes after this one's death.
 #[derive(Clone, Copy)]
 pub(crate) struct Recorder {
-    note: &'static Note,
+    note: Option<&'static Note>,
 }
 
 impl Recorder {
     /// A pen for a disk that is not recorded.
     pub(crate) fn none() -> Recorder {
-        Recorder { note: &SCRATCH }
+        Recorder { note: None }
     }
 
     /// From now on a fatal signal on this thread marks this note.
     pub(crate) fn adopt_thread(self) {
-        if !ptr::eq(self.note, &raw const SCRATCH) {
-            NOTE.with(|note| note.set(self.note));
+        if let Some(ours) = self.note {
+            NOTE.with(|note| note.set(ours));
         }
     }
 
     /// A queue begins to work: everything noted until [`Recorder::idle`] is its.
     #[inline]
     pub(crate) fn queue(self, disk: u32, queue: u16) {
-        self.note.disk.store(disk, Ordering::Relaxed);
-        self.note.queue.store(u32::from(queue), Ordering::Relaxed);
+        let Some(note) = self.note else { return };
+        // What another queue left noted is not this one's.
+        note.busy.store(0, Ordering::Relaxed);
+        note.disk.store(disk, Ordering::Relaxed);
+        note.queue.store(u32::from(queue), Ordering::Relaxed);
     }
 
     /// It works on this request.
     #[inline]
     pub(crate) fn request(self, head: u16, counter: u64) {
-        self.note.head.store(u32::from(head), Ordering::Relaxed);
-        self.batch(counter, counter);
-        self.note.busy.store(1, Ordering::Relaxed);
+        let Some(note) = self.note else { return };
+        note.head.store(u32::from(head), Ordering::Relaxed);
+        note.counter_from.store(counter, Ordering::Relaxed);
+        note.counter_to.store(counter, Ordering::Relaxed);
+        note.busy.store(1, Ordering::Relaxed);
     }
 
     /// It hands the requests with these counters to the device.
     #[inline]
     pub(crate) fn batch(self, from: u64, to: u64) {
-        self.note.counter_from.store(from, Ordering::Relaxed);
-        self.note.counter_to.store(to, Ordering::Relaxed);
+        let Some(note) = self.note else { return };
+        note.counter_from.store(from, Ordering::Relaxed);
+        note.counter_to.store(to, Ordering::Relaxed);
     }
 
     /// It works on no request any more.
     #[inline]
     pub(crate) fn idle(self) {
-        self.note.busy.store(0, Ordering::Relaxed);
+        let Some(note) = self.note else { return };
+        note.busy.store(0, Ordering::Relaxed);
     }
 }

@@ -93,7 +93,7 @@ const NO_PIECE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_
 struct OldMemory {
     generation: u32,
     in_flight: usize,
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
 /// How a queue ended.
@@ -135,7 +135,8 @@ pub(crate) struct Queue {
     /// Counts requests where there is no log that does.
     counter: u64,
     slots: Vec<Slot>,
-    overflow: Vec<libc::iovec>,
+    /// [`PIECES_MAX`] for each head. Pages that were never used cost nothing.
+    overflow: Box<[libc::iovec]>,
     in_flight: usize,
     chain: Chain,
     requests: Vec<Request>,
@@ -214,7 +215,8 @@ impl Queue {
             owes_interrupt: setup.next_used != 0,
             counter: 0,
             slots: std::iter::repeat_with(slot).take(size).collect(),
-            overflow: vec![NO_PIECE; size * PIECES_MAX],
+            // SAFETY: an iovec of zeroes is a valid one.
+            overflow: unsafe { Box::new_zeroed_slice(size * PIECES_MAX).assume_init() },
             in_flight: 0,
             chain: Chain::new(),
             requests: Vec::with_capacity(size + RANGES_MAX),
@@ -227,7 +229,8 @@ impl Queue {
             session: setup.session,
             recorder: setup.recorder,
             recorded_disk: setup.recorded_disk,
-            faults: fault::count(),
+            // Looks once at the start: what happened before counts too.
+            faults: u64::MAX,
             failed: false,
             aborting: false,
             left_in_log: false,
@@ -297,7 +300,10 @@ impl Queue {
             self.drain(runtime);
         }
         self.publish();
-        self.recorder.idle();
+        // A request that is executed again stays noted while the device has it: it is the only one.
+        if !self.replaying || self.in_flight == 0 {
+            self.recorder.idle();
+        }
         self.look_for_faults();
         if self.stopping.is_some() {
             self.finish_if_idle(runtime);
@@ -651,10 +657,12 @@ impl Queue {
         self.in_flight -= 1;
         if slot.generation != self.generation {
             let generation = slot.generation;
-            if let Some(old) = self.old_memory.iter_mut().find(|old| old.generation == generation) {
-                old.in_flight -= 1;
+            if let Some(place) = self.old_memory.iter().position(|old| old.generation == generation) {
+                self.old_memory[place].in_flight -= 1;
+                if self.old_memory[place].in_flight == 0 {
+                    self.session.retire(self.old_memory.swap_remove(place).memory);
+                }
             }
-            self.old_memory.retain(|old| old.in_flight > 0);
         }
         if std::mem::take(&mut slot.awaited) {
             self.awaited -= 1;
@@ -719,8 +727,10 @@ impl Queue {
         let old = std::mem::replace(&mut self.memory, memory);
         self.ring = ring;
         if in_flight > 0 {
-            self.old_memory.push(OldMemory { generation: self.generation, in_flight, _memory: old });
+            self.old_memory.push(OldMemory { generation: self.generation, in_flight, memory: old });
             self.generation = self.generation.wrapping_add(1);
+        } else {
+            self.session.retire(old);
         }
         let Some(removed) = removed else { return };
         for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| slot.busy) {
@@ -764,6 +774,7 @@ impl Queue {
         }
         let Some(done) = self.stopping.take() else { return };
         let left_in_log = self.left_in_log || self.replaying;
+        self.session.retire(std::mem::take(&mut self.memory));
         runtime.remove_source(self.id());
         runtime.local::<Queues>().0.borrow_mut().remove(&self.key);
         // The session may have stopped waiting.

@@ -29,17 +29,30 @@ use std::time::{Duration, Instant};
 pub(crate) struct SessionShared {
     disk: Arc<DiskShared>,
     error: Mutex<Option<String>>,
+    retired: Mutex<Vec<Arc<GuestMemory>>>,
 }
 
 impl SessionShared {
     pub(crate) fn new(disk: &Arc<DiskShared>) -> SessionShared {
-        SessionShared { disk: Arc::clone(disk), error: Mutex::default() }
+        SessionShared { disk: Arc::clone(disk), error: Mutex::default(), retired: Mutex::default() }
     }
 
     /// Ends the session, for this reason. Called on reactors.
     pub(crate) fn end(&self, error: String) {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         connection::signal(self.disk.wake_fd());
+    }
+
+    /// Takes memory that a queue does not use any more: the session's thread lets it go, for unmapping a large guest takes
+    /// longer than a reactor has. Called on reactors.
+    pub(crate) fn retire(&self, memory: Arc<GuestMemory>) {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        connection::signal(self.disk.wake_fd());
+    }
+
+    fn drop_retired(&self) {
+        let retired = std::mem::take(&mut *self.retired.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(retired);
     }
 
     /// Why the session is over, if it is.
@@ -155,6 +168,7 @@ impl<'a> Session<'a> {
         // The requests in flight end, and are shown in the rings, which are still mapped; then the connection closes.
         let all: Vec<usize> = (0..self.vrings.len()).collect();
         self.stop_queues(&all);
+        self.shared.drop_retired();
     }
 
     fn serve(&mut self) -> Over {
@@ -163,6 +177,7 @@ impl<'a> Session<'a> {
             let [readable, woken] = connection::wait_readable(fds, -1);
             if woken {
                 connection::clear(self.disk.wake_fd());
+                self.shared.drop_retired();
                 self.disk.refresh_geometry();
                 self.tell_capacity();
             }
@@ -457,7 +472,9 @@ impl<'a> Session<'a> {
         }
         self.memory = memory;
         drop(free);
-        self.wait_for_all(&freed)
+        let waited = self.wait_for_all(&freed);
+        self.shared.drop_retired();
+        waited
     }
 
     /// Waits until every sender has sent or is gone; a session that ends meanwhile does not wait.
