@@ -2,7 +2,7 @@
 
 use crate::assemble::host;
 use crate::cli::table::{self, Align, Table};
-use crate::cli::{ApiArgs, Failure, print_json};
+use crate::cli::{ApiArgs, Failure, print_json, say};
 use crate::config::DaemonConfig;
 use crate::daemon::api::view::DeviceView;
 use clap::{Args, Subcommand};
@@ -45,7 +45,7 @@ pub(super) fn run(command: &DeviceCommand) -> Result<(), Failure> {
             if api.json {
                 return print_json(&devices);
             }
-            print_table(&devices);
+            say(&table_of(&devices));
             Ok(())
         }
         DeviceCommand::Discover(args) => discover(args),
@@ -84,11 +84,11 @@ fn discover(args: &DiscoverArgs) -> Result<(), Failure> {
     for offer in offers {
         table.row(vec![offer.kind.to_owned(), offer.transport, offer.address, offer.port, offer.nqn]);
     }
-    table.print();
+    say(&table.text());
     Ok(())
 }
 
-pub(super) fn print_table(devices: &[DeviceView]) {
+pub(super) fn table_of(devices: &[DeviceView]) -> String {
     let mut table = Table::new(&[
         ("DEVICE", Align::Left),
         ("STATE", Align::Left),
@@ -105,10 +105,11 @@ pub(super) fn print_table(devices: &[DeviceView]) {
             device.uri.join(" "),
         ]);
     }
-    table.print();
+    let mut text = table.text();
     for device in devices {
         if let Some(trouble) = &device.trouble {
-            println!("device {}: {trouble}", device.name);
+            text.push_str(&format!("device {}: {trouble}\n", device.name));
         }
     }
+    text
 }

@@ -1,7 +1,7 @@
 //! `hawser disk list|add|remove|resume`
 
 use crate::cli::table::{self, Align, Table};
-use crate::cli::{ApiArgs, Failure, print_json};
+use crate::cli::{ApiArgs, Failure, print_json, say};
 use crate::config::DiskConfig;
 use crate::config::value::{Name, Serial, SocketMode, SocketPath};
 use crate::daemon::api::view::{AddDisk, DiskView};
@@ -81,7 +81,7 @@ pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {
             if api.json {
                 return print_json(&disks);
             }
-            print_table(&disks);
+            say(&table_of(&disks));
             Ok(())
         }
         DiskCommand::Add(args) => {
@@ -126,11 +126,11 @@ fn show(api: &ApiArgs, disk: &DiskView, what: &str) -> Result<(), Failure> {
     if api.json {
         return print_json(disk);
     }
-    println!("disk {} {what}", disk.name);
+    say(&format!("disk {} {what}\n", disk.name));
     Ok(())
 }
 
-pub(super) fn print_table(disks: &[DiskView]) {
+pub(super) fn table_of(disks: &[DiskView]) -> String {
     let mut table = Table::new(&[
         ("DISK", Align::Left),
         ("DEVICE", Align::Left),
@@ -165,10 +165,11 @@ pub(super) fn print_table(disks: &[DiskView]) {
             disk.socket.clone(),
         ]);
     }
-    table.print();
+    let mut text = table.text();
     for disk in disks {
         if let Some(trouble) = &disk.trouble {
-            println!("disk {}: {trouble}", disk.name);
+            text.push_str(&format!("disk {}: {trouble}\n", disk.name));
         }
     }
+    text
 }

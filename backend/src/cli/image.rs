@@ -2,7 +2,7 @@
 
 use crate::assemble::device::{self, OpenError};
 use crate::assemble::reactors::Reactors;
-use crate::cli::{Failure, table};
+use crate::cli::{Failure, say, table, warn};
 use crate::config::Config;
 use crate::image::{self, Image, Progress};
 use clap::{Args, Subcommand};
@@ -55,17 +55,17 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     };
     if let Err(what) = done {
         // A reactor that waits for a lost target would keep the process: it ends without it.
-        eprintln!("hawser: {}", line_of(&failed(what)));
+        warn(&format!("hawser: {}", line_of(&failed(what))));
         std::process::exit(1);
     }
     device::close(vec![device]);
     let verified = if args.verify { ", verified" } else { "" };
-    println!(
-        "{} imported to {}: {}{verified}",
+    say(&format!(
+        "{} imported to {}: {}{verified}\n",
         args.image.display(),
         args.name,
         table::bytes(image.size_bytes())
-    );
+    ));
     Ok(())
 }
 
@@ -112,7 +112,7 @@ impl Progress for Bar {
         let tenths = self.bar.position() * 10 / all;
         if self.plain && tenths > self.tenths.get() {
             self.tenths.set(tenths);
-            eprintln!("{} {}0 % of {}", self.part.get(), tenths, table::bytes(all));
+            warn(&format!("{} {}0 % of {}", self.part.get(), tenths, table::bytes(all)));
         }
     }
 }

@@ -14,6 +14,7 @@ mod table;
 
 use crate::config::ConfigError;
 use clap::{Args, Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -90,12 +91,25 @@ pub fn run() -> ExitCode {
         Err(Failure::Usage(line)) => (line, 2),
         Err(Failure::Failed(line)) => (line, 1),
     };
-    eprintln!("hawser: {line}");
+    warn(&format!("hawser: {line}"));
     ExitCode::from(code)
+}
+
+/// Writes to stdout. A reader that has seen enough (`| head`) ends us without a word.
+fn say(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    if stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+        std::process::exit(1);
+    }
+}
+
+/// Writes a line to stderr, if anybody reads it.
+fn warn(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Failure::Failed(error.to_string()))?;
-    println!("{text}");
+    say(&format!("{text}\n"));
     Ok(())
 }

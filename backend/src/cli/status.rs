@@ -1,7 +1,7 @@
 //! `hawser status`
 
 use crate::cli::table::{self, Align, Table};
-use crate::cli::{ApiArgs, Failure, device, disk, print_json};
+use crate::cli::{ApiArgs, Failure, device, disk, print_json, say};
 use crate::daemon::api::view::{StatusView, SubsystemView};
 use clap::Args;
 
@@ -16,8 +16,8 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
     if args.api.json {
         return print_json(&status);
     }
-    println!(
-        "hawser {}, build {}, pid {}, up {}{}",
+    let mut text = format!(
+        "hawser {}, build {}, pid {}, up {}{}\n\n",
         status.version,
         status.build_id,
         status.pid,
@@ -40,24 +40,24 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
             table::count(reactor.sleeps),
         ]);
     }
-    println!();
-    reactors.print();
+    text.push_str(&reactors.text());
     if !status.disks.is_empty() {
-        println!();
-        disk::print_table(&status.disks);
+        text.push('\n');
+        text.push_str(&disk::table_of(&status.disks));
     }
     if !status.devices.is_empty() {
-        println!();
-        device::print_table(&status.devices);
+        text.push('\n');
+        text.push_str(&device::table_of(&status.devices));
     }
     if !status.subsystems.is_empty() {
-        println!();
-        print_subsystems(&status.subsystems);
+        text.push('\n');
+        text.push_str(&subsystems(&status.subsystems));
     }
+    say(&text);
     Ok(())
 }
 
-fn print_subsystems(subsystems: &[SubsystemView]) {
+fn subsystems(subsystems: &[SubsystemView]) -> String {
     let mut table =
         Table::new(&[("SUBSYSTEM", Align::Left), ("LISTEN", Align::Left), ("NAMESPACES", Align::Left)]);
     for subsystem in subsystems {
@@ -68,5 +68,5 @@ fn print_subsystems(subsystems: &[SubsystemView]) {
             .collect();
         table.row(vec![subsystem.nqn.clone(), subsystem.listen.join(" "), namespaces.join(" ")]);
     }
-    table.print();
+    table.text()
 }

@@ -23,11 +23,7 @@ impl Table {
         self.rows.push(cells);
     }
 
-    pub(super) fn print(&self) {
-        print!("{}", self.text());
-    }
-
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let widths: Vec<usize> = self
             .header
             .iter()

@@ -1,7 +1,7 @@
 //! One disk: its description, and whether it is served now.
 
 use super::api::view::{DiskState, DiskView};
-use super::view::{device_trouble, io_view};
+use super::view::{device_trouble, io_view, rings_view};
 use crate::config::DiskConfig;
 use hawser_block::{Device, StatsSet};
 use hawser_virtio::VhostDisk;
@@ -100,6 +100,10 @@ impl Disk {
                 (state, some(server.trouble()).or_else(|| device_trouble(self.device.as_ref())))
             }
         };
+        let rings = match &now.service {
+            Service::Serving(server) => Some(rings_view(server)),
+            Service::Suspended(_) | Service::Stopped => None,
+        };
         let saved_in = now.saved_in.as_ref().map(|file| file.display().to_string());
         drop(now);
         DiskView {
@@ -114,6 +118,7 @@ impl Disk {
             block_size: geometry.map(|geometry| geometry.block_size.bytes()),
             read_only: config.read_only || geometry.is_some_and(|geometry| geometry.read_only),
             saved_in,
+            rings,
             io: io_view(&self.stats()),
         }
     }

@@ -1,9 +1,11 @@
 //! From the daemon's parts to what the API shows of them.
 
-use super::api::view::{DeviceView, IoView, LatencyView};
+use super::api::view::{DeviceView, IoView, LatencyView, RingsView};
 use crate::config::DeviceConfig;
 use crate::config::value::Uuid;
 use hawser_block::{Device, IoKind, StatsSet, Status};
+use hawser_virtio::VhostDisk;
+use std::sync::atomic::Ordering;
 
 pub(super) fn io_view(stats: &StatsSet) -> IoView {
     let kinds: Vec<_> = IoKind::ALL.iter().map(|kind| (kind.name().to_owned(), stats.kind(*kind))).collect();
@@ -28,6 +30,23 @@ pub(super) fn io_view(stats: &StatsSet) -> IoView {
             })
             .collect(),
     }
+}
+
+pub(super) fn rings_view(server: &VhostDisk) -> RingsView {
+    let counters = server.counters();
+    let mut view = RingsView {
+        sessions: counters.sessions.load(Ordering::Relaxed),
+        sessions_failed: counters.sessions_failed.load(Ordering::Relaxed),
+        ..RingsView::default()
+    };
+    for queue in server.queue_counters() {
+        view.batches += queue.batches.get();
+        view.kicks += queue.kicks.get();
+        view.interrupts += queue.interrupts.get();
+        view.mistakes += queue.mistakes.get();
+        view.replayed += queue.replayed.get();
+    }
+    view
 }
 
 /// What is wrong with a device, without its name in front.

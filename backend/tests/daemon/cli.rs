@@ -140,6 +140,23 @@ fn changes_that_cannot_be_are_one_line_and_change_nothing() {
     daemon.end();
 }
 
+/// What cannot be written ends us with 1: no panic, no noise.
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error_of_ours() {
+    let place = Place::new();
+    place.configure(CONFIG);
+    let daemon = place.serve();
+    let api = place.text("api");
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_hawser"))
+        .args(["status", "--api", &api])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(1), 0));
+    daemon.end();
+}
+
 #[test]
 fn wrong_arguments_are_usage() {
     let place = Place::new();

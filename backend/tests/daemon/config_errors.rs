@@ -152,7 +152,7 @@ fn mistakes_in_one_file_are_named_line_by_line() {
             disk("socket_mode = \"rw\"\n"),
             "h.toml:8:15: [[disk]] socket_mode: \"rw\" is no mode, want octal digits such as \"0660\"",
         ),
-        (disk("queues = 0\n"), "h.toml:8:10: [[disk]] queues: 0 is out of range, want 1 to 256"),
+        (disk("queues = 0\n"), "h.toml:8:10: [[disk]] queues: 0 is out of range, want 1 to 64"),
         (
             disk("queues = 70000\n"),
             "h.toml:8:10: [[disk]] queues: invalid value: integer `70000`, expected u16",

@@ -6,4 +6,5 @@ mod common;
 mod config_errors;
 mod fabric;
 mod import;
+mod load;
 mod serve;

@@ -1,5 +1,6 @@
 //! `GET /metrics`: every number of the daemon in the OpenMetrics text format, read when it is asked for.
 
+use super::view::RingsView;
 use crate::daemon::Daemon;
 use hawser_block::{IoKind, StatsSet, Status};
 use prometheus_client::collector::Collector;
@@ -37,6 +38,23 @@ const BOUNDS_NS: [u64; 20] = [
     10_000_000_000,
 ];
 
+/// A counter: its name, what it means, where it comes from.
+type RingsCounter = (&'static str, &'static str, fn(&RingsView) -> u64);
+
+const RINGS: [RingsCounter; 7] = [
+    ("disk_sessions", "Front ends that connected", |rings| rings.sessions),
+    ("disk_sessions_failed", "Sessions that ended for a fault of the guest or its front end", |rings| {
+        rings.sessions_failed
+    }),
+    ("disk_batches", "Times that a ring was drained and something was in it", |rings| rings.batches),
+    ("disk_kicks", "Notifications from the guest", |rings| rings.kicks),
+    ("disk_interrupts", "Notifications to the guest", |rings| rings.interrupts),
+    ("disk_mistakes", "Requests answered with an error without asking the device", |rings| rings.mistakes),
+    ("disk_replayed", "Requests of the process before this one that were carried out again", |rings| {
+        rings.replayed
+    }),
+];
+
 /// Everything, as text.
 pub(super) fn text(daemon: &Daemon) -> String {
     let mut registry = Registry::with_prefix("hawser");
@@ -56,6 +74,7 @@ struct Numbers {
     reactors: Vec<(String, [u64; 3])>,
     disks: Vec<(String, Arc<StatsSet>)>,
     disk_states: Vec<(String, &'static str)>,
+    disk_rings: Vec<(String, RingsView)>,
     devices: Vec<(String, Arc<StatsSet>)>,
     device_states: Vec<(String, String)>,
 }
@@ -84,6 +103,11 @@ impl Numbers {
                 })
                 .collect(),
             disks,
+            disk_rings: status
+                .disks
+                .iter()
+                .filter_map(|disk| Some((disk.name.clone(), disk.rings?)))
+                .collect(),
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
             devices,
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
@@ -125,6 +149,13 @@ impl Collector for Numbers {
             "device",
             self.device_states.iter().map(|(name, state)| (name.as_str(), state.as_str())),
         )?;
+        for (name, help, number) in RINGS {
+            counter(&mut encoder, name, help, |metric| {
+                self.disk_rings
+                    .iter()
+                    .try_for_each(|(disk, rings)| one(metric, &[("disk", disk.as_str())], number(rings)))
+            })?;
+        }
         io(&mut encoder, "disk", &self.disks)?;
         io(&mut encoder, "device", &self.devices)
     }

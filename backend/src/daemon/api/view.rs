@@ -67,9 +67,30 @@ pub struct DiskView {
     pub read_only: bool,
     /// The file that brings it back at the next start; `None`: it was added without `--save`.
     pub saved_in: Option<String>,
+    /// How its rings and sessions went; `None` while it is suspended.
+    pub rings: Option<RingsView>,
     /// What the VM asked for.
     #[serde(flatten)]
     pub io: IoView,
+}
+
+/// What a disk's queues and sessions have seen since the daemon started, all queues added up.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RingsView {
+    /// Front ends that connected.
+    pub sessions: u64,
+    /// Sessions that ended for a fault of the guest or its front end.
+    pub sessions_failed: u64,
+    /// Times that a ring was drained and something was in it.
+    pub batches: u64,
+    /// Notifications from the guest.
+    pub kicks: u64,
+    /// Notifications to the guest.
+    pub interrupts: u64,
+    /// Requests answered with an error without asking the device: the guest's mistakes.
+    pub mistakes: u64,
+    /// Requests of the process before this one that were carried out again.
+    pub replayed: u64,
 }
 
 /// How a disk is doing.
