@@ -361,13 +361,17 @@ impl Server {
         if self.disk.refresh_geometry() {
             match self.lock.listen(&self.disk.config.access) {
                 Ok(socket) => {
+                    log::info!("disk {}: listening", self.disk.config.name);
                     self.disk.set_trouble(String::new());
                     self.socket = Some(socket);
                     return;
                 }
                 Err(error) => {
                     let error = error.to_string();
-                    log::warn!("disk {}: socket {error}", self.disk.config.name);
+                    // Once, not at each try.
+                    if *self.disk.trouble.lock().unwrap_or_else(PoisonError::into_inner) != error {
+                        log::warn!("disk {}: socket {error}", self.disk.config.name);
+                    }
                     self.disk.set_trouble(error);
                 }
             }

@@ -338,7 +338,7 @@ impl Queue {
         }
         let limits = self.disk.limits(self.flush);
         let started = runtime.now();
-        let first_counter = self.next_counter();
+        let (first, first_counter) = (self.next_available, self.next_counter());
         for step in 0..new {
             if step.is_multiple_of(PREFETCH) {
                 self.prefetch((new - step).min(PREFETCH));
@@ -361,7 +361,7 @@ impl Queue {
         }
         let counters = self.counters();
         counters.batches.add(1);
-        counters.requests.add(u64::from(new));
+        counters.requests.add(u64::from(self.next_available.wrapping_sub(first)));
         self.recorder.batch(first_counter, self.next_counter().wrapping_sub(1));
         self.submit();
         self.reap(runtime);

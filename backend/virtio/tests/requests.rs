@@ -370,3 +370,64 @@ fn a_full_ring_of_requests_at_once_with_and_without_event_idx() {
         }
     }
 }
+
+#[test]
+fn indices_wrap_around_and_no_interrupt_or_kick_is_lost() {
+    for features in [F_PROTOCOL | F_VERSION_1, Wish::default().features] {
+        let served = Served::new(small());
+        let mut guest = Guest::connect(&served.socket, &Wish { size: 128, features, ..Wish::default() });
+        let parts = guest.plain(T_FLUSH, 0, &[], 0, DATA);
+        let mut done = 0u32;
+        // More than 65536 in all, in batches of changing size.
+        for round in 0..2300u32 {
+            let batch = 1 + round % 60;
+            let old = guest.rings[0].next_available;
+            for _ in 0..batch {
+                let head = guest.rings[0].put_chain(&guest.ram, &parts);
+                guest.rings[0].offer(&guest.ram, head);
+            }
+            guest.rings[0].kick_if_wanted(&guest.ram, old);
+            for _ in 0..batch {
+                guest.rings[0].wait_used(&guest.ram);
+                done += 1;
+            }
+        }
+        assert!(done > 66_000);
+        assert_eq!(served.disk.queue_counters()[0].requests.get(), u64::from(done));
+    }
+}
+
+#[test]
+fn a_driver_that_does_not_want_interrupts_gets_none() {
+    for event_idx in [false, true] {
+        let served = Served::new(small());
+        let mut wish = Wish::default();
+        if !event_idx {
+            wish.features &= !F_EVENT_IDX;
+        }
+        let mut guest = Guest::connect(&served.socket, &wish);
+        let quiet = |guest: &Guest| {
+            let ring = &guest.rings[0];
+            // Interrupt at used.idx 30000; or flags NO_INTERRUPT.
+            let event = ring.available_at() + 4 + 2 * u64::from(ring.size);
+            guest.ram.u16(event).store(30_000, std::sync::atomic::Ordering::Release);
+            guest.ram.u16(ring.available_at()).store(1, std::sync::atomic::Ordering::Release);
+        };
+        quiet(&guest);
+        let interrupts = || served.disk.queue_counters()[0].interrupts.get();
+        for round in 1..50u16 {
+            let parts = guest.plain(T_FLUSH, 0, &[], 0, DATA);
+            guest.submit(0, &parts);
+            eventually("shown", || guest.rings[0].used_idx(&guest.ram) == round);
+            guest.rings[0].take_used(&guest.ram);
+        }
+        assert_eq!(interrupts(), 0);
+        assert!(guest.rings[0].call.read().is_err());
+        // And one that wants them again gets them.
+        guest.ram.u16(guest.rings[0].available_at()).store(0, std::sync::atomic::Ordering::Release);
+        let parts = guest.plain(T_FLUSH, 0, &[], 0, DATA);
+        guest.submit(0, &parts);
+        guest.rings[0].wait_used(&guest.ram);
+        eventually("interrupted", || interrupts() > 0 || event_idx);
+    }
+}

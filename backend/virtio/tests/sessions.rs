@@ -728,3 +728,60 @@ fn a_stopped_disk_has_ended_its_requests_and_closed_its_socket() {
     assert!(!served.socket.exists());
     release.join().unwrap();
 }
+
+#[test]
+fn a_new_call_descriptor_is_signalled_at_once_and_from_then_on() {
+    let served = Served::new(small());
+    let mut guest = Guest::connect(&served.socket, &Wish::default());
+    works(&mut guest);
+    for _ in 0..5 {
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        guest.frontend.set_vring_call(0, &call).unwrap();
+        // What was signalled on the old one may have been missed.
+        eventually("signalled", || call.read().is_ok());
+        guest.rings[0].call = call;
+        works(&mut guest);
+    }
+}
+
+#[test]
+fn a_second_front_end_waits_for_the_first_and_half_a_message_stops_nobody() {
+    let served = Served::new(small());
+    let mut first = Guest::connect(&served.socket, &Wish::default());
+    let socket = served.socket.clone();
+    let second = std::thread::spawn(move || {
+        let mut guest = Guest::connect(&socket, &Wish::default());
+        works(&mut guest);
+        guest
+    });
+    for _ in 0..20 {
+        works(&mut first);
+    }
+    assert!(!second.is_finished());
+    drop(first);
+    drop(second.join().unwrap());
+    let mut half = UnixStream::connect(&served.socket).unwrap();
+    half.write_all(&message(2, 1, &[0; 8])[..15]).unwrap();
+    eventually("accepted", || served.disk.state() == DiskState::Connected);
+    served.disk.stop(Duration::from_secs(20));
+    assert!(!served.socket.exists());
+}
+
+#[test]
+fn requests_in_flight_of_a_ring_that_is_broken_still_end() {
+    let served = Served::new(small());
+    let wish = Wish { inflight: true, ..Wish::default() };
+    let mut guest = Guest::connect(&served.socket, &wish);
+    served.device.fake.state().hold = true;
+    let parts = guest.plain(T_OUT, 3, &[3; 512], 0, DATA);
+    guest.submit(0, &parts);
+    eventually("taken", || served.disk.queue_counters()[0].requests.get() == 1);
+    guest.rings[0].offer(&guest.ram, 999);
+    guest.rings[0].kick.write(1).unwrap();
+    eventually("noticed", || served.disk.trouble().contains("descriptor 999"));
+    served.device.release();
+    assert!(guest.is_ended());
+    assert!(guest.rings[0].take_used(&guest.ram).is_some());
+    assert_eq!(guest.ram.read(DATA + 16, 1), [0]);
+    assert_eq!(served.device.fake.state().content[3 * 512], 3);
+}
