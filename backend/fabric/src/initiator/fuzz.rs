@@ -7,7 +7,7 @@ use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
 
 /// Two segments: a small one and one that is large enough to be received in place.
-const SEGMENTS: [usize; 2] = [512, 20 << 10];
+const SEGMENTS: [usize; 2] = [512, 300 << 10];
 
 /// Gives `data` to a queue pair with a read, a large write and a flush under way, the first byte says in which pieces.
 pub fn fuzz(data: &[u8]) {

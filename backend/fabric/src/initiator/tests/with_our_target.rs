@@ -155,7 +155,7 @@ fn load_with_verify(client: &mut Client, rounds: usize, seed: u64, mut disturb: 
     while done < rounds {
         while begun < rounds && !idle.is_empty() {
             let region = idle.swap_remove(random.below(idle.len()));
-            let blocks = [1, 8, 8, 40, 256][random.below(5)];
+            let blocks = [1, 8, 8, 40, 512][random.below(5)];
             let offset = random.below(512 - blocks + 1);
             let lba = region as u64 * REGION_BLOCKS + offset as u64;
             let blocks = u32::try_from(blocks).unwrap();
