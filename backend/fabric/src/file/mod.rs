@@ -11,7 +11,9 @@
 //! - Files on tmpfs and ramfs are read and written by plain system calls on the reactor's thread: there is no device to
 //!   wait for, and io_uring would hand each request to a kernel thread, because these file systems do not promise not to
 //!   block. Measured on Linux 6.18 with fio, 4k random reads, queue depth 32: 188k IOPS through io_uring, 410k and more by
-//!   plain calls; 128k at depth 8: 10.9k against 23k.
+//!   plain calls; 128k at depth 8: 10.9k against 23k. Copying through a mapping of the file would be faster still (4k: 0.29
+//!   against 1.04 µs, 128k: 10 against 28 µs), but a file that somebody else truncates, or a full tmpfs, would then be a
+//!   SIGBUS instead of an error, and reading a hole would allocate it.
 //! - Growth is followed ([`FileDevice::refresh`], once a second by itself); a file that shrank fails until it is opened
 //!   again.
 

@@ -56,7 +56,10 @@ impl Connection {
             Err(code) => return self.fail(index, NvmeStatus::fatal(code)),
         };
         let len = u32::try_from(data.len()).expect("bounded by the transfer size");
-        match place_of(self.slots.at(index), len) {
+        // The host may have room for more than it asked for.
+        let slot = self.slots.at(index);
+        let room = slot.sqe.sgl.len.max(len);
+        match place_of(slot, room) {
             Ok(Place::Transport) => {}
             Ok(Place::Capsule) => return self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_SGL_TYPE)),
             Err(status) => return self.fail(index, status),

@@ -276,6 +276,10 @@ impl Connection {
             return Err(error(status, 12, "DATAO", data.offset, "where the data before it ended"));
         }
         let left = slot.len - slot.received;
+        if data.len == 0 {
+            let status = FatalStatus::INVALID_HEADER_FIELD;
+            return Err(error(status, 16, "DATAL", data.len, "more than 0"));
+        }
         if data.len > left {
             return Err(error(FatalStatus::DATA_OUT_OF_RANGE, 16, "DATAL", data.len, "within the R2T"));
         }

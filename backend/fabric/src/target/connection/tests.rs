@@ -190,6 +190,29 @@ fn a_connection_that_ends_before_its_requests_reach_a_device_is_quiet() {
     assert!(peer.lanes().iter().all(|lane| lane.batch.is_empty()));
 }
 
+#[test]
+fn more_commands_than_the_queue_has_end_the_connection() {
+    let shared = shared(Geometry::new(BlockSize::B512, 4096));
+    let mut device = |_: &Request| -> Outcome { Ok(()) };
+    let mut admin = connection(&shared, 1);
+    feed(&mut admin, &opening(0, CNTLID_DYNAMIC, 0), &mut device);
+    feed(&mut admin, &enabling(), &mut device);
+    let mut peer = connection(&shared, 2);
+    feed(&mut peer, &opening(1, admin.controller().unwrap().cntlid, 0), &mut device);
+    // No device ends any of them.
+    let flush = capsule(&Sqe::flush(1), &[]);
+    for _ in 0..SLOTS {
+        assert_eq!(receive(&mut peer, &flush), flush.len());
+        assert!(!peer.is_over());
+    }
+    receive(&mut peer, &flush);
+    assert!(peer.is_over());
+    let trouble = peer.take_trouble().unwrap();
+    assert_eq!(trouble, "CapsuleCmd: CID is 0x0, not within the queue's size (Transfer Limit Exceeded)");
+    peer.close();
+    assert!(peer.is_quiet());
+}
+
 proptest! {
     #[test]
     fn no_bytes_break_a_connection(data in proptest::collection::vec(any::<u8>(), 0..600)) {
