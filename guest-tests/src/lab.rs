@@ -57,7 +57,7 @@ impl Lab {
             count => progress(&format!("{count} temporary folders of runs that died were removed")),
         }
         progress("build: hawser");
-        run(cargo().args(["build", "--quiet", "--package", "hawser"]))?;
+        run(cargo().args(["build", "--package", "hawser"]))?;
         let cache = target().join("guest");
         let lock = GuestLock::take()?;
         let image = Image::ensure(&cache)?;
