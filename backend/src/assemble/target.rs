@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub fn start(
     config: &Config,
     reactors: &Reactors,
-    device: impl Fn(&Name) -> Option<Arc<dyn Device>>,
+    device: impl Fn(&Name) -> Option<Arc<dyn Device>> + Copy,
 ) -> Result<Option<Target>, String> {
     if config.subsystems.is_empty() {
         return Ok(None);

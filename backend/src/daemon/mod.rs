@@ -22,7 +22,7 @@ use crate::assemble::target as assemble_target;
 use crate::config::value::{Name, SocketPath};
 use crate::config::{Config, ConfigError, DeviceConfig, DiskConfig};
 use api::ApiSocket;
-use api::view::{DeviceView, DiskView, StatusView, SubsystemView};
+use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
 use hawser_fabric::target::Target;
@@ -92,6 +92,24 @@ pub struct Daemon {
     disks_started: AtomicUsize,
 }
 
+/// How long the start waits for devices that are being reached.
+const ANSWER_AT_ONCE: Duration = Duration::from_secs(1);
+/// A process that is killed closes its descriptors one after the other: its lock may be free before its sockets are.
+const SOCKETS_LAST: Duration = Duration::from_secs(5);
+
+/// Tries again for a while where a predecessor may not be quite gone.
+fn patiently<T>(had_predecessor: bool, mut start: impl FnMut() -> Result<T, String>) -> Result<T, String> {
+    let since = Instant::now();
+    loop {
+        match start() {
+            Err(_) if had_predecessor && since.elapsed() < SOCKETS_LAST => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            result => return result,
+        }
+    }
+}
+
 /// Runs what `config` describes until a signal ends it. `ready` is called once, when everything that can be reached is.
 ///
 /// # Errors
@@ -115,9 +133,12 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;
     let daemon = Arc::new(Daemon::start(config, build_id, reactors_wanted, run_state)?);
-    let socket =
-        ApiSocket::bind(&api, daemon.config.daemon.api_mode).inspect_err(|_| daemon.stop(Duration::ZERO))?;
-    api::serve(Arc::clone(&daemon), &socket).map_err(|error| format!("{api}: {error}"))?;
+    let served = ApiSocket::bind(&api, daemon.config.daemon.api_mode).and_then(|socket| {
+        api::serve(Arc::clone(&daemon), &socket).map_err(|error| format!("{api}: {error}"))?;
+        Ok(socket)
+    });
+    let socket = served.inspect_err(|_| daemon.give_up())?;
+    daemon.wait_for_disks();
     ready(&api);
     daemon.run(&inbox);
     drop(socket);
@@ -130,43 +151,61 @@ impl Daemon {
         config: Config,
         build_id: String,
         reactors_wanted: Vec<Option<usize>>,
-        run_state: RunState,
+        mut run_state: RunState,
     ) -> Result<Daemon, StartError> {
+        let had_predecessor = run_state.had_predecessor;
         let reactors = Reactors::start(&reactors_wanted, config.daemon.poll_us)?;
         let mut devices: Vec<(DeviceConfig, Arc<dyn Device>)> = Vec::new();
         for placed in &config.devices {
             let device =
-                device::open(placed, &config, run_state.had_predecessor, &reactors).map_err(|error| {
-                    match error {
-                        OpenError::Config(error) => StartError::Config(error),
-                        OpenError::Failed(error) => StartError::Failed(error),
-                    }
+                device::open(placed, &config, had_predecessor, &reactors).map_err(|error| match error {
+                    OpenError::Config(error) => StartError::Config(error),
+                    OpenError::Failed(error) => StartError::Failed(error),
                 })?;
             devices.push((placed.value.clone(), device));
         }
         let find = |name: &Name| {
             devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
         };
-        let target = Mutex::new(assemble_target::start(&config, &reactors, find)?);
+        run_state.begin()?;
+        let target = patiently(had_predecessor, || assemble_target::start(&config, &reactors, find))
+            .inspect_err(|_| run_state.never_begun())?;
         let daemon = Daemon {
             build_id,
             since: Instant::now(),
             reactors,
             devices: Mutex::new(devices),
             disks: Mutex::default(),
-            target,
+            target: Mutex::new(target),
             run_state: Mutex::new(run_state),
             changes: Mutex::default(),
             disks_started: AtomicUsize::new(0),
             config,
         };
-        daemon.start_disks().inspect_err(|_| daemon.stop(Duration::ZERO))?;
+        daemon.start_disks(had_predecessor).inspect_err(|_| daemon.give_up())?;
         Ok(daemon)
     }
 
-    fn start_disks(&self) -> Result<(), StartError> {
+    /// Undoes a start that failed half-way.
+    fn give_up(&self) {
+        self.stop(Duration::ZERO);
+        self.lock_run_state().never_begun();
+    }
+
+    /// Gives targets that answer at once the time to, so that being ready means that their disks listen.
+    fn wait_for_disks(&self) {
+        let since = Instant::now();
+        let waiting = || self.all_disks().iter().any(|disk| disk.view().state == DiskState::Waiting);
+        while waiting() && since.elapsed() < ANSWER_AT_ONCE {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn start_disks(&self, had_predecessor: bool) -> Result<(), StartError> {
         for placed in &self.config.disks {
-            let disk = self.start_disk(placed.value.clone(), Some(placed.file().to_owned()));
+            let disk = patiently(had_predecessor, || {
+                self.start_disk(placed.value.clone(), Some(placed.file().to_owned()))
+            });
             let disk = disk.map_err(|what| StartError::Failed(placed.error("socket", what).to_string()))?;
             self.lock_disks().push(Arc::new(disk));
         }
@@ -196,7 +235,7 @@ impl Daemon {
         if known {
             log::info!("disk {name}: listening at {socket}");
         } else {
-            log::warn!("disk {name}: device {device} is not reached yet; {socket} listens once it is");
+            log::info!("disk {name}: {socket} listens once its device {device} is reached");
         }
         Ok(server)
     }

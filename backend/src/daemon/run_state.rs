@@ -83,7 +83,7 @@ impl RunState {
             crashes: 0,
             suspended: BTreeMap::new(),
         });
-        let had_predecessor = !std::mem::replace(&mut data.ended, false);
+        let had_predecessor = !data.ended;
         build_id.clone_into(&mut data.build_id);
         if let Some(crash) = &crash {
             data.note(crash);
@@ -91,6 +91,20 @@ impl RunState {
         let state = RunState { file, data, previous, had_predecessor, crash_file: Arc::new(crash_file) };
         state.write()?;
         Ok(state)
+    }
+
+    /// Takes down that from now on we ask things of devices.
+    pub(super) fn begin(&mut self) -> Result<(), String> {
+        self.data.ended = false;
+        self.write()
+    }
+
+    /// Takes down that we never did: the start failed.
+    pub(super) fn never_begun(&mut self) {
+        self.data.ended = !self.had_predecessor;
+        if let Err(error) = self.write() {
+            log::error!("{error}");
+        }
     }
 
     /// Takes down that everything has been drained.
@@ -230,8 +244,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let take_over = || RunState::take_over(folder.path(), "b").unwrap();
         assert!(!take_over().had_predecessor, "there was none");
+        take_over().begin().unwrap();
         let mut state = take_over();
         assert!(state.had_predecessor, "it never said that it ended");
+        state.begin().unwrap();
+        state.never_begun();
+        let mut state = take_over();
+        assert!(state.had_predecessor, "a start that failed changes nothing");
+        state.begin().unwrap();
         state.end().unwrap();
         assert!(!take_over().had_predecessor);
     }

@@ -121,7 +121,11 @@ fn a_drain_that_cannot_end_is_given_up_after_its_time() {
          [[disk]]\nname = \"d\"\ndevice = \"r\"\nsocket = \"@/d.sock\"\n",
     ));
     let daemon = host.serve();
-    until("the disk listens", || daemon.disk("d").0 == "listening");
+    assert_eq!(
+        daemon.disk("d").0,
+        "listening",
+        "a target that answers is reached before the daemon is ready"
+    );
     let mut client = Client::connect(&host.path("d.sock"), false);
     assert_eq!(client.write(0, 1, 4096), 0);
     target.signal("STOP");

@@ -83,6 +83,8 @@ fn a_busy_socket_is_named_and_nothing_is_half_created() {
     let want = format!("{}:16:10: [[disk]] socket: ", file.display());
     assert!(line.starts_with(&want) && line.contains(&place.text("e.sock")), "{line}");
     assert_eq!(place.names(), ["api.state", "e.sock", "hawser.toml"]);
+    let state = fs::read_to_string(place.path("api.state/state.json")).unwrap();
+    assert!(state.contains("\"ended\": true"), "nobody is waited for after a start that failed: {state}");
     fs::write(place.path("plain"), "").unwrap();
     let file = place.configure(&DISK.replace("d.sock", "plain"));
     let line = place.fails(&["serve", "--config", &file.display().to_string()], 1);
