@@ -163,7 +163,7 @@ impl Runtime {
     /// # Panics
     /// For operations that do not end exactly once.
     pub fn operate(&self, op: &Op, owned: Option<Box<dyn Any>>) -> OpFuture {
-        let once = !matches!(op, Op::PollReadable { .. } | Op::Notify { .. } | Op::Cancel { .. });
+        let once = !matches!(op, Op::PollReadable { .. } | Op::Cancel { .. });
         assert!(once, "{op:?} does not end exactly once");
         let key = self.executor().insert(owned);
         self.submit(SourceId::EXECUTOR, key, op);

@@ -40,9 +40,6 @@ pub enum Op {
     Accept { fd: Fd },
     /// `connect`.
     Connect { fd: Fd, address: *const libc::sockaddr, len: u32 },
-    /// Adds 1 to an eventfd, before `submit` returns: the descriptor is not needed afterwards. A full eventfd is left as it
-    /// is, since its reader has a notification to see anyway. Has no completion event.
-    Notify { fd: Fd },
     /// Asks that the operation of the same source that was submitted with `key` be given up. It completes as
     /// cancelled, or as it would have; only then is it terminal. Has no completion event of its own.
     Cancel { key: u32 },

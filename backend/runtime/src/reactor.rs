@@ -791,14 +791,13 @@ mod tests {
         let thread = ReactorThread::spawn("test", ReactorConfig::default()).unwrap();
         let (heard, hears) = mpsc::channel();
         // SAFETY: plain system call.
-        let raw = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK) };
+        let raw = unsafe { libc::eventfd(1, libc::EFD_NONBLOCK) };
         let tell = heard.clone();
         thread.handle().call(move |runtime| {
             let fd = Fd(raw);
             let id = runtime.add_source(Rc::new(RefCell::new(Echo { heard: tell })));
             runtime.submit(id, 5, &Op::PollReadable { fd });
             runtime.timer(id, runtime.now() + Duration::from_millis(20), 9);
-            runtime.submit(id, 6, &Op::Notify { fd });
             let inner = runtime.clone();
             runtime.spawn(async move {
                 inner.sleep(Duration::from_millis(40)).await;

@@ -124,16 +124,13 @@ impl SimDriver {
             Op::Readv { .. } | Op::Writev { .. } | Op::Fdatasync { .. } | Op::Fallocate { .. } => {
                 Some(-libc::EBADF)
             }
-            Op::Notify { .. } | Op::Cancel { .. } => unreachable!("not submitted as operations that end"),
+            Op::Cancel { .. } => unreachable!("the runtime turns this into Driver::cancel"),
         }
     }
 }
 
 impl Driver for SimDriver {
     fn submit(&mut self, user: u64, op: &Op) {
-        if matches!(op, Op::Notify { .. }) {
-            return;
-        }
         let mut state = self.world.state.borrow_mut();
         let wait = match op {
             Op::Connect { .. } => state.random.below(200_000),
