@@ -213,6 +213,14 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether a write to a descriptor of the front end's would be taken at once: its file may be blocking.
+pub(crate) fn is_writable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one valid entry.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready == 1 && poll.revents & libc::POLLOUT != 0
+}
+
 /// Adds 1 to an eventfd. One that is full wakes its reader just as well.
 pub(crate) fn signal(fd: BorrowedFd<'_>) {
     let one = 1u64;

@@ -166,7 +166,6 @@ impl Harness {
             memory: Arc::clone(&self.memory),
             kick: None,
             interrupt: Interrupt::new().expect("io_uring"),
-            err: None,
             event_idx,
             indirect: true,
             flush: true,

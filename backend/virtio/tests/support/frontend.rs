@@ -475,3 +475,17 @@ pub fn header(kind: u32, sector: u64) -> [u8; 16] {
 pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     (u128::from(sector) | u128::from(sectors) << 64 | u128::from(flags) << 96).to_le_bytes()
 }
+
+/// Writes and reads back.
+pub fn works(guest: &mut Guest) {
+    assert_eq!(guest.request(T_OUT, 5, &[0x5a; 512], 0).0, 0);
+    assert_eq!(guest.request(T_IN, 5, &[], 512), (0, vec![0x5a; 512]));
+}
+
+/// A message, byte by byte.
+pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).unwrap();
+    let mut bytes = [request.to_ne_bytes(), flags.to_ne_bytes(), size.to_ne_bytes()].concat();
+    bytes.extend_from_slice(payload);
+    bytes
+}

@@ -10,9 +10,10 @@
 //! - The epoch of memory that a slot's pieces point into is owned until the slot has ended, whatever the front end does.
 //! - Nothing is allocated per request. The order of stores is the in-flight log's ([`crate::inflight`]).
 
-use crate::blk::{Action, HEADER_BYTES, ID_BYTES, Limits, RANGE_BYTES, RANGES_MAX, VirtioStatus};
+mod requests;
+
+use crate::blk::{RANGES_MAX, VirtioStatus};
 use crate::chain::{Chain, PIECES_MAX};
-use crate::connection;
 use crate::counters::QueueCounters;
 use crate::crash::Recorder;
 use crate::disk::DiskShared;
@@ -24,14 +25,11 @@ use crate::memory::{GuestMemory, Region};
 use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, Ring, prefetch};
 use crate::session::SessionShared;
 use crate::shared;
-use hawser_block::{
-    BlockCount, Buffers, Channel, Completion, IoKind, IoStats, Lba, Operation, Outcome, Request, Status,
-    Token,
-};
+use hawser_block::{Channel, Completion, IoKind, IoStats, Outcome, Request, Status};
 use hawser_runtime::{Event, Fd, Instant, Op, Runtime, Source, SourceId};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -52,7 +50,6 @@ pub(crate) struct QueueSetup {
     pub(crate) kick: Option<OwnedFd>,
     /// Made by the session, so that a failure ends that.
     pub(crate) interrupt: Interrupt,
-    pub(crate) err: Option<OwnedFd>,
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
     /// FLUSH was negotiated: without it every write is durable.
@@ -117,7 +114,6 @@ pub(crate) struct Queue {
     kick: Option<OwnedFd>,
     kick_armed: bool,
     interrupt: Interrupt,
-    err: Option<OwnedFd>,
     event_idx: bool,
     indirect: bool,
     flush: bool,
@@ -200,7 +196,6 @@ impl Queue {
             kick_armed: setup.kick.is_some(),
             kick: setup.kick,
             interrupt: setup.interrupt,
-            err: setup.err,
             event_idx: setup.event_idx,
             indirect: setup.indirect,
             flush: setup.flush,
@@ -278,10 +273,7 @@ impl Queue {
     fn fail(&mut self, what: &str) {
         if !self.failed {
             self.failed = true;
-            if let Some(err) = &self.err {
-                connection::signal(err.as_fd());
-            }
-            self.session.end(format!("queue {}: {what}", self.index));
+            self.session.end(self.index, what);
         }
     }
 
@@ -427,181 +419,6 @@ impl Queue {
         self.log.as_ref().map_or(self.counter, QueueLog::next_counter)
     }
 
-    /// Parses one chain into its slot, and either makes requests of it or ends it here. `log`: it is new to the log.
-    #[inline]
-    fn begin(
-        &mut self,
-        head: u16,
-        started: Instant,
-        limits: &Limits,
-        log: bool,
-    ) -> Result<(), crate::ChainError> {
-        self.chain.walk(&self.ring, &self.memory, head, self.indirect)?;
-        let status = self.chain.take_status(&self.memory)?;
-        match &mut self.log {
-            Some(queue_log) if log => {
-                queue_log.begin(head);
-            }
-            _ => self.counter = self.counter.wrapping_add(u64::from(log)),
-        }
-        let slot = &mut self.slots[usize::from(head)];
-        slot.status = status;
-        slot.started = started;
-        slot.bytes = 0;
-        slot.used_len = 1;
-        slot.pending = 0;
-        slot.pieces = 0;
-        slot.generation = self.generation;
-        slot.busy = true;
-        slot.outcome = Ok(());
-        self.in_flight += 1;
-
-        let action = match self.chain.take_front::<HEADER_BYTES>() {
-            Some(header) => limits.decode(&header, self.chain.readable_bytes(), self.chain.writable_bytes()),
-            None => Action::Answer(VirtioStatus::IoErr),
-        };
-        match action {
-            Action::Submit { operation, lba, blocks } => {
-                self.begin_operation(head, operation, lba, blocks, limits)
-            }
-            Action::Ranges { write_zeroes } => self.begin_ranges(head, write_zeroes, limits),
-            Action::GetId => self.answer_id(head),
-            Action::Answer(status) => self.answer(head, status),
-        }
-        Ok(())
-    }
-
-    #[inline]
-    fn begin_operation(&mut self, head: u16, operation: Operation, lba: u64, blocks: u64, limits: &Limits) {
-        let token = Token(u64::from(head));
-        let slot = &mut self.slots[usize::from(head)];
-        slot.kind = operation.into();
-        let pieces = match operation {
-            Operation::Read => self.chain.writable(),
-            Operation::Write { .. } => self.chain.readable(),
-            _ => {
-                slot.pending = 1;
-                self.requests.push(Request {
-                    operation,
-                    lba: Lba(lba),
-                    blocks: BlockCount(0),
-                    buffers: Buffers::EMPTY,
-                    token,
-                });
-                return;
-            }
-        };
-        let shift = limits.geometry.block_size.shift();
-        // A chain is at most 1 GiB (`chain::BYTES_MAX`).
-        let bytes = u32::try_from(blocks << shift).unwrap_or(u32::MAX);
-        slot.bytes = bytes;
-        slot.used_len = if operation == Operation::Read { bytes.wrapping_add(1) } else { 1 };
-        slot.pieces = u16::try_from(pieces.len()).unwrap_or(u16::MAX);
-        let kept = if pieces.len() <= PIECES_INLINE {
-            slot.inline[..pieces.len()].copy_from_slice(pieces);
-            slot.inline.as_ptr()
-        } else {
-            let from = usize::from(head) * PIECES_MAX;
-            let place = &mut self.overflow[from..from + pieces.len()];
-            place.copy_from_slice(pieces);
-            place.as_ptr()
-        };
-        // SAFETY: the slot keeps the array in place (neither vector is ever resized) until the request has ended, and the
-        // queue owns the epoch of memory that it names until then; all of it is mapped readable and writable. No piece is
-        // empty, and they add up to the bytes that were decoded.
-        let buffers = unsafe { Buffers::new(kept, u32::from(slot.pieces), bytes) };
-        let most = u64::from(limits.geometry.transfer_blocks_max.max(1));
-        if blocks <= most {
-            slot.pending = 1;
-            self.requests.push(Request {
-                operation,
-                lba: Lba(lba),
-                blocks: BlockCount(u32::try_from(blocks).unwrap_or(u32::MAX)),
-                buffers,
-                token,
-            });
-            return;
-        }
-        // Larger than what the device takes at once.
-        let mut done = 0;
-        while done < blocks {
-            let here = most.min(blocks - done);
-            let byte_at = |blocks: u64| usize::try_from(blocks << shift).unwrap_or(usize::MAX);
-            slot.pending += 1;
-            self.requests.push(Request {
-                operation,
-                lba: Lba(lba + done),
-                blocks: BlockCount(u32::try_from(here).unwrap_or(u32::MAX)),
-                buffers: buffers.slice(byte_at(done), byte_at(here)),
-                token,
-            });
-            done += here;
-        }
-    }
-
-    fn begin_ranges(&mut self, head: u16, write_zeroes: bool, limits: &Limits) {
-        self.slots[usize::from(head)].kind = if write_zeroes { IoKind::WriteZeroes } else { IoKind::Discard };
-        let bytes = self.chain.readable_bytes();
-        let right = bytes > 0
-            && bytes.is_multiple_of(RANGE_BYTES as u64)
-            && bytes <= (RANGES_MAX * RANGE_BYTES) as u64;
-        if !right {
-            return self.answer(head, VirtioStatus::IoErr);
-        }
-        // All ranges are checked before the first is begun.
-        let before = self.requests.len();
-        while let Some(range) = self.chain.take_front::<RANGE_BYTES>() {
-            match limits.range(write_zeroes, range) {
-                Ok((operation, lba, blocks)) => {
-                    let slot = &mut self.slots[usize::from(head)];
-                    slot.pending += 1;
-                    slot.bytes = slot.bytes.saturating_add(
-                        u32::try_from(blocks << limits.geometry.block_size.shift()).unwrap_or(u32::MAX),
-                    );
-                    self.requests.push(Request {
-                        operation,
-                        lba: Lba(lba),
-                        blocks: BlockCount(u32::try_from(blocks).unwrap_or(u32::MAX)),
-                        buffers: Buffers::EMPTY,
-                        token: Token(u64::from(head)),
-                    });
-                }
-                Err(status) => {
-                    self.requests.truncate(before);
-                    self.slots[usize::from(head)].pending = 0;
-                    return self.answer(head, status);
-                }
-            }
-        }
-    }
-
-    /// GET_ID: the serial, padded with zeroes to 20 bytes, or as much of it as there is room for.
-    fn answer_id(&mut self, head: u16) {
-        let mut id = [0u8; ID_BYTES];
-        for (to, from) in id.iter_mut().zip(self.disk.config.serial.bytes()) {
-            *to = from;
-        }
-        let mut done = 0;
-        for piece in self.chain.writable() {
-            let len = piece.iov_len.min(ID_BYTES - done);
-            // SAFETY: `len` bytes of a piece that lies in mapped guest memory; raw copy, no reference.
-            unsafe { std::ptr::copy_nonoverlapping(id.as_ptr().add(done), piece.iov_base.cast::<u8>(), len) };
-            done += len;
-        }
-        if done == 0 {
-            return self.answer(head, VirtioStatus::IoErr);
-        }
-        self.slots[usize::from(head)].used_len = u32::try_from(done + 1).unwrap_or(1);
-        self.show(head, VirtioStatus::Ok);
-    }
-
-    /// Ends a request that the device never sees: the guest's mistake, or what the disk does not offer.
-    fn answer(&mut self, head: u16, status: VirtioStatus) {
-        self.counters().mistakes.add(1);
-        self.slots[usize::from(head)].used_len = 1;
-        self.show(head, status);
-    }
-
     /// Takes what has ended.
     fn reap(&mut self, runtime: &Runtime) {
         let Some(channel) = &mut self.channel else { return };
@@ -707,11 +524,6 @@ impl Queue {
         }
         // What was signalled on the old one may have been missed.
         self.interrupt();
-    }
-
-    /// Replaces the descriptor for errors.
-    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.err = err;
     }
 
     /// A new epoch of memory, and the ring's place in it. `free` hears when no request names `removed` any more.

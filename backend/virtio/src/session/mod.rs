@@ -4,31 +4,42 @@
 //! queues on their reactors what to do by message, and waits for them where the protocol wants that: a stopped ring is
 //! drained, a removed region is not named by anything any more.
 
+mod rings;
+
+use rings::ring_in;
+
 use crate::connection::{self, Connection, RawMessage, ReceiveError};
 use crate::disk::DiskShared;
 use crate::features;
 use crate::gate::Gate;
-use crate::inflight::{InflightArea, QueueLog};
-use crate::interrupt::Interrupt;
+use crate::inflight::InflightArea;
 use crate::memory::{GuestMemory, Region};
 use crate::message::{
     self, FrontendMessage, InflightDescription, MessageError, RegionDescription, RingAddresses, protocol,
 };
-use crate::queue::{Queue, QueueSetup, Stopped, with_queue};
-use crate::ring::{self, Ring};
+use crate::queue::with_queue;
+use crate::ring;
 use hawser_runtime::ReactorHandle;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+/// Why a session is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SessionError {
+    /// The queue whose ring is broken.
+    pub(crate) queue: u16,
+    pub(crate) what: String,
+}
 
 /// What a session and its queues share.
 pub(crate) struct SessionShared {
     disk: Arc<DiskShared>,
-    error: Mutex<Option<String>>,
+    error: Mutex<Option<SessionError>>,
     retired: Mutex<Vec<Arc<GuestMemory>>>,
 }
 
@@ -38,7 +49,8 @@ impl SessionShared {
     }
 
     /// Ends the session, for this reason. Called on reactors.
-    pub(crate) fn end(&self, error: String) {
+    pub(crate) fn end(&self, queue: u16, what: &str) {
+        let error = SessionError { queue, what: format!("queue {queue}: {what}") };
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         connection::signal(self.disk.wake_fd());
     }
@@ -56,7 +68,7 @@ impl SessionShared {
     }
 
     /// Why the session is over, if it is.
-    pub(crate) fn error(&self) -> Option<String> {
+    pub(crate) fn error(&self) -> Option<SessionError> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -126,9 +138,6 @@ pub(crate) struct Session<'a> {
     told_capacity: Option<u64>,
 }
 
-/// Queues' names in this process.
-static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
-
 impl<'a> Session<'a> {
     pub(crate) fn new(
         disk: &'a Arc<DiskShared>,
@@ -184,8 +193,9 @@ impl<'a> Session<'a> {
             if self.disk.stopping().is_some() {
                 return Over::Stopping;
             }
-            if let Some(error) = self.shared.error() {
-                return Over::Failed(error);
+            if let Some(SessionError { queue, what }) = self.shared.error() {
+                self.signal_error(queue);
+                return Over::Failed(what);
             }
             if !readable {
                 continue;
@@ -200,6 +210,16 @@ impl<'a> Session<'a> {
                 Err(ReceiveError::Closed) => return Over::Closed,
                 Err(error) => return Over::Failed(error.to_string()),
             }
+        }
+    }
+
+    /// Tells the front end which ring is broken, where it wants to hear it.
+    fn signal_error(&self, queue: u16) {
+        let vring = self.vrings.get(usize::from(queue));
+        if let Some(err) = vring.and_then(|vring| vring.err.as_ref())
+            && connection::is_writable(err.as_fd())
+        {
+            connection::signal(err.as_fd());
         }
     }
 
@@ -340,12 +360,7 @@ impl<'a> Session<'a> {
             M::SetVringErr { queue, has_descriptor } => {
                 let fd = ring_descriptor("SET_VRING_ERR", has_descriptor, &mut descriptors)?;
                 let index = self.index(queue, "SET_VRING_ERR")?;
-                let clone = clone_fd(fd.as_ref())?;
                 self.vrings[index].err = fd;
-                if let Some(Running { key, reactor }) = self.vrings[index].running {
-                    self.reactors[reactor]
-                        .run(move |runtime| with_queue(runtime, key, |queue, _| queue.set_err(clone)));
-                }
             }
             M::SetVringEnable { queue, enable } => {
                 let index = self.index(queue, "SET_VRING_ENABLE")?;
@@ -488,7 +503,7 @@ impl<'a> Session<'a> {
                         return end("stopped while requests were in a region that is removed");
                     }
                     if let Some(error) = self.shared.error() {
-                        return end(error);
+                        return end(error.what);
                     }
                 }
             }
@@ -577,194 +592,6 @@ impl<'a> Session<'a> {
             Err(error) => log::warn!("disk {}: CONFIG_CHANGE: {error}", self.disk.config.name),
         }
     }
-
-    // --- rings ----------------------------------------------------------------------------------------------------
-
-    /// Starts a ring that has been kicked, and enabled where that is negotiated.
-    fn start_if_ready(&mut self, index: usize) -> Result<(), Failure> {
-        let needs_enable = self.features & features::PROTOCOL_FEATURES != 0;
-        let vring = &self.vrings[index];
-        let Some(kick) = &vring.kick else { return Ok(()) };
-        if vring.running.is_some() || (needs_enable && !vring.enabled) {
-            return Ok(());
-        }
-        let wrong = |what: String| Failure::End(format!("queue {index}: {what}"));
-        let ring = ring_in(&self.memory, vring).map_err(wrong)?;
-        let queue = u16::try_from(index).unwrap_or(u16::MAX);
-        let (used_idx, available_idx) = (ring.used_idx(), ring.available_idx());
-        let mut log = self.inflight.as_ref().and_then(|inflight| inflight.queue(queue));
-        let mut unfinished = Vec::new();
-        if let Some(log) = &mut log {
-            if log.size() < ring.size() {
-                return Err(wrong(format!(
-                    "size {} is above the in-flight log's ({})",
-                    ring.size(),
-                    log.size()
-                )));
-            }
-            unfinished = log
-                .recover(used_idx, available_idx, ring.size())
-                .map_err(|error| wrong(error.to_string()))?;
-        }
-        // Everything that was taken from the ring is either shown as used or in the log: so this is the base, whatever a
-        // front end remembers from before a disconnect.
-        let begun = u16::try_from(unfinished.len()).unwrap_or(u16::MAX);
-        let next_available = used_idx.wrapping_add(begun);
-        if next_available != vring.base {
-            log::debug!("queue {index}: base {} as told, {next_available} by the ring", vring.base);
-        }
-        if !unfinished.is_empty() {
-            self.gate.set_unfinished(queue, true);
-            log::info!(
-                "disk {}: queue {index}: {} requests are executed again",
-                self.disk.config.name,
-                unfinished.len()
-            );
-        }
-        let mut interrupt = Interrupt::new().map_err(|error| wrong(format!("interrupt: {error}")))?;
-        interrupt
-            .set(clone_fd(vring.call.as_ref())?)
-            .map_err(|error| wrong(format!("SET_VRING_CALL: {error}")))?;
-        let reactor_index = (self.disk.config.index + index) % self.reactors.len();
-        let (recorder, recorded_disk) = self.recorder(reactor_index);
-        let setup = QueueSetup {
-            index: queue,
-            ring,
-            memory: Arc::clone(&self.memory),
-            kick: clone_fd(kick.as_ref())?,
-            interrupt,
-            err: clone_fd(vring.err.as_ref())?,
-            event_idx: self.features & features::EVENT_IDX != 0,
-            indirect: self.features & features::INDIRECT_DESC != 0,
-            flush: self.features & features::FLUSH != 0,
-            log,
-            unfinished,
-            next_available,
-            next_used: used_idx,
-            gate: Arc::clone(&self.gate),
-            disk: Arc::clone(self.disk),
-            session: Arc::clone(&self.shared),
-            recorder,
-            recorded_disk,
-        };
-        let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
-        self.reactors[reactor_index].run(move |runtime| Queue::start(runtime, key, setup));
-        self.vrings[index].running = Some(Running { key, reactor: reactor_index });
-        self.tell_capacity();
-        Ok(())
-    }
-
-    fn recorder(&self, reactor: usize) -> (crate::crash::Recorder, u32) {
-        let recorded =
-            self.disk.config.crash.as_ref().and_then(|crash| {
-                crash.disk(&self.disk.config.name).map(|disk| (crash.recorder(reactor), disk))
-            });
-        recorded.unwrap_or((crate::crash::Recorder::none(), 0))
-    }
-
-    fn stop_all(&mut self) {
-        let all: Vec<usize> = (0..self.vrings.len()).collect();
-        self.stop_queues(&all);
-        for vring in &mut self.vrings {
-            vring.kick = None;
-            vring.enabled = false;
-        }
-    }
-
-    fn reset_device(&mut self) {
-        self.stop_all();
-        for vring in &mut self.vrings {
-            *vring = Vring::default();
-        }
-        // The driver has forgotten what was in flight.
-        if let Some(inflight) = &self.inflight {
-            (0..inflight.queues())
-                .filter_map(|queue| inflight.queue(queue))
-                .for_each(|log: QueueLog| log.clear());
-        }
-        self.gate = Arc::default();
-    }
-
-    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up, and still
-    /// waited for: a request ends once, at the end, and until then its memory stays mapped and its disk is not served again.
-    /// Only a process that is about to end does not wait for ever.
-    fn stop_queues(&mut self, indices: &[usize]) {
-        let name = &self.disk.config.name;
-        let mut stopping = Vec::new();
-        for index in indices {
-            let Some(Running { key, reactor }) = self.vrings[*index].running.take() else { continue };
-            let (done, is_done) = mpsc::channel::<Stopped>();
-            self.reactors[reactor].run(move |runtime| {
-                with_queue(runtime, key, |queue, runtime| queue.stop(runtime, done));
-            });
-            stopping.push((*index, key, reactor, is_done));
-        }
-        let mut began = Instant::now();
-        let mut given_up = false;
-        let mut told = began;
-        while let Some((index, _, _, is_done)) = stopping.first() {
-            match is_done.recv_timeout(Duration::from_millis(20)) {
-                Ok(Stopped { next_available, left_in_log }) => {
-                    self.vrings[*index].base = next_available;
-                    if left_in_log {
-                        self.gate.set_unfinished(u16::try_from(*index).unwrap_or(u16::MAX), true);
-                    }
-                    stopping.remove(0);
-                    continue;
-                }
-                // The queue was never there: its reactor has ended.
-                Err(RecvTimeoutError::Disconnected) => {
-                    stopping.remove(0);
-                    continue;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            let stop = self.disk.stopping();
-            if began.elapsed() < stop.unwrap_or(self.disk.config.drain_timeout) {
-                continue;
-            }
-            if !given_up {
-                given_up = true;
-                began = Instant::now();
-                log::warn!("disk {name}: {} queues have requests in flight; giving them up", stopping.len());
-                for (_, key, reactor, _) in &stopping {
-                    let key = *key;
-                    self.reactors[*reactor]
-                        .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
-                }
-            } else if stop.is_some() && began.elapsed() > ABORT_PATIENCE {
-                // The queue keeps its memory; what stays in the log is executed again by the next process.
-                log::error!("disk {name}: the device does not end its requests; leaving them");
-                return;
-            } else if told.elapsed() > Duration::from_secs(10) {
-                told = Instant::now();
-                log::warn!("disk {name}: waiting for the device to end requests that were given up");
-            }
-        }
-    }
-}
-
-/// How long the end of the process waits for requests that were given up.
-const ABORT_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Where a ring is in our address space.
-fn ring_in(memory: &GuestMemory, vring: &Vring) -> Result<Ring, String> {
-    if vring.size == 0 {
-        return Err("kicked before SET_VRING_NUM".into());
-    }
-    let Some(addresses) = vring.addresses else { return Err("kicked before SET_VRING_ADDR".into()) };
-    let (descriptor_bytes, available_bytes, used_bytes) = ring::part_bytes(vring.size);
-    let part = |name: &str, address: u64, bytes: u64| {
-        memory
-            .user(address, bytes)
-            .ok_or_else(|| format!("SET_VRING_ADDR: {name} at {address:#x} is not in memory"))
-    };
-    let descriptors = part("descriptor table", addresses.descriptors, descriptor_bytes)?;
-    let available = part("available ring", addresses.available, available_bytes)?;
-    let used = part("used ring", addresses.used, used_bytes)?;
-    // SAFETY: each part lies in one mapped region with all its bytes; whoever gets the ring gets the memory with it.
-    let ring = unsafe { Ring::new(descriptors, available, used, vring.size) };
-    ring.ok_or_else(|| format!("SET_VRING_ADDR: misaligned: {addresses:x?}"))
 }
 
 /// The descriptor of a SET_VRING_KICK, CALL or ERR.

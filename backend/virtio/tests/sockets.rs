@@ -1,0 +1,173 @@
+//! A disk's socket: when it listens, whose it is, who waits, and how it goes.
+
+mod support;
+
+use hawser_block::{Device, Geometry};
+use hawser_virtio::{DiskError, DiskState, SocketError, VhostDisk};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use support::frontend::*;
+use support::{Folder, Served, config, eventually, reactor, small};
+
+#[test]
+fn a_disk_waits_for_its_devices_size_before_it_listens() {
+    struct Late(support::TestDevice, std::sync::atomic::AtomicBool);
+    impl Device for Late {
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+        fn geometry(&self) -> Option<Geometry> {
+            self.1.load(Ordering::Acquire).then(|| self.0.geometry()).flatten()
+        }
+        fn state(&self) -> hawser_block::DeviceState {
+            self.0.state()
+        }
+        fn uuid(&self) -> [u8; 16] {
+            self.0.uuid()
+        }
+        fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
+            self.0.subscribe(listener);
+        }
+        fn channel(
+            &self,
+            runtime: &hawser_runtime::Runtime,
+            user: hawser_runtime::SourceId,
+        ) -> Box<dyn hawser_block::Channel> {
+            self.0.channel(runtime, user)
+        }
+        fn stats(&self) -> Arc<hawser_block::StatsSet> {
+            self.0.stats()
+        }
+    }
+    let folder = Folder::new();
+    let reactor = reactor();
+    let device = Arc::new(Late(support::TestDevice::new(small()), false.into()));
+    let config = config(&folder.path("s"));
+    let disk =
+        VhostDisk::start(config, Arc::clone(&device) as Arc<dyn Device>, vec![reactor.handle().clone()])
+            .unwrap();
+    assert_eq!(disk.state(), DiskState::Waiting);
+    assert!(!folder.path("s").exists());
+    assert_eq!(disk.geometry(), None);
+    device.1.store(true, Ordering::Release);
+    device.0.grow(8192);
+    eventually("it listens", || disk.state() == DiskState::Listening);
+    works(&mut Guest::connect(&folder.path("s"), &Wish::default()));
+}
+
+#[test]
+fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
+    let folder = Folder::new();
+    let reactor = reactor();
+    let path = folder.path("s");
+    let start = |change: fn(&mut hawser_virtio::DiskConfig)| {
+        let mut config = config(&folder.path("s"));
+        change(&mut config);
+        let device = Arc::new(support::TestDevice::new(small()));
+        VhostDisk::start(config, device as Arc<dyn Device>, vec![reactor.handle().clone()])
+    };
+    let refused = |result: Result<VhostDisk, DiskError>| match result {
+        Ok(_) => panic!("started"),
+        Err(error) => error,
+    };
+    let disk = start(|config| {
+        config.access.mode = Some(0o640);
+        config.access.user = Some("root".into());
+        config.access.group = Some("0".into());
+    })
+    .unwrap();
+    let found = std::fs::metadata(&path).unwrap();
+    assert_eq!((found.permissions().mode() & 0o777, found.uid(), found.gid()), (0o640, 0, 0));
+    // Served by a hawser: its lock says so, and the one that lives is not disturbed.
+    let error = refused(start(|_| {}));
+    assert!(matches!(error, DiskError::Socket(SocketError::Locked(_))), "{error}");
+    assert_eq!(disk.counters().sessions.load(Ordering::Relaxed), 0);
+    works(&mut Guest::connect(&path, &Wish::default()));
+    disk.stop(Duration::from_secs(1));
+    assert!(!path.exists() && !folder.path("s.lock").exists());
+    // Another program listens.
+    let other = UnixListener::bind(&path).unwrap();
+    let error = refused(start(|_| {}));
+    assert!(matches!(error, DiskError::Socket(SocketError::Live(_))), "{error}");
+    assert!(path.exists());
+    // It has died: its socket is stale.
+    drop(other);
+    let disk = start(|_| {}).unwrap();
+    works(&mut Guest::connect(&path, &Wish::default()));
+    // Somebody has put another socket there meanwhile: it is not ours to remove.
+    std::fs::remove_file(&path).unwrap();
+    let other = UnixListener::bind(&path).unwrap();
+    drop(disk);
+    assert!(path.exists());
+    drop(other);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "a file").unwrap();
+    let error = refused(start(|_| {}));
+    assert!(matches!(error, DiskError::Socket(SocketError::NotASocket(_))), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+    std::fs::remove_file(&path).unwrap();
+    for (change, text) in [
+        ((|config| config.serial = "x".repeat(21)) as fn(&mut hawser_virtio::DiskConfig), "longer than 20"),
+        (|config| config.queues = 0, "queues = 0"),
+        (|config| config.queues = 65, "1 to 64"),
+        (|config| config.access.user = Some("no-such-user".into()), "no user \"no-such-user\""),
+        (|config| config.access.group = Some("no-such-group".into()), "no group"),
+        (|config| config.socket = "/no/such/folder/s".into(), "No such file"),
+        (|config| config.socket = "x".repeat(108).into(), "107 bytes"),
+    ] {
+        let error = refused(start(change)).to_string();
+        assert!(error.contains(text), "{error}");
+        assert_eq!(
+            std::fs::read_dir(path.parent().unwrap()).unwrap().count(),
+            0,
+            "{text}: something is left"
+        );
+    }
+}
+
+#[test]
+fn a_stopped_disk_has_ended_its_requests_and_closed_its_socket() {
+    let served = Served::new(small());
+    let mut guest = Guest::connect(&served.socket, &Wish::default());
+    served.device.fake.state().hold = true;
+    let parts = guest.plain(T_OUT, 9, &[9; 512], 0, DATA);
+    guest.submit(0, &parts);
+    eventually("taken", || served.disk.queue_counters()[0].requests.get() == 1);
+    let device = Arc::clone(&served.device);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        device.release();
+    });
+    served.disk.stop(Duration::from_secs(20));
+    assert!(guest.rings[0].take_used(&guest.ram).is_some());
+    assert!(guest.is_ended());
+    assert!(!served.socket.exists());
+    release.join().unwrap();
+}
+
+#[test]
+fn a_second_front_end_waits_for_the_first_and_half_a_message_stops_nobody() {
+    let served = Served::new(small());
+    let mut first = Guest::connect(&served.socket, &Wish::default());
+    let socket = served.socket.clone();
+    let second = std::thread::spawn(move || {
+        let mut guest = Guest::connect(&socket, &Wish::default());
+        works(&mut guest);
+        guest
+    });
+    for _ in 0..20 {
+        works(&mut first);
+    }
+    assert!(!second.is_finished());
+    drop(first);
+    drop(second.join().unwrap());
+    let mut half = UnixStream::connect(&served.socket).unwrap();
+    half.write_all(&message(2, 1, &[0; 8])[..15]).unwrap();
+    eventually("accepted", || served.disk.state() == DiskState::Connected);
+    served.disk.stop(Duration::from_secs(20));
+    assert!(!served.socket.exists());
+}
