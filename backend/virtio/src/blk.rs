@@ -70,7 +70,7 @@ pub(crate) struct Limits {
 pub(crate) enum Action {
     /// One operation of the device over one run of blocks (of the device's block size).
     Submit { operation: Operation, lba: u64, blocks: u64 },
-    /// Discard or write-zeroes: the ranges are in the payload; see [`ranges`].
+    /// Discard or write-zeroes: the ranges are in the payload.
     Ranges { write_zeroes: bool },
     /// The disk's serial into the payload.
     GetId,

@@ -1,7 +1,7 @@
 //! Loads and stores on memory that is shared with a guest or with our successor.
 //!
 //! Everything that must survive our death in order (the in-flight log, the used ring) is stored through here, one store
-//! at a time, so that a test can stop the world after any one of them ([`test::die_after`]).
+//! at a time, so that a test can stop the world after any one of them (`test::die_after`).
 //!
 //! A store that others may see has release order: on x86 that keeps the compiler from moving it and costs nothing. For a
 //! successor that maps the memory after our death that is enough: what the processor has executed, the next process sees.

@@ -50,7 +50,7 @@ impl Batch {
         }
     }
 
-    /// Appends payload, which stays in place until [`Batch::take_slots`].
+    /// Appends payload, which stays in place until the batch gives its slots back.
     pub(super) fn push_data(&mut self, start: *const u8, len: usize) {
         self.parts.push(Part::Data { start, len });
     }
