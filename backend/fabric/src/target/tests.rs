@@ -111,6 +111,27 @@ fn blocks_written_in_every_way_read_back_with_every_digest() {
 }
 
 #[test]
+fn compare_tells_equal_from_different() {
+    let device = fake();
+    let rig = Rig::new(vec![device.clone()]);
+    let (_admin, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    let bytes = pattern(64 << 10, 5);
+    device.state().content[512..512 + bytes.len()].copy_from_slice(&bytes);
+    let compare = |len: usize, sgl: fn(u32) -> Sgl| Sqe { opcode: 0x05, ..write(1, len, sgl) };
+    let mut other = bytes.clone();
+    other[4095] ^= 1;
+    for (data, code) in [(&bytes, StatusCode::SUCCESS), (&other, StatusCode::COMPARE_FAILURE)] {
+        assert_eq!(peer.call(compare(4096, Sgl::in_capsule), &data[..4096], &[]).0.status.code, code);
+        assert_eq!(peer.call(compare(64 << 10, Sgl::transport), &[], data).0.status.code, code);
+    }
+    device.state().outcomes.push_back(Err(Status::Media));
+    let cqe = peer.call(compare(4096, Sgl::in_capsule), &bytes[..4096], &[]).0;
+    assert_eq!(cqe.status.code, StatusCode::UNRECOVERED_READ_ERROR);
+    assert!(device.state().log.iter().all(|(operation, ..)| !operation.is_write()));
+}
+
+#[test]
 fn many_commands_at_once_all_end() {
     let rig = Rig::mem();
     let (_admin, cntlid) = Peer::admin(rig.address, NQN);

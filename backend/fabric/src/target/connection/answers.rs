@@ -10,7 +10,8 @@ use crate::nvme::identify::{
     CNTRLTYPE_DISCOVERY, CNTRLTYPE_IO, DLFEAT_READS_ZEROES, DLFEAT_WRITE_ZEROES_DEALLOCATES,
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LEN, NSATTR_WRITE_PROTECTED,
     NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE,
-    ONCS_DATASET_MANAGEMENT, ONCS_WRITE_ZEROES, VENDOR_MARK, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
+    ONCS_COMPARE, ONCS_DATASET_MANAGEMENT, ONCS_WRITE_ZEROES, VENDOR_MARK, VWC_FLUSH_ALL_UNSUPPORTED,
+    VWC_PRESENT, cns,
 };
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::target::{ASYNC_EVENTS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX, Shared, VERSION};
@@ -122,7 +123,7 @@ fn discovery_controller(controller: &Controller) -> IdentifyController {
 fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyController {
     let geometries: Vec<Geometry> = subsystem.geometries().into_values().flatten().collect();
     let any = |able: fn(&Geometry) -> bool| geometries.iter().any(able);
-    let mut io_commands = 0;
+    let mut io_commands = ONCS_COMPARE;
     if any(|geometry| geometry.discard.is_some()) {
         io_commands |= ONCS_DATASET_MANAGEMENT;
     }
@@ -242,6 +243,7 @@ pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> 
             ];
             let io = [
                 (io_opcode::FLUSH, false),
+                (io_opcode::COMPARE, false),
                 (io_opcode::WRITE, true),
                 (io_opcode::READ, false),
                 (io_opcode::WRITE_ZEROES, true),

@@ -67,7 +67,7 @@ impl Connection {
                     self.begin_with_buffer(index);
                 }
             }
-            io_opcode::WRITE => {
+            io_opcode::WRITE | io_opcode::COMPARE => {
                 let bytes = bytes()?;
                 self.take_host_data(index, bytes)?;
             }
@@ -114,7 +114,7 @@ impl Connection {
         }
     }
 
-    /// All data of a Write or Dataset Management is there.
+    /// All data of a Write, Compare or Dataset Management is there.
     pub(super) fn execute_write(&mut self, index: usize) {
         let sqe = self.slots.at(index).sqe;
         if sqe.opcode == io_opcode::WRITE {
@@ -122,6 +122,13 @@ impl Connection {
             let run = self.run_of(index);
             let payload = self.slots.at(index).payload();
             self.push_request(index, Operation::Write { fua }, run, payload);
+            return;
+        }
+        if sqe.opcode == io_opcode::COMPARE {
+            self.slots.add_compared(index);
+            let run = self.run_of(index);
+            let payload = self.slots.at(index).payload();
+            self.push_request(index, Operation::Read, run, payload);
             return;
         }
         let pushed = match self.check_ranges(index) {
@@ -284,6 +291,9 @@ impl Connection {
                 let len = self.slots.at(index).len;
                 self.answer_with_data(index, len);
             }
+            Ok(()) if sqe.opcode == io_opcode::COMPARE && !self.slots.at(index).is_equal() => {
+                self.fail(index, NvmeStatus::fatal(StatusCode::COMPARE_FAILURE));
+            }
             Ok(()) => self.answer(index, NvmeStatus::SUCCESS, 0),
             Err(status) => {
                 let status = self.status_for(index, status);
@@ -302,7 +312,9 @@ impl Connection {
                 let code = if within { StatusCode::INVALID_FIELD } else { StatusCode::LBA_OUT_OF_RANGE };
                 NvmeStatus::fatal(code)
             }
-            Status::Media if sqe.opcode != io_opcode::READ => NvmeStatus::fatal(StatusCode::WRITE_FAULT),
+            Status::Media if !matches!(sqe.opcode, io_opcode::READ | io_opcode::COMPARE) => {
+                NvmeStatus::fatal(StatusCode::WRITE_FAULT)
+            }
             status => NvmeStatus::from_block_status(status),
         }
     }

@@ -35,6 +35,8 @@ pub(super) struct Slot {
     pub(super) sqe: Sqe,
     pub(super) phase: Phase,
     pub(super) buffer: Option<AlignedBuffer>,
+    /// What Compare reads from the device.
+    compared: Option<AlignedBuffer>,
     /// The length of its data, to or from the host.
     pub(super) len: u32,
     /// How much of the host's data has come.
@@ -64,6 +66,7 @@ impl Slot {
             sqe: Sqe::new(0, 0, Sgl::NONE),
             phase: Phase::Free,
             buffer: None,
+            compared: None,
             len: 0,
             received: 0,
             in_capsule: 0,
@@ -83,12 +86,23 @@ impl Slot {
         self.buffer.as_ref().expect("a command with data has a buffer").as_ptr()
     }
 
-    /// Its payload as a request carries it.
+    /// Its payload as a request carries it: its data, or what Compare reads.
     pub(super) fn payload(&mut self) -> Buffers {
-        self.iovec = libc::iovec { iov_base: self.data().cast(), iov_len: self.len as usize };
+        let start = self.compared.as_ref().map_or_else(|| self.data(), AlignedBuffer::as_ptr);
+        self.iovec = libc::iovec { iov_base: start.cast(), iov_len: self.len as usize };
         // SAFETY: the table is a boxed slice, so the iovec stays in place; it and the buffer, which has at least `len`
         // bytes, are left alone until the request has ended (`Slots::release` asserts it). `len` is not 0.
         unsafe { Buffers::new(&raw const self.iovec, 1, self.len) }
+    }
+}
+
+impl Slot {
+    /// Whether Compare has read what the host sent.
+    pub(super) fn is_equal(&self) -> bool {
+        let (Some(sent), Some(read)) = (&self.buffer, &self.compared) else { return false };
+        assert!(self.pieces == 0, "the device is done with the command");
+        // SAFETY: both have at least `len` bytes, and nobody writes to them any more.
+        unsafe { sent.slice(0, self.len as usize) == read.slice(0, self.len as usize) }
     }
 }
 
@@ -129,11 +143,17 @@ impl Slots {
         &mut self.slots[index]
     }
 
-    /// Gives a slot's buffer back.
+    /// Gives Compare a second buffer. There is one for each whose data is here: they are bounded together.
+    pub(super) fn add_compared(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.compared = Some(self.pool.take_anyway(slot.len as usize));
+    }
+
+    /// Gives a slot's buffers back.
     pub(super) fn drop_buffer(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         assert!(slot.pieces == 0, "a buffer goes back only when the device is done with it");
-        if let Some(buffer) = slot.buffer.take() {
+        for buffer in [slot.buffer.take(), slot.compared.take()].into_iter().flatten() {
             self.pool.give_back(buffer);
         }
     }
