@@ -52,6 +52,8 @@ pub(crate) struct Connection<T: Copy> {
     error: Option<String>,
     /// The error is that nothing was heard: the target, or the way to it, may come back with what it still has of us.
     silent: bool,
+    /// The error may come from memory of a request that is not there any more.
+    fault: bool,
 }
 
 impl<T: Copy> Connection<T> {
@@ -84,6 +86,7 @@ impl<T: Copy> Connection<T> {
             in_place: 0,
             error: None,
             silent: false,
+            fault: false,
         };
         connection.receive();
         connection
@@ -185,7 +188,10 @@ impl<T: Copy> Connection<T> {
                 }
                 match completed.into_result() {
                     Err(error) => self.fail_io(&error),
-                    Ok(sent) if sent as usize != wanted => self.fail("the connection was closed".to_owned()),
+                    Ok(sent) if sent as usize != wanted => {
+                        self.fault = true;
+                        self.fail("a send ended early".to_owned());
+                    }
                     Ok(_) => self.flush(),
                 }
             }
@@ -225,7 +231,8 @@ impl<T: Copy> Connection<T> {
     }
 
     fn fail_io(&mut self, error: &std::io::Error) {
-        let heard = [libc::ECONNRESET, libc::EPIPE, libc::ENOTCONN];
+        let heard = [libc::ECONNRESET, libc::EPIPE, libc::ENOTCONN, libc::EFAULT];
+        self.fault |= error.raw_os_error() == Some(libc::EFAULT);
         self.silent |=
             self.error.is_none() && !error.raw_os_error().is_some_and(|code| heard.contains(&code));
         self.fail(plain(error));
@@ -250,6 +257,11 @@ impl<T: Copy> Connection<T> {
     /// Why the connection is of no use any more.
     pub(crate) fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// Whether it may be that the memory of a request is gone.
+    pub(crate) fn may_be_fault(&self) -> bool {
+        self.fault
     }
 
     /// Whether that is only silence, which says nothing of what the target does.

@@ -19,6 +19,7 @@
 
 use super::config::PathTimers;
 use super::connection::{Connection, KEY_RECEIVE, KEY_SEND};
+use super::probe;
 use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
 use super::socket::ConnectedQueue;
@@ -238,9 +239,12 @@ impl Lane {
                 self.answered(ended);
             }
             let mut ghosts = false;
+            let may_be_fault = connection.may_be_fault();
             for (mut held, begun) in connection.drain() {
                 self.runtime.sub_outstanding(1);
                 held.unknown |= begun;
+                // Sent again it would end the next association too, for all users of this lane.
+                held.aborted |= may_be_fault && !probe::is_there(&held.request.buffers);
                 ghosts |= held.is_unknown_write();
                 self.pending.push_back(held);
             }

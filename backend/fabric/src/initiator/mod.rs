@@ -32,6 +32,7 @@ mod discover;
 pub mod fuzz;
 mod geometry;
 mod lane;
+mod probe;
 mod queue;
 mod signal;
 mod socket;

@@ -20,20 +20,22 @@ pub(super) struct Ask {
     pub(super) data: Vec<u8>,
     /// Into how many segments the memory is cut.
     pub(super) segments: usize,
+    /// The memory was taken away by its owner.
+    pub(super) gone: bool,
 }
 
 impl Ask {
     pub(super) fn read(lba: u64, blocks: u32, block_bytes: usize) -> Ask {
         let data = vec![0; blocks as usize * block_bytes];
-        Ask { operation: Operation::Read, lba, blocks, data, segments: 1 }
+        Ask { operation: Operation::Read, lba, blocks, data, segments: 1, gone: false }
     }
 
     pub(super) fn write(lba: u64, blocks: u32, data: Vec<u8>) -> Ask {
-        Ask { operation: Operation::Write { fua: false }, lba, blocks, data, segments: 1 }
+        Ask { operation: Operation::Write { fua: false }, lba, blocks, data, segments: 1, gone: false }
     }
 
     pub(super) fn plain(operation: Operation, lba: u64, blocks: u32) -> Ask {
-        Ask { operation, lba, blocks, data: Vec::new(), segments: 1 }
+        Ask { operation, lba, blocks, data: Vec::new(), segments: 1, gone: false }
     }
 }
 
@@ -68,7 +70,8 @@ impl User {
         let iovecs: Vec<libc::iovec> = (0..count)
             .map(|index| {
                 let (from, to) = (len * index / count, len * (index + 1) / count);
-                libc::iovec { iov_base: buffer.as_ptr().wrapping_add(from).cast(), iov_len: to - from }
+                let start = if ask.gone { nowhere() } else { buffer.as_ptr() };
+                libc::iovec { iov_base: start.wrapping_add(from).cast(), iov_len: to - from }
             })
             .collect();
         let buffers = if len == 0 {
@@ -102,6 +105,15 @@ impl Source for User {
             let _ = self.tell.send(Told { token: end.token.0, outcome: end.outcome, data });
         }
     }
+}
+
+/// A megabyte of address space with nothing behind it, left so for the process's life.
+fn nowhere() -> *mut u8 {
+    let (protection, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping that names no memory of anybody.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), 1 << 20, protection, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED);
+    start.cast()
 }
 
 /// The test's end of a user.

@@ -343,11 +343,10 @@ fn a_request_whose_memory_is_gone_ends_and_the_others_do_not_notice() {
     wait_ready(&device);
     let (mut bad, mut good) =
         (Client::open(&device, host_reactor.handle()), Client::open(&device, host_reactor.handle()));
-    // In the capsule, after an R2T, and received in place.
+    // In the capsule, and after an R2T. (What a read copies there is a fault of our own, which the daemon handles.)
     let small = Ask { gone: true, ..Ask::write(0, 8, pattern(1, 4096)) };
     let large = Ask { gone: true, ..Ask::write(0, 1024, pattern(1, 512 << 10)) };
-    let read = Ask { gone: true, ..Ask::read(0, 1024, 512) };
-    for (round, ask) in [small, large, read].into_iter().enumerate() {
+    for (round, ask) in [small, large].into_iter().enumerate() {
         good.submit((0..20).map(|at| Ask::write(2000 + at * 8, 8, pattern(round, 4096))).collect());
         bad.submit(vec![ask]);
         good.submit((0..20).map(|at| Ask::write(3000 + at * 8, 8, pattern(round, 4096))).collect());
