@@ -481,15 +481,7 @@ impl Queue {
                 }
             }
         }
-        if std::mem::take(&mut slot.awaited) {
-            self.awaited -= 1;
-            if self.awaited == 0 {
-                self.region_free.take().into_iter().for_each(|free| {
-                    // The session may have stopped waiting.
-                    let _ = free.send(());
-                });
-            }
-        }
+        self.awaited -= usize::from(std::mem::take(&mut slot.awaited));
     }
 
     /// Shows the driver everything that has ended, and interrupts it if it wants that.
@@ -507,6 +499,12 @@ impl Queue {
         let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
         if wanted || std::mem::take(&mut self.owes_interrupt) {
             self.interrupt();
+        }
+        if self.awaited == 0
+            && let Some(free) = self.region_free.take()
+        {
+            // The session may have stopped waiting.
+            let _ = free.send(());
         }
     }
 
