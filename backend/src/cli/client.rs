@@ -13,8 +13,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Longer than any drain: who stops a disk may set `drain_timeout` to an hour.
-const ANSWER_MAX: Duration = Duration::from_secs(2 * 3600);
+/// Longer than any drain: who stops a disk may have set `drain_timeout` to an hour.
+const CHANGE_MAX: Duration = Duration::from_secs(2 * 3600);
+/// Looking takes no time: a daemon that does not answer is stuck.
+const LOOK_MAX: Duration = Duration::from_secs(20);
 /// A daemon that does not take the connection in this time is stuck.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
@@ -83,6 +85,7 @@ impl Client {
             .await
             .map_err(|error| self.failed(&error))?;
         tokio::spawn(connection);
+        let limit = if method == Method::GET { LOOK_MAX } else { CHANGE_MAX };
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -95,9 +98,9 @@ impl Client {
             let status = response.status();
             Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
         };
-        tokio::time::timeout(ANSWER_MAX, answer)
+        tokio::time::timeout(limit, answer)
             .await
-            .map_err(|_| self.failed(&"the daemon does not answer"))?
+            .map_err(|_| self.failed(&format!("the daemon has not answered for {} s", limit.as_secs())))?
             .map_err(|error| self.failed(&format!("the daemon's answer was cut off: {error}")))
     }
 

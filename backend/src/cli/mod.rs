@@ -1,6 +1,6 @@
 //! The command line: what people type, and what comes back.
 //!
-//! Owns: arguments, tables, exit codes. Everything about a running daemon goes through its API ([`client`]).
+//! Owns: arguments, tables, exit codes. Everything about a running daemon goes through its API (`client`).
 //!
 //! Exit codes: 0 done; 1 failed; 2 usage or configuration. Errors are one line on stderr that begins with `hawser: `.
 

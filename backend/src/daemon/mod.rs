@@ -285,6 +285,7 @@ impl Daemon {
 
     /// Ends all disks at the same time, then the target, then the devices.
     fn stop(&self, drain: Duration) {
+        let since = Instant::now();
         let _change = self.lock_changes();
         let disks = std::mem::take(&mut *self.lock_disks());
         std::thread::scope(|scope| {
@@ -294,7 +295,7 @@ impl Daemon {
         });
         drop(disks);
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if target.is_some_and(|target| !target.stop(drain)) {
+        if target.is_some_and(|target| !target.stop(drain.saturating_sub(since.elapsed()))) {
             log::warn!("targets: commands were still under way after {} s", drain.as_secs());
         }
         let devices = std::mem::take(&mut *self.lock_devices());

@@ -1,6 +1,6 @@
 //! Copying disk images to devices, without a daemon.
 //!
-//! Owns: reading images ([`source`]), keeping several MiB in flight to a device ([`lane`]), the order of a copy ([`import()`]).
+//! Owns: reading images (`source`), keeping several MiB in flight to a device (`lane`), the order of a copy ([`import()`]).
 //! Must not know: the command line, what kind of device it is.
 
 mod lane;

@@ -158,6 +158,18 @@ fn a_reader_that_has_seen_enough_is_no_error_of_ours() {
 }
 
 #[test]
+fn a_daemon_that_is_stuck_is_given_up() {
+    let place = Place::new();
+    place.configure(CONFIG);
+    let daemon = place.serve();
+    daemon.signal("STOP");
+    let line = place.fails(&["status"], 1);
+    assert!(line.ends_with("the daemon has not answered for 20 s"), "{line}");
+    daemon.signal("CONT");
+    daemon.end();
+}
+
+#[test]
 fn wrong_arguments_are_usage() {
     let place = Place::new();
     for args in [

@@ -53,7 +53,7 @@ pub struct DiskView {
     pub socket: String,
     /// How it is doing.
     pub state: DiskState,
-    /// Why it does not listen.
+    /// Why it is suspended or waits, or what went wrong last with its socket or a session.
     pub trouble: Option<String>,
     /// The most queues that the VM may use.
     pub queues: u16,

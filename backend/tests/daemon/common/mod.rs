@@ -22,7 +22,9 @@ pub(crate) struct Place {
 impl Place {
     /// A new folder with a short name: sockets' paths are short.
     pub(crate) fn new() -> Place {
-        Place { folder: tempfile::Builder::new().prefix("hw").tempdir_in("/tmp").unwrap() }
+        sweep();
+        let prefix = format!("hw{}-", std::process::id());
+        Place { folder: tempfile::Builder::new().prefix(&prefix).tempdir_in("/tmp").unwrap() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -45,7 +47,11 @@ impl Place {
 
     /// Runs `hawser ARGS` to its end. `HAWSER_API` is this folder's.
     pub(crate) fn run(&self, args: &[&str]) -> Output {
-        hawser().args(args).env("HAWSER_API", self.path("api")).output().unwrap()
+        let mut command = hawser();
+        if args.first() != Some(&"serve") {
+            command.env("HAWSER_API", self.path("api"));
+        }
+        command.args(args).output().unwrap()
     }
 
     /// Runs a command that must succeed; what it printed.
@@ -86,6 +92,8 @@ impl Place {
             .args(["-c", "exec \"$0\" serve --config \"$1\" --ready-fd 3 3>&1 >&2"])
             .arg(env!("CARGO_BIN_EXE_hawser"))
             .arg(self.path("hawser.toml"))
+            .env_remove("HAWSER_API")
+            .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -172,9 +180,22 @@ impl Drop for Serving {
     }
 }
 
+/// Removes what test processes that were killed have left.
+fn sweep() {
+    for entry in fs::read_dir("/tmp").unwrap().flatten() {
+        let name = entry.file_name();
+        let owner =
+            name.to_str().and_then(|name| name.strip_prefix("hw")?.split_once('-')?.0.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Another test may be quicker.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn hawser() -> Command {
     let mut command = with_parent(Command::new(env!("CARGO_BIN_EXE_hawser")));
-    command.stdin(Stdio::null()).env("RUST_LOG", "info");
+    command.stdin(Stdio::null()).env("RUST_LOG", "info").env_remove("HAWSER_API");
     command
 }
 
