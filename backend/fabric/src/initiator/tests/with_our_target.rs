@@ -10,6 +10,7 @@ use crate::testing::Numbers;
 use crate::uri::TcpAddress;
 use hawser_block::{BlockSize, IoKind, Operation, Status};
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 
 fn start_target(
     device: Arc<dyn Device>,
@@ -256,17 +257,37 @@ fn requests_wait_while_the_target_is_away_and_the_reason_is_told() {
     assert!(target.stop(PATIENCE));
 }
 
+/// A port of the loopback that is ours as long as the descriptor is open, and that nobody listens at.
+fn reserve_port() -> (OwnedFd, SocketAddr) {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_in>()).unwrap();
+    // SAFETY: plain system calls; all pointers name values of the lengths given, an all-zero address is port 0, and the new
+    // descriptor has no other owner.
+    unsafe {
+        let socket =
+            OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0));
+        let mut address: libc::sockaddr_in = std::mem::zeroed();
+        address.sin_family = libc::sa_family_t::try_from(libc::AF_INET).unwrap();
+        address.sin_addr.s_addr = u32::from_ne_bytes([127, 0, 0, 1]);
+        let mut len = len;
+        assert_eq!(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len), 0);
+        assert_eq!(libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut len), 0);
+        (socket, SocketAddr::from(([127, 0, 0, 1], u16::from_be(address.sin_port))))
+    }
+}
+
 #[test]
 fn nobody_listening_is_said_in_one_line_and_tried_again() {
     let host_reactor = reactor("host");
-    // A port that nobody has: bound, and closed again.
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // Bound and not listening: nobody else gets the port, and connecting is refused.
+    let (reserved, address) = reserve_port();
     let device = NvmeDevice::open(config(address), &[host_reactor.handle().clone()]).unwrap();
     wait_until("the refusal is told", || device.trouble().contains("refused"));
     let expected = format!("n0: connect {address}: connection refused; retrying in 0.");
     assert!(device.trouble().starts_with(&expected), "{}", device.trouble());
     assert_eq!((device.state(), device.geometry()), (DeviceState::Connecting, None));
     // It comes after all.
+    drop(reserved);
     let target_reactor = reactor("target");
     let (target, _) = start_target(mem(1 << 20), address, &target_reactor);
     wait_ready(&device);
