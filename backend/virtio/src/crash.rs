@@ -2,7 +2,7 @@
 //!
 //! A request that kills us would be replayed by the next process, kill that too, and so on for ever. So each reactor notes
 //! what it works on (plain stores into a shared mapping), and only the handler of our own fatal signals
-//! (SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT; a panic aborts) marks the note. SIGKILL, SIGTERM and the OOM killer mark nothing, nor
+//! (SIGSEGV, SIGBUS, SIGILL, SIGABRT; a panic aborts) marks the note. SIGKILL, SIGTERM and the OOM killer mark nothing, nor
 //! does a signal that another process sends. The next process reads the mark: the same request twice sets its disk aside.
 //!
 //! ```text
@@ -213,6 +213,7 @@ impl CrashFile {
         }
         let file = CrashFile { layout, table: Mutex::default(), _file: file };
         let crash = if fresh { None } else { file.classify() };
+        file.forget_names();
         layout.version.store(VERSION, Ordering::Release);
         layout.magic.store(MAGIC, Ordering::Release);
         CURRENT.store(mapped.cast(), Ordering::Release);
@@ -231,6 +232,17 @@ impl CrashFile {
         }
         let other = self.layout.other_signal.swap(0, Ordering::AcqRel);
         crash.or_else(|| (other != 0).then_some(Crash { signal: other, request: None }))
+    }
+
+    /// Makes room in the table: only disks that are set aside, and the last crash's, need their names kept.
+    fn forget_names(&self) {
+        let last = &self.layout.last;
+        let kept = (last.busy.load(Ordering::Relaxed) != 0).then(|| last.disk.load(Ordering::Relaxed));
+        for (index, entry) in (0u32..).zip(&self.layout.disks) {
+            if entry.set_aside.load(Ordering::Relaxed) == 0 && kept != Some(index) {
+                entry.name_bytes.store(0, Ordering::Relaxed);
+            }
+        }
     }
 
     /// The request of `note`, compared with the last crash's, whose place it takes.
@@ -282,8 +294,8 @@ impl CrashFile {
         (0..DISKS_MAX).find(|index| self.name(*index).as_deref() == Some(name))
     }
 
-    /// The place of a disk in the record, the same for the same name as long as the file lives. `None` when the table is
-    /// full of disks that are set aside, or the name is too long: such a disk is not recorded.
+    /// The place of a disk in the record, the same for the same name as long as it matters. `None` when the table is full
+    /// (1024 disks), or the name is too long: such a disk is not recorded.
     #[must_use]
     pub fn disk(&self, name: &str) -> Option<u32> {
         let _table = self.table.lock().unwrap_or_else(PoisonError::into_inner);

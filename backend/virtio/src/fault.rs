@@ -1,4 +1,4 @@
-//! Faults: what happens at SIGBUS, SIGSEGV, SIGILL, SIGFPE and SIGABRT.
+//! Faults: what happens at SIGBUS, SIGSEGV, SIGILL and SIGABRT.
 //!
 //! A SIGBUS within a region of guest memory is the front end's doing (it truncated its file): the handler puts a page
 //! of zeroes there and marks the region, and the session ends. Everything else is our own death: the crash record is
@@ -100,7 +100,7 @@ fn survive(address: usize) -> bool {
     false
 }
 
-const SIGNALS: [i32; 5] = [libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+const SIGNALS: [i32; 4] = [libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGABRT];
 
 /// What was installed before us: Rust's own handler tells of stack overflows.
 static BEFORE: [AtomicUsize; SIGNALS.len()] = [const { AtomicUsize::new(0) }; SIGNALS.len()];

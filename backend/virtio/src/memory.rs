@@ -55,13 +55,16 @@ impl Region {
     /// Maps a region of a file that the front end shares.
     pub(crate) fn map(description: RegionDescription, file: &OwnedFd) -> Result<Arc<Region>, RegionError> {
         // SAFETY: all-zero is a valid `stat`, and fstat fills it.
-        let file_bytes = unsafe {
+        let stat = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
             if libc::fstat(file.as_raw_fd(), &raw mut stat) != 0 {
                 return Err(RegionError::Map(io::Error::last_os_error()));
             }
-            stat.st_size.unsigned_abs()
+            stat
         };
+        // Only files have an end that can be passed; a memory device has none.
+        let is_file = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+        let file_bytes = if is_file { stat.st_size.unsigned_abs() } else { u64::MAX };
         // The parser has made sure that this does not wrap.
         if description.file_offset + description.bytes > file_bytes {
             return Err(RegionError::PastEnd { file_bytes });
