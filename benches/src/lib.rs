@@ -10,6 +10,7 @@
 //! | [`compare`] | the bench: cases, servers, alternation, verdicts |
 //! | [`frontend`] | a vhost-user front end with one split ring per queue, for tests and for the in-flight log |
 //! | [`histogram`] | latencies, preallocated |
+//! | [`wakeup`] | how long the machine takes to wake a sleeping thread |
 //! | [`sys`] | processes: CPU time, pinning, children that end with their parent |
 
 pub mod client;
@@ -17,6 +18,7 @@ pub mod compare;
 pub mod frontend;
 pub mod histogram;
 pub mod sys;
+pub mod wakeup;
 
 /// A `u64` as a `usize`: lossless on the 64-bit hosts that this workspace runs on.
 #[inline]

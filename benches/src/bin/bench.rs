@@ -14,6 +14,7 @@ use hawser_benches::compare::load::Maker;
 use hawser_benches::compare::results::Results;
 use hawser_benches::compare::runner::Plan;
 use hawser_benches::sys;
+use hawser_benches::wakeup::wake_up;
 
 /// Measures hawser and qemu-storage-daemon in alternation and writes benches/RESULTS.md.
 #[derive(Debug, Parser)]
@@ -34,8 +35,8 @@ struct Options {
     /// Length of a sample.
     #[arg(long, value_parser = parse_time, default_value = "2")]
     runtime: Duration,
-    /// `poll_us` of the cases in which it is on.
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    /// `poll_us` of the cases in which it is on; of use if it is longer than the machine takes to wake a thread.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     poll_us: u32,
     /// How the client waits for completions.
     #[arg(long, default_value = "eventfd", value_parser = ["eventfd", "block", "loop"])]
@@ -174,7 +175,12 @@ fn report(plan: &Plan, results: &Results) -> String {
     let rival = sys::find_program("qemu-storage-daemon").map_or_else(String::new, |path| version_of(&path));
     let (reached, all) = results.score();
     let _ = writeln!(text, "```sh\n{}\n```\n", arguments.join(" "));
-    let _ = writeln!(text, "- machine: {}", sys::machine());
+    let wake_up = wake_up(plan.cpus).map_or_else(|e| e.to_string(), |time| format!("{time:.1?}"));
+    let _ = writeln!(
+        text,
+        "- machine: {}; a thread asleep on the other CPU is awake after {wake_up}",
+        sys::machine()
+    );
     let _ = writeln!(
         text,
         "- hawser: {}, poll_us {} or 0 as in the case's name",
