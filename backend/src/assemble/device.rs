@@ -8,6 +8,7 @@ use hawser_block::{BlockSize, Device};
 use hawser_fabric::initiator::{self, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,9 +114,9 @@ fn parse_size(text: &str) -> Option<u64> {
 /// # Errors
 /// The first that is wrong.
 pub fn check(config: &Config) -> Result<(), ConfigError> {
+    let mut files: HashMap<PathBuf, &Placed<DeviceConfig>> = HashMap::new();
     for device in &config.devices {
         let kind = Kind::parse(&device.value.uri).map_err(|what| device.error("uri", what))?;
-        let made_by_us = matches!(kind, Kind::Mem { .. } | Kind::Null { .. });
         if !matches!(kind, Kind::Nvme { .. })
             && let Some((key, _)) = device.value.timers().next()
         {
@@ -124,10 +125,22 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
         if matches!(kind, Kind::Nvme { .. }) && device.value.block_size.is_some() {
             return Err(device.error("block_size", "is the target's to say, want no such key here"));
         }
-        if device.value.read_only && made_by_us {
-            return Err(
-                device.error("read_only", "true has no sense for mem: and null:, want it on the [[disk]]")
-            );
+        match kind {
+            Kind::File { path } => {
+                // A writer locks its file: the second would wait for the first.
+                if let Some(first) = files.get(&path)
+                    && !(first.value.read_only && device.value.read_only)
+                {
+                    let what =
+                        format!("{:?} is device {}'s file too, want one device", path, first.value.name);
+                    return Err(device.error("uri", what));
+                }
+                files.insert(path, device);
+            }
+            Kind::Mem { .. } | Kind::Null { .. } | Kind::Nvme { .. } if device.value.read_only => {
+                return Err(device.error("read_only", "true is for file: only, want it on the [[disk]]"));
+            }
+            Kind::Mem { .. } | Kind::Null { .. } | Kind::Nvme { .. } => {}
         }
     }
     Ok(())
@@ -223,6 +236,42 @@ mod tests {
         assert_eq!(parsed.len(), 2);
         let mixed = Kind::parse(&Uris(vec![paths[0].to_owned(), "mem:?size=1GiB".to_owned()]));
         assert!(mixed.unwrap_err().contains("\"mem:?size=1GiB\" cannot be one of several paths"));
+    }
+
+    #[test]
+    fn keys_that_do_not_go_with_a_uri_are_refused() {
+        for (devices, want) in [
+            (
+                vec!["mem:?size=1GiB\"\nread_only = true #"],
+                "h:4:13: [[device]] read_only: true is for file: only",
+            ),
+            (
+                vec!["nvme+tcp://h/nqn.x\"\nread_only = true #"],
+                "h:4:13: [[device]] read_only: true is for file: only",
+            ),
+            (
+                vec!["nvme+tcp://h/nqn.x\"\nblock_size = 512 #"],
+                "h:4:14: [[device]] block_size: is the target's to say",
+            ),
+            (
+                vec!["mem:?size=1GiB\"\nio_timeout = 1 #"],
+                "h:4:14: [[device]] io_timeout: is for nvme+tcp:// only",
+            ),
+            (
+                vec!["file:///a", "file:/a"],
+                "h:6:7: [[device]] uri: \"/a\" is device d0's file too, want one device",
+            ),
+        ] {
+            let device =
+                |(at, uri): (usize, &&str)| format!("[[device]]\nname = \"d{at}\"\nuri = \"{uri}\"\n");
+            let text: String = devices.iter().enumerate().map(device).collect();
+            let config = Config::parse(&[("h".into(), text)]).unwrap();
+            let error = check(&config).unwrap_err().to_string();
+            assert!(error.starts_with(want), "{error}");
+        }
+        let text = "[[device]]\nname = \"a\"\nuri = \"nvme+tcp://h/nqn.x\"\nio_timeout = 0\n".to_owned();
+        let error = Config::parse(&[("h".into(), text)]).unwrap_err().to_string();
+        assert_eq!(error, "h:4:14: [[device]] io_timeout: 0 is out of range, want 1 to 86400 (seconds)");
     }
 
     #[test]

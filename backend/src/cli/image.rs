@@ -50,12 +50,9 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     let progress = Bar::new();
     let done = image::import(&image, &device, &reactors.handles()[0], args.verify, &progress);
     progress.bar.finish_and_clear();
-    let failed = |what: String| {
-        Failure::Failed(format!("device {} ({}): {what}", args.name, placed.value.uri.0.join(", ")))
-    };
     if let Err(what) = done {
         // A reactor that waits for a lost target would keep the process: it ends without it.
-        warn(&format!("hawser: {}", line_of(&failed(what))));
+        warn(&format!("hawser: device {} ({}): {what}", args.name, placed.value.uri.0.join(", ")));
         std::process::exit(1);
     }
     device::close(vec![device]);
@@ -67,11 +64,6 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
         table::bytes(image.size_bytes())
     ));
     Ok(())
-}
-
-fn line_of(failure: &Failure) -> &str {
-    let (Failure::Usage(line) | Failure::Failed(line)) = failure;
-    line
 }
 
 /// A bar on a terminal, a line every tenth elsewhere.

@@ -182,7 +182,6 @@ fn signal_name(signal: u32) -> String {
         (libc::SIGSEGV, "SIGSEGV"),
         (libc::SIGBUS, "SIGBUS"),
         (libc::SIGILL, "SIGILL"),
-        (libc::SIGFPE, "SIGFPE"),
         (libc::SIGABRT, "SIGABRT"),
     ];
     let known = names.iter().find(|(number, _)| u32::try_from(*number) == Ok(signal));
