@@ -217,9 +217,17 @@ impl Driver {
             return;
         }
         self.ending = true;
-        if let Some(trouble) = self.connection.take_trouble().or((!why.is_empty()).then(|| why.to_owned())) {
-            let host = self.connection.controller().map_or("a peer", |controller| &controller.host.nqn);
-            log::info!("connection of {host} ends: {trouble}");
+        let trouble = self.connection.take_trouble().or((!why.is_empty()).then(|| why.to_owned()));
+        match (self.connection.controller(), trouble) {
+            (Some(controller), trouble) if self.connection.is_admin() && controller.subsystem.is_some() => {
+                let why = trouble.as_deref().unwrap_or("it closed its connection");
+                log::info!("{} is gone, controller {}: {why}", controller.host.nqn, controller.cntlid);
+            }
+            (Some(controller), Some(why)) => {
+                log::info!("a connection of {} ends: {why}", controller.host.nqn);
+            }
+            (None, Some(why)) => log::info!("a connection without a host ends: {why}"),
+            (_, None) => {}
         }
         self.connection.close();
         if let Some(timer) = self.timer.take() {

@@ -172,6 +172,9 @@ impl Connection {
         }
         let Some(controller) = &self.controller else { return };
         let cntlid = controller.cntlid;
+        if let (Queue::Admin, Some(subsystem)) = (self.queue, &controller.subsystem) {
+            log::info!("{}: {} is connected, controller {cntlid}", subsystem.nqn, controller.host.nqn);
+        }
         // FFFFh says that flow control is off, as the host asked (base 6.3).
         self.sq_head = if self.flow_control { 0 } else { 0xffff };
         self.answer(index, NvmeStatus::SUCCESS, u64::from(cntlid));
