@@ -29,11 +29,14 @@ struct Options {
     /// Runs only cases whose name contains this, such as null/ or qd32; writes no file unless --out is given.
     #[arg(long)]
     only: Option<String>,
+    /// Runs only cases that have a goal; writes no file unless --out is given.
+    #[arg(long)]
+    goals: bool,
     /// Samples of each server per case.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Length of a sample.
-    #[arg(long, value_parser = parse_time, default_value = "2")]
+    #[arg(long, value_parser = parse_time, default_value = "1")]
     runtime: Duration,
     /// `poll_us` of the cases in which it is on; of use if it is longer than the machine takes to wake a thread.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
@@ -99,6 +102,7 @@ fn run(options: &Options) -> Result<bool, String> {
         wait_mode: options.wait_mode.clone(),
         poll_us: options.poll_us,
         only: options.only.clone(),
+        goals: options.goals,
         bytes: options.size,
         tmpfs: options.tmpfs.clone(),
         retries: options.retries,
@@ -117,7 +121,7 @@ fn run(options: &Options) -> Result<bool, String> {
     println!("{}", results.tables());
     let report = report(&plan, &results);
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("RESULTS.md");
-    let whole = !options.quick && options.only.is_none();
+    let whole = !options.quick && !options.goals && options.only.is_none();
     if let Some(path) = options.out.clone().or(whole.then_some(default)) {
         std::fs::write(&path, report).map_err(|e| format!("{}: {e}", path.display()))?;
         println!("written to {}", path.display());

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::cases::{Backing, Case, Rival, Shape, all};
+use super::cases::{Backing, Case, Goal, Rival, Shape, all};
 use super::load::{Load, Maker, Measured, run_json};
 use super::quiet::{Guard, Sample};
 use super::results::{InflightOutcome, Outcome, Results, Series};
@@ -41,6 +41,8 @@ pub struct Plan {
     pub poll_us: u32,
     /// Runs only cases whose name contains this.
     pub only: Option<String>,
+    /// Runs only cases that have a goal.
+    pub goals: bool,
     /// Bytes of each disk.
     pub bytes: u64,
     /// Where the image lies: a tmpfs.
@@ -74,8 +76,9 @@ impl Plan {
         let place = Place { cpu: self.cpus[0], image: &image, bytes: self.bytes };
         let mut guard = Guard::new(self.cpus, self.retries, self.patience);
         let mut results = Results::default();
-        let cases: Vec<Case> =
-            all(self.poll_us).into_iter().filter(|case| self.wants(&case.name())).collect();
+        let wanted =
+            |case: &Case| self.wants(&case.name()) && (!self.goals || case.goal() != Goal::default());
+        let cases: Vec<Case> = all(self.poll_us).into_iter().filter(wanted).collect();
         for backing in Backing::ALL {
             for poll_us in [self.poll_us, 0] {
                 let group: Vec<Case> =
