@@ -45,6 +45,8 @@ pub(super) fn tell(connection: &ConnectionRef, f: impl FnOnce(&mut Driver, &Runt
 /// A connection with its socket.
 pub(super) struct Driver {
     shared: Arc<Shared>,
+    /// The position of our reactor, while we count among its I/O queues.
+    place: Option<usize>,
     id: u64,
     /// Known as soon as the reactor has it.
     source: Option<SourceId>,
@@ -65,12 +67,19 @@ pub(super) struct Driver {
 
 impl Driver {
     /// Takes an accepted socket in.
-    pub(super) fn start(runtime: &Runtime, shared: Arc<Shared>, id: u64, fd: Fd, listener: usize) {
+    pub(super) fn start(
+        runtime: &Runtime,
+        shared: Arc<Shared>,
+        id: u64,
+        fd: Fd,
+        (listener, place): (usize, usize),
+    ) {
         let me = ConnectionRef { reactor: runtime.handle(), id };
         let connection = Connection::new(Arc::clone(&shared), me, listener, local_address(fd));
         let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         let driver = Rc::new(RefCell::new(Driver {
             shared,
+            place: Some(place),
             id,
             source: None,
             fd,
@@ -250,6 +259,7 @@ impl Driver {
 
     /// Nothing of the connection is under way any more.
     fn gone(&mut self, runtime: &Runtime) {
+        self.leave_place();
         if let Some(controller) = self.connection.controller() {
             controller.leave(self.id);
         }
@@ -260,8 +270,18 @@ impl Driver {
         self.shared.forget(self.id);
     }
 
-    /// Looks whether the host still lives, and when to look again.
+    /// From now on we are no I/O queue of our reactor.
+    fn leave_place(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.shared.places[place].io_queues.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Looks whether the host still lives, and when to look again. Called when it has connected, too.
     fn check_alive(&mut self, runtime: &Runtime) {
+        if self.connection.is_admin() {
+            self.leave_place();
+        }
         if let Some(timer) = self.timer.take() {
             runtime.cancel_timer(timer);
         }

@@ -15,7 +15,7 @@ use crate::tcp::{Digests, InitRequest};
 use hawser_block::fake::FakeDevice;
 use hawser_block::{BlockSize, Completion, Geometry, Operation, Outcome, Request, Status};
 use hawser_runtime::{Instant, Reactor, ReactorConfig, ReactorHandle};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 const NQN: &str = "nqn.2026-11.io.hawser:fuzz";
@@ -29,8 +29,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
     Arc::new(Shared {
         subsystems: vec![Arc::new(subsystem)],
         listeners: vec![vec![0]],
-        reactors: Vec::new(),
-        next_reactor: AtomicUsize::new(0),
+        places: Vec::new(),
         next_connection: AtomicU64::new(1),
         next_discovery_cntlid: AtomicU16::new(0),
         stopping: AtomicBool::new(false),

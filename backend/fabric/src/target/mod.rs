@@ -3,7 +3,7 @@
 //! Owns: subsystems, the controllers that hosts make, connections. Must not know: volumes, who made the devices.
 //!
 //! ```text
-//!   listener ──► connections, in turn over the reactors ──► a channel per namespace ──► device
+//!   listener ──► connections, spread over the reactors ──► a channel per namespace ──► device
 //!                 driver: one receive, one send at a time, many PDUs in each
 //!                 connection: the protocol, without a socket
 //!   registry: controllers by host, shared by all reactors, never on a command's way
@@ -77,13 +77,19 @@ pub struct SubsystemConfig {
     pub namespaces: Vec<NamespaceConfig>,
 }
 
+/// A reactor that connections live on.
+struct Place {
+    reactor: ReactorHandle,
+    /// Its connections that are I/O queues, or may become such.
+    io_queues: AtomicUsize,
+}
+
 /// What listeners and connections share.
 struct Shared {
     subsystems: Vec<Arc<Subsystem>>,
     /// By listener: the positions of the subsystems that can be reached there.
     listeners: Vec<Vec<usize>>,
-    reactors: Vec<ReactorHandle>,
-    next_reactor: AtomicUsize,
+    places: Vec<Place>,
     next_connection: AtomicU64,
     next_discovery_cntlid: AtomicU16,
     stopping: AtomicBool,
@@ -112,9 +118,13 @@ impl Shared {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a new connection in, on the next reactor.
+    /// Takes a new connection in, where the fewest I/O queues are: a host often has one and an admin queue, and taking
+    /// turns would put all that matter on the same reactor.
     fn accepted(self: &Arc<Self>, runtime: &Runtime, fd: Fd, listener: usize) {
-        let reactor = &self.reactors[self.next_reactor.fetch_add(1, Ordering::Relaxed) % self.reactors.len()];
+        let at = (0..self.places.len())
+            .min_by_key(|at| self.places[*at].io_queues.load(Ordering::Relaxed))
+            .expect("a target runs on at least one reactor");
+        let Place { reactor, io_queues } = &self.places[at];
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
         {
             let mut connections = self.connections();
@@ -126,8 +136,9 @@ impl Shared {
             }
             connections.insert(id, reactor.clone());
         }
+        io_queues.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::clone(self);
-        reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, listener));
+        reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, (listener, at)));
     }
 
     fn forget(&self, id: u64) {
@@ -228,8 +239,10 @@ impl Target {
         let shared = Arc::new(Shared {
             subsystems: made,
             listeners,
-            reactors: reactors.to_vec(),
-            next_reactor: AtomicUsize::new(0),
+            places: reactors
+                .iter()
+                .map(|reactor| Place { reactor: reactor.clone(), io_queues: AtomicUsize::new(0) })
+                .collect(),
             next_connection: AtomicU64::new(1),
             next_discovery_cntlid: AtomicU16::new(0),
             stopping: AtomicBool::new(false),

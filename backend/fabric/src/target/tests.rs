@@ -110,6 +110,25 @@ fn blocks_written_in_every_way_read_back_with_every_digest() {
     }
 }
 
+/// Taking turns put the admin queues of such hosts on one reactor and all that work on the other.
+#[test]
+fn hosts_with_one_io_queue_each_are_spread_over_the_reactors() {
+    let rig = Rig::mem();
+    let hosts: Vec<_> = (0..6)
+        .map(|_| {
+            let (admin, cntlid) = Peer::admin(rig.address, NQN);
+            (admin, Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true))
+        })
+        .collect();
+    let places = &rig.target.as_ref().unwrap().shared.places;
+    let count = |at: usize| places[at].io_queues.load(Ordering::Relaxed);
+    assert_eq!((count(0), count(1)), (3, 3));
+    drop(hosts);
+    while (count(0), count(1)) != (0, 0) {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn compare_tells_equal_from_different() {
     let device = fake();
