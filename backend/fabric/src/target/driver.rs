@@ -121,7 +121,8 @@ impl Driver {
                 self.end(runtime, "");
             }
         }
-        if !self.ending && !self.receiving && !self.connection.is_over() {
+        let wanted = !self.connection.is_over() && !self.connection.is_congested();
+        if !self.ending && !self.receiving && wanted {
             let count = self.connection.receive_space(&mut self.places);
             self.message.msg_iov = self.places.as_mut_ptr();
             self.message.msg_iovlen = count;

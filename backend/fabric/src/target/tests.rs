@@ -110,6 +110,62 @@ fn blocks_written_in_every_way_read_back_with_every_digest() {
     }
 }
 
+/// Answers to a host that sends without reading grew until memory was gone.
+#[test]
+fn a_host_that_does_not_read_is_not_listened_to() {
+    let rig = Rig::mem();
+    let (mut deaf, cntlid) = Peer::admin(rig.address, NQN);
+    let mut sqe = Sqe::keep_alive();
+    sqe.cid = 5;
+    let many = deaf.capsule(&sqe, &[]).repeat(1000);
+    deaf.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    // 72 bytes of command for 24 of answer: what the sockets hold is full soon, if nobody takes it.
+    let limit = 512 << 20;
+    let mut sent = 0u64;
+    while sent < limit {
+        match std::io::Write::write(&mut deaf.stream, &many) {
+            Ok(count) => sent += count as u64,
+            Err(_) => break,
+        }
+    }
+    assert!(sent < limit, "it is still listened to");
+    // Nobody else suffers, and it is heard again when it reads.
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    assert_eq!(peer.call(read(0, 512), &[], &[]).0.status.code, StatusCode::SUCCESS);
+    for _ in 0..sent / 72 {
+        assert_eq!(deaf.end().cid, 5);
+    }
+}
+
+#[test]
+fn connections_that_come_and_go_leave_nothing() {
+    let rig = Rig::mem();
+    let (_admin, cntlid) = Peer::admin(rig.address, NQN);
+    for round in 0..240u16 {
+        let mut peer = Peer::dial(rig.address);
+        match round % 6 {
+            0 => continue,
+            1 => peer.write(&[0, 0, 128, 0, 128]),
+            2 => drop(Peer::open(rig.address, Digests::NONE)),
+            3 => drop(Peer::admin_as(rig.address, NQN, [3; 16])),
+            _ => {
+                let mut peer = Peer::open(rig.address, Digests::NONE);
+                // The queue may be in use still.
+                if peer.connect(NQN, 1 + round % 8, cntlid, true).status.is_success() {
+                    peer.send(read(0, 64 << 10), &[], &[]);
+                    peer.send(write(0, 64 << 10, Sgl::transport), &[], &[]);
+                    peer.send(write(0, 4096, Sgl::in_capsule), &[7; 4096], &[]);
+                    peer.write(&[4, 0, 72]);
+                }
+            }
+        }
+    }
+    while rig.target.as_ref().unwrap().shared.connections().len() > 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(rig.target.as_ref().unwrap().hosts(NQN), [HOST]);
+}
+
 /// Taking turns put the admin queues of such hosts on one reactor and all that work on the other.
 #[test]
 fn hosts_with_one_io_queue_each_are_spread_over_the_reactors() {

@@ -64,7 +64,10 @@ impl Connection {
             Ok(Place::Capsule) => return self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_SGL_TYPE)),
             Err(status) => return self.fail(index, status),
         }
-        let buffer = self.slots.pool.take_anyway(data.len());
+        // A host that does not fetch its answers gets no more of them.
+        let Some(buffer) = self.slots.pool.take(data.len()) else {
+            return self.fail(index, NvmeStatus::retryable(StatusCode::COMMAND_INTERRUPTED));
+        };
         // SAFETY: the buffer has room for all of `data`, is fresh, and apart from it.
         unsafe { buffer.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
         let slot = self.slots.at(index);

@@ -42,6 +42,9 @@ const STAGING_BYTES: usize = 128 << 10;
 const PAYLOAD_BYTES_MAX: usize = 8 << 20;
 /// What is kept for the next commands.
 const PAYLOAD_SPARE_BYTES_MAX: usize = 8 << 20;
+/// Answers that may wait for the socket, in bytes without payload, before no more commands are taken in. A host within its
+/// queue's size stays far below: 128 answers are 3 KiB.
+const WAITING_ANSWERS_MAX: usize = 64 << 10;
 /// Commands at a time: those of the largest queue, and as many whose answers' send has not completed.
 const SLOTS: usize = 2 * super::QUEUE_ENTRIES_MAX as usize;
 
@@ -352,6 +355,11 @@ impl Connection {
     /// Whether the peer's bytes are not wanted any more.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.receiving, Receiving::Over)
+    }
+
+    /// Whether the peer sends without reading what it is answered.
+    pub(super) fn is_congested(&self) -> bool {
+        self.next.head_len() > WAITING_ANSWERS_MAX
     }
 
     /// Whether no device has a command of it.

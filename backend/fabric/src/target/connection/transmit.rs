@@ -39,6 +39,11 @@ impl Batch {
         self.parts.is_empty()
     }
 
+    /// How many bytes it has besides payload.
+    pub(super) fn head_len(&self) -> usize {
+        self.head.len()
+    }
+
     /// Appends bytes of a PDU.
     pub(super) fn push_head(&mut self, bytes: &[u8]) {
         let from = self.head.len();
