@@ -277,12 +277,7 @@ impl<T: Copy> Connection<T> {
     /// Gives the connection up: its operations become terminal soon, and what was not sent yet never is.
     pub(crate) fn close(&mut self) {
         self.fail("given up".to_owned());
-        if self.outstanding() > 0 {
-            // Not shut down: that would send the rest. Its operations end by cancellation.
-            self.socket.discard_on_close();
-        } else {
-            self.socket.shutdown();
-        }
+        // Not shut down: that would send the rest. The operations end by cancellation, and closing is a reset.
         if self.sending {
             self.runtime.submit(self.source, 0, &Op::Cancel { key: KEY_SEND });
         }

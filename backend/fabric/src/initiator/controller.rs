@@ -10,7 +10,7 @@
 //! ```
 
 use super::admin::{ADMIN_ENTRIES, Admin};
-use super::config::PathTimers;
+use super::config::{NvmeConfig, PathTimers};
 use super::device::{Shared, lane_of};
 use super::geometry::{Identity, Known};
 use super::lane::{Notice, Start};
@@ -68,10 +68,11 @@ struct Task {
     shared: Arc<Shared>,
     number: u64,
     path: usize,
-    /// The path of the association before, whose commands may still be executed there.
-    last_path: Option<usize>,
-    /// That association ended in silence: what it sent may still be on its way.
-    last_was_silent: bool,
+    /// There was an association before.
+    reached: bool,
+    /// Associations that are over, whose commands may still be executed: on which path, whether the target knows that it is
+    /// over, and until when.
+    unquiet: Vec<(usize, bool, Instant)>,
     /// Since when there is no association.
     lost_at: Instant,
     failing: bool,
@@ -82,13 +83,17 @@ struct Task {
 /// Runs until the device is closed.
 pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
     let lost_at = runtime.refresh_now();
+    let NvmeConfig { paths, timers, had_predecessor, .. } = &shared.config;
+    // A predecessor was on one of the paths. With several we do not know which.
+    let predecessor = (usize::MAX, false, lost_at + timers.keep_alive_tmo + timers.quiesce_tmo);
+    let unquiet = if *had_predecessor && paths.len() > 1 { vec![predecessor] } else { Vec::new() };
     let mut task = Task {
         runtime,
         shared,
         number: 0,
         path: 0,
-        last_path: None,
-        last_was_silent: false,
+        reached: false,
+        unquiet,
         lost_at,
         failing: false,
         attempts: 0,
@@ -112,8 +117,11 @@ impl Task {
                         association.admin.shut_down().await;
                     }
                     self.lost_at = self.runtime.refresh_now();
-                    self.last_path = Some(self.path);
-                    self.last_was_silent = matches!(end, End::Silence(_));
+                    let knows = !matches!(end, End::Silence(_));
+                    let quiesce = quiesce(&association.identity.controller, &self.timers());
+                    let until = self.lost_at + self.timers().keep_alive_tmo + quiesce;
+                    self.unquiet.retain(|(.., until)| *until > self.lost_at);
+                    self.unquiet.push((self.path, knows, until));
                     // An association that does not last is no reason to begin with short waits again.
                     let lasted = self.lost_at - began > self.timers().reconnect_delay;
                     self.attempts = if lasted { 0 } else { self.attempts };
@@ -220,7 +228,7 @@ impl Task {
     }
 
     fn ready(&mut self, uri: &NvmeUri) -> Instant {
-        let again = if self.last_path.is_some() { "again " } else { "" };
+        let again = if std::mem::replace(&mut self.reached, true) { "again " } else { "" };
         log::info!("{}: {again}connected to {uri}", self.shared.config.name);
         self.logged.clear();
         self.failing = false;
@@ -311,8 +319,10 @@ impl Task {
     /// we have closed: after it they are quiet. That says nothing of another path, where another controller may still be at
     /// work, nor of what a silent network may still deliver.
     fn earlier_are_quiet(&self, controller: &IdentifyController) -> bool {
-        let same_path = self.last_path.is_none_or(|last| last == self.path);
-        same_path && !self.last_was_silent && controller.vendor.starts_with(&VENDOR_MARK)
+        let here = |(path, knows, until): &(usize, bool, Instant)| {
+            *path == self.path && *knows || *until <= self.runtime.now()
+        };
+        controller.vendor.starts_with(&VENDOR_MARK) && self.unquiet.iter().all(here)
     }
 
     async fn connect_admin(

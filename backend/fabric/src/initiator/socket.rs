@@ -38,20 +38,16 @@ impl Socket {
         self.fd
     }
 
-    /// From now on closing throws away what is still in the send buffer, with a reset, instead of letting it reach the
-    /// target later: commands of a lost association must not be executed after it.
-    pub(crate) fn discard_on_close(&self) {
+    /// Closing throws away what is still in the send buffer, with a reset, instead of letting it reach the target later:
+    /// commands of a lost association must not be executed after it. Set from the start, because a process that is killed
+    /// closes its sockets too.
+    fn discard_on_close(&self) {
         let linger = libc::linger { l_onoff: 1, l_linger: 0 };
         let len = libc::socklen_t::try_from(size_of_val(&linger)).unwrap_or(0);
         // SAFETY: `linger` is a readable value of the length given; on failure the socket closes as usual.
         unsafe {
             libc::setsockopt(self.fd.0, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len)
         };
-    }
-
-    /// Ends both directions, after what is in the send buffer.
-    pub(crate) fn shutdown(&self) {
-        self.runtime.shutdown(self.fd);
     }
 }
 
@@ -134,6 +130,7 @@ impl RawAddress {
 async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, String> {
     let fd = runtime.tcp_socket(address.is_ipv6()).map_err(|error| plain(&error))?;
     let socket = Rc::new(Socket { runtime: runtime.clone(), fd });
+    socket.discard_on_close();
     let raw = Box::new(RawAddress::new(address));
     let (pointer, len) = raw.raw();
     // The address and the socket live until the operation is terminal, also if we give up before.
