@@ -1,6 +1,6 @@
 //! `file:///path`, a regular file or a block device as a device.
 //!
-//! Owns: opening and locking ([`backing`]), following the size, and the channels that do the I/O ([`channel`]). Must not
+//! Owns: opening and locking (`backing`), following the size, and the channels that do the I/O (`channel`). Must not
 //! know: who uses it.
 //!
 //! - A writer holds an open-file-description lock on the descriptor that its I/O goes through. The kernel lets go of it
