@@ -210,7 +210,11 @@ pub fn close(devices: Vec<Arc<dyn Device>>) {
     let at_work: Vec<_> = devices.iter().map(|device| Arc::downgrade(&device.stats())).collect();
     drop(devices);
     let since = Instant::now();
-    while at_work.iter().any(|stats| stats.strong_count() > 0) && since.elapsed() < CLOSE_MAX {
+    while at_work.iter().any(|stats| stats.strong_count() > 0) {
+        if since.elapsed() > CLOSE_MAX {
+            log::warn!("devices are left before their connections have ended in order");
+            return;
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -85,6 +85,7 @@ fn a_disk_waits_for_its_target_while_others_are_served() {
     until("it is reached again", || daemon.status()["devices"][0]["state"] == "ready");
 
     assert_eq!(daemon.end(), Some(0));
+    assert!(!host.log().contains("devices are left"), "{}", host.log());
     until("the association has ended", || target.status()["subsystems"][0]["hosts"] == serde_json::json!([]));
     assert_eq!(target.end(), Some(0));
 }
