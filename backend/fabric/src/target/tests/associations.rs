@@ -1,0 +1,134 @@
+//! How associations end, and what the next one of the same host waits for.
+
+use super::*;
+
+/// A device whose requests end when the test says so, and not when they are aborted.
+struct StuckDevice {
+    stats: Arc<hawser_block::StatsSet>,
+    state: Arc<Stuck>,
+}
+
+#[derive(Default)]
+struct Stuck {
+    released: AtomicBool,
+    /// Requests that it has, of any channel.
+    held: AtomicUsize,
+    landed: AtomicUsize,
+    users: Mutex<Vec<(ReactorHandle, hawser_runtime::SourceId)>>,
+}
+
+struct StuckChannel {
+    state: Arc<Stuck>,
+    requests: Vec<hawser_block::Request>,
+}
+
+impl hawser_block::Channel for StuckChannel {
+    fn submit(&mut self, batch: &mut Vec<hawser_block::Request>) {
+        self.state.held.fetch_add(batch.len(), Ordering::SeqCst);
+        self.requests.append(batch);
+    }
+
+    fn reap(&mut self, ended: &mut Vec<hawser_block::Completion>) {
+        if self.state.released.load(Ordering::SeqCst) {
+            self.state.landed.fetch_add(self.requests.len(), Ordering::SeqCst);
+            ended.extend(
+                self.requests
+                    .drain(..)
+                    .map(|request| hawser_block::Completion { token: request.token, outcome: Ok(()) }),
+            );
+        }
+    }
+}
+
+impl Device for StuckDevice {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        Some(Geometry::new(BlockSize::B512, 4096))
+    }
+
+    fn state(&self) -> hawser_block::DeviceState {
+        hawser_block::DeviceState::Ready
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        [0; 16]
+    }
+
+    fn subscribe(&self, _: Box<dyn Fn() + Send + Sync>) {}
+
+    fn channel(&self, runtime: &Runtime, user: hawser_runtime::SourceId) -> Box<dyn hawser_block::Channel> {
+        self.state.users.lock().unwrap().push((runtime.handle(), user));
+        Box::new(StuckChannel { state: Arc::clone(&self.state), requests: Vec::new() })
+    }
+
+    fn stats(&self) -> Arc<hawser_block::StatsSet> {
+        Arc::clone(&self.stats)
+    }
+}
+
+impl Stuck {
+    fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+        for (reactor, user) in self.users.lock().unwrap().iter().cloned() {
+            reactor.run(move |runtime| runtime.wake(user));
+        }
+    }
+}
+
+#[test]
+fn a_connect_waits_for_the_commands_of_the_hosts_earlier_associations() {
+    for closed in [true, false] {
+        let state = Arc::<Stuck>::default();
+        let device = StuckDevice { stats: Arc::default(), state: Arc::clone(&state) };
+        let rig = Rig::new(vec![Arc::new(device)]);
+        let (admin, cntlid) = Peer::admin(rig.address, NQN);
+        let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+        for lba in 0..3 {
+            peer.send(write(lba, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
+        }
+        while state.held.load(Ordering::SeqCst) < 3 {
+            std::thread::yield_now();
+        }
+        let kept = if closed { None } else { Some((admin, peer)) };
+
+        // Another host is not held up.
+        let (mut other, _) = Peer::admin_as(rig.address, NQN, [9; 16]);
+        let address = rig.address;
+        let landed = Arc::clone(&state);
+        let successor = std::thread::spawn(move || {
+            let mut peer = Peer::open(address, Digests::NONE);
+            let cqe = peer.connect(NQN, 0, CNTLID_DYNAMIC, true);
+            (cqe.status.code, landed.landed.load(Ordering::SeqCst))
+        });
+        // Time for a target that does not wait to answer too early.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(other.status(Sqe::keep_alive()), StatusCode::SUCCESS);
+        assert!(!successor.is_finished());
+        state.release();
+        assert_eq!(successor.join().unwrap(), (StatusCode::SUCCESS, 3));
+        drop(kept);
+    }
+}
+
+#[test]
+fn keep_alive_expires_and_ends_the_association() {
+    let rig = Rig::mem();
+    let mut admin = Peer::open(rig.address, Digests::NONE);
+    let connect =
+        Connect { record_format: 0, queue_id: 0, queue_size: 31, attributes: 0, keep_alive_ms: 100 };
+    let cqe = admin.connect_with(&connect, NQN, CNTLID_DYNAMIC, HOST);
+    assert!(cqe.status.is_success());
+    admin.enable();
+    let cntlid = u16::try_from(cqe.dword0()).unwrap();
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    assert_eq!(rig.target.as_ref().unwrap().hosts(NQN), [HOST]);
+    // We say nothing more; both end.
+    assert!(matches!(peer.hear(), Heard::End));
+    assert!(matches!(admin.hear(), Heard::End));
+    while !rig.target.as_ref().unwrap().hosts(NQN).is_empty() {
+        std::thread::yield_now();
+    }
+}
