@@ -125,6 +125,9 @@ impl InflightArea {
         if queues == 0 || queue_size == 0 || queue_size > SIZE_MAX {
             return Err(LogError::Dimensions { queues, queue_size });
         }
+        // A log of ours has room for the largest ring, whatever queue size the front end remembers with it.
+        let ours = queue_bytes(SIZE_MAX) * usize::from(queues) + OWN_BYTES;
+        let queue_size = if bytes == ours as u64 { SIZE_MAX } else { queue_size };
         let needed = queue_bytes(queue_size) * usize::from(queues);
         if bytes < needed as u64 {
             return Err(LogError::TooSmall { bytes, needed: needed as u64 });

@@ -512,6 +512,21 @@ fn writeback_off_is_found_in_the_log_by_the_next_process() {
     assert_eq!(second.device.fake.state().log[0], (Operation::Write { fua: true }, 5, 1));
 }
 
+/// QEMU 10 asks for a log of the device's default size, 128, and Debian 13's SeaBIOS then sets up a ring of 256: the
+/// session ended and the VM did not boot.
+#[test]
+fn a_ring_larger_than_what_the_log_was_asked_for_works_across_a_reconnect() {
+    let first = Served::new(small());
+    let wish = Wish { inflight: true, size: 256, log_size: Some(128), ..Wish::default() };
+    let mut guest = Guest::connect(&first.socket, &wish);
+    works(&mut guest);
+    assert_eq!(guest.inflight.as_ref().unwrap().0.queue_size, 128);
+    drop(first);
+    let second = Served::new(small());
+    let mut guest = guest.reconnect(&second.socket, &wish);
+    works(&mut guest);
+}
+
 #[test]
 fn a_log_of_an_unknown_version_is_refused_and_left_alone() {
     let served = Served::new(small());

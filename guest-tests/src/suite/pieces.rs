@@ -127,8 +127,10 @@ pub fn boot(lab: &Lab, config: &str, firmware: Firmware, folder: &Path, more: &[
     if firmware == Firmware::Ovmf {
         uefi_variables(folder)?;
     }
-    let mut guest = Qemu::from_config("vm", &lab.config(config), folder, lab.accel, more)?;
-    guest.ready()?;
+    let with_back_end = |e: String| format!("{e}{}", process::tail(&folder.join("serve.log"), 25));
+    let mut guest =
+        Qemu::from_config("vm", &lab.config(config), folder, lab.accel, more).map_err(with_back_end)?;
+    guest.ready().map_err(with_back_end)?;
     let uefi = guest.run("test -d /sys/firmware/efi && echo yes || echo no")? == "yes";
     if uefi != (firmware == Firmware::Ovmf) {
         return Err(guest.explain(&format!("it was to boot through {firmware} and did not")));

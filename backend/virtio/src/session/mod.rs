@@ -524,8 +524,10 @@ impl<'a> Session<'a> {
         if !right {
             return end(format!("GET_INFLIGHT_FD: {queues} queues of {queue_size}"));
         }
-        let (area, file, description) =
-            InflightArea::create(queues, queue_size).map_err(|error| Failure::End(error.to_string()))?;
+        // A driver may set up a larger ring than the front end foresees (SeaBIOS does), so there is room for the largest.
+        let (area, file, mut description) =
+            InflightArea::create(queues, ring::SIZE_MAX).map_err(|error| Failure::End(error.to_string()))?;
+        description.queue_size = queue_size;
         area.set_write_through(!self.disk.writeback());
         self.inflight = Some(area);
         Ok(Reply::WithDescriptor(message::reply_inflight(&description), file))

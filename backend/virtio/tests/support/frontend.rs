@@ -278,6 +278,8 @@ pub struct Wish {
     pub size: u16,
     pub features: u64,
     pub inflight: bool,
+    /// The queue size that GET_INFLIGHT_FD names, if not that of the rings.
+    pub log_size: Option<u16>,
     /// ADD_MEM_REG instead of SET_MEM_TABLE.
     pub slots: bool,
 }
@@ -289,6 +291,7 @@ impl Default for Wish {
             size: 128,
             features: F_EVENT_IDX | F_INDIRECT | F_PROTOCOL | F_VERSION_1 | F_FLUSH,
             inflight: false,
+            log_size: None,
             slots: false,
         }
     }
@@ -367,7 +370,7 @@ impl Guest {
         if wish.inflight {
             if self.inflight.is_none() {
                 let queues = u16::try_from(self.rings.len()).unwrap();
-                let wanted = VhostUserInflight::new(0, 0, queues, wish.size);
+                let wanted = VhostUserInflight::new(0, 0, queues, wish.log_size.unwrap_or(wish.size));
                 self.inflight = Some(frontend.get_inflight_fd(&wanted).unwrap());
             }
             let (description, file) = self.inflight.as_ref().unwrap();
