@@ -105,7 +105,7 @@ impl Default for DaemonConfig {
             api: DEFAULT_API.parse().expect("a short path"),
             api_mode: SocketMode(0o600),
             reactors: None,
-            poll_us: 20,
+            poll_us: 100,
             drain_timeout: 10,
             state_dir: PathBuf::from("/var/lib/hawser"),
         }

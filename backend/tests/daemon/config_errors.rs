@@ -74,7 +74,7 @@ fn defaults_are_the_documented_ones() {
     let config = Config::parse(&[(PathBuf::from("h.toml"), text)]).unwrap();
     assert_eq!(config.daemon.api.to_string(), "/run/hawser/api.sock");
     assert_eq!(config.daemon.api_mode.to_string(), "0600");
-    assert_eq!((config.daemon.poll_us, config.daemon.drain_timeout), (20, 10));
+    assert_eq!((config.daemon.poll_us, config.daemon.drain_timeout), (100, 10));
     assert!(config.daemon.reactors.is_none());
     let disk = &config.disks[0].value;
     assert_eq!((disk.queues, disk.read_only, disk.serial().as_str()), (1, false, "a-name-of-more-than-"));

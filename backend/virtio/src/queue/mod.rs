@@ -37,6 +37,10 @@ use std::sync::mpsc::Sender;
 /// Pieces that lie in the slot itself; longer lists go to the queue's overflow area.
 const PIECES_INLINE: usize = 6;
 const KEY_KICK: u32 = 0;
+/// How long an interrupt may wait for more to end while more is under way. Waking a driver on another CPU costs us up to
+/// 16 µs in a virtual machine, however many requests it is for: held so, `file:` 128k at depth 8 went from 35 k to 39 k IOPS,
+/// `nvme+tcp:` 4k at depth 32 from 340 k to 390 k; depth 1 is never held.
+const HOLD_NS: u64 = 5_000;
 /// Chains that are fetched ahead of the first one's parsing.
 const PREFETCH: u16 = 32;
 
@@ -126,6 +130,12 @@ pub(crate) struct Queue {
     next_available: u16,
     next_used: u16,
     published: u16,
+    /// What was published when the driver's wish for an interrupt was last looked at and settled.
+    signalled: u16,
+    /// Since when an interrupt is held back.
+    held_since: Option<Instant>,
+    /// The last drain took more than one request: the driver has more to do than to wait for this one.
+    deep: bool,
     /// The driver may have missed an interrupt of our predecessor's.
     owes_interrupt: bool,
     /// Counts requests where there is no log that does.
@@ -207,6 +217,9 @@ impl Queue {
             next_available: setup.next_available,
             next_used: setup.next_used,
             published: setup.next_used,
+            signalled: setup.next_used,
+            held_since: None,
+            deep: false,
             owes_interrupt: setup.next_used != 0,
             counter: 0,
             slots: std::iter::repeat_with(slot).take(size).collect(),
@@ -291,7 +304,7 @@ impl Queue {
         if self.takes_requests() {
             self.drain(runtime);
         }
-        self.publish();
+        self.publish(runtime);
         // A request that is executed again stays noted while the device has it: it is the only one.
         if !self.replaying || self.in_flight == 0 {
             self.recorder.idle();
@@ -328,6 +341,7 @@ impl Queue {
             ));
             return;
         }
+        self.deep = new > 1;
         let limits = self.disk.limits(self.flush);
         let started = runtime.now();
         let (first, first_counter) = (self.next_available, self.next_counter());
@@ -486,25 +500,41 @@ impl Queue {
 
     /// Shows the driver everything that has ended, and interrupts it if it wants that.
     #[inline]
-    fn publish(&mut self) {
-        let (old, new) = (self.published, self.next_used);
-        if old != new {
-            self.ring.publish_used(new);
-            self.published = new;
+    fn publish(&mut self, runtime: &Runtime) {
+        if self.published != self.next_used {
+            self.published = self.next_used;
+            self.ring.publish_used(self.published);
             if let Some(log) = &self.log {
-                log.published(&self.batch, new);
+                log.published(&self.batch, self.published);
                 self.batch.clear();
             }
         }
-        let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
-        if wanted || std::mem::take(&mut self.owes_interrupt) {
-            self.interrupt();
-        }
+        self.notify(runtime);
         if self.awaited == 0
             && let Some(free) = self.region_free.take()
         {
             // The session may have stopped waiting.
             let _ = free.send(());
+        }
+    }
+
+    /// Interrupts the driver if it wants that for what was published since it was last asked, or holds the interrupt back
+    /// for [`HOLD_NS`] while more is under way. A held one is looked at in every pass, and is sent before the reactor sleeps.
+    #[inline]
+    fn notify(&mut self, runtime: &Runtime) {
+        let (old, new) = (self.signalled, self.published);
+        let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
+        let more_to_come = (self.deep || self.in_flight > 0) && self.takes_requests();
+        if wanted && more_to_come && !self.owes_interrupt {
+            let now = runtime.now();
+            if now.ns_since(*self.held_since.get_or_insert(now)) < HOLD_NS {
+                return;
+            }
+        }
+        self.signalled = new;
+        self.held_since = None;
+        if wanted || std::mem::take(&mut self.owes_interrupt) {
+            self.interrupt();
         }
     }
 
@@ -614,10 +644,15 @@ impl Source for Queue {
     }
 
     fn peek(&mut self) -> bool {
-        self.takes_requests() && self.ring.available_idx() != self.next_available
+        self.held_since.is_some()
+            || (self.takes_requests() && self.ring.available_idx() != self.next_available)
     }
 
     fn arm(&mut self) -> bool {
+        if self.held_since.take().is_some() {
+            self.signalled = self.published;
+            self.interrupt();
+        }
         if !self.takes_requests() {
             return false;
         }
