@@ -138,7 +138,7 @@ impl Drop for OpFuture {
         {
             wait.abandoned = true;
             drop(waits);
-            self.runtime.submit(SourceId::EXECUTOR, 0, &Op::Cancel { key: self.key });
+            self.runtime.cancel(SourceId::EXECUTOR, self.key);
             return;
         }
         let ended = waits.remove(self.key as usize);
@@ -157,17 +157,25 @@ impl Runtime {
         self.wake_task_here(task);
     }
 
-    /// Submits `op` and awaits its end. `owned` is whatever `op` points to: it is kept until the operation is terminal,
-    /// also when the future is dropped before.
+    /// Submits `op` and awaits its end. `owned` is kept until the operation is terminal, also when the future is dropped before.
+    ///
+    /// # Safety
+    /// Everything that `op` points to is valid, and stays so for as long as `owned` lives, wherever that is moved.
     ///
     /// # Panics
     /// For operations that do not end exactly once.
-    pub fn operate(&self, op: &Op, owned: Option<Box<dyn Any>>) -> OpFuture {
-        let once = !matches!(op, Op::PollReadable { .. } | Op::Cancel { .. });
-        assert!(once, "{op:?} does not end exactly once");
+    pub unsafe fn operate(&self, op: &Op, owned: Option<Box<dyn Any>>) -> OpFuture {
+        assert!(!matches!(op, Op::PollReadable { .. }), "{op:?} does not end exactly once");
         let key = self.executor().insert(owned);
-        self.submit(SourceId::EXECUTOR, key, op);
+        // SAFETY: what `op` points to lives as long as `owned`, which the executor drops after the last event.
+        unsafe { self.submit(SourceId::EXECUTOR, key, op) };
         OpFuture { runtime: self.clone(), key, kind: Kind::Op, finished: false }
+    }
+
+    /// Accepts one connection; the result is its descriptor. `owned` is kept until then.
+    pub fn accept(&self, fd: crate::Fd, owned: Option<Box<dyn Any>>) -> OpFuture {
+        // SAFETY: no memory is named.
+        unsafe { self.operate(&Op::Accept { fd }, owned) }
     }
 
     /// Awaits `deadline`.

@@ -40,9 +40,6 @@ pub enum Op {
     Accept { fd: Fd },
     /// `connect`.
     Connect { fd: Fd, address: *const libc::sockaddr, len: u32 },
-    /// Asks that the operation of the same source that was submitted with `key` be given up. It completes as
-    /// cancelled, or as it would have; only then is it terminal. Has no completion event of its own.
-    Cancel { key: u32 },
 }
 
 /// How an operation ended, or one event of an operation that goes on.
@@ -76,7 +73,10 @@ pub enum Wait {
 /// Carries out operations for one reactor: the kernel through io_uring, or the simulator.
 pub trait Driver {
     /// Takes an operation. `user` comes back with each of its events.
-    fn submit(&mut self, user: u64, op: &Op);
+    ///
+    /// # Safety
+    /// What [`Op`] says.
+    unsafe fn submit(&mut self, user: u64, op: &Op);
     /// Asks to cancel the operation that was submitted with `user`.
     fn cancel(&mut self, user: u64);
     /// Starts what was submitted, and waits as told for something to complete.

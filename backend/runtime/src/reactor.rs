@@ -292,14 +292,25 @@ impl Runtime {
         }
     }
 
-    /// Starts an operation; its events come to `source` with `key`. [`Op`] says what the caller promises.
-    pub fn submit(&self, source: SourceId, key: u32, op: &Op) {
-        let user = |key: u32| u64::from(source.0) << 32 | u64::from(key);
-        if let Op::Cancel { key } = *op {
-            driver!(self.0, driver => driver.cancel(user(key)));
-        } else {
-            driver!(self.0, driver => driver.submit(user(key), op));
-        }
+    /// Starts an operation; its events come to `source` with `key`.
+    ///
+    /// # Safety
+    /// Everything that `op` points to stays valid and in place until its last event has been delivered ([`Op`]).
+    pub unsafe fn submit(&self, source: SourceId, key: u32, op: &Op) {
+        // SAFETY: the caller's promise is the driver's condition.
+        driver!(self.0, driver => unsafe { driver.submit(user(source, key), op) });
+    }
+
+    /// Asks that the operation that `source` submitted with `key` be given up. It completes as cancelled, or as it would
+    /// have; only then is it terminal.
+    pub fn cancel(&self, source: SourceId, key: u32) {
+        driver!(self.0, driver => driver.cancel(user(source, key)));
+    }
+
+    /// From now on `source` gets an event with `key` each time that `fd` becomes readable: see [`Op::PollReadable`].
+    pub fn poll_readable(&self, source: SourceId, key: u32, fd: Fd) {
+        // SAFETY: the operation names no memory.
+        unsafe { self.submit(source, key, &Op::PollReadable { fd }) };
     }
 
     /// Sets a timer: at `deadline`, or soon after, `source` gets [`Event::Timer`] with `key`.
@@ -352,6 +363,11 @@ impl Runtime {
     pub(crate) fn wake_task_here(&self, task: usize) {
         self.0.shared.wake_task(task);
     }
+}
+
+/// What a driver gives back with an operation's events.
+fn user(source: SourceId, key: u32) -> u64 {
+    u64::from(source.0) << 32 | u64::from(key)
 }
 
 /// A reactor as seen from other threads.
@@ -456,7 +472,7 @@ impl Reactor {
         }));
         runtime.refresh_now();
         let fd = Fd(runtime.0.shared.wake.as_raw_fd());
-        runtime.submit(SourceId::INBOX, 0, &Op::PollReadable { fd });
+        runtime.poll_readable(SourceId::INBOX, 0, fd);
         let poll_ns_max = u64::from(config.poll_us) * 1000;
         Ok(Reactor {
             idle_since: None,
@@ -615,7 +631,7 @@ impl Reactor {
             if !completed.more {
                 assert!(completed.result >= 0, "the inbox's poll failed: {completed:?}");
                 let fd = Fd(self.runtime.0.shared.wake.as_raw_fd());
-                self.runtime.submit(SourceId::INBOX, 0, &Op::PollReadable { fd });
+                self.runtime.poll_readable(SourceId::INBOX, 0, fd);
             }
         } else {
             self.push_event(source, Event::Op { key, completed });
@@ -796,13 +812,14 @@ mod tests {
         thread.handle().call(move |runtime| {
             let fd = Fd(raw);
             let id = runtime.add_source(Rc::new(RefCell::new(Echo { heard: tell })));
-            runtime.submit(id, 5, &Op::PollReadable { fd });
+            runtime.poll_readable(id, 5, fd);
             runtime.timer(id, runtime.now() + Duration::from_millis(20), 9);
             let inner = runtime.clone();
             runtime.spawn(async move {
                 inner.sleep(Duration::from_millis(40)).await;
-                inner.submit(id, 0, &Op::Cancel { key: 5 });
-                let nop = inner.operate(&Op::Nop, None).await;
+                inner.cancel(id, 5);
+                // SAFETY: no memory is named.
+                let nop = unsafe { inner.operate(&Op::Nop, None) }.await;
                 assert_eq!(nop.result, 0);
             });
         });
@@ -834,7 +851,8 @@ mod tests {
         thread.handle().call(move |runtime| {
             let mut guard = Guard(dropped, Box::new([0; 64]));
             let op = Op::Recv { fd: Fd(fds[0]), buffer: guard.1.as_mut_ptr(), len: 64 };
-            drop(runtime.operate(&op, Some(Box::new(guard))));
+            // SAFETY: the guard owns the buffer.
+            drop(unsafe { runtime.operate(&op, Some(Box::new(guard))) });
         });
         drops.recv_timeout(Duration::from_secs(20)).expect("freed once the cancellation was delivered");
         drop(thread);
@@ -869,7 +887,8 @@ mod tests {
         impl Drop for Spawns {
             fn drop(&mut self) {
                 let told = self.1.clone();
-                let op = self.0.operate(&Op::Nop, None);
+                // SAFETY: no memory is named.
+                let op = unsafe { self.0.operate(&Op::Nop, None) };
                 self.0.spawn(async move {
                     op.await;
                     let _ = told.send(());
@@ -878,7 +897,8 @@ mod tests {
         }
         let (tell, told) = mpsc::channel();
         thread.handle().call(move |runtime| {
-            drop(runtime.operate(&Op::Nop, Some(Box::new(Spawns(runtime.clone(), tell)))));
+            // SAFETY: no memory is named.
+            drop(unsafe { runtime.operate(&Op::Nop, Some(Box::new(Spawns(runtime.clone(), tell)))) });
         });
         told.recv_timeout(Duration::from_secs(20)).expect("the drop ran, and its task");
     }

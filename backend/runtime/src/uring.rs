@@ -56,7 +56,7 @@ impl Uring {
 }
 
 impl Driver for Uring {
-    fn submit(&mut self, user: u64, op: &Op) {
+    unsafe fn submit(&mut self, user: u64, op: &Op) {
         let entry = match *op {
             Op::Nop => opcode::Nop::new().build(),
             Op::Readv { fd, iovecs, count, offset } => {
@@ -93,7 +93,6 @@ impl Driver for Uring {
                     .build()
             }
             Op::Connect { fd, address, len } => opcode::Connect::new(types::Fd(fd.0), address, len).build(),
-            Op::Cancel { .. } => unreachable!("the runtime turns this into Driver::cancel"),
         };
         self.in_flight += 1;
         self.push(&entry.user_data(user));

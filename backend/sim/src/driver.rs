@@ -124,13 +124,12 @@ impl SimDriver {
             Op::Readv { .. } | Op::Writev { .. } | Op::Fdatasync { .. } | Op::Fallocate { .. } => {
                 Some(-libc::EBADF)
             }
-            Op::Cancel { .. } => unreachable!("the runtime turns this into Driver::cancel"),
         }
     }
 }
 
 impl Driver for SimDriver {
-    fn submit(&mut self, user: u64, op: &Op) {
+    unsafe fn submit(&mut self, user: u64, op: &Op) {
         let mut state = self.world.state.borrow_mut();
         let wait = match op {
             Op::Connect { .. } => state.random.below(200_000),

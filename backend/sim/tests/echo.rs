@@ -15,7 +15,7 @@ fn address() -> SocketAddr {
 fn serve(reactor: &Reactor, listener: Fd) {
     let runtime = reactor.runtime().clone();
     reactor.runtime().spawn(async move {
-        while let Ok(fd) = runtime.operate(&Op::Accept { fd: listener }, None).await.into_result() {
+        while let Ok(fd) = runtime.accept(listener, None).await.into_result() {
             let runtime = runtime.clone();
             runtime.clone().spawn(async move { echo(&runtime, Fd(i32::try_from(fd).unwrap())).await });
         }
@@ -26,12 +26,14 @@ async fn echo(runtime: &Runtime, fd: Fd) {
     loop {
         let mut buffer = vec![0u8; 777];
         let op = Op::Recv { fd, buffer: buffer.as_mut_ptr(), len: 777 };
-        let received = runtime.operate(&op, None).await.result;
+        // SAFETY: the buffer is this future's, which is not dropped before its world ends.
+        let received = unsafe { runtime.operate(&op, None) }.await.result;
         if received <= 0 {
             break;
         }
         let op = Op::Send { fd, buffer: buffer.as_ptr(), len: received.unsigned_abs() };
-        if runtime.operate(&op, None).await.result != received {
+        // SAFETY: as above.
+        if unsafe { runtime.operate(&op, None) }.await.result != received {
             break;
         }
     }
@@ -47,8 +49,9 @@ async fn connect(runtime: &Runtime) -> Result<Fd, i32> {
         sin_zero: [0; 8],
     };
     let len = u32::try_from(size_of::<libc::sockaddr_in>()).unwrap();
-    let result =
-        runtime.operate(&Op::Connect { fd, address: (&raw const v4).cast(), len }, None).await.result;
+    let op = Op::Connect { fd, address: (&raw const v4).cast(), len };
+    // SAFETY: the address is this future's, which is not dropped before its world ends.
+    let result = unsafe { runtime.operate(&op, None) }.await.result;
     if result == 0 { Ok(fd) } else { Err(result) }
 }
 
@@ -74,12 +77,14 @@ fn client(reactor: &Reactor, rounds: usize, report: &Rc<RefCell<Report>>) {
         for round in 0..rounds {
             let payload: Vec<u8> = (0..5000).map(|i| u8::try_from((i * 7 + round) % 251).unwrap()).collect();
             let op = Op::Send { fd, buffer: payload.as_ptr(), len: 5000 };
-            let sent = runtime.operate(&op, None).await.result;
+            // SAFETY: the payload is this future's.
+            let sent = unsafe { runtime.operate(&op, None) }.await.result;
             let mut got = 0;
             while sent == 5000 && got < 5000 {
                 let mut buffer = vec![0u8; 5000];
                 let op = Op::Recv { fd, buffer: buffer.as_mut_ptr(), len: 5000 };
-                let received = runtime.operate(&op, None).await.result;
+                // SAFETY: the buffer is this future's, which is not dropped before its world ends.
+                let received = unsafe { runtime.operate(&op, None) }.await.result;
                 if received <= 0 {
                     report.borrow_mut().failure = Some(received);
                     break;

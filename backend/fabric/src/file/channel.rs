@@ -219,7 +219,9 @@ impl Core {
                 }
             }
         };
-        self.runtime.submit(self.id, narrow(key), &op);
+        // SAFETY: the request's buffers stay until its completion is reaped; iovecs and bounce buffer are the slot's, which
+        // is removed only when its operation has completed.
+        unsafe { self.runtime.submit(self.id, narrow(key), &op) };
     }
 
     fn completed(&mut self, key: u32, completed: Completed) {
@@ -370,7 +372,7 @@ impl Core {
         }
         self.aborting = !self.slots.is_empty();
         for (key, _) in self.slots.iter() {
-            self.runtime.submit(self.id, 0, &Op::Cancel { key: narrow(key) });
+            self.runtime.cancel(self.id, narrow(key));
         }
     }
 }

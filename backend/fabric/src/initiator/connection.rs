@@ -138,7 +138,8 @@ impl<T: Copy> Connection<T> {
             }
         };
         self.sending = true;
-        self.runtime.submit(self.source, KEY_SEND, &op);
+        // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
+        unsafe { self.runtime.submit(self.source, KEY_SEND, &op) };
     }
 
     fn receive(&mut self) {
@@ -172,7 +173,8 @@ impl<T: Copy> Connection<T> {
             }
         };
         self.receiving = true;
-        self.runtime.submit(self.source, KEY_RECEIVE, &op);
+        // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
+        unsafe { self.runtime.submit(self.source, KEY_RECEIVE, &op) };
     }
 
     /// Takes the end of the operation `key`.
@@ -251,7 +253,8 @@ impl<T: Copy> Connection<T> {
         memory.term = TermRequest::new(pdu).to_bytes(Receiver::Controller, &[]);
         let (buffer, len) = (memory.term.as_ptr(), low32(memory.term.len() as u64));
         self.sending = true;
-        self.runtime.submit(self.source, KEY_SEND, &Op::Send { fd, buffer, len });
+        // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
+        unsafe { self.runtime.submit(self.source, KEY_SEND, &Op::Send { fd, buffer, len }) };
     }
 
     /// Why the connection is of no use any more.
@@ -279,10 +282,10 @@ impl<T: Copy> Connection<T> {
         self.fail("given up".to_owned());
         // Not shut down: that would send the rest. The operations end by cancellation, and closing is a reset.
         if self.sending {
-            self.runtime.submit(self.source, 0, &Op::Cancel { key: KEY_SEND });
+            self.runtime.cancel(self.source, KEY_SEND);
         }
         if self.receiving {
-            self.runtime.submit(self.source, 0, &Op::Cancel { key: KEY_RECEIVE });
+            self.runtime.cancel(self.source, KEY_RECEIVE);
         }
     }
 

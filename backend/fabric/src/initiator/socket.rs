@@ -135,12 +135,10 @@ async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, 
     let (pointer, len) = raw.raw();
     // The address and the socket live until the operation is terminal, also if we give up before.
     let owned = Box::new((raw, Rc::clone(&socket)));
-    let connected = within(
-        runtime,
-        CONNECT_TIMEOUT,
-        runtime.operate(&Op::Connect { fd, address: pointer, len }, Some(owned)),
-    )
-    .await;
+    let op = Op::Connect { fd, address: pointer, len };
+    // SAFETY: `owned` has the address, on the heap.
+    let connecting = unsafe { runtime.operate(&op, Some(owned)) };
+    let connected = within(runtime, CONNECT_TIMEOUT, connecting).await;
     result(connected.ok_or("no answer in time")?)?;
     Ok(socket)
 }
@@ -148,7 +146,8 @@ async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, 
 async fn send(runtime: &Runtime, socket: &Rc<Socket>, bytes: Vec<u8>) -> Result<(), String> {
     let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     let op = Op::Send { fd: socket.fd(), buffer: bytes.as_ptr(), len };
-    let sent = runtime.operate(&op, Some(Box::new((bytes, Rc::clone(socket))))).await;
+    // SAFETY: the operation owns the bytes, which are on the heap.
+    let sent = unsafe { runtime.operate(&op, Some(Box::new((bytes, Rc::clone(socket))))) }.await;
     if result(sent)? == len { Ok(()) } else { Err("the connection was closed".to_owned()) }
 }
 
@@ -160,8 +159,9 @@ async fn receive<const N: usize>(runtime: &Runtime, socket: &Rc<Socket>) -> Resu
         let piece = Rc::new(AlignedBuffer::new(N - have));
         let len = u32::try_from(piece.len()).unwrap_or(u32::MAX);
         let op = Op::Recv { fd: socket.fd(), buffer: piece.as_ptr(), len };
-        // The operation owns its buffer, also if we are dropped before it ends.
-        let got = runtime.operate(&op, Some(Box::new((Rc::clone(&piece), Rc::clone(socket))))).await;
+        let owned = Box::new((Rc::clone(&piece), Rc::clone(socket)));
+        // SAFETY: the operation owns its buffer, also if we are dropped before it ends.
+        let got = unsafe { runtime.operate(&op, Some(owned)) }.await;
         let got = result(got)? as usize;
         if got == 0 {
             return Err("the connection was closed".to_owned());

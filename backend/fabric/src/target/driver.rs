@@ -115,7 +115,8 @@ impl Driver {
         if !self.ending && self.sending.is_none() {
             if let Some((message, len)) = self.connection.poll_transmit() {
                 self.sending = Some(len);
-                runtime.submit(self.source(), SEND, &Op::Sendmsg { fd: self.fd, message });
+                // SAFETY: the connection keeps header, iovecs and payload until `transmitted`; we keep it until it is quiet.
+                unsafe { runtime.submit(self.source(), SEND, &Op::Sendmsg { fd: self.fd, message }) };
             } else if self.connection.is_over() {
                 // The last words are out.
                 self.end(runtime, "");
@@ -127,11 +128,9 @@ impl Driver {
             self.message.msg_iov = self.places.as_mut_ptr();
             self.message.msg_iovlen = count;
             self.receiving = true;
-            runtime.submit(
-                self.source(),
-                RECEIVE,
-                &Op::Recvmsg { fd: self.fd, message: &raw mut self.message },
-            );
+            let op = Op::Recvmsg { fd: self.fd, message: &raw mut self.message };
+            // SAFETY: header and places are boxed with us, and the space is the connection's; all stay while `receiving`.
+            unsafe { runtime.submit(self.source(), RECEIVE, &op) };
         }
         if self.ending && !self.receiving && self.sending.is_none() && self.connection.is_quiet() {
             self.gone(runtime);

@@ -29,7 +29,7 @@ use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
 use crate::pool::BufferPool;
 use driver::Driver;
 use hawser_block::Device;
-use hawser_runtime::{Fd, Op, ReactorHandle, Runtime};
+use hawser_runtime::{Fd, ReactorHandle, Runtime};
 use registry::Subsystem;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
@@ -279,8 +279,7 @@ impl Target {
             runtime.spawn(async move {
                 let runtime = runtime_of_task;
                 while !shared.stopping.load(Ordering::Relaxed) {
-                    let op = Op::Accept { fd: listener.fd() };
-                    let accepted = runtime.operate(&op, Some(Box::new(listener.clone()))).await;
+                    let accepted = runtime.accept(listener.fd(), Some(Box::new(listener.clone()))).await;
                     match accepted.into_result().map(i32::try_from) {
                         Ok(Ok(fd)) => shared.accepted(&runtime, Fd(fd), index),
                         Ok(Err(_)) => {}

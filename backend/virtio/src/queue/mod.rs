@@ -26,7 +26,7 @@ use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, Ring, prefetch};
 use crate::session::SessionShared;
 use crate::shared;
 use hawser_block::{Channel, Completion, IoKind, IoStats, Outcome, Request, Status};
-use hawser_runtime::{Event, Fd, Instant, Op, Runtime, Source, SourceId};
+use hawser_runtime::{Event, Fd, Instant, Runtime, Source, SourceId};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -254,7 +254,7 @@ impl Queue {
             queue.channel = Some(queue.disk.device.channel(runtime, id));
             queue.recorder.adopt_thread();
             if let Some(kick) = &queue.kick {
-                runtime.submit(id, KEY_KICK, &Op::PollReadable { fd: Fd(kick.as_raw_fd()) });
+                runtime.poll_readable(id, KEY_KICK, Fd(kick.as_raw_fd()));
             }
             if !queue.replaying {
                 queue.gate.set_unfinished(queue.index, false);
@@ -595,7 +595,7 @@ impl Queue {
     pub(crate) fn stop(&mut self, runtime: &Runtime, done: Sender<Stopped>) {
         self.stopping = Some(done);
         if self.kick_armed {
-            runtime.submit(self.id(), KEY_KICK, &Op::Cancel { key: KEY_KICK });
+            runtime.cancel(self.id(), KEY_KICK);
         }
         self.finish_if_idle(runtime);
     }
@@ -633,7 +633,7 @@ impl Source for Queue {
             // The kernel ends a poll when it is cancelled, or when it had no room for an event.
             self.kick_armed = self.stopping.is_none();
             if let Some(kick) = self.kick.as_ref().filter(|_| self.stopping.is_none()) {
-                runtime.submit(self.id(), KEY_KICK, &Op::PollReadable { fd: Fd(kick.as_raw_fd()) });
+                runtime.poll_readable(self.id(), KEY_KICK, Fd(kick.as_raw_fd()));
             }
         }
         if !self.silent {
