@@ -50,10 +50,12 @@ impl Disk {
     }
 
     /// Ends the session, after requests in flight have ended or `drain` has passed, and removes the socket.
-    pub(super) fn stop(&self, drain: Duration) {
+    /// Returns whether every request has ended.
+    pub(super) fn stop(&self, drain: Duration) -> bool {
         let service = std::mem::replace(&mut self.now().service, Service::Stopped);
-        if let Service::Serving(server) = service {
-            server.stop(drain);
+        match service {
+            Service::Serving(server) => server.stop(drain),
+            _ => true,
         }
     }
 

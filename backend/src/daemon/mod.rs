@@ -188,8 +188,9 @@ impl Daemon {
 
     /// Undoes a start that failed half-way.
     fn give_up(&self) {
-        self.stop(Duration::ZERO);
-        self.lock_run_state().never_begun();
+        if self.stop(Duration::ZERO) {
+            self.lock_run_state().never_begun();
+        }
     }
 
     /// Gives targets that answer at once the time to, so that being ready means that their disks listen.
@@ -276,30 +277,33 @@ impl Daemon {
         if let Ok(News::Stop(why)) = inbox.recv() {
             log::info!("{why}: draining for up to {} s", self.config.daemon.drain_timeout);
         }
-        self.stop(self.drain());
-        if let Err(error) = self.lock_run_state().end() {
+        if !self.stop(self.drain()) {
+            // The next process waits until what we leave behind is over, as after a death.
+            log::warn!("requests may still be carried out: this is not an end in order");
+        } else if let Err(error) = self.lock_run_state().end() {
             log::error!("{error}");
         }
         log::info!("ended");
     }
 
-    /// Ends all disks at the same time, then the target, then the devices.
-    fn stop(&self, drain: Duration) {
+    /// Ends all disks at the same time, then the target, then the devices. Returns whether every request has ended.
+    fn stop(&self, drain: Duration) -> bool {
         let since = Instant::now();
         let _change = self.lock_changes();
         let disks = std::mem::take(&mut *self.lock_disks());
-        std::thread::scope(|scope| {
-            for disk in &disks {
-                scope.spawn(|| disk.stop(drain));
-            }
+        let mut all_ended = std::thread::scope(|scope| {
+            let ends: Vec<_> = disks.iter().map(|disk| scope.spawn(|| disk.stop(drain))).collect();
+            ends.into_iter().all(|end| end.join().unwrap_or(false))
         });
         drop(disks);
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner).take();
         if target.is_some_and(|target| !target.stop(drain.saturating_sub(since.elapsed()))) {
             log::warn!("targets: commands were still under way after {} s", drain.as_secs());
+            all_ended = false;
         }
         let devices = std::mem::take(&mut *self.lock_devices());
         device::close(devices.into_iter().map(|(_, device)| device).collect());
+        all_ended
     }
 
     /// Adds a disk to the running daemon; with `save`, also to `conf.d`.

@@ -13,8 +13,9 @@ pub(crate) const SEGMENTS_MAX: u16 = 126;
 pub(crate) const PIECES_MAX: usize = 133;
 /// Descriptors that we walk in one chain; more is taken for a loop.
 const DESCRIPTORS_MAX: u32 = 2 * SIZE_MAX as u32;
-/// Bytes that we serve in one chain.
-const BYTES_MAX: u64 = 1 << 30;
+/// Bytes that we serve in one chain: four of the largest requests. More would let a guest fill our memory with pieces of a
+/// request whose descriptors all name the same page.
+const BYTES_MAX: u64 = 16 << 20;
 
 /// A chain that breaks the rules of the ring (virtio 1.2, 2.7.4 and 2.7.5). It ends the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

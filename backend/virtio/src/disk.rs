@@ -117,6 +117,8 @@ pub(crate) struct DiskShared {
     /// Wakes the disk's thread.
     wake: OwnedFd,
     stop: Mutex<Option<Duration>>,
+    /// Requests were still at the device when their session ended: the process must not pass for ended in order.
+    pub(crate) left_behind: AtomicBool,
 }
 
 impl DiskShared {
@@ -132,6 +134,7 @@ impl DiskShared {
             trouble: Mutex::default(),
             wake: connection::eventfd()?,
             stop: Mutex::default(),
+            left_behind: AtomicBool::new(false),
             config,
             device,
         })
@@ -290,8 +293,11 @@ impl VhostDisk {
 
     /// Takes no more requests, waits up to `drain_timeout` for those in flight, gives the rest up (they stay in the in-flight
     /// log), closes the connection and removes the socket.
-    pub fn stop(mut self, drain_timeout: Duration) {
+    /// Returns whether every request has ended; if not, the device may still carry one out.
+    #[must_use]
+    pub fn stop(mut self, drain_timeout: Duration) -> bool {
         self.end(drain_timeout);
+        !self.shared.left_behind.load(Ordering::Acquire)
     }
 
     fn end(&mut self, drain_timeout: Duration) {

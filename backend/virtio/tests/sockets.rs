@@ -87,7 +87,7 @@ fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
     assert!(matches!(error, DiskError::Socket(SocketError::Locked(_))), "{error}");
     assert_eq!(disk.counters().sessions.load(Ordering::Relaxed), 0);
     works(&mut Guest::connect(&path, &Wish::default()));
-    disk.stop(Duration::from_secs(1));
+    assert!(disk.stop(Duration::from_secs(1)), "every request has ended");
     assert!(!path.exists() && !folder.path("s.lock").exists());
     // Another program listens.
     let other = UnixListener::bind(&path).unwrap();
@@ -142,7 +142,7 @@ fn a_stopped_disk_has_ended_its_requests_and_closed_its_socket() {
         std::thread::sleep(Duration::from_millis(50));
         device.release();
     });
-    served.disk.stop(Duration::from_secs(20));
+    assert!(served.disk.stop(Duration::from_secs(20)), "every request has ended");
     assert!(guest.rings[0].take_used(&guest.ram).is_some());
     assert!(guest.is_ended());
     assert!(!served.socket.exists());
@@ -168,6 +168,6 @@ fn a_second_front_end_waits_for_the_first_and_half_a_message_stops_nobody() {
     let mut half = UnixStream::connect(&served.socket).unwrap();
     half.write_all(&message(2, 1, &[0; 8])[..15]).unwrap();
     eventually("accepted", || served.disk.state() == DiskState::Connected);
-    served.disk.stop(Duration::from_secs(20));
+    assert!(served.disk.stop(Duration::from_secs(20)), "every request has ended");
     assert!(!served.socket.exists());
 }

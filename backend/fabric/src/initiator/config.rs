@@ -29,6 +29,15 @@ pub struct PathTimers {
     pub quiesce_tmo: Duration,
 }
 
+impl PathTimers {
+    /// How long after our last command a controller may take to notice that we are gone: twice the keep-alive time-out,
+    /// because one that counts traffic (CTRATT.TBKAS, Linux's nvmet) looks once in a time-out whether there was any.
+    #[must_use]
+    pub fn expiry(&self) -> Duration {
+        self.keep_alive_tmo * 2
+    }
+}
+
 impl Default for PathTimers {
     fn default() -> Self {
         PathTimers {

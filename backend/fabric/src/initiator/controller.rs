@@ -85,7 +85,7 @@ pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
     let lost_at = runtime.refresh_now();
     let NvmeConfig { paths, timers, had_predecessor, .. } = &shared.config;
     // A predecessor was on one of the paths. With several we do not know which.
-    let predecessor = (usize::MAX, false, lost_at + timers.keep_alive_tmo + timers.quiesce_tmo);
+    let predecessor = (usize::MAX, false, lost_at + timers.expiry() + timers.quiesce_tmo);
     let unquiet = if *had_predecessor && paths.len() > 1 { vec![predecessor] } else { Vec::new() };
     let mut task = Task {
         runtime,
@@ -119,7 +119,7 @@ impl Task {
                     self.lost_at = self.runtime.refresh_now();
                     let knows = !matches!(end, End::Silence(_));
                     let quiesce = quiesce(&association.identity.controller, &self.timers());
-                    let until = self.lost_at + self.timers().keep_alive_tmo + quiesce;
+                    let until = self.lost_at + self.timers().expiry() + quiesce;
                     self.unquiet.retain(|(.., until)| *until > self.lost_at);
                     self.unquiet.push((self.path, knows, until));
                     // An association that does not last is no reason to begin with short waits again.

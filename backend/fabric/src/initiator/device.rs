@@ -113,7 +113,7 @@ impl NvmeDevice {
             let shared = Arc::clone(&shared);
             reactor.run(move |runtime| {
                 let timers = shared.config.timers;
-                let wait = timers.keep_alive_tmo + timers.quiesce_tmo;
+                let wait = timers.expiry() + timers.quiesce_tmo;
                 let writes_from = shared.config.had_predecessor.then(|| runtime.now() + wait);
                 let stats = shared.stats.writer(runtime);
                 let lane = Lane::add(runtime, Arc::clone(&shared.notices), stats, timers, writes_from);

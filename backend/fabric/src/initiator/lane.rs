@@ -252,9 +252,8 @@ impl Lane {
             self.pending.extend(delayed.into_iter().map(|(_, held)| held));
             self.pending.make_contiguous().sort_by_key(|held| held.sequence);
             if ghosts {
-                // The controller's own timer began at the latest with the last command of ours that it saw.
                 let now = self.runtime.refresh_now();
-                self.writes_from = Some(now + self.timers.keep_alive_tmo + self.quiesce);
+                self.writes_from = Some(now + self.timers.expiry() + self.quiesce);
             }
         }
         self.settle();

@@ -20,7 +20,7 @@
 //! ([`crate::nvme::identify::VENDOR_MARK`]): it waits for the commands of our earlier associations, and takes in nothing
 //! more of those that are closed. Closing our sockets, by us or by our death, is a reset that throws away what was not sent
 //! yet, and that reset comes before the new Connect on the same path. Elsewhere, on another path, and after mere silence (a reset
-//! may be lost with the rest), `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
+//! may be lost with the rest), twice `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
 //! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
 
 mod admin;

@@ -468,7 +468,7 @@ impl<T: Copy> QueuePair<T> {
                     let error = wrong(header.kind, 16, "DATAL", data.len, "within the command's data");
                     return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
                 }
-                let padding = u32::from(header.data_offset) - low32(HEADER_LEN as u64);
+                let padding = u32::from(header.data_offset).saturating_sub(low32(HEADER_LEN as u64));
                 let state = Data { slot: index, left: data.len, last: data.last, success: data.success };
                 self.receive = match (data.len, padding) {
                     // A C2HData without data: only its flags count.

@@ -210,6 +210,8 @@ impl Queue {
             indirect: setup.indirect,
             flush: setup.flush,
             silent: false,
+            // With a log, an index of 0 may be one that has wrapped.
+            owes_interrupt: setup.next_used != 0 || setup.log.is_some(),
             log: setup.log,
             replaying: !setup.unfinished.is_empty(),
             replay: setup.unfinished.into(),
@@ -220,7 +222,6 @@ impl Queue {
             signalled: setup.next_used,
             held_since: None,
             deep: false,
-            owes_interrupt: setup.next_used != 0,
             counter: 0,
             slots: std::iter::repeat_with(slot).take(size).collect(),
             // SAFETY: an iovec of zeroes is a valid one.
@@ -597,6 +598,8 @@ impl Queue {
         if self.kick_armed {
             runtime.cancel(self.id(), KEY_KICK);
         }
+        // A held interrupt waits for nothing any more.
+        self.publish(runtime);
         self.finish_if_idle(runtime);
     }
 

@@ -72,7 +72,7 @@ impl Queue {
             }
         };
         let shift = limits.geometry.block_size.shift();
-        // A chain is at most 1 GiB (`chain::BYTES_MAX`).
+        // A chain is at most 16 MiB (`chain::BYTES_MAX`).
         let bytes = u32::try_from(blocks << shift).unwrap_or(u32::MAX);
         slot.bytes = bytes;
         slot.used_len = if operation == Operation::Read { bytes.wrapping_add(1) } else { 1 };

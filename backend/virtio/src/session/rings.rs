@@ -174,6 +174,7 @@ impl Session<'_> {
             } else if stop.is_some() && began.elapsed() > ABORT_PATIENCE {
                 // The queue keeps its memory; what stays in the log is executed again by the next process.
                 log::error!("disk {name}: the device does not end its requests; leaving them");
+                self.disk.left_behind.store(true, Ordering::Release);
                 return;
             } else if told.elapsed() > Duration::from_secs(10) {
                 told = Instant::now();

@@ -261,10 +261,12 @@ impl Connection {
             slot.failed.get_or_insert(status);
         }
         let in_pieces = matches!(slot.sqe.opcode, io_opcode::WRITE_ZEROES | io_opcode::DATASET_MANAGEMENT);
-        let outcome: Outcome = slot.failed.map_or(Ok(()), Err);
+        let mut outcome: Outcome = slot.failed.map_or(Ok(()), Err);
         if in_pieces && outcome.is_ok() && !self.is_over() {
             if self.push_pieces(index).is_err() {
+                // The device cannot any more what it could when we began: what is left is not done.
                 self.slots.at(index).failed = Some(Status::Unsupported);
+                outcome = Err(Status::Unsupported);
             } else {
                 self.go_on_waiting();
                 return;
