@@ -12,6 +12,7 @@ pub mod admin_opcode {
     pub const GET_FEATURES: u8 = 0x0A;
     pub const ASYNC_EVENT_REQUEST: u8 = 0x0C;
     pub const KEEP_ALIVE: u8 = 0x18;
+    pub const CROSS_CONTROLLER_RESET: u8 = 0x38;
     pub const FABRICS: u8 = 0x7F;
 }
 
@@ -207,6 +208,13 @@ impl Sqe {
         sqe
     }
 
+    /// The same Get Log Page with LSP: what the log page defines, 7 bits.
+    #[must_use]
+    pub fn with_log_specific(mut self, parameter: u8) -> Sqe {
+        self.cdw[0] |= u32::from(parameter & 0x7f) << 8;
+        self
+    }
+
     /// Keep Alive (base 5.18).
     #[must_use]
     pub fn keep_alive() -> Sqe {
@@ -277,6 +285,12 @@ impl Sqe {
     #[must_use]
     pub fn log_id(&self) -> u8 {
         super::bytes::low8(self.cdw[0])
+    }
+
+    /// LSP of Get Log Page: what the log page defines.
+    #[must_use]
+    pub fn log_specific(&self) -> u8 {
+        super::bytes::low8(bits(u64::from(self.cdw[0]), 14, 8))
     }
 
     /// RAE of Get Log Page: the event that told of the log stays outstanding.
@@ -364,6 +378,8 @@ mod tests {
             (log.log_id(), log.log_retains_event(), log.log_len(), log.log_offset()),
             (0x70, true, Some(0x0004_0004), 0x1_0000_0400)
         );
+        assert_eq!(log.with_log_specific(1).to_bytes()[40..42], [0x70, 0x81]);
+        assert_eq!(log.with_log_specific(0x7f).log_specific(), 0x7f);
         assert_eq!(Sqe::identify(1, 0, Sgl::transport(4096)).to_bytes()[39], 0x5a);
         let range = DsmRange { attributes: 0, blocks: 3, lba: 0x10 };
         assert_eq!(range.to_bytes(), [0, 0, 0, 0, 3, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0]);

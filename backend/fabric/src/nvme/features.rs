@@ -35,6 +35,8 @@ pub fn queues_from_value(value: u32) -> u32 {
 pub const EVENT_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
 /// Asynchronous Event Configuration: tell when asymmetric access changes.
 pub const EVENT_ANA_CHANGE: u32 = 1 << 11;
+/// Asynchronous Event Configuration: tell when a Cross-Controller Reset has ended.
+pub const EVENT_CROSS_CONTROLLER_RESET: u32 = 1 << 20;
 /// Asynchronous Event Configuration: tell when the discovery log changes.
 pub const EVENT_DISCOVERY_CHANGE: u32 = 1 << 31;
 

@@ -34,6 +34,10 @@ pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
 pub const ONCS_COMPARE: u16 = 1 << 0;
 /// OAES: namespace attribute notices.
 pub const OAES_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
+/// OAES: asymmetric access change notices.
+pub const OAES_ANA_CHANGE: u32 = 1 << 11;
+/// OAES: notices of the end of Cross-Controller Resets.
+pub const OAES_CROSS_CONTROLLER_RESET: u32 = 1 << 20;
 /// OAES: discovery log change notices.
 pub const OAES_DISCOVERY_CHANGE: u32 = 1 << 31;
 /// CNTRLTYPE: an I/O controller.
@@ -82,6 +86,10 @@ pub struct IdentifyController {
     pub controller_type: u8,
     /// CRDT1 to CRDT3: retry delays in 100 ms.
     pub retry_delays: [u16; 3],
+    /// CIU: counts the controller's lives, never 0; 0 = not said.
+    pub instance_uniquifier: u8,
+    /// CIRN: a random number for each of its lives.
+    pub instance_random: u64,
     /// OACS: optional admin commands.
     pub admin_commands: u16,
     /// ACL: abort limit, counted from 0.
@@ -142,7 +150,9 @@ pub struct IdentifyController {
     pub sgl_descriptors_max: u8,
     /// OFCS: bit 0 = Disconnect.
     pub fabrics_commands: u16,
-    /// The first bytes of the vendor's area: see [`VENDOR_MARK`].
+    /// CCRL: the most Cross-Controller Resets under way that this controller was asked for; 0 = not supported.
+    pub cross_resets_max: u8,
+    /// The first bytes of the vendor's area: see [`VENDOR_MARK`] and [`super::vendor`].
     pub vendor: [u8; 32],
 }
 
@@ -168,6 +178,8 @@ impl IdentifyController {
         for (index, delay) in self.retry_delays.iter().enumerate() {
             put_u16(b, 128 + 2 * index, *delay);
         }
+        b[135] = self.instance_uniquifier;
+        put_u64(b, 136, self.instance_random);
         put_u16(b, 256, self.admin_commands);
         b[258] = self.abort_limit;
         b[259] = self.async_event_limit;
@@ -198,6 +210,7 @@ impl IdentifyController {
         b[1802] = self.controller_attributes;
         b[1803] = self.sgl_descriptors_max;
         put_u16(b, 1804, self.fabrics_commands);
+        b[1807] = self.cross_resets_max;
         b[3072..3104].copy_from_slice(&self.vendor);
         bytes
     }
@@ -220,6 +233,8 @@ impl IdentifyController {
             attributes: get_u32(b, 96),
             controller_type: b[111],
             retry_delays: std::array::from_fn(|index| get_u16(b, 128 + 2 * index)),
+            instance_uniquifier: b[135],
+            instance_random: get_u64(b, 136),
             admin_commands: get_u16(b, 256),
             abort_limit: b[258],
             async_event_limit: b[259],
@@ -250,6 +265,7 @@ impl IdentifyController {
             controller_attributes: b[1802],
             sgl_descriptors_max: b[1803],
             fabrics_commands: get_u16(b, 1804),
+            cross_resets_max: b[1807],
             vendor: get_array(b, 3072),
         }
     }
@@ -569,6 +585,9 @@ mod tests {
             volatile_write_cache: 7,
             command_capsule_size: (64 + 8192) / 16,
             subsystem_nqn: "nqn.s".into(),
+            instance_uniquifier: 3,
+            instance_random: 0x0102,
+            cross_resets_max: 4,
             vendor: [9; 32],
             ..IdentifyController::default()
         };
@@ -580,7 +599,7 @@ mod tests {
         assert_eq!((b[320], b[520], b[525]), (1, 0x0c, 7));
         assert_eq!(b[1792..1796], [0x04, 0x02, 0, 0]);
         assert_eq!(&b[768..774], b"nqn.s\0");
-        assert_eq!(b[3072], 9);
+        assert_eq!((b[135], b[136], b[137], b[1807], b[3072]), (3, 2, 1, 4, 9));
         assert_eq!(IdentifyController::from_bytes(&b), controller);
         assert_eq!(controller.in_capsule_data_max(), 8192);
     }

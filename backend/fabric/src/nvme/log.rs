@@ -12,6 +12,7 @@ pub mod id {
     pub const CHANGED_NAMESPACES: u8 = 0x04;
     pub const COMMANDS_AND_EFFECTS: u8 = 0x05;
     pub const ANA: u8 = 0x0C;
+    pub const CROSS_CONTROLLER_RESET: u8 = 0x1E;
     pub const DISCOVERY: u8 = 0x70;
 }
 
@@ -33,6 +34,9 @@ impl AsyncEvent {
         AsyncEvent { event_type: 2, information: 0x00, log_page: id::CHANGED_NAMESPACES };
     /// Notice: asymmetric access changed.
     pub const ANA_CHANGE: AsyncEvent = AsyncEvent { event_type: 2, information: 0x03, log_page: id::ANA };
+    /// Notice: a Cross-Controller Reset has ended.
+    pub const CROSS_CONTROLLER_RESET: AsyncEvent =
+        AsyncEvent { event_type: 2, information: 0xF4, log_page: id::CROSS_CONTROLLER_RESET };
     /// Notice: the discovery log changed.
     pub const DISCOVERY_CHANGED: AsyncEvent =
         AsyncEvent { event_type: 2, information: 0xF0, log_page: id::DISCOVERY };

@@ -8,9 +8,11 @@
 //! from 0 keep that in their doc comment and nowhere else: fields here hold what is on the wire.
 #![forbid(unsafe_code)]
 
+pub mod ana;
 pub(crate) mod bytes;
 pub mod command;
 pub mod completion;
+pub mod cross_reset;
 pub mod discovery;
 pub mod fabrics;
 pub mod features;
@@ -18,6 +20,7 @@ pub mod identify;
 pub mod log;
 pub mod properties;
 pub mod status;
+pub mod vendor;
 
 pub use command::{Sgl, Sqe, admin_opcode, io_opcode};
 pub use completion::Cqe;
@@ -110,6 +113,11 @@ pub fn fuzz(data: &[u8]) {
     if let Ok(entry) = discovery::Entry::from_bytes(&padded(data)) {
         assert_eq!(discovery::Entry::from_bytes(&entry.to_bytes()).as_ref(), Ok(&entry));
     }
+    if let Ok(log) = ana::AnaLog::from_bytes(data) {
+        assert_eq!(ana::AnaLog::from_bytes(&log.to_bytes()).as_ref(), Ok(&log));
+    }
+    let resets = cross_reset::ResetLog::from_bytes(data);
+    assert_eq!(cross_reset::ResetLog::from_bytes(&resets.to_bytes()), resets);
     let _ = discovery::Header::from_bytes(&padded(data));
     let _ = log::AsyncEvent::from_dword(cqe.dword0());
 }

@@ -34,6 +34,8 @@ codes! {
     INTERNAL_ERROR = 0x006, "Internal Error";
     ABORT_REQUESTED = 0x007, "Command Abort Requested";
     ABORTED_SQ_DELETION = 0x008, "Command Aborted due to SQ Deletion";
+    ABORTED_FAILED_FUSED = 0x009, "Command Aborted due to Failed Fused Command";
+    ABORTED_MISSING_FUSED = 0x00A, "Command Aborted due to Missing Fused Command";
     INVALID_NAMESPACE = 0x00B, "Invalid Namespace or Format";
     COMMAND_SEQUENCE_ERROR = 0x00C, "Command Sequence Error";
     INVALID_SGL_SEGMENT = 0x00D, "Invalid SGL Segment Descriptor";
@@ -64,6 +66,9 @@ codes! {
     FEATURE_NOT_SAVEABLE = 0x10D, "Feature Identifier Not Saveable";
     FEATURE_NOT_CHANGEABLE = 0x10E, "Feature Not Changeable";
     FEATURE_NOT_PER_NAMESPACE = 0x10F, "Feature Not Namespace Specific";
+    CONTROLLER_RESET_IN_PROGRESS = 0x13F, "Cross-Controller Reset in Progress";
+    CONTROLLER_RESET_LOG_FULL = 0x140, "Cross-Controller Reset Log Page Full";
+    CONTROLLER_RESET_LIMIT_EXCEEDED = 0x141, "Cross-Controller Reset Limit Exceeded";
     CONNECT_INCOMPATIBLE_FORMAT = 0x180, "Connect Incompatible Format";
     CONNECT_CONTROLLER_BUSY = 0x181, "Connect Controller Busy";
     CONNECT_INVALID_PARAMETERS = 0x182, "Connect Invalid Parameters";
