@@ -1,7 +1,7 @@
 //! The configuration from any text: accepted, or refused with one line.
 #![no_main]
 
-use hawser::config::Config;
+use hawser_config::Config;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };

@@ -2,9 +2,9 @@
 
 use super::host::{self, HostIdentity};
 use super::reactors::Reactors;
-use crate::config::value::Uris;
-use crate::config::{Config, ConfigError, DeviceConfig, Placed};
 use hawser_block::{BlockSize, Device};
+use hawser_config::value::Uris;
+use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
 use hawser_fabric::initiator::{self, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};

@@ -1,13 +1,15 @@
 //! From a `[[disk]]` to a vhost-user socket.
 
 use super::reactors::Reactors;
-use crate::config::DiskConfig;
 use hawser_block::Device;
-
+use hawser_config::DiskConfig;
 use hawser_virtio::{CrashFile, DiskConfig as VhostConfig, DiskError, SocketAccess, VhostDisk};
 use hawser_volume::Volume;
 use std::sync::Arc;
 use std::time::Duration;
+
+// The configuration knows no other crate of ours.
+const _: () = assert!(hawser_config::QUEUES_MAX == hawser_virtio::QUEUES_MAX, "a disk may have what is said");
 
 /// Serves `device` at the disk's socket, from the time on when its size is known.
 ///

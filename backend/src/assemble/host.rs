@@ -3,8 +3,8 @@
 //! From `[host]`, else from `/etc/nvme` as nvme-cli keeps them, else made once and kept in the state folder, so that
 //! reservations and access lists hold over restarts.
 
-use crate::config::HostConfig;
-use crate::config::value::{Nqn, Uuid};
+use hawser_config::HostConfig;
+use hawser_config::value::{Nqn, Uuid};
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! The reactors: one thread each, pinned as the configuration says.
 
-use crate::config::{Config, ConfigError};
 use crate::daemon::api::view::ReactorView;
+use hawser_config::{Config, ConfigError};
 use hawser_runtime::{ReactorConfig, ReactorHandle, ReactorThread};
 use std::sync::atomic::Ordering;
 

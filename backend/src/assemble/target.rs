@@ -1,10 +1,10 @@
 //! From `[[subsystem]]`s to the target that other hosts connect to.
 
 use super::reactors::Reactors;
-use crate::config::Config;
-use crate::config::value::{Listen, Name, Nqn};
 use crate::daemon::api::view::{NamespaceView, SubsystemView};
 use hawser_block::Device;
+use hawser_config::Config;
+use hawser_config::value::{Listen, Name, Nqn};
 use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ fn serial(nqn: &Nqn) -> String {
 #[must_use]
 pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
     let addresses = target.addresses();
-    let view = |placed: &crate::config::Placed<crate::config::SubsystemConfig>| {
+    let view = |placed: &hawser_config::Placed<hawser_config::SubsystemConfig>| {
         let subsystem = &placed.value;
         let bound = addresses.iter().find(|(nqn, _)| nqn == subsystem.nqn.as_str());
         SubsystemView {

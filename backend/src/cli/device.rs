@@ -3,9 +3,9 @@
 use crate::assemble::host;
 use crate::cli::table::{self, Align, Table};
 use crate::cli::{ApiArgs, Failure, print_json, say};
-use crate::config::DaemonConfig;
 use crate::daemon::api::view::DeviceView;
 use clap::{Args, Subcommand};
+use hawser_config::DaemonConfig;
 use hawser_fabric::initiator::{self, HostIdentity};
 use hawser_fabric::nvme::discovery::{self, TransportType};
 use hawser_fabric::uri::TcpAddress;

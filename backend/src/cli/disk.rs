@@ -2,10 +2,10 @@
 
 use crate::cli::table::{self, Align, Table};
 use crate::cli::{ApiArgs, Failure, print_json, say};
-use crate::config::DiskConfig;
-use crate::config::value::{Name, Serial, SocketMode, SocketPath};
 use crate::daemon::api::view::{AddDisk, DiskView};
 use clap::{Args, Subcommand};
+use hawser_config::DiskConfig;
+use hawser_config::value::{Name, Serial, SocketMode, SocketPath};
 use std::path::PathBuf;
 
 #[derive(Subcommand)]

@@ -3,9 +3,9 @@
 use crate::assemble::device::{self, OpenError};
 use crate::assemble::reactors::Reactors;
 use crate::cli::{Failure, say, table, warn};
-use crate::config::Config;
 use crate::image::{self, Image, Progress};
 use clap::{Args, Subcommand};
+use hawser_config::Config;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::cell::Cell;
 use std::io::IsTerminal;

@@ -12,8 +12,8 @@ mod serve;
 mod status;
 mod table;
 
-use crate::config::ConfigError;
 use clap::{Args, Parser, Subcommand};
+use hawser_config::ConfigError;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,7 +62,7 @@ enum Command {
 #[derive(Args)]
 struct ApiArgs {
     /// The daemon's API socket
-    #[arg(long, value_name = "SOCK", env = "HAWSER_API", default_value = crate::config::DEFAULT_API)]
+    #[arg(long, value_name = "SOCK", env = "HAWSER_API", default_value = hawser_config::DEFAULT_API)]
     api: PathBuf,
     /// Print JSON for scripts instead of a table for people
     #[arg(long)]

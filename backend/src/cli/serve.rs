@@ -1,11 +1,11 @@
 //! `hawser serve`
 
 use crate::cli::Failure;
-use crate::config::Config;
-use crate::config::value::SocketPath;
 use crate::daemon::{self, StartError};
 use crate::sys;
 use clap::Args;
+use hawser_config::Config;
+use hawser_config::value::SocketPath;
 use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::PathBuf;

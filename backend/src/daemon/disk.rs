@@ -2,8 +2,8 @@
 
 use super::api::view::{DiskState, DiskView};
 use super::view::{device_trouble, io_view, rings_view};
-use crate::config::DiskConfig;
 use hawser_block::{Device, StatsSet};
+use hawser_config::DiskConfig;
 use hawser_virtio::VhostDisk;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -12,6 +12,7 @@ mod build_id;
 mod disk;
 mod lock;
 mod run_state;
+mod save;
 mod signals;
 mod view;
 
@@ -19,17 +20,16 @@ use crate::assemble::device::{self, OpenError};
 use crate::assemble::disk as assemble_disk;
 use crate::assemble::reactors::Reactors;
 use crate::assemble::target as assemble_target;
-use crate::config::value::{Name, SocketPath};
-use crate::config::{Config, ConfigError, DeviceConfig, DiskConfig};
 use api::ApiSocket;
 use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
+use hawser_config::value::{Name, SocketPath};
+use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
 use hawser_fabric::target::Target;
 use hawser_virtio::VhostDisk;
 use lock::Lock;
 use run_state::RunState;
-pub(crate) use run_state::replace_file;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -338,7 +338,7 @@ impl Daemon {
             .start_disk(config, None)
             .map_err(|what| ChangeError::Failed(format!("disk {name}: {what}")))?;
         if save {
-            match self.config.save_disk(&disk.config) {
+            match save::save_disk(&self.config, &disk.config) {
                 Ok(file) => disk.set_saved_in(Some(file)),
                 Err(what) => {
                     disk.stop(Duration::ZERO);
@@ -360,8 +360,7 @@ impl Daemon {
         let _change = self.lock_changes();
         let disk = self.find_disk(name)?;
         if save {
-            self.config
-                .unsave_disk(&disk.config.name, disk.saved_in().as_deref())
+            save::unsave_disk(&self.config, &disk.config.name, disk.saved_in().as_deref())
                 .map_err(ChangeError::Conflict)?;
             disk.set_saved_in(None);
         }

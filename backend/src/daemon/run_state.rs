@@ -189,7 +189,7 @@ fn signal_name(signal: u32) -> String {
 }
 
 /// Puts `content` in the place of `file` so that every reader, also after a power cut, sees the old or the new whole.
-pub(crate) fn replace_file(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+pub(super) fn replace_file(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let permissions = fs::Permissions::from_mode(mode);
     let mut new = tempfile::Builder::new().prefix(".new-").permissions(permissions).tempfile_in(folder)?;

@@ -1,9 +1,9 @@
 //! From the daemon's parts to what the API shows of them.
 
 use super::api::view::{DeviceView, IoView, LatencyView, RingsView};
-use crate::config::DeviceConfig;
-use crate::config::value::Uuid;
 use hawser_block::{Device, IoKind, StatsSet, Status};
+use hawser_config::DeviceConfig;
+use hawser_config::value::Uuid;
 use hawser_virtio::VhostDisk;
 use std::sync::atomic::Ordering;
 

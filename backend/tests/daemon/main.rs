@@ -3,7 +3,6 @@
 mod api;
 mod cli;
 mod common;
-mod config_errors;
 mod fabric;
 mod import;
 mod load;

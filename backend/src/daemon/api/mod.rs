@@ -7,7 +7,7 @@ pub mod metrics;
 pub mod view;
 
 use super::{ChangeError, Daemon};
-use crate::config::value::{SocketMode, SocketPath};
+use hawser_config::value::{SocketMode, SocketPath};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::CONTENT_TYPE;

@@ -2,7 +2,7 @@
 //!
 //! `docs/openapi.json` describes the same for others; a test holds real answers against it.
 
-use crate::config::DiskConfig;
+use hawser_config::DiskConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

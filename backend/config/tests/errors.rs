@@ -1,6 +1,6 @@
 //! Every mistake in a configuration gives one line that names file, place, key, value and what would be right.
 
-use hawser::config::Config;
+use hawser_config::Config;
 use std::path::PathBuf;
 
 fn error_of(files: &[(&str, &str)]) -> String {

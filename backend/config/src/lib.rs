@@ -1,12 +1,13 @@
 //! What a daemon starts with: one TOML file and the `conf.d/*.toml` beside it, read, merged and checked.
 //!
-//! Owns: the meaning of every key, its default and its limits. Must not know: how any of it is carried out, nor the
-//! state of the world (whether a target answers, whether a socket is free).
+//! Owns: the meaning of every key, its default and its limits. Must not know: any other crate of ours, how any of it is
+//! carried out, nor the state of the world (whether a target answers, whether a socket is free).
 //!
 //! Every error is one line that names the file, the place, the key, the value and what would be right.
 
+#![forbid(unsafe_code)]
+
 mod place;
-mod save;
 pub mod value;
 
 use place::Place;
@@ -97,7 +98,7 @@ const DRAIN_TIMEOUT_MAX: u32 = 3600;
 /// A day; above it somebody meant milliseconds.
 const TIMER_MAX: u32 = 86400;
 /// The most queues of a disk.
-pub const QUEUES_MAX: u16 = hawser_virtio::QUEUES_MAX;
+pub const QUEUES_MAX: u16 = 64;
 
 impl Default for DaemonConfig {
     fn default() -> Self {
