@@ -4,7 +4,7 @@ use super::api::view::{DiskState, DiskView};
 use super::view::{device_trouble, io_view, rings_view};
 use hawser_block::{Device, StatsSet};
 use hawser_config::DiskConfig;
-use hawser_virtio::VhostDisk;
+use hawser_virtio::{LeftBehind, VhostDisk};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -50,13 +50,11 @@ impl Disk {
     }
 
     /// Ends the session, after requests in flight have ended or `drain` has passed, and removes the socket.
-    /// Returns whether every request has ended.
-    pub(super) fn stop(&self, drain: Duration) -> bool {
+    /// Returns what was left at the device, if anything was.
+    pub(super) fn stop(&self, drain: Duration) -> Option<LeftBehind> {
         let service = std::mem::replace(&mut self.now().service, Service::Stopped);
-        match service {
-            Service::Serving(server) => server.stop(drain),
-            _ => true,
-        }
+        let Service::Serving(server) = service else { return None };
+        Some(server.stop(drain)).filter(|left| !left.has_ended())
     }
 
     pub(super) fn is_suspended(&self) -> bool {

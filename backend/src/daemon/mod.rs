@@ -27,7 +27,7 @@ use hawser_block::{Device, StatsSet};
 use hawser_config::value::{Name, SocketPath};
 use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
 use hawser_fabric::target::Target;
-use hawser_virtio::VhostDisk;
+use hawser_virtio::{LeftBehind, VhostDisk};
 use lock::Lock;
 use run_state::RunState;
 use std::path::PathBuf;
@@ -85,6 +85,8 @@ pub struct Daemon {
     reactors: Reactors,
     devices: Mutex<Vec<(DeviceConfig, Arc<dyn Device>)>>,
     disks: Mutex<Vec<Arc<Disk>>>,
+    /// What removed disks have left at their devices.
+    left_behind: Mutex<Vec<(Name, LeftBehind)>>,
     target: Mutex<Option<Target>>,
     run_state: Mutex<RunState>,
     /// Held while disks are added or removed: one change at a time.
@@ -176,6 +178,7 @@ impl Daemon {
             reactors,
             devices: Mutex::new(devices),
             disks: Mutex::default(),
+            left_behind: Mutex::default(),
             target: Mutex::new(target),
             run_state: Mutex::new(run_state),
             changes: Mutex::default(),
@@ -260,6 +263,10 @@ impl Daemon {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn lock_left_behind(&self) -> MutexGuard<'_, Vec<(Name, LeftBehind)>> {
+        self.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_run_state(&self) -> MutexGuard<'_, RunState> {
         self.run_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -293,9 +300,10 @@ impl Daemon {
         let disks = std::mem::take(&mut *self.lock_disks());
         let mut all_ended = std::thread::scope(|scope| {
             let ends: Vec<_> = disks.iter().map(|disk| scope.spawn(|| disk.stop(drain))).collect();
-            ends.into_iter().all(|end| end.join().unwrap_or(false))
+            ends.into_iter().all(|end| end.join().is_ok_and(|left| left.is_none()))
         });
         drop(disks);
+        all_ended &= std::mem::take(&mut *self.lock_left_behind()).iter().all(|(_, left)| left.has_ended());
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner).take();
         if target.is_some_and(|target| !target.stop(drain.saturating_sub(since.elapsed()))) {
             log::warn!("targets: commands were still under way after {} s", drain.as_secs());
@@ -333,6 +341,13 @@ impl Daemon {
             let what = format!("socket {} is the API's own, want another path", config.socket);
             return Err(ChangeError::Conflict(what));
         }
+        if self.has_left_behind(&config.device) {
+            // An old write would land on what the new disk writes.
+            return Err(ChangeError::Conflict(format!(
+                "device {} still has requests of a disk that was removed, want another device, or wait until it answers",
+                config.device
+            )));
+        }
         let name = config.name.clone();
         let disk = self
             .start_disk(config, None)
@@ -365,10 +380,25 @@ impl Daemon {
             disk.set_saved_in(None);
         }
         let view = disk.view();
-        disk.stop(self.drain());
+        let left = disk.stop(self.drain());
         self.lock_disks().retain(|other| !Arc::ptr_eq(other, &disk));
-        log::info!("disk {name}: removed");
+        if let Some(left) = left {
+            let device = disk.config.device.clone();
+            log::warn!(
+                "disk {name}: removed; device {device} still has requests of it, and cannot be used before they end"
+            );
+            self.lock_left_behind().push((device, left));
+        } else {
+            log::info!("disk {name}: removed");
+        }
         Ok(view)
+    }
+
+    /// Whether `device` still has requests of a disk that was removed.
+    fn has_left_behind(&self, device: &Name) -> bool {
+        let mut left_behind = self.lock_left_behind();
+        left_behind.retain(|(_, left)| !left.has_ended());
+        left_behind.iter().any(|(other, _)| other == device)
     }
 
     /// Returns a disk that was set aside.

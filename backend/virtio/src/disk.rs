@@ -12,7 +12,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -117,8 +117,8 @@ pub(crate) struct DiskShared {
     /// Wakes the disk's thread.
     wake: OwnedFd,
     stop: Mutex<Option<Duration>>,
-    /// Requests were still at the device when their session ended: the process must not pass for ended in order.
-    pub(crate) left_behind: AtomicBool,
+    /// Queues whose session has ended while requests of theirs were at the device, and that have not ended since.
+    pub(crate) queues_left: AtomicUsize,
 }
 
 impl DiskShared {
@@ -134,7 +134,7 @@ impl DiskShared {
             trouble: Mutex::default(),
             wake: connection::eventfd()?,
             stop: Mutex::default(),
-            left_behind: AtomicBool::new(false),
+            queues_left: AtomicUsize::new(0),
             config,
             device,
         })
@@ -291,13 +291,13 @@ impl VhostDisk {
         connection::signal(self.shared.wake.as_fd());
     }
 
-    /// Takes no more requests, waits up to `drain_timeout` for those in flight, gives the rest up (they stay in the in-flight
-    /// log), closes the connection and removes the socket.
-    /// Returns whether every request has ended; if not, the device may still carry one out.
+    /// Takes no more requests, waits up to `drain_timeout` for those in flight, gives the rest up, closes the connection and
+    /// removes the socket. Requests that the device does not even end within 5 s of being given up are left behind: they stay
+    /// in the in-flight log, and the guest's memory stays mapped for them.
     #[must_use]
-    pub fn stop(mut self, drain_timeout: Duration) -> bool {
+    pub fn stop(mut self, drain_timeout: Duration) -> LeftBehind {
         self.end(drain_timeout);
-        !self.shared.left_behind.load(Ordering::Acquire)
+        LeftBehind(Arc::clone(&self.shared))
     }
 
     fn end(&mut self, drain_timeout: Duration) {
@@ -311,6 +311,18 @@ impl VhostDisk {
 impl Drop for VhostDisk {
     fn drop(&mut self) {
         self.end(self.shared.config.drain_timeout);
+    }
+}
+
+/// What a stopped disk has left at its device.
+pub struct LeftBehind(Arc<DiskShared>);
+
+impl LeftBehind {
+    /// Whether every request has ended. Until then the device may still carry one out: it must not be offered again, or an
+    /// old write lands on a newer one; and its process has not ended in order.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.0.queues_left.load(Ordering::Acquire) == 0
     }
 }
 

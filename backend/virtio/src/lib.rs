@@ -41,7 +41,7 @@ mod socket;
 pub use chain::ChainError;
 pub use counters::{DiskCounters, QueueCounters};
 pub use crash::{Crash, CrashError, CrashFile, CrashedRequest, NAME_BYTES_MAX};
-pub use disk::{DiskConfig, DiskError, DiskState, QUEUES_MAX, VhostDisk};
+pub use disk::{DiskConfig, DiskError, DiskState, LeftBehind, QUEUES_MAX, VhostDisk};
 pub use socket::{SocketAccess, SocketError};
 
 #[cfg(test)]

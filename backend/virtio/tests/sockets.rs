@@ -87,7 +87,7 @@ fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
     assert!(matches!(error, DiskError::Socket(SocketError::Locked(_))), "{error}");
     assert_eq!(disk.counters().sessions.load(Ordering::Relaxed), 0);
     works(&mut Guest::connect(&path, &Wish::default()));
-    assert!(disk.stop(Duration::from_secs(1)), "every request has ended");
+    assert!(disk.stop(Duration::from_secs(1)).has_ended());
     assert!(!path.exists() && !folder.path("s.lock").exists());
     // Another program listens.
     let other = UnixListener::bind(&path).unwrap();
@@ -142,7 +142,7 @@ fn a_stopped_disk_has_ended_its_requests_and_closed_its_socket() {
         std::thread::sleep(Duration::from_millis(50));
         device.release();
     });
-    assert!(served.disk.stop(Duration::from_secs(20)), "every request has ended");
+    assert!(served.disk.stop(Duration::from_secs(20)).has_ended());
     assert!(guest.rings[0].take_used(&guest.ram).is_some());
     assert!(guest.is_ended());
     assert!(!served.socket.exists());
@@ -168,6 +168,65 @@ fn a_second_front_end_waits_for_the_first_and_half_a_message_stops_nobody() {
     let mut half = UnixStream::connect(&served.socket).unwrap();
     half.write_all(&message(2, 1, &[0; 8])[..15]).unwrap();
     eventually("accepted", || served.disk.state() == DiskState::Connected);
-    assert!(served.disk.stop(Duration::from_secs(20)), "every request has ended");
+    assert!(served.disk.stop(Duration::from_secs(20)).has_ended());
     assert!(!served.socket.exists());
+}
+
+/// A disk that was removed while its device did not answer was served again, at the same socket with the same log. When the
+/// device answered at last, the old queue wrote a second used element for requests that the new one had executed.
+#[test]
+fn what_a_removed_disk_left_at_its_device_does_not_touch_its_successors_ring() {
+    let Served { disk, reactor, device, socket, folder } =
+        Served::with(small(), |config| config.drain_timeout = Duration::from_millis(100));
+    let wish = Wish { inflight: true, ..Wish::default() };
+    device.deaf.store(true, Ordering::Release);
+    let mut guest = Guest::connect(&socket, &wish);
+    works(&mut guest);
+    device.fake.state().hold = true;
+    for number in [1, 2] {
+        let parts = guest.plain(T_OUT, number, &[9; 512], 0, DATA + 4096 * number);
+        guest.submit(0, &parts);
+    }
+    eventually("taken", || disk.queue_counters()[0].requests.get() == 4);
+    let left = disk.stop(Duration::from_millis(100));
+    assert!(!left.has_ended());
+    assert!(guest.is_ended() && guest.rings[0].take_used(&guest.ram).is_none());
+
+    // Its successor, on another device, executes what is in the log.
+    let second = Arc::new(support::TestDevice::new(small()));
+    let disk = VhostDisk::start(
+        config(&socket),
+        Arc::clone(&second) as Arc<dyn Device>,
+        vec![reactor.handle().clone()],
+    )
+    .unwrap();
+    let mut guest = guest.reconnect(&socket, &wish);
+    for _ in 0..2 {
+        guest.rings[0].wait_used(&guest.ram);
+    }
+    assert_eq!(disk.queue_counters()[0].replayed.get(), 2);
+    works(&mut guest);
+    // One is under way in the new session.
+    second.fake.state().hold = true;
+    let parts = guest.plain(T_OUT, 3, &[9; 512], 0, DATA + 4096 * 3);
+    guest.submit(0, &parts);
+    eventually("taken", || disk.queue_counters()[0].requests.get() == 3);
+    let (ring, log) = (guest.ram.read(RAM_GUEST, 0x8000), log_bytes(&guest));
+    let _ = guest.rings[0].call.read();
+    device.release();
+    eventually("the old requests end", || left.has_ended());
+    assert!(guest.ram.read(RAM_GUEST, 0x8000) == ring, "the ring changed");
+    assert!(log_bytes(&guest) == log, "the log changed");
+    assert!(guest.rings[0].call.read().is_err(), "interrupted");
+    second.release();
+    guest.rings[0].wait_used(&guest.ram);
+    works(&mut guest);
+    drop((disk, reactor, folder));
+}
+
+fn log_bytes(guest: &Guest) -> Vec<u8> {
+    let (description, file) = guest.inflight.as_ref().unwrap();
+    let mut bytes = vec![0; usize::try_from(description.mmap_size).unwrap()];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, description.mmap_offset).unwrap();
+    bytes
 }

@@ -10,6 +10,7 @@
 //! - The epoch of memory that a slot's pieces point into is owned until the slot has ended, whatever the front end does.
 //! - Nothing is allocated per request. The order of stores is the in-flight log's ([`crate::inflight`]).
 
+mod control;
 mod requests;
 
 use crate::blk::{RANGES_MAX, VirtioStatus};
@@ -21,7 +22,7 @@ use crate::fault;
 use crate::gate::Gate;
 use crate::inflight::{QueueLog, Unfinished};
 use crate::interrupt::Interrupt;
-use crate::memory::{GuestMemory, Region};
+use crate::memory::GuestMemory;
 use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, Ring, prefetch};
 use crate::session::SessionShared;
 use crate::shared;
@@ -158,6 +159,8 @@ pub(crate) struct Queue {
     faults: u64,
     failed: bool,
     aborting: bool,
+    /// Nobody's any more: what still ends is not shown to anybody ([`Queue::disown`]).
+    disowned: bool,
     left_in_log: bool,
     stopping: Option<Sender<Stopped>>,
     awaited: usize,
@@ -242,6 +245,7 @@ impl Queue {
             faults: u64::MAX,
             failed: false,
             aborting: false,
+            disowned: false,
             left_in_log: false,
             stopping: None,
             awaited: 0,
@@ -455,7 +459,9 @@ impl Queue {
             }
             let outcome = slot.outcome;
             self.stats.record(slot.kind, u64::from(slot.bytes), now.ns_since(slot.started), outcome);
-            if self.aborting && outcome == Err(Status::Aborted) && self.log.is_some() {
+            if self.disowned {
+                self.release(head);
+            } else if self.aborting && outcome == Err(Status::Aborted) && self.log.is_some() {
                 // Stays in the log, for the next session to execute it again.
                 self.left_in_log = true;
                 self.release(head);
@@ -544,84 +550,6 @@ impl Queue {
             self.counters().interrupts.add(1);
             self.interrupt.signal();
         }
-    }
-
-    /// Replaces the interrupt.
-    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
-        if let Err(error) = self.interrupt.set(call) {
-            return self.fail(&format!("SET_VRING_CALL: {error}"));
-        }
-        // What was signalled on the old one may have been missed.
-        self.interrupt();
-    }
-
-    /// A new epoch of memory, and the ring's place in it. `free` hears when no request names `removed` any more.
-    pub(crate) fn set_memory(
-        &mut self,
-        memory: Arc<GuestMemory>,
-        ring: Ring,
-        removed: Option<&Region>,
-        free: Sender<()>,
-    ) {
-        let old_in_flight: usize = self.old_memory.iter().map(|old| old.in_flight).sum();
-        let in_flight = self.in_flight - old_in_flight;
-        let old = std::mem::replace(&mut self.memory, memory);
-        self.ring = ring;
-        if in_flight > 0 {
-            self.old_memory.push(OldMemory { generation: self.generation, in_flight, memory: old });
-            self.generation = self.generation.wrapping_add(1);
-        } else {
-            self.session.retire(old);
-        }
-        let Some(removed) = removed else { return };
-        for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| slot.busy) {
-            let pieces = if usize::from(slot.pieces) <= PIECES_INLINE {
-                &slot.inline[..usize::from(slot.pieces)]
-            } else {
-                &self.overflow[head * PIECES_MAX..head * PIECES_MAX + usize::from(slot.pieces)]
-            };
-            let names_it = removed.touches(slot.status as usize, 1)
-                || pieces.iter().any(|piece| removed.touches(piece.iov_base as usize, piece.iov_len));
-            if names_it && !slot.awaited {
-                slot.awaited = true;
-                self.awaited += 1;
-            }
-        }
-        if self.awaited > 0 {
-            self.region_free = Some(free);
-        }
-    }
-
-    /// Takes no more from the ring, and ends when everything in flight has.
-    pub(crate) fn stop(&mut self, runtime: &Runtime, done: Sender<Stopped>) {
-        self.stopping = Some(done);
-        if self.kick_armed {
-            runtime.cancel(self.id(), KEY_KICK);
-        }
-        // A held interrupt waits for nothing any more.
-        self.publish(runtime);
-        self.finish_if_idle(runtime);
-    }
-
-    /// Has waited long enough: gives up what is in flight as soon as that is safe.
-    pub(crate) fn abort(&mut self) {
-        self.aborting = true;
-        if let Some(channel) = &mut self.channel {
-            channel.abort();
-        }
-    }
-
-    fn finish_if_idle(&mut self, runtime: &Runtime) {
-        if self.in_flight > 0 || self.kick_armed {
-            return;
-        }
-        let Some(done) = self.stopping.take() else { return };
-        let left_in_log = self.left_in_log || self.replaying;
-        self.session.retire(std::mem::take(&mut self.memory));
-        runtime.remove_source(self.id());
-        runtime.local::<Queues>().0.borrow_mut().remove(&self.key);
-        // The session may have stopped waiting.
-        let _ = done.send(Stopped { next_available: self.next_available, left_in_log });
     }
 }
 

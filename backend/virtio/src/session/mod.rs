@@ -62,7 +62,8 @@ impl SessionShared {
         connection::signal(self.disk.wake_fd());
     }
 
-    fn drop_retired(&self) {
+    /// Lets go of what was retired.
+    pub(crate) fn drop_retired(&self) {
         let retired = std::mem::take(&mut *self.retired.lock().unwrap_or_else(PoisonError::into_inner));
         drop(retired);
     }

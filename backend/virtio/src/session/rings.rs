@@ -16,7 +16,10 @@ use std::time::{Duration, Instant};
 /// Queues' names in this process.
 static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
 
-/// How long the end of the process waits for requests that were given up.
+/// A queue that is being stopped: index, key, reactor, and how it ended.
+type Stopping = (usize, u64, usize, mpsc::Receiver<Stopped>);
+
+/// How long the end of a disk waits for requests that were given up.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Session<'_> {
@@ -126,10 +129,10 @@ impl Session<'_> {
 
     /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up, and still
     /// waited for: a request ends once, at the end, and until then its memory stays mapped and its disk is not served again.
-    /// Only a process that is about to end does not wait for ever.
+    /// Only a disk that is removed, or whose process ends, does not wait for ever.
     pub(super) fn stop_queues(&mut self, indices: &[usize]) {
         let name = &self.disk.config.name;
-        let mut stopping = Vec::new();
+        let mut stopping = Vec::<Stopping>::new();
         for index in indices {
             let Some(Running { key, reactor }) = self.vrings[*index].running.take() else { continue };
             let (done, is_done) = mpsc::channel::<Stopped>();
@@ -172,15 +175,30 @@ impl Session<'_> {
                         .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
                 }
             } else if stop.is_some() && began.elapsed() > ABORT_PATIENCE {
-                // The queue keeps its memory; what stays in the log is executed again by the next process.
                 log::error!("disk {name}: the device does not end its requests; leaving them");
-                self.disk.left_behind.store(true, Ordering::Release);
+                self.leave_behind(&stopping);
                 return;
             } else if told.elapsed() > Duration::from_secs(10) {
                 told = Instant::now();
                 log::warn!("disk {name}: waiting for the device to end requests that were given up");
             }
         }
+    }
+
+    /// Takes ring, log and interrupt from queues that still have requests in flight. When this returns, none of them touches
+    /// what a successor may own. They keep their memory; what is in the log is executed again by the next session.
+    fn leave_behind(&self, stopping: &[Stopping]) {
+        let (done, all_done) = mpsc::channel::<()>();
+        for (_, key, reactor, _) in stopping {
+            let (key, done) = (*key, done.clone());
+            self.reactors[*reactor].run(move |runtime| {
+                with_queue(runtime, key, |queue, _| queue.disown());
+                drop(done);
+            });
+        }
+        drop(done);
+        // Ends when every message was carried out, or its reactor has ended.
+        let _ = all_done.recv();
     }
 }
 

@@ -5,12 +5,12 @@
 pub mod frontend;
 
 use hawser_block::fake::FakeDevice;
-use hawser_block::{BlockSize, Channel, Device, DeviceState, Geometry, StatsSet};
+use hawser_block::{BlockSize, Channel, Completion, Device, DeviceState, Geometry, Request, StatsSet};
 use hawser_runtime::{ReactorConfig, ReactorHandle, ReactorThread, Runtime, SourceId};
 use hawser_virtio::{DiskConfig, SocketAccess, VhostDisk};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,8 @@ pub fn config(socket: &Path) -> DiskConfig {
 pub struct TestDevice {
     pub fake: FakeDevice,
     users: Mutex<Vec<(ReactorHandle, SourceId)>>,
+    /// Its channels do not end what they are told to give up.
+    pub deaf: AtomicBool,
     grown: Mutex<Option<Geometry>>,
     listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
 }
@@ -68,6 +70,7 @@ impl TestDevice {
         TestDevice {
             fake: FakeDevice::new(geometry),
             users: Mutex::default(),
+            deaf: AtomicBool::new(false),
             grown: Mutex::default(),
             listeners: Mutex::default(),
         }
@@ -87,6 +90,18 @@ impl TestDevice {
         let geometry = Geometry { blocks, ..self.geometry().unwrap() };
         *self.grown.lock().unwrap() = Some(geometry);
         self.listeners.lock().unwrap().iter().for_each(|listener| listener());
+    }
+}
+
+struct Deaf(Box<dyn Channel>);
+
+impl Channel for Deaf {
+    fn submit(&mut self, batch: &mut Vec<Request>) {
+        self.0.submit(batch);
+    }
+
+    fn reap(&mut self, ended: &mut Vec<Completion>) {
+        self.0.reap(ended);
     }
 }
 
@@ -120,7 +135,8 @@ impl Device for TestDevice {
 
     fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel> {
         self.users.lock().unwrap().push((runtime.handle(), user));
-        self.fake.channel(runtime, user)
+        let channel = self.fake.channel(runtime, user);
+        if self.deaf.load(Ordering::Acquire) { Box::new(Deaf(channel)) } else { channel }
     }
 
     fn stats(&self) -> Arc<StatsSet> {
