@@ -3,7 +3,7 @@
 //! Must not know requests. No input may make it loop, panic, or name a byte outside of the guest's memory.
 
 use crate::memory::GuestMemory;
-use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, FLAG_NEXT, FLAG_WRITE, Ring, SIZE_MAX};
+use crate::ring::{DESCRIPTOR_BYTES, Descriptor, FLAG_INDIRECT, FLAG_NEXT, FLAG_WRITE, Ring};
 use std::fmt;
 
 /// Data segments that we tell the driver of (`seg_max`): a ring of 128 less header and status.
@@ -11,8 +11,9 @@ pub(crate) const SEGMENTS_MAX: u16 = 126;
 /// Pieces that a chain may have here: [`SEGMENTS_MAX`], header, status, and a few segments that cross regions.
 /// 133 x 16 bytes: no power of two, so that the slots of a queue spread over the caches' sets.
 pub(crate) const PIECES_MAX: usize = 133;
-/// Descriptors that we walk in one chain; more is taken for a loop.
-const DESCRIPTORS_MAX: u32 = 2 * SIZE_MAX as u32;
+/// Descriptors that we walk in one chain; a longer one is nobody's who keeps to `seg_max`, or a loop. Header and status are two
+/// more than the 126 segments, and twice that leaves each of them room to be torn in two: 2 x (126 + 2).
+pub(crate) const DESCRIPTORS_MAX: u32 = 2 * (SEGMENTS_MAX as u32 + 2);
 /// Bytes that we serve in one chain: four of the largest requests. More would let a guest fill our memory with pieces of a
 /// request whose descriptors all name the same page.
 const BYTES_MAX: u64 = 16 << 20;
@@ -23,8 +24,10 @@ const BYTES_MAX: u64 = 16 << 20;
 pub enum ChainError {
     /// `next` names no descriptor of the table.
     Next { next: u16, size: u32 },
-    /// More descriptors than there can be.
+    /// More descriptors than there can be in this ring or table.
     Loop,
+    /// More descriptors than we walk.
+    TooLong,
     /// The driver did not negotiate indirect descriptors.
     IndirectNotNegotiated,
     /// An indirect descriptor with a next one.
@@ -48,6 +51,12 @@ impl fmt::Display for ChainError {
         match *self {
             ChainError::Next { next, size } => write!(f, "descriptor.next {next} with a table of {size}"),
             ChainError::Loop => f.write_str("descriptor.next: the chain does not end"),
+            ChainError::TooLong => {
+                write!(
+                    f,
+                    "descriptor.next: more than {DESCRIPTORS_MAX} descriptors; seg_max is {SEGMENTS_MAX}"
+                )
+            }
             ChainError::IndirectNotNegotiated => f.write_str("descriptor.flags: INDIRECT was not negotiated"),
             ChainError::IndirectNext => f.write_str("descriptor.flags: INDIRECT together with NEXT"),
             ChainError::IndirectNested => f.write_str("descriptor.flags: INDIRECT within an indirect table"),
@@ -93,6 +102,7 @@ pub(crate) struct Chain {
     /// Part of the chain is not in memory, or there are too many pieces: only the status can be written.
     unusable: bool,
     last_writable: (u64, u32),
+    descriptors: u32,
 }
 
 impl Chain {
@@ -106,6 +116,7 @@ impl Chain {
             writable_bytes: 0,
             unusable: false,
             last_writable: (0, 0),
+            descriptors: 0,
         }
     }
 
@@ -165,14 +176,23 @@ impl Chain {
             let most = match table {
                 Table::Ring => u32::from(ring.size()),
                 Table::Host { count, .. } | Table::Guest { count, .. } => {
-                    count.saturating_add(u32::from(ring.size())).min(DESCRIPTORS_MAX)
+                    count.saturating_add(u32::from(ring.size()))
                 }
             };
             if walked > most {
                 return Err(ChainError::Loop);
             }
+            if walked > DESCRIPTORS_MAX {
+                return Err(ChainError::TooLong);
+            }
         }
+        self.descriptors = walked;
         Ok(())
+    }
+
+    /// How many descriptors were walked.
+    pub(crate) fn descriptors(&self) -> u32 {
+        self.descriptors
     }
 
     #[inline]

@@ -339,6 +339,44 @@ mod tests {
         bytes
     }
 
+    /// A ring of 1024 long chains was taken off in one turn, while the reactor's other queues waited.
+    #[test]
+    fn a_turn_takes_its_share_of_a_full_ring_and_the_rest_follows_without_a_kick() {
+        for (table_descriptors, chains_per_turn) in [(2u64, 128u64), (200, 21)] {
+            let mut harness = Harness::new();
+            harness.device.state().hold = true;
+            let descriptor = |address: u64, len: u64, flags: u64, next: u64| {
+                (u128::from(GUEST + address) | u128::from(len | flags << 32 | next << 48) << 64).to_le_bytes()
+            };
+            // All chains have the same table: a flush in many empty pieces.
+            let table = DATA + 0x1000;
+            for index in 0..table_descriptors - 1 {
+                let len = if index == 0 { 16 } else { 0 };
+                harness.write(table + 16 * index, &descriptor(DATA, len, 1, index + 1));
+            }
+            harness.write(table + 16 * (table_descriptors - 1), &descriptor(DATA + 16, 1, 2, 0));
+            harness.write(DATA, &[4]);
+            for head in 0..1024u16 {
+                harness.write(16 * u64::from(head), &descriptor(table, 16 * table_descriptors, 4, 0));
+                harness.write(AVAILABLE + 4 + 2 * u64::from(head), &head.to_le_bytes());
+            }
+            let started = harness.start(1024, true, None).expect("no log, no error");
+            harness.write(AVAILABLE + 2, &1024u16.to_le_bytes());
+            let taken = |harness: &Harness| {
+                let counters = &harness.disk.counters[0];
+                (counters.batches.get(), counters.requests.get())
+            };
+            // A held device wakes nobody: a pass has one turn for what was woken and one for what is seen in the ring.
+            harness.steps(1);
+            let (_, requests) = taken(&harness);
+            assert!(requests > 0 && requests < 1024 && requests % chains_per_turn == 0, "{requests} at once");
+            harness.steps(60);
+            assert_eq!(taken(&harness), (1024u64.div_ceil(chains_per_turn), 1024));
+            harness.stop(&started);
+            assert_eq!(harness.ring(1024).used_idx(), 1024);
+        }
+    }
+
     #[test]
     fn chains_of_random_bytes_end() {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);

@@ -77,6 +77,7 @@ impl Queue {
         slot.bytes = bytes;
         slot.used_len = if operation == Operation::Read { bytes.wrapping_add(1) } else { 1 };
         slot.pieces = u16::try_from(pieces.len()).unwrap_or(u16::MAX);
+        self.bytes_in_flight += u64::from(bytes);
         let kept = if pieces.len() <= PIECES_INLINE {
             slot.inline[..pieces.len()].copy_from_slice(pieces);
             slot.inline.as_ptr()
