@@ -46,11 +46,11 @@ impl Device for Volume {
             transfer_blocks_max,
             read_only: self.read_only || member.read_only,
             discard: member.discard.map(|limits| DiscardLimits {
-                blocks_max: limits.blocks_max.saturating_mul(plan::PIECES_MAX),
+                blocks_max: plan::offered(limits.blocks_max, limits.granularity_blocks),
                 ..limits
             }),
             write_zeroes: member.write_zeroes.map(|limits| WriteZeroesLimits {
-                blocks_max: limits.blocks_max.saturating_mul(plan::PIECES_MAX),
+                blocks_max: plan::offered(limits.blocks_max, 1),
                 ..limits
             }),
             ..member

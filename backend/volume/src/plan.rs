@@ -37,23 +37,23 @@ pub fn resolve(request: &Request, member: &Geometry, read_only: bool) -> Plan {
             return Plan::Refused(Status::Invalid);
         }
     }
-    let Some(blocks_max) = blocks_max(request.operation, member) else {
-        return Plan::Refused(Status::Unsupported);
-    };
-    match request.blocks.0.div_ceil(blocks_max) {
-        1 => Plan::Whole,
-        pieces if pieces > PIECES_MAX && !request.operation.has_payload() => Plan::Refused(Status::Invalid),
-        pieces => Plan::Pieces(pieces),
+    let Some(cut) = Cut::new(request, member) else { return Plan::Refused(Status::Unsupported) };
+    if !request.operation.has_payload() && request.blocks.0 > cut.unit.saturating_mul(PIECES_MAX) {
+        return Plan::Refused(Status::Invalid);
+    }
+    match request.blocks.0.saturating_sub(cut.first).div_ceil(cut.unit) {
+        0 => Plan::Whole,
+        more => Plan::Pieces(1 + more),
     }
 }
 
 /// The `index`-th of the pieces that [`resolve`] counted, with `token`.
 #[must_use]
 pub fn piece(request: &Request, member: &Geometry, index: u32, token: hawser_block::Token) -> Request {
-    let blocks_max =
-        blocks_max(request.operation, member).expect("resolve() refused what the member cannot do");
-    let before = index * blocks_max;
-    let blocks = blocks_max.min(request.blocks.0 - before);
+    let cut = Cut::new(request, member).expect("resolve() refused what the member cannot do");
+    let before = if index == 0 { 0 } else { cut.first + (index - 1) * cut.unit };
+    let most = if index == 0 { cut.first } else { cut.unit };
+    let blocks = most.min(request.blocks.0 - before);
     let buffers = if request.operation.has_payload() {
         let shift = member.block_size.shift();
         request.buffers.slice((before as usize) << shift, (blocks as usize) << shift)
@@ -64,15 +64,44 @@ pub fn piece(request: &Request, member: &Geometry, index: u32, token: hawser_blo
     Request { lba, blocks: BlockCount(blocks), buffers, token, ..*request }
 }
 
-/// The most blocks of one such operation on the member; `None` when it cannot do it.
-fn blocks_max(operation: Operation, member: &Geometry) -> Option<u32> {
-    let blocks_max = match operation {
-        Operation::Read | Operation::Write { .. } => member.transfer_blocks_max,
-        Operation::Discard => member.discard?.blocks_max,
-        Operation::WriteZeroes { .. } => member.write_zeroes?.blocks_max,
-        Operation::Flush => 1,
-    };
-    Some(blocks_max.max(1))
+/// The most blocks that a volume offers of what its member takes `blocks_max` of.
+pub(crate) fn offered(blocks_max: u32, granularity_blocks: u32) -> u32 {
+    unit(blocks_max, granularity_blocks).saturating_mul(PIECES_MAX)
+}
+
+/// How a request is cut: the lengths of its first piece and of the others.
+struct Cut {
+    first: u32,
+    unit: u32,
+}
+
+impl Cut {
+    /// `None` when the member cannot do it.
+    fn new(request: &Request, member: &Geometry) -> Option<Cut> {
+        let (blocks_max, granularity) = match request.operation {
+            Operation::Read | Operation::Write { .. } => (member.transfer_blocks_max, 1),
+            // A device may do nothing for the part of a discard that is less than a granule: a cut in the middle of one
+            // would leave two such parts where there was none.
+            Operation::Discard => {
+                let limits = member.discard?;
+                (limits.blocks_max, limits.granularity_blocks)
+            }
+            Operation::WriteZeroes { .. } => (member.write_zeroes?.blocks_max, 1),
+            Operation::Flush => (1, 1),
+        };
+        let unit = unit(blocks_max, granularity);
+        if request.blocks.0 <= blocks_max || unit < granularity {
+            return Some(Cut { first: blocks_max.max(1), unit });
+        }
+        let beyond = u32::try_from(request.lba.0 % u64::from(granularity.max(1))).unwrap_or(0);
+        Some(Cut { first: unit - beyond, unit })
+    }
+}
+
+/// The most whole granules that one request takes; where not even one fits, what fits.
+fn unit(blocks_max: u32, granularity: u32) -> u32 {
+    let whole = blocks_max - blocks_max % granularity.max(1);
+    if whole > 0 { whole } else { blocks_max.max(1) }
 }
 
 #[cfg(test)]
@@ -139,5 +168,33 @@ mod tests {
         assert_eq!(resolve(&request(Operation::Flush, 0, 0), &member, true), Plan::Whole);
         let payload_missing = request(Operation::Read, 0, 1);
         assert_eq!(resolve(&payload_missing, &member, false), Plan::Refused(Status::Invalid));
+    }
+
+    /// A discard of 64 blocks in granules of 16, for a member that takes 40 at once, was cut at 40 and discarded only the
+    /// granules 0, 1 and 3: the third lay on both sides of the cut.
+    #[test]
+    fn a_discard_is_cut_between_granules() {
+        let limits = DiscardLimits { blocks_max: 40, granularity_blocks: 16, reads_zeroes: false };
+        let member = Geometry { discard: Some(limits), ..Geometry::new(BlockSize::B512, 1 << 20) };
+        for (lba, blocks, want) in [
+            (0, 64, vec![(0, 32), (32, 32)]),
+            (8, 64, vec![(8, 24), (32, 32), (64, 8)]),
+            (15, 41, vec![(15, 17), (32, 24)]),
+            (3, 40, vec![(3, 40)]),
+        ] {
+            let request = request(Operation::Discard, lba, blocks);
+            let count = match resolve(&request, &member, false) {
+                Plan::Whole => 1,
+                Plan::Pieces(count) => count,
+                Plan::Refused(status) => panic!("{status:?}"),
+            };
+            let pieces = (0..count).map(|index| piece(&request, &member, index, Token(1)));
+            let pieces: Vec<_> = pieces.map(|piece| (piece.lba.0, piece.blocks.0)).collect();
+            assert_eq!(pieces, want);
+        }
+        // A granule that does not fit into one request cannot be kept whole.
+        let coarse = DiscardLimits { blocks_max: 4, granularity_blocks: 16, reads_zeroes: false };
+        let member = Geometry { discard: Some(coarse), ..member };
+        assert_eq!(resolve(&request(Operation::Discard, 1, 9), &member, false), Plan::Pieces(3));
     }
 }

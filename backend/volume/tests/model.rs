@@ -54,7 +54,7 @@ fn random_requests_over_members_of_every_limit_read_back_like_the_model() {
             transfer_blocks_max: 1 + random.small(40),
             discard: Some(DiscardLimits {
                 blocks_max: 1 + random.small(40),
-                granularity_blocks: 1,
+                granularity_blocks: 1 + random.small(9),
                 reads_zeroes: true,
             }),
             write_zeroes: Some(WriteZeroesLimits { blocks_max: 1 + random.small(40), may_unmap: true }),
