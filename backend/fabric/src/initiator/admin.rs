@@ -208,9 +208,9 @@ impl Admin {
         Ok(answer.status.is_success().then(|| log_page::AsyncEvent::from_dword(dword)))
     }
 
-    /// Whether the connection was lost in mere silence.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.inner.borrow_mut().connection().is_silent()
+    /// Whether the target ended the connection, and so knows that the association is over.
+    pub(crate) fn was_ended_by_target(&self) -> bool {
+        self.inner.borrow_mut().connection().was_ended_by_target()
     }
 
     /// Awaits the loss of the connection.
@@ -272,6 +272,27 @@ impl Admin {
             }
             self.runtime.sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Resets the controller: clears CC.EN, and waits until CSTS.RDY is clear, for at most `limit`. With success no command
+    /// of its I/O queues is under way any more, where the controller keeps to the specification (base 3.5.3); ours does,
+    /// Linux's nvmet clears RDY at once.
+    ///
+    /// # Errors
+    /// When it cannot be told, or not in time.
+    pub(crate) async fn reset(&self, limit: Duration) -> Result<(), String> {
+        let reset = async {
+            self.command("clear CC.EN", Property::set(offset::CC, false, 0), 0).await?;
+            loop {
+                let (csts, _) = self.command("read CSTS", Property::get(offset::CSTS, false), 0).await?;
+                if crate::nvme::bytes::low32(csts) & CSTS_READY == 0 {
+                    return Ok(());
+                }
+                self.runtime.sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let reset = within(&self.runtime, limit, reset).await;
+        reset.unwrap_or_else(|| Err("the controller was not reset in time".to_owned()))
     }
 
     /// Tells the controller that we leave in order. Best effort.

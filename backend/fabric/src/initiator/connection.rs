@@ -50,8 +50,9 @@ pub(crate) struct Connection<T: Copy> {
     /// Bytes of the receive under way that go to a request's own buffers.
     in_place: u32,
     error: Option<String>,
-    /// The error is that nothing was heard: the target, or the way to it, may come back with what it still has of us.
-    silent: bool,
+    /// The target ended it, and said so. All else (our own time-out or close, its breach of the protocol, silence) says
+    /// nothing of what it does with what it has of us.
+    ended_by_target: bool,
     /// The error may come from memory of a request that is not there any more.
     fault: bool,
 }
@@ -85,7 +86,7 @@ impl<T: Copy> Connection<T> {
             receiving: false,
             in_place: 0,
             error: None,
-            silent: false,
+            ended_by_target: false,
             fault: false,
         };
         connection.receive();
@@ -204,7 +205,10 @@ impl<T: Copy> Connection<T> {
                 }
                 match completed.into_result() {
                     Err(error) => self.fail_io(&error),
-                    Ok(0) => self.fail("the target closed the connection".to_owned()),
+                    Ok(0) => {
+                        self.ended_by_target = true;
+                        self.fail("the target closed the connection".to_owned());
+                    }
                     Ok(len) => match self.take_received(len) {
                         Ok(()) => self.receive(),
                         Err(error) => self.fail_protocol(&error),
@@ -233,15 +237,16 @@ impl<T: Copy> Connection<T> {
     }
 
     fn fail_io(&mut self, error: &std::io::Error) {
-        let heard = [libc::ECONNRESET, libc::EPIPE, libc::ENOTCONN, libc::EFAULT];
+        let heard = [libc::ECONNRESET, libc::EPIPE];
         self.fault |= error.raw_os_error() == Some(libc::EFAULT);
-        self.silent |=
-            self.error.is_none() && !error.raw_os_error().is_some_and(|code| heard.contains(&code));
+        self.ended_by_target |=
+            self.error.is_none() && error.raw_os_error().is_some_and(|code| heard.contains(&code));
         self.fail(plain(error));
     }
 
     /// Tells the target why, if the line is free, before the connection is given up.
     fn fail_protocol(&mut self, error: &QueueError) {
+        self.ended_by_target |= self.error.is_none() && matches!(error, QueueError::Terminated(_));
         self.fail(error.to_string());
         let QueueError::Protocol(pdu) = error else { return };
         if self.sending {
@@ -267,9 +272,9 @@ impl<T: Copy> Connection<T> {
         self.fault
     }
 
-    /// Whether that is only silence, which says nothing of what the target does.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.silent
+    /// Whether the target ended it, and so knows that it is over.
+    pub(crate) fn was_ended_by_target(&self) -> bool {
+        self.ended_by_target
     }
 
     /// Moves out the commands that have ended.

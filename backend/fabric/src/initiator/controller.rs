@@ -15,7 +15,7 @@ use super::device::{Shared, lane_of};
 use super::geometry::{Identity, Known};
 use super::lane::{Notice, Start};
 use super::queue::SLOTS_MAX;
-use super::signal::{Either, Mailbox, first, within};
+use super::signal::{Either, Mailbox, Seldom, first, within};
 use super::socket::{self, QueueRequest};
 use crate::nvme::bytes::{low16, low32};
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
@@ -29,12 +29,16 @@ use crate::nvme::{Sgl, Sqe};
 use crate::uri::NvmeUri;
 use hawser_block::DeviceState;
 use hawser_runtime::{Instant, Runtime};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Entries of an I/O queue that we ask for: twice the depth that saturates one core here.
 const IO_ENTRIES: u16 = 256;
+/// How long a lost association is asked to prove that it is quiet, before a new one is made.
+const RESET_LIMIT: Duration = Duration::from_secs(1);
+/// How often events that we do nothing about are logged at most.
+const EVENT_LOG_EVERY: Duration = Duration::from_secs(60);
 /// The first wait before reconnecting; it doubles up to `reconnect_delay`.
 const RECONNECT_FIRST: Duration = Duration::from_millis(100);
 
@@ -42,7 +46,7 @@ const RECONNECT_FIRST: Duration = Duration::from_millis(100);
 enum End {
     /// It may work the next time.
     Trouble(String),
-    /// The same, and the target may not know that the association is over.
+    /// The same, and nothing more can be asked of the controller.
     Silence(String),
     /// What was reached must not be used.
     Refused(String),
@@ -56,8 +60,26 @@ impl From<String> for End {
     }
 }
 
+/// An association that is over, and whose commands may still be executed.
+struct Unquiet {
+    /// `None`: we do not know.
+    address: Option<SocketAddr>,
+    /// The target has ended it, or has seen its end.
+    target_knows: bool,
+    /// From then on they are not.
+    until: Instant,
+}
+
+impl Unquiet {
+    /// Whether it is quiet after a Connect to `address`, which waits for what its target knows to be over, or does not.
+    fn is_quiet(&self, address: &SocketAddr, connect_waits: bool, now: Instant) -> bool {
+        connect_waits && self.target_knows && self.address == Some(*address) || self.until <= now
+    }
+}
+
 struct Association {
     number: u64,
+    address: SocketAddr,
     admin: Admin,
     identity: Identity,
     nsid: u32,
@@ -70,9 +92,7 @@ struct Task {
     path: usize,
     /// There was an association before.
     reached: bool,
-    /// Associations that are over, whose commands may still be executed: on which path, whether the target knows that it is
-    /// over, and until when.
-    unquiet: Vec<(usize, bool, Instant)>,
+    unquiet: Vec<Unquiet>,
     /// Since when there is no association.
     lost_at: Instant,
     failing: bool,
@@ -84,9 +104,14 @@ struct Task {
 pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
     let lost_at = runtime.refresh_now();
     let NvmeConfig { paths, timers, had_predecessor, .. } = &shared.config;
-    // A predecessor was on one of the paths. With several we do not know which.
-    let predecessor = (usize::MAX, false, lost_at + timers.expiry() + timers.quiesce_tmo);
-    let unquiet = if *had_predecessor && paths.len() > 1 { vec![predecessor] } else { Vec::new() };
+    // A predecessor was on one of the paths, at one of its addresses. With several we do not know which.
+    let address = match paths.as_slice() {
+        [path] => path.address.host.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, path.address.port)),
+        _ => None,
+    };
+    let until = lost_at + timers.expiry() + timers.quiesce_tmo;
+    let predecessor = Unquiet { address, target_knows: true, until };
+    let unquiet = if *had_predecessor { vec![predecessor] } else { Vec::new() };
     let mut task = Task {
         runtime,
         shared,
@@ -117,15 +142,11 @@ impl Task {
                         association.admin.shut_down().await;
                     }
                     self.lost_at = self.runtime.refresh_now();
-                    let knows = !matches!(end, End::Silence(_));
-                    let quiesce = quiesce(&association.identity.controller, &self.timers());
-                    let until = self.lost_at + self.timers().expiry() + quiesce;
-                    self.unquiet.retain(|(.., until)| *until > self.lost_at);
-                    self.unquiet.push((self.path, knows, until));
                     // An association that does not last is no reason to begin with short waits again.
                     let lasted = self.lost_at - began > self.timers().reconnect_delay;
                     self.attempts = if lasted { 0 } else { self.attempts };
                     self.tear_down().await;
+                    self.leave(&association, &end).await;
                     association.admin.close().await;
                     end
                 }
@@ -159,6 +180,21 @@ impl Task {
                 }
             });
         }
+    }
+
+    /// Takes down what is known of the commands of an association that is over.
+    async fn leave(&mut self, association: &Association, end: &End) {
+        let controller = &association.identity.controller;
+        let admin = &association.admin;
+        let may_prove = controller.vendor.starts_with(&VENDOR_MARK) && !matches!(end, End::Silence(_));
+        if may_prove && !admin.was_ended_by_target() && admin.reset(RESET_LIMIT).await.is_ok() {
+            log::debug!("{}: the lost association has been reset", self.shared.config.name);
+            return;
+        }
+        let until = self.lost_at + self.timers().expiry() + quiesce(controller, &self.timers());
+        self.unquiet.retain(|unquiet| unquiet.until > self.lost_at);
+        let (address, target_knows) = (Some(association.address), admin.was_ended_by_target());
+        self.unquiet.push(Unquiet { address, target_knows, until });
     }
 
     fn timers(&self) -> PathTimers {
@@ -267,10 +303,12 @@ impl Task {
         request.cntlid = queue.cntlid;
         let admin = Admin::new(&self.runtime, queue);
         let identity = identify(&admin, uri).await?;
-        let known = known(&identity, uri)?;
+        let mut known = known(&identity, uri)?;
         let before = self.shared.status().known;
         if let Some(before) = before {
             before.accept(&known).map_err(End::Refused)?;
+            // What a cache held of us does not become durable by our using another controller.
+            known.geometry.volatile_cache |= before.geometry.volatile_cache;
         }
 
         let lanes = self.shared.reactors.len();
@@ -304,7 +342,7 @@ impl Task {
             association: self.number,
             geometry: known.geometry,
             nsid: uri.nsid,
-            earlier_are_quiet: self.earlier_are_quiet(&identity.controller),
+            earlier_are_quiet: self.earlier_are_quiet(&address, &identity.controller),
             quiesce: quiesce(&identity.controller, &self.timers()),
             retry_delays: identity.controller.retry_delays,
         };
@@ -312,17 +350,16 @@ impl Task {
         for index in 0..lanes {
             self.shared.on_lane(index, move |lane| lane.start(&start));
         }
-        Ok(Association { number: self.number, admin, identity, nsid: uri.nsid })
+        Ok(Association { number: self.number, address, admin, identity, nsid: uri.nsid })
     }
 
-    /// Our own target's Connect waits for the commands of our earlier associations, and takes in nothing more of those that
-    /// we have closed: after it they are quiet. That says nothing of another path, where another controller may still be at
-    /// work, nor of what a silent network may still deliver.
-    fn earlier_are_quiet(&self, controller: &IdentifyController) -> bool {
-        let here = |(path, knows, until): &(usize, bool, Instant)| {
-            *path == self.path && *knows || *until <= self.runtime.now()
-        };
-        controller.vendor.starts_with(&VENDOR_MARK) && self.unquiet.iter().all(here)
+    /// Our own target's Connect waits for the commands of our earlier associations, and takes in nothing more of those of
+    /// which it knows that they are over: after it they are quiet. That says nothing of another address, where another target
+    /// may still be at work (a name may have several), nor of what a silent network may still deliver.
+    fn earlier_are_quiet(&self, address: &SocketAddr, controller: &IdentifyController) -> bool {
+        let connect_waits = controller.vendor.starts_with(&VENDOR_MARK);
+        let now = self.runtime.now();
+        self.unquiet.iter().all(|unquiet| unquiet.is_quiet(address, connect_waits, now))
     }
 
     async fn connect_admin(
@@ -393,7 +430,7 @@ impl Task {
                 None => {
                     return End::Silence(format!("no answer to a keep-alive in {} s", limit.as_secs_f32()));
                 }
-                Some(Err(why)) => return failed(admin, why),
+                Some(Err(why)) => return End::Trouble(why),
                 Some(Ok(_)) => {}
             }
         }
@@ -403,9 +440,7 @@ impl Task {
         loop {
             match self.shared.notices.next().await {
                 Notice::Closed => return End::Closed,
-                Notice::Lost { association, why, silent } if association == number => {
-                    return if silent { End::Silence(why) } else { End::Trouble(why) };
-                }
+                Notice::Lost { association, why } if association == number => return End::Trouble(why),
                 Notice::Lost { .. } => {}
             }
         }
@@ -413,9 +448,10 @@ impl Task {
 
     async fn follow_events(&self, association: &Association) -> End {
         let admin = &association.admin;
+        let mut log = Seldom::new(EVENT_LOG_EVERY);
         loop {
             let event = match admin.event().await {
-                Err(why) => return failed(admin, why),
+                Err(why) => return End::Trouble(why),
                 // No such requests here: nothing to follow.
                 Ok(None) => return std::future::pending().await,
                 Ok(Some(event)) => event,
@@ -428,7 +464,9 @@ impl Task {
                 log::debug!("{}: {why}", self.shared.config.name);
             }
             if event != AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED {
-                log::info!("{}: the controller reports {event:?}", self.shared.config.name);
+                if log.may(self.runtime.now()) {
+                    log::info!("{}: the controller reports {event:?}", self.shared.config.name);
+                }
                 continue;
             }
             if let Err(end) = self.namespace_changed(association).await {
@@ -448,9 +486,10 @@ impl Task {
             namespace: IdentifyNamespace::from_bytes(&data),
             ids: before.ids,
         };
-        let now = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
+        let mut now = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
         let Some(known) = self.shared.status().known else { return Ok(()) };
         known.accept(&now).map_err(End::Refused)?;
+        now.geometry.volatile_cache |= known.geometry.volatile_cache;
         if now != known {
             let (old, new) = (known.geometry.size_bytes(), now.geometry.size_bytes());
             log::info!("{}: the device changed, {old} bytes before, {new} now", self.shared.config.name);
@@ -470,12 +509,7 @@ async fn closed(shared: &Shared) {
 
 /// Awaits the loss of the admin queue.
 async fn lost(admin: &Admin) -> End {
-    failed(admin, admin.lost().await)
-}
-
-/// What an admin command's failure means for the association.
-fn failed(admin: &Admin, why: String) -> End {
-    if admin.is_silent() { End::Silence(why) } else { End::Trouble(why) }
+    End::Trouble(admin.lost().await)
 }
 
 /// Starts the controller and asks it everything.
@@ -523,4 +557,29 @@ fn io_entries(identity: &Identity) -> u16 {
         max => max,
     };
     IO_ENTRIES.min(queue).min(commands).clamp(2, SLOTS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A name had two addresses, with a target at each. After the first was lost, the second's promise about its own earlier
+    /// associations was taken for one about the first's, because both were the same URI.
+    #[test]
+    fn a_target_speaks_for_its_own_address_and_for_what_it_has_seen() {
+        let (here, there): (SocketAddr, SocketAddr) =
+            ("127.0.0.1:4420".parse().unwrap(), "[::1]:4420".parse().unwrap());
+        let until = Instant(1000);
+        let lost = |address, target_knows| Unquiet { address, target_knows, until };
+        for (unquiet, address, connect_waits, now, quiet) in [
+            (lost(Some(here), true), here, true, 0, true),
+            (lost(Some(here), true), there, true, 0, false),
+            (lost(Some(here), true), there, true, 1000, true),
+            (lost(Some(here), true), here, false, 0, false),
+            (lost(Some(here), false), here, true, 999, false),
+            (lost(None, true), here, true, 999, false),
+        ] {
+            assert_eq!(unquiet.is_quiet(&address, connect_waits, Instant(now)), quiet);
+        }
+    }
 }

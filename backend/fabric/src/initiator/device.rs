@@ -113,10 +113,9 @@ impl NvmeDevice {
             let shared = Arc::clone(&shared);
             reactor.run(move |runtime| {
                 let timers = shared.config.timers;
-                let wait = timers.expiry() + timers.quiesce_tmo;
-                let writes_from = shared.config.had_predecessor.then(|| runtime.now() + wait);
+                let had_predecessor = shared.config.had_predecessor;
                 let stats = shared.stats.writer(runtime);
-                let lane = Lane::add(runtime, Arc::clone(&shared.notices), stats, timers, writes_from);
+                let lane = Lane::add(runtime, Arc::clone(&shared.notices), stats, timers, had_predecessor);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }

@@ -19,6 +19,7 @@
 
 use super::config::PathTimers;
 use super::connection::{Connection, KEY_RECEIVE, KEY_SEND};
+use super::held::{Fit, Held, Wholes, fit, widest};
 use super::probe;
 use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
@@ -45,8 +46,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// What a lane tells the device's owner.
 pub(crate) enum Notice {
-    /// The association with this number cannot go on; `silent`: and the other side may not know.
-    Lost { association: u64, why: String, silent: bool },
+    /// The association with this number cannot go on.
+    Lost { association: u64, why: String },
     /// Nobody uses the device any more.
     Closed,
 }
@@ -65,31 +66,11 @@ pub(crate) struct Start {
     pub(crate) retry_delays: [u16; 3],
 }
 
-/// A request on its way.
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    request: Request,
-    channel: usize,
-    sequence: u64,
-    submitted: Instant,
-    sent: Instant,
-    tries: u8,
-    /// It may have reached a controller whose association was lost since.
-    unknown: bool,
-    /// Its channel wants it back.
-    aborted: bool,
-}
-
-impl Held {
-    /// Sending it again, or ending it, must wait until earlier associations are quiet.
-    fn is_unknown_write(&self) -> bool {
-        self.unknown && self.request.operation.is_write()
-    }
-}
-
 struct ChannelState {
     user: SourceId,
     ended: Vec<Completion>,
+    /// Requests that were submitted and not reaped.
+    outstanding: usize,
 }
 
 /// The lanes of one reactor, by device.
@@ -104,6 +85,8 @@ pub(crate) struct Lane {
     stats: Arc<IoStats>,
     timers: PathTimers,
     geometry: Option<Geometry>,
+    /// With the widest limits that were ever offered: what users may ask for.
+    offered: Option<Geometry>,
     nsid: u32,
     quiesce: Duration,
     retry_delays: [u16; 3],
@@ -117,22 +100,27 @@ pub(crate) struct Lane {
     /// `ctrl_loss_tmo` is over: requests fail instead of waiting.
     failing: bool,
     writes_from: Option<Instant>,
+    /// When a predecessor's association was lost at the latest, until a controller has said how long its commands may live.
+    predecessor: Option<Instant>,
     pending: VecDeque<Held>,
     delayed: Vec<(Instant, Held)>,
     sequence: u64,
+    wholes: Wholes,
     channels: Slab<ChannelState>,
     tick: Option<(Instant, TimerId)>,
 }
 
 impl Lane {
-    /// A lane without a connection. `writes_from`: writes wait until then, or until a start says that all is quiet.
+    /// A lane without a connection. `had_predecessor`: writes wait for the commands of a process before us, until a start says
+    /// that all is quiet.
     pub(crate) fn add(
         runtime: &Runtime,
         notices: Arc<Mailbox<Notice>>,
         stats: Arc<IoStats>,
         timers: PathTimers,
-        writes_from: Option<Instant>,
+        had_predecessor: bool,
     ) -> Rc<RefCell<Lane>> {
+        let predecessor = had_predecessor.then(|| runtime.now());
         let lane = Rc::new(RefCell::new(Lane {
             runtime: runtime.clone(),
             id: None,
@@ -140,6 +128,7 @@ impl Lane {
             stats,
             timers,
             geometry: None,
+            offered: None,
             nsid: 0,
             quiesce: timers.quiesce_tmo,
             retry_delays: [0; 3],
@@ -149,10 +138,12 @@ impl Lane {
             torn_down: None,
             told_loss: false,
             failing: false,
-            writes_from,
+            writes_from: predecessor.map(|since| since + timers.expiry() + timers.quiesce_tmo),
+            predecessor,
             pending: VecDeque::with_capacity(1024),
             delayed: Vec::new(),
             sequence: 0,
+            wholes: Wholes::default(),
             channels: Slab::default(),
             tick: None,
         }));
@@ -195,24 +186,27 @@ impl Lane {
         let Some(connection) = &self.connection else { return };
         if let Some(error) = connection.error().map(str::to_owned) {
             // Lost before it began. Nobody listened when that was told.
-            let silent = connection.is_silent();
             self.told_loss = false;
-            return self.lost(error, silent);
+            return self.lost(error);
         }
-        self.geometry = Some(start.geometry);
+        self.set_geometry(start.geometry);
         self.nsid = start.nsid;
         self.quiesce = start.quiesce;
         self.retry_delays = start.retry_delays;
         self.started = true;
         self.failing = false;
+        if let Some(since) = self.predecessor.take() {
+            self.writes_from = Some(since + self.timers.expiry() + self.quiesce);
+        }
         if start.earlier_are_quiet {
             self.quiet();
         }
         self.wake();
     }
 
-    /// The device has grown.
+    /// What the device is now.
     pub(crate) fn set_geometry(&mut self, geometry: Geometry) {
+        self.offered = Some(widest(self.offered.as_ref(), &geometry));
         self.geometry = Some(geometry);
     }
 
@@ -299,14 +293,17 @@ impl Lane {
 
     /// Takes a way in for `user`.
     pub(crate) fn open(&mut self, user: SourceId, geometry: Option<Geometry>) -> usize {
-        if self.geometry.is_none() {
-            self.geometry = geometry;
+        if let (None, Some(geometry)) = (&self.geometry, geometry) {
+            self.set_geometry(geometry);
         }
-        self.channels.insert(ChannelState { user, ended: Vec::with_capacity(256) })
+        self.channels.insert(ChannelState { user, ended: Vec::with_capacity(256), outstanding: 0 })
     }
 
     fn submit(&mut self, channel: usize, batch: &mut Vec<Request>) {
         let now = self.runtime.now();
+        if let Some(channel) = self.channels.get_mut(channel) {
+            channel.outstanding += batch.len();
+        }
         for request in batch.drain(..) {
             let held = Held {
                 request,
@@ -317,9 +314,10 @@ impl Lane {
                 tries: 0,
                 unknown: false,
                 aborted: false,
+                whole: None,
             };
             self.sequence += 1;
-            let checked = match &self.geometry {
+            let checked = match &self.offered {
                 None => Err(Status::Path),
                 Some(geometry) => leaf::check(geometry, &request).map(|()| {
                     // Nothing to flush: everything that ended is durable.
@@ -352,15 +350,15 @@ impl Lane {
         }
         self.settle();
         if under_way {
-            self.lost("requests were given up by their user".to_owned(), true);
+            self.lost("requests were given up by their user".to_owned());
         }
         self.wake();
     }
 
-    fn lost(&mut self, why: String, silent: bool) {
+    fn lost(&mut self, why: String) {
         if !self.told_loss && self.association != 0 {
             self.told_loss = true;
-            self.notices.post(Notice::Lost { association: self.association, why, silent });
+            self.notices.post(Notice::Lost { association: self.association, why });
         }
     }
 
@@ -369,8 +367,8 @@ impl Lane {
         if !self.started {
             return;
         }
-        let Some(connection) = &mut self.connection else { return };
         let Some(geometry) = self.geometry else { return };
+        let Some(mut connection) = self.connection.take() else { return };
         let now = self.runtime.now();
         let mut passed_over = 0;
         while connection.room() > 0 {
@@ -391,11 +389,26 @@ impl Lane {
             };
             held.sent = now;
             held.unknown = false;
+            match fit(&held.request, &geometry) {
+                Fit::Whole => {}
+                Fit::Pieces(blocks_max) => {
+                    let pieces = self.wholes.split(&held, blocks_max, geometry.block_size.shift());
+                    for (index, piece) in pieces.enumerate() {
+                        self.pending.insert(passed_over + index, piece);
+                    }
+                    continue;
+                }
+                Fit::Never(status) => {
+                    self.end(&held, Err(status));
+                    continue;
+                }
+            }
             let (sqe, transfer) = command(&held.request, self.nsid, &geometry);
             connection.submit(sqe, transfer, held);
             self.runtime.add_outstanding(1);
         }
         connection.flush();
+        self.connection = Some(connection);
     }
 
     fn answered(&mut self, ended: Ended<Held>) {
@@ -436,6 +449,11 @@ impl Lane {
     }
 
     fn end(&mut self, held: &Held, outcome: Outcome) {
+        let (held, outcome) = match held.whole.map(|whole| self.wholes.piece_ended(whole, outcome)) {
+            None => (*held, outcome),
+            Some(None) => return,
+            Some(Some(whole)) => whole,
+        };
         let kind = IoKind::from(held.request.operation);
         let shift = self.geometry.map_or(0, |geometry| geometry.block_size.shift());
         let bytes = u64::from(held.request.blocks.0) << shift;
@@ -489,7 +507,7 @@ impl Lane {
         let limit = self.timers.io_timeout;
         let Some(connection) = &mut self.connection else { return };
         if connection.users_mut().any(|held| held.sent + limit <= now) {
-            self.lost(format!("a command was not answered in {} s", limit.as_secs_f32()), true);
+            self.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
         }
     }
 }
@@ -516,11 +534,11 @@ impl Source for Lane {
                 self.runtime.sub_outstanding(1);
                 self.answered(ended);
             }
-            let error = connection.error().map(|error| (error.to_owned(), connection.is_silent()));
+            let error = connection.error().map(str::to_owned);
             self.connection = Some(connection);
-            if let Some((error, silent)) = error {
+            if let Some(error) = error {
                 self.started = false;
-                self.lost(error, silent);
+                self.lost(error);
             }
         }
         if ticked {
@@ -568,6 +586,7 @@ impl Channel for LaneChannel {
 
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         if let Some(channel) = self.lane.borrow_mut().channels.get_mut(self.channel) {
+            channel.outstanding -= channel.ended.len();
             ended.append(&mut channel.ended);
         }
     }
@@ -579,6 +598,10 @@ impl Channel for LaneChannel {
 
 impl Drop for LaneChannel {
     fn drop(&mut self) {
-        self.lane.borrow_mut().channels.remove(self.channel);
+        let mut lane = self.lane.borrow_mut();
+        let channel = lane.channels.remove(self.channel);
+        // The end of a reactor ends everything on it at once.
+        let idle = channel.is_none_or(|channel| channel.outstanding == 0);
+        assert!(idle || lane.runtime.is_stopping(), "a channel is dropped when it is idle");
     }
 }

@@ -9,6 +9,7 @@
 //!   controller ──────── the owner reactor's task: connect, identify, keep alive, follow, reconnect
 //!     │      └ admin ── admin commands, one future each
 //!   lane (one per reactor) ── requests of its channels, resent after a loss, no ghost writes
+//!     │   └ held ──── one request on its way, or several in the place of one
 //!     │
 //!   connection ──────── one send and one receive under way: bytes between a socket and ...
 //!   queue ───────────── ... the queue pair, sans I/O
@@ -16,12 +17,19 @@
 //!
 //! When a connection is lost, every lane is torn down before the next attempt (a barrier): sockets are shut down,
 //! operations awaited, commands taken back. Requests wait; after reconnecting they are sent again, writes of unknown
-//! outcome only when the lost association is quiet. Our own target promises that with its answer to Connect
-//! ([`crate::nvme::identify::VENDOR_MARK`]): it waits for the commands of our earlier associations, and takes in nothing
-//! more of those that are closed. Closing our sockets, by us or by our death, is a reset that throws away what was not sent
-//! yet, and that reset comes before the new Connect on the same path. Elsewhere, on another path, and after mere silence (a reset
-//! may be lost with the rest), twice `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
-//! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
+//! outcome only when the lost association is quiet. What proves that, with our own target
+//! ([`crate::nvme::identify::VENDOR_MARK`]):
+//!
+//! - The lost controller was reset through its admin queue, where that is still there: CSTS.RDY clears when its I/O queues
+//!   have no command any more.
+//! - The target ended the admin queue itself, and has answered a Connect at the same address since: that waits for the
+//!   commands of our earlier associations of which it knows that they are over. For a predecessor, its death has closed its
+//!   sockets, which is a reset that throws away what was not sent yet, and comes before the new Connect.
+//!
+//! An end that only we know of (a time-out, a breach of the protocol, silence) proves nothing: our reset may be lost on the
+//! way. Then, elsewhere, and at another address, of the same name too, twice `keep_alive_tmo` and CQT or `quiesce_tmo` must
+//! have passed since the loss. A middle box that keeps what it took from us, and delivers it after it let a new Connect
+//! pass, is beyond this.
 
 mod admin;
 pub mod config;
@@ -31,6 +39,7 @@ mod device;
 mod discover;
 pub mod fuzz;
 mod geometry;
+mod held;
 mod lane;
 mod probe;
 mod queue;

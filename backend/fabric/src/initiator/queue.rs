@@ -61,8 +61,34 @@ pub(crate) enum Transfer {
     ToHost(Buffers),
     /// We send it, in the capsule or when asked.
     FromHost(Buffers),
-    /// 16 bytes that are copied into the capsule.
+    /// We send these 16 bytes, which need no memory of the caller's: in the capsule or when asked.
     Inline([u8; 16]),
+}
+
+/// Data that we send.
+#[derive(Clone, Copy)]
+enum Outgoing {
+    Buffers(Buffers),
+    Inline([u8; 16]),
+}
+
+impl Outgoing {
+    fn len(&self) -> u32 {
+        match self {
+            Outgoing::Buffers(buffers) => length(buffers),
+            Outgoing::Inline(bytes) => low32(bytes.len() as u64),
+        }
+    }
+}
+
+impl Transfer {
+    fn outgoing(&self) -> Option<Outgoing> {
+        match self {
+            Transfer::FromHost(buffers) => Some(Outgoing::Buffers(*buffers)),
+            Transfer::Inline(bytes) => Some(Outgoing::Inline(*bytes)),
+            Transfer::None | Transfer::ToHost(_) => None,
+        }
+    }
 }
 
 /// What a connection was set up with.
@@ -238,8 +264,9 @@ impl<T: Copy> QueuePair<T> {
                 if slot.in_capsule { Sgl::in_capsule(len) } else { Sgl::transport(len) }
             }
             Transfer::Inline(bytes) => {
-                slot.in_capsule = true;
-                Sgl::in_capsule(low32(bytes.len() as u64))
+                let len = low32(bytes.len() as u64);
+                slot.in_capsule = len <= self.limits.in_capsule_max;
+                if slot.in_capsule { Sgl::in_capsule(len) } else { Sgl::transport(len) }
             }
         };
         slot.sqe = sqe;
@@ -273,7 +300,7 @@ impl<T: Copy> QueuePair<T> {
         while let Some(index) = self.data.front().copied() {
             let slot = &mut self.slots[usize::from(index)];
             // Answered before all its data was sent, perhaps even followed by another command.
-            let Transfer::FromHost(buffers) = slot.transfer else {
+            let Some(outgoing) = slot.transfer.outgoing() else {
                 self.data.pop_front();
                 continue;
             };
@@ -285,7 +312,10 @@ impl<T: Copy> QueuePair<T> {
                 break;
             }
             let len = slot.wanted.min(self.limits.host_data_max);
-            let len = batch.fitting(&buffers, slot.moved, len);
+            let len = match outgoing {
+                Outgoing::Buffers(buffers) => batch.fitting(&buffers, slot.moved, len),
+                Outgoing::Inline(_) => len,
+            };
             if len == 0 {
                 break;
             }
@@ -294,7 +324,11 @@ impl<T: Copy> QueuePair<T> {
             let header = DataPdu { cid, tag: slot.tag, offset: slot.moved, len, last, success: false };
             let header = header.to_bytes(Receiver::Controller, Digests::NONE, self.limits.alignment);
             batch.push_padded(&header, header[3]);
-            batch.push_buffers(&buffers.slice(slot.moved as usize, len as usize));
+            let (from, to) = (slot.moved as usize, (slot.moved + len) as usize);
+            match outgoing {
+                Outgoing::Buffers(buffers) => batch.push_buffers(&buffers.slice(from, len as usize)),
+                Outgoing::Inline(bytes) => batch.push_header(&bytes[from..to]),
+            }
             slot.moved += len;
             slot.wanted -= len;
             if !slot.sending {
@@ -323,7 +357,7 @@ impl<T: Copy> QueuePair<T> {
                     batch.push_buffers(buffers);
                     slot.moved = data_len;
                 }
-                Transfer::Inline(bytes) => {
+                Transfer::Inline(bytes) if slot.in_capsule => {
                     batch.push_header(bytes);
                     slot.moved = data_len;
                 }
@@ -516,7 +550,7 @@ impl<T: Copy> QueuePair<T> {
     fn ready_to_transfer(&mut self, index: u16, ready: &ReadyToTransfer) -> Result<(), QueueError> {
         let kind = PduKind::ReadyToTransfer;
         let slot = &mut self.slots[usize::from(index)];
-        let Transfer::FromHost(buffers) = &slot.transfer else {
+        let Some(outgoing) = slot.transfer.outgoing() else {
             return Err(wrong(kind, 8, "CCCID", ready.cid, "a command that writes"));
         };
         if slot.in_capsule {
@@ -530,7 +564,7 @@ impl<T: Copy> QueuePair<T> {
             let error = wrong(kind, 12, "R2TO", ready.offset, "where the last data ended");
             return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
         }
-        if ready.len > length(buffers) - slot.moved {
+        if ready.len > outgoing.len() - slot.moved {
             let error = wrong(kind, 16, "R2TL", ready.len, "within the command's data");
             return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
         }
@@ -561,7 +595,8 @@ impl<T: Copy> QueuePair<T> {
         let slot = &self.slots[usize::from(index)];
         let all = match &slot.transfer {
             Transfer::ToHost(buffers) | Transfer::FromHost(buffers) => length(buffers),
-            Transfer::None | Transfer::Inline(_) => return Ok(()),
+            Transfer::Inline(bytes) => low32(bytes.len() as u64),
+            Transfer::None => return Ok(()),
         };
         if slot.moved == all && slot.wanted == 0 {
             return Ok(());

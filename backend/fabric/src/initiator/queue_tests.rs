@@ -456,3 +456,26 @@ fn model(commands: &[(bool, usize)], seed: u64, cut: usize) {
         assert_eq!(disk[1536..1536 + blocks * 512], memories[0].content());
     }
 }
+
+/// A controller that takes no data in capsules was sent the range of a discard in the capsule all the same, which ends the
+/// connection, every time anew.
+#[test]
+fn a_range_goes_when_asked_where_capsules_carry_no_data() {
+    let mut pair = QueuePair::<u32>::new(4, Limits { in_capsule_max: 0, ..LIMITS });
+    let range: [u8; 16] = std::array::from_fn(|at| at.to_le_bytes()[0]);
+    pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline(range), 7);
+    let heard = listen(&transmit(&mut pair));
+    let [Heard::Command(sqe, data)] = &heard[..] else { panic!("{heard:?}") };
+    assert_eq!((sqe.sgl.identifier, sqe.sgl.len, data.len()), (Sgl::TRANSPORT, 16, 0));
+    let success = pdu::response_to_bytes(&Cqe::success(sqe.cid), Digests::NONE);
+    for (offset, len) in [(0, 8), (8, 8)] {
+        let ready = ReadyToTransfer { cid: sqe.cid, tag: 3, offset, len }.to_bytes(Digests::NONE);
+        receive(&mut pair, &ready, 64).unwrap();
+        let heard = listen(&transmit(&mut pair));
+        let [Heard::Data(header, data)] = &heard[..] else { panic!("{heard:?}") };
+        assert_eq!((header.offset, header.last), (offset, true));
+        assert_eq!(data[..], range[offset as usize..][..8]);
+    }
+    receive(&mut pair, &success, 64).unwrap();
+    assert_eq!(pair.ended().map(|ended| ended.user).collect::<Vec<_>>(), [7]);
+}

@@ -1,7 +1,7 @@
 //! Small pieces for straight-line control code: a mailbox between threads, the first of two futures, a deadline.
 #![forbid(unsafe_code)]
 
-use hawser_runtime::Runtime;
+use hawser_runtime::{Instant, Runtime};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -84,5 +84,39 @@ pub(crate) async fn within<T>(
     match first(future, runtime.sleep(duration)).await {
         Either::First(output) => Some(output),
         Either::Second(_) => None,
+    }
+}
+
+/// Says what a peer can cause at will, but seldom.
+pub(crate) struct Seldom {
+    every: Duration,
+    next: Instant,
+}
+
+impl Seldom {
+    /// At most once in `every`.
+    pub(crate) fn new(every: Duration) -> Seldom {
+        Seldom { every, next: Instant(0) }
+    }
+
+    /// Whether it may be said now.
+    pub(crate) fn may(&mut self, now: Instant) -> bool {
+        let may = now >= self.next;
+        if may {
+            self.next = now + self.every;
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_said_once_in_a_while() {
+        let mut seldom = Seldom::new(Duration::from_nanos(100));
+        let said: Vec<_> = (0..250).filter(|now| seldom.may(Instant(*now))).collect();
+        assert_eq!(said, [0, 100, 200]);
     }
 }

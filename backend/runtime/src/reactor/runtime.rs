@@ -246,6 +246,12 @@ impl Runtime {
         self.0.stop.set(true);
     }
 
+    /// Whether the loop ends after this pass, or has ended: what lives here goes, as it is.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.0.stop.get()
+    }
+
     pub(crate) fn executor(&self) -> &Rc<Executor> {
         &self.0.executor
     }

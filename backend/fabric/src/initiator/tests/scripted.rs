@@ -25,7 +25,7 @@ pub(super) struct State {
     pub(super) refuse_attributes: bool,
     /// I/O commands are logged and neither executed nor answered.
     pub(super) hold_io: bool,
-    /// Keep-alives are not answered.
+    /// Keep-alives and resets are not answered.
     pub(super) deaf: bool,
     /// How the next I/O commands end; when it is empty they succeed.
     pub(super) statuses: VecDeque<NvmeStatus>,
@@ -35,6 +35,8 @@ pub(super) struct State {
     pub(super) log: Vec<(Instant, Sqe)>,
     /// Connections that the host ended with a reset.
     pub(super) resets: usize,
+    /// Controllers that were reset.
+    pub(super) disables: usize,
     /// Admin connections so far.
     pub(super) associations: usize,
     event: Option<(TcpStream, u16)>,
@@ -75,6 +77,7 @@ impl Scripted {
             garbage: None,
             log: Vec::new(),
             resets: 0,
+            disables: 0,
             associations: 0,
             event: None,
             streams: Vec::new(),
@@ -217,6 +220,12 @@ impl Connection<'_> {
             }
             fctype::PROPERTY_SET => {
                 let property = Property::from_sqe(sqe).expect("a size");
+                if property.value & u64::from(CC_ENABLE) == 0 {
+                    lock(self.state).disables += 1;
+                    if lock(self.state).deaf {
+                        return Ok(());
+                    }
+                }
                 self.enabled = property.value & u64::from(CC_ENABLE) != 0;
                 self.success(sqe, 0)
             }

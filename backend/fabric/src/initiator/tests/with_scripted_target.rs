@@ -118,6 +118,7 @@ fn after_mere_silence_that_promise_is_not_enough() {
         config.timers.quiesce_tmo = Duration::from_millis(300);
         config.timers.io_timeout = Duration::from_millis(100);
     });
+    bench.target.state().deaf = true;
     bench.target.state().hold_io = true;
     bench.client.submit(vec![Ask::write(0, 8, data(1, 8))]);
     wait_until("it is given up", || bench.target.state().associations > 1);
@@ -126,6 +127,124 @@ fn after_mere_silence_that_promise_is_not_enough() {
     let state = bench.target.state();
     let waited = state.log[1].0 - state.log[0].0;
     assert!(waited >= Duration::from_secs(1), "{waited:?}");
+}
+
+/// An end that we made ourselves, over the target's breach of the protocol, counted as one that the target knows of.
+#[test]
+fn an_end_of_our_own_making_proves_nothing_unless_the_controller_can_be_reset() {
+    for deaf in [true, false] {
+        let target = Scripted::start(NQN);
+        target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
+        let mut bench = bench(target, |config| {
+            config.timers.keep_alive_tmo = Duration::from_millis(1500);
+            config.timers.quiesce_tmo = Duration::from_secs(if deaf { 0 } else { 3600 });
+        });
+        bench.target.state().deaf = deaf;
+        bench.target.state().garbage = Some(vec![0xff; 64]);
+        assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+        let state = bench.target.state();
+        assert_eq!(state.disables, 1);
+        let waited = state.log[1].0 - state.log[0].0;
+        assert!(!deaf || waited >= Duration::from_secs(3), "{waited:?}");
+    }
+}
+
+/// With a name for a path, whichever of its addresses was reached passed for the one where the predecessor had been.
+#[test]
+fn where_a_predecessor_was_is_not_known_from_a_name() {
+    for (name, waits) in [("localhost", true), ("127.0.0.1", false)] {
+        let target = Scripted::start(NQN);
+        target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
+        let begun = Instant::now();
+        let mut bench = bench(target, |config| {
+            config.had_predecessor = true;
+            config.paths[0].address.host = name.into();
+            config.timers.keep_alive_tmo = Duration::from_millis(1000);
+            config.timers.quiesce_tmo = Duration::from_secs(if waits { 0 } else { 3600 });
+        });
+        assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+        assert!(!waits || begun.elapsed() >= Duration::from_secs(2));
+    }
+}
+
+/// The time that the controller said (CQT) was not used for a predecessor's commands, only for our own.
+#[test]
+fn a_controller_says_how_long_a_predecessors_commands_may_live() {
+    let target = Scripted::start(NQN);
+    target.state().controller.quiesce_time_ms = 300;
+    let begun = Instant::now();
+    let mut bench = bench(target, |config| {
+        config.had_predecessor = true;
+        config.timers.keep_alive_tmo = Duration::from_millis(500);
+        config.timers.quiesce_tmo = Duration::from_secs(3600);
+    });
+    assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+    assert!(begun.elapsed() >= Duration::from_millis(1300));
+}
+
+/// A target came back without a cache, and the flush of what its cache had held before was answered without asking it.
+#[test]
+fn a_flush_is_owed_also_to_a_controller_that_has_no_cache_any_more() {
+    let target = Scripted::start(NQN);
+    target.state().controller.volatile_write_cache = 1;
+    let mut bench = bench(target, |_| {});
+    assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+    bench.target.state().controller.volatile_write_cache = 0;
+    bench.target.cut();
+    wait_until("it is reached again", || bench.target.state().associations == 2);
+    wait_ready(&bench.device);
+    assert!(bench.device.geometry().unwrap().volatile_cache);
+    assert_eq!(bench.client.run(Ask::plain(Operation::Flush, 0, 0)).outcome, Ok(()));
+    assert_eq!(opcodes(&bench.target), [io_opcode::WRITE, io_opcode::FLUSH]);
+}
+
+/// A request that waited for a target whose limits were smaller when it came back was sent as it was.
+#[test]
+fn requests_that_have_become_too_large_go_in_pieces() {
+    let mut bench = bench(Scripted::start(NQN), |_| {});
+    let content = data(5, 40);
+    bench.target.state().disk[..content.len()].copy_from_slice(&content);
+    bench.target.state().hold_io = true;
+    bench.client.submit(vec![Ask::read(0, 40, 512)]);
+    wait_until("it has arrived", || bench.target.state().log.len() == 1);
+    bench.target.state().hold_io = false;
+    // 2^1 pages of 4 KiB, 16 blocks.
+    bench.target.state().controller.transfer_size_max = 1;
+    bench.target.cut();
+    let told = bench.client.next();
+    assert_eq!(told.outcome, Ok(()));
+    assert!(told.data == content);
+    let ranges: Vec<_> =
+        bench.target.state().log.iter().map(|(_, sqe)| (sqe.lba(), sqe.block_count())).collect();
+    assert_eq!(ranges, [(0, 40), (0, 16), (16, 16), (32, 8)]);
+    // Whoever has not heard of it yet may still ask for as much as before.
+    assert_eq!(bench.client.run(Ask::read(0, 40, 512)).outcome, Ok(()));
+    assert_eq!(bench.device.stats().kind(hawser_block::IoKind::Read).requests, 2);
+}
+
+#[test]
+#[should_panic(expected = "a channel is dropped when it is idle")]
+fn a_channel_that_is_dropped_with_a_request_in_it_is_a_bug() {
+    struct Nothing;
+    impl hawser_runtime::Source for Nothing {
+        fn poll(&mut self, _: &hawser_runtime::Runtime, _: &mut Vec<hawser_runtime::Event>) {}
+    }
+    let mut reactor = hawser_runtime::Reactor::new(ReactorConfig::default()).unwrap();
+    let runtime = reactor.runtime().clone();
+    let target = Scripted::start(NQN);
+    let device = NvmeDevice::open(config(target.address), &[runtime.handle()]).unwrap();
+    reactor.step();
+    let id = runtime.add_source(std::rc::Rc::new(std::cell::RefCell::new(Nothing)));
+    let mut channel = device.channel(&runtime, id);
+    let flush = hawser_block::Request {
+        operation: Operation::Flush,
+        lba: hawser_block::Lba(0),
+        blocks: hawser_block::BlockCount(0),
+        buffers: hawser_block::Buffers::EMPTY,
+        token: hawser_block::Token(1),
+    };
+    channel.submit(&mut vec![flush]);
+    drop(channel);
 }
 
 #[test]
