@@ -5,9 +5,10 @@
 //! thread's time, against 0.3 µs). What the kernel itself signals it never waits for: so each queue has a tiny io_uring of
 //! its own with the eventfd registered, and an interrupt is a no-op in there.
 
+use crate::connection;
 use io_uring::{IoUring, opcode};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// The call descriptor of one queue. Used by one thread.
 pub(crate) struct Interrupt {
@@ -49,18 +50,30 @@ impl Interrupt {
         self.ring.completion().for_each(drop);
         // SAFETY: a no-op names no memory.
         let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
-        // A full ring holds a signal that was not submitted: submitting is all it needs. An interrupted call is repeated by
-        // the next signal; a no-op cannot fail otherwise.
+        // A full ring holds a signal that was not submitted: submitting is all it needs.
         let _ = pushed;
-        while self.ring.submit().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {}
+        while let Err(error) = self.ring.submit() {
+            if error.kind() != io::ErrorKind::Interrupted {
+                self.signal_plainly();
+                return;
+            }
+        }
+    }
+
+    /// The kernel had no memory for a no-op: an interrupt that is not sent is never made up for, so it is written. To an
+    /// eventfd that has no room it need not be, for its reader has not looked since.
+    #[cold]
+    fn signal_plainly(&self) {
+        if let Some(call) = self.call.as_ref().filter(|call| connection::is_writable(call.as_fd())) {
+            connection::signal(call.as_fd());
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection;
-    use std::os::fd::{AsFd, FromRawFd};
+    use std::os::fd::FromRawFd;
 
     fn count(fd: &OwnedFd) -> u64 {
         let mut count = 0u64;
@@ -101,5 +114,21 @@ mod tests {
             interrupt.signal();
         }
         assert!(count(&full) >= most);
+    }
+
+    /// An error of the ring's other than EINTR was passed over, and the guest waited for ever.
+    #[test]
+    fn an_interrupt_that_the_ring_refuses_is_sent_all_the_same() {
+        let call = connection::eventfd().unwrap();
+        let mut interrupt = Interrupt::new().unwrap();
+        interrupt.set(Some(call.try_clone().unwrap())).unwrap();
+        interrupt.signal();
+        // Something that is no ring in its place: every submission fails.
+        let other = connection::eventfd().unwrap();
+        // SAFETY: both are our own descriptors; the ring's mappings stay.
+        assert!(unsafe { libc::dup2(other.as_raw_fd(), interrupt.ring.as_raw_fd()) } >= 0);
+        interrupt.signal();
+        interrupt.signal();
+        assert_eq!(count(&call), 3);
     }
 }

@@ -10,11 +10,15 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+
+/// A socket's address holds a path of so many bytes and a zero.
+const PATH_BYTES_MAX: usize = 107;
 
 /// Who may connect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -97,7 +101,7 @@ pub(crate) struct SocketLock {
 impl SocketLock {
     /// Takes the lock, or says who has it.
     pub(crate) fn take(socket: &Path) -> Result<SocketLock, SocketError> {
-        if socket.as_os_str().len() > 107 {
+        if socket.as_os_str().len() > PATH_BYTES_MAX {
             return Err(SocketError::TooLong(socket.to_owned()));
         }
         let path = lock_path(socket);
@@ -129,34 +133,13 @@ impl SocketLock {
         // Names are looked up before anything is made.
         let user = access.user.as_deref().map(user_id).transpose()?;
         let group = access.group.as_deref().map(group_id).transpose()?;
-        if let Ok(found) = std::fs::symlink_metadata(path) {
-            if !found.file_type().is_socket() {
-                return Err(SocketError::NotASocket(path.clone()));
-            }
-            if UnixStream::connect(path).is_ok() {
-                return Err(SocketError::Live(path.clone()));
-            }
-            std::fs::remove_file(path).map_err(|error| io("remove the stale socket", error))?;
+        remove_stale(path)?;
+        let listener = unix_socket(0).map_err(|error| io("socket", error))?;
+        let (address, len) = address_of(path);
+        // SAFETY: plain system call on our own descriptor; the address lives until it returns.
+        if unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), len) } != 0 {
+            return Err(io("bind", io::Error::last_os_error()));
         }
-        let bytes = path.as_os_str().as_bytes();
-        // SAFETY: plain system calls; the address is zeroed and holds the path (at most 107 bytes) and its end.
-        let listener = unsafe {
-            let fd = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-            if fd < 0 {
-                return Err(io("socket", io::Error::last_os_error()));
-            }
-            let fd = OwnedFd::from_raw_fd(fd);
-            let mut address: libc::sockaddr_un = std::mem::zeroed();
-            address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or(1);
-            for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-                *to = from.cast_signed();
-            }
-            let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).unwrap_or(0);
-            if libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) != 0 {
-                return Err(io("bind", io::Error::last_os_error()));
-            }
-            fd
-        };
         let id = std::fs::symlink_metadata(path).map_err(|error| io("bind", error))?;
         let bound = BoundSocket {
             listener: UnixListener::from(listener),
@@ -211,34 +194,93 @@ impl Drop for BoundSocket {
     }
 }
 
-fn user_id(name: &str) -> Result<u32, SocketError> {
-    let wrong = || SocketError::User(name.to_owned());
-    if let Ok(id) = name.parse() {
-        return Ok(id);
+fn unix_socket(flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call without pointers.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
     }
-    let name = CString::new(name).map_err(|_| wrong())?;
-    let mut buffer = vec![0; 16384];
-    let mut found = std::ptr::null_mut();
-    // SAFETY: all buffers live until the call returns; all-zero is a valid `passwd` to be filled.
-    unsafe {
-        let mut entry: libc::passwd = std::mem::zeroed();
-        libc::getpwnam_r(name.as_ptr(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found);
-        if found.is_null() { Err(wrong()) } else { Ok(entry.pw_uid) }
+    // SAFETY: we just made it and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The address of a path, which has at most 107 bytes; what is longer is cut.
+fn address_of(path: &Path) -> (libc::sockaddr_un, libc::socklen_t) {
+    // SAFETY: plain data, for which all zero is valid; the last byte stays zero.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or(1);
+    let room = address.sun_path.len() - 1;
+    for (to, from) in address.sun_path[..room].iter_mut().zip(path.as_os_str().as_bytes()) {
+        *to = from.cast_signed();
+    }
+    (address, libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).unwrap_or(0))
+}
+
+/// Removes a socket that nobody listens at. One that is in use, or of which that cannot be told, is left alone, as is what is
+/// no socket; where nothing is there is nothing to do. The caller holds the lock that goes with the path.
+///
+/// # Errors
+/// When something is there after all.
+pub fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let io = |doing, error| SocketError::Io { path: path.to_owned(), doing, error };
+    if path.as_os_str().len() > PATH_BYTES_MAX {
+        return Err(SocketError::TooLong(path.to_owned()));
+    }
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io("look for a stale socket", error)),
+        Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    let probe = unix_socket(libc::SOCK_NONBLOCK).map_err(|error| io("socket", error))?;
+    let (address, len) = address_of(path);
+    // SAFETY: plain system call on our own descriptor; the address lives until it returns.
+    let connected = unsafe { libc::connect(probe.as_raw_fd(), (&raw const address).cast(), len) } == 0;
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        _ if connected => Err(SocketError::Live(path.to_owned())),
+        // Somebody listens, and has as many clients waiting as there may be.
+        Some(libc::EAGAIN) => Err(SocketError::Live(path.to_owned())),
+        Some(libc::ECONNREFUSED) => {
+            std::fs::remove_file(path).map_err(|error| io("remove the stale socket", error))
+        }
+        // It has gone meanwhile.
+        Some(libc::ENOENT) => Ok(()),
+        // Not allowed to connect, another kind of socket: whose it is cannot be told.
+        _ => Err(io("connect, to see whether anybody listens", error)),
     }
 }
 
-fn group_id(name: &str) -> Result<u32, SocketError> {
-    let wrong = || SocketError::Group(name.to_owned());
+/// Room for a user's or group's entry, with all members of a group.
+const ENTRY_BYTES_MAX: usize = 64 << 10;
+
+/// `getpwnam_r` or `getgrnam_r`.
+type LookUp<T> =
+    unsafe extern "C" fn(*const libc::c_char, *mut T, *mut libc::c_char, libc::size_t, *mut *mut T) -> i32;
+
+/// A user's or group's number: `name` itself if it is one, else what `look_up` finds.
+fn id_of<T>(name: &str, look_up: LookUp<T>, id: fn(&T) -> u32) -> Option<u32> {
     if let Ok(id) = name.parse() {
-        return Ok(id);
+        return Some(id);
     }
-    let name = CString::new(name).map_err(|_| wrong())?;
-    let mut buffer = vec![0; 16384];
+    let name = CString::new(name).ok()?;
+    let mut entry = MaybeUninit::<T>::zeroed();
+    let mut buffer: Vec<libc::c_char> = vec![0; ENTRY_BYTES_MAX];
     let mut found = std::ptr::null_mut();
-    // SAFETY: all buffers live until the call returns; all-zero is a valid `group` to be filled.
+    // SAFETY: name, entry and buffer, of the length that is told, live until the last use of `found`, which then points to the
+    // entry that was filled.
     unsafe {
-        let mut entry: libc::group = std::mem::zeroed();
-        libc::getgrnam_r(name.as_ptr(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found);
-        if found.is_null() { Err(wrong()) } else { Ok(entry.gr_gid) }
+        look_up(name.as_ptr(), entry.as_mut_ptr(), buffer.as_mut_ptr(), buffer.len(), &raw mut found);
+        found.as_ref().map(id)
     }
+}
+
+fn user_id(name: &str) -> Result<u32, SocketError> {
+    let id = id_of(name, libc::getpwnam_r, |entry: &libc::passwd| entry.pw_uid);
+    id.ok_or_else(|| SocketError::User(name.to_owned()))
+}
+
+fn group_id(name: &str) -> Result<u32, SocketError> {
+    let id = id_of(name, libc::getgrnam_r, |entry: &libc::group| entry.gr_gid);
+    id.ok_or_else(|| SocketError::Group(name.to_owned()))
 }

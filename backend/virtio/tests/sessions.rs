@@ -628,3 +628,68 @@ fn requests_in_flight_of_a_ring_that_is_broken_still_end() {
     assert_eq!(guest.ram.read(DATA + 16, 1), [0]);
     assert_eq!(served.device.fake.state().content[3 * 512], 3);
 }
+
+/// A log of more queues than the disk has may have unfinished requests in a queue that nobody can start: all others waited for
+/// that one, for ever. So they did after a new log was made in the place of an old one with unfinished requests.
+#[test]
+fn no_queue_waits_for_unfinished_requests_that_nobody_can_execute() {
+    let served = Served::new(small());
+    let wish = Wish { rings: 2, inflight: true, size: 16, ..Wish::default() };
+    let guest = Guest::connect(&served.socket, &wish);
+    let (mut description, file) = guest.inflight.unwrap();
+    drop((guest.frontend, guest.stream));
+    // A request of the second queue, whose part follows 16 bytes and 1024 entries of the first, is marked.
+    use std::os::unix::fs::FileExt;
+    file.write_at(&[1], (16u64 + 16 * 1024).next_multiple_of(64) + 16).unwrap();
+    let none = Wish { rings: 0, ..wish.clone() };
+    let mut guest = Guest::with(
+        &served.socket,
+        &none,
+        guest.ram,
+        Vec::new(),
+        Some((description, file.try_clone().unwrap())),
+    );
+    let wanted = vhost::vhost_user::message::VhostUserInflight::new(0, 0, 1, 16);
+    guest.inflight = Some(guest.frontend.get_inflight_fd(&wanted).unwrap());
+    guest.ram.zero(RAM_GUEST, usize::try_from(DATA - RAM_GUEST).unwrap());
+    guest.rings.push(new_ring(0, &wish));
+    guest.start_ring(0);
+    works(&mut guest);
+    drop(guest);
+
+    let file = Ram::new(0, 1 << 20).file.try_clone().unwrap();
+    description.num_queues = 5;
+    description.mmap_size = 1 << 20;
+    let mut stream = UnixStream::connect(&served.socket).unwrap();
+    let mut frontend = vhost::vhost_user::Frontend::from_stream(stream.try_clone().unwrap(), 64);
+    frontend.set_owner().unwrap();
+    frontend.get_features().unwrap();
+    frontend.set_features(wish.features).unwrap();
+    let protocol = frontend.get_protocol_features().unwrap();
+    frontend.set_protocol_features(protocol).unwrap();
+    let _ = frontend.set_inflight_fd(&description, std::os::fd::AsRawFd::as_raw_fd(&file));
+    drop(frontend);
+    let _ = stream.read_to_end(&mut Vec::new());
+    eventually("told", || {
+        served.disk.trouble().contains("SET_INFLIGHT_FD: a log of 5 queues; the disk has 4")
+    });
+}
+
+/// The front end sets the error descriptor once; after RESET_DEVICE a broken ring ended the session without a word.
+#[test]
+fn the_error_descriptor_outlives_a_reset_of_the_device() {
+    let served = Served::new(small());
+    let wish = Wish::default();
+    let mut guest = Guest::connect(&served.socket, &wish);
+    let err = EventFd::new(EFD_NONBLOCK).unwrap();
+    guest.frontend.set_vring_err(0, &err).unwrap();
+    guest.frontend.reset_device().unwrap();
+    guest.ram.zero(RAM_GUEST, usize::try_from(DATA - RAM_GUEST).unwrap());
+    guest.rings[0] = new_ring(0, &wish);
+    guest.start_ring(0);
+    works(&mut guest);
+    guest.rings[0].offer(&guest.ram, 999);
+    guest.rings[0].kick.write(1).unwrap();
+    assert!(guest.is_ended());
+    assert_eq!(err.read().unwrap(), 1);
+}

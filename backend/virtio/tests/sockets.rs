@@ -3,10 +3,11 @@
 mod support;
 
 use hawser_block::{Device, Geometry};
-use hawser_virtio::{DiskError, DiskState, SocketError, VhostDisk};
+use hawser_virtio::{DiskError, DiskState, SocketError, VhostDisk, remove_stale};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -127,6 +128,30 @@ fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
             "{text}: something is left"
         );
     }
+}
+
+/// Whoever could not be connected to was taken for dead, and its socket was removed: a program with a full backlog (which the
+/// connect waited for, without end), and what is no stream socket.
+#[test]
+fn only_a_refused_connection_means_that_a_socket_is_stale() {
+    let folder = Folder::new();
+    let path = folder.path("s");
+    assert!(remove_stale(&path).is_ok(), "nothing is there");
+    let listener = UnixListener::bind(&path).unwrap();
+    // SAFETY: plain system call on our own descriptor: one client may wait, and the next one finds no place.
+    unsafe { libc::listen(listener.as_raw_fd(), 0) };
+    let _waiting = UnixStream::connect(&path).unwrap();
+    for _ in 0..2 {
+        let error = remove_stale(&path).unwrap_err();
+        assert!(matches!(error, SocketError::Live(_)), "{error}");
+    }
+    drop(listener);
+    remove_stale(&path).unwrap();
+    assert!(!path.exists());
+    let _datagrams = UnixDatagram::bind(&path).unwrap();
+    let error = remove_stale(&path).unwrap_err().to_string();
+    assert!(error.contains("connect, to see whether anybody listens: Protocol wrong type"), "{error}");
+    assert!(path.exists());
 }
 
 #[test]

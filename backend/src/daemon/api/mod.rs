@@ -18,9 +18,9 @@ use serde::Serialize;
 use std::convert::Infallible;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -49,7 +49,7 @@ impl ApiSocket {
     /// One line that names the path.
     pub(super) fn bind(path: &SocketPath, mode: SocketMode) -> Result<ApiSocket, String> {
         let path = path.as_path();
-        remove_stale(path)?;
+        hawser_virtio::remove_stale(path).map_err(|error| error.to_string())?;
         let cannot = |error: io::Error| format!("{}: cannot be bound: {error}", path.display());
         let listener = UnixListener::bind(path).map_err(cannot)?;
         let socket = ApiSocket { listener, path: path.to_owned() };
@@ -64,17 +64,6 @@ impl Drop for ApiSocket {
         // Nothing to do about a failure at the end: the next daemon replaces a stale socket.
         let _ = fs::remove_file(&self.path);
     }
-}
-
-fn remove_stale(path: &Path) -> Result<(), String> {
-    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        return Err(format!("{}: is there and is no socket, want another path", path.display()));
-    }
-    if UnixStream::connect(path).is_ok() {
-        return Err(format!("{}: is in use by another process, want another path", path.display()));
-    }
-    fs::remove_file(path).map_err(|error| format!("{}: cannot be replaced: {error}", path.display()))
 }
 
 /// Serves the API on a thread of its own, as long as the process lives.

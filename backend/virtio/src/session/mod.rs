@@ -530,6 +530,8 @@ impl<'a> Session<'a> {
             InflightArea::create(queues, ring::SIZE_MAX).map_err(|error| Failure::End(error.to_string()))?;
         description.queue_size = queue_size;
         area.set_write_through(!self.disk.writeback());
+        // Nothing is unfinished in a new log, whatever was in one that was set before.
+        self.gate = Arc::default();
         self.inflight = Some(area);
         Ok(Reply::WithDescriptor(message::reply_inflight(&description), file))
     }
@@ -541,6 +543,14 @@ impl<'a> Session<'a> {
         let [file] = files else {
             return end(format!("SET_INFLIGHT_FD: {} descriptors; one would be right", files.len()));
         };
+        if usize::from(description.queues) > self.vrings.len() {
+            // Nobody would ever execute what is unfinished in the others, and the whole disk would wait for it.
+            return end(format!(
+                "SET_INFLIGHT_FD: a log of {} queues; the disk has {}",
+                description.queues,
+                self.vrings.len()
+            ));
+        }
         let area = InflightArea::map(description, file).map_err(|error| Failure::End(error.to_string()))?;
         match area.write_through() {
             Some(write_through) => self.disk.set_writeback(!write_through),

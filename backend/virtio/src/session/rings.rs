@@ -116,7 +116,8 @@ impl Session<'_> {
     pub(super) fn reset_device(&mut self) {
         self.stop_all();
         for vring in &mut self.vrings {
-            *vring = Vring::default();
+            // Who hears of errors is the front end's matter, not the device's: it does not set that again.
+            *vring = Vring { err: vring.err.take(), ..Vring::default() };
         }
         // The driver has forgotten what was in flight.
         if let Some(inflight) = &self.inflight {
