@@ -38,9 +38,8 @@ use std::sync::mpsc::Sender;
 /// Pieces that lie in the slot itself; longer lists go to the queue's overflow area.
 const PIECES_INLINE: usize = 6;
 const KEY_KICK: u32 = 0;
-/// How long an interrupt may wait for more to end while more is under way. Waking a driver on another CPU costs us up to
-/// 16 µs in a virtual machine, however many requests it is for: held so, `file:` 128k at depth 8 went from 35 k to 39 k IOPS,
-/// `nvme+tcp:` 4k at depth 32 from 340 k to 390 k; depth 1 is never held.
+/// How long an interrupt may wait for the driver to give more, where its last batch was of several requests and all of them
+/// have ended: it is likely to be awake and about to look. While some are with the device, waking it overlaps with them.
 const HOLD_NS: u64 = 5_000;
 /// Chains that one turn takes off a ring; the rest waits until the reactor's other queues have had theirs. 128 is what a ring
 /// of Linux's holds by default, so that its batches stay whole.
@@ -561,12 +560,12 @@ impl Queue {
     }
 
     /// Interrupts the driver if it wants that for what was published since it was last asked, or holds the interrupt back
-    /// for [`HOLD_NS`] while more is under way. A held one is looked at in every pass, and is sent before the reactor sleeps.
+    /// for [`HOLD_NS`] where more is likely to come. A held one is looked at in every pass, and is sent before the reactor sleeps.
     #[inline]
     fn notify(&mut self, runtime: &Runtime) {
         let (old, new) = (self.signalled, self.published);
         let wanted = old != new && self.ring.wants_interrupt(self.event_idx, old, new);
-        let more_to_come = (self.deep || self.in_flight > 0) && self.takes_requests();
+        let more_to_come = self.deep && self.in_flight == 0 && self.takes_requests();
         if wanted && more_to_come && !self.owes_interrupt {
             let now = runtime.now();
             if now.ns_since(*self.held_since.get_or_insert(now)) < HOLD_NS {
