@@ -75,6 +75,12 @@ pub trait Channel {
     /// Moves the ends of requests to `ended`, in the order in which they ended.
     fn reap(&mut self, ended: &mut Vec<Completion>);
 
+    /// Whether requests that it holds are ended by this thread's own work, portion by portion, with nothing to wait for: then
+    /// waking the guest for those that have ended overlaps with the rest.
+    fn is_working(&self) -> bool {
+        false
+    }
+
     /// Ends all requests as soon as that can be done safely (tearing an association down if need be): they are still
     /// reaped as usual, `Aborted` or however they ended. For a user that has waited long enough.
     fn abort(&mut self) {}

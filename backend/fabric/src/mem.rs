@@ -271,6 +271,10 @@ impl Channel for MemChannel {
         }
     }
 
+    fn is_working(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     fn abort(&mut self) {
         let now = self.runtime.now();
         for (request, started) in self.waiting.drain(..) {

@@ -178,6 +178,10 @@ impl Channel for VolumeChannel {
         }
     }
 
+    fn is_working(&self) -> bool {
+        self.member.is_working()
+    }
+
     fn abort(&mut self) {
         self.member.abort();
     }
