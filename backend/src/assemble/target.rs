@@ -1,11 +1,13 @@
 //! From `[[subsystem]]`s to the target that other hosts connect to.
 
+use super::device::Kind;
 use super::reactors::Reactors;
 use crate::daemon::api::view::{NamespaceView, SubsystemView};
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Listen, Name, Nqn};
 use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
+use hawser_volume::Volume;
 use std::sync::Arc;
 
 /// Starts to listen for all subsystems of the configuration; `None` when there are none.
@@ -27,8 +29,10 @@ pub fn start(
         for namespace in &subsystem.namespaces {
             let device =
                 device(&namespace.device).ok_or_else(|| format!("no device {}", namespace.device))?;
-            let uuid = namespace.uuid.map(|uuid| uuid.0);
-            namespaces.push(NamespaceConfig { nsid: namespace.nsid, device, uuid });
+            let kind = config.device(namespace.device.as_str()).map(|device| Kind::parse(&device.value.uri));
+            let in_memory = matches!(kind, Some(Ok(Kind::Mem { .. })));
+            let uuid = namespace.uuid.map(|uuid| uuid.0).or(in_memory.then(|| device.uuid()));
+            namespaces.push(NamespaceConfig { nsid: namespace.nsid, device: as_namespace(device), uuid });
         }
         subsystems.push(SubsystemConfig {
             nqn: subsystem.nqn.to_string(),
@@ -45,6 +49,12 @@ pub fn start(
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })
+}
+
+/// A device as hosts see it: what they may send in one command stays the same while the device's own limits change with the
+/// controller behind it.
+fn as_namespace(device: Arc<dyn Device>) -> Arc<dyn Device> {
+    Arc::new(Volume::whole(device.name().to_owned(), device, false))
 }
 
 /// A subsystem's serial number, the same for the same name for ever: hosts make device links of it. FNV-1a in hexadecimal.
@@ -83,6 +93,19 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hawser_block::fake::FakeDevice;
+    use hawser_block::{BlockSize, Geometry};
+
+    /// The transfer size is told at Connect. A target behind us that came back with a smaller one made the host's larger
+    /// commands fail.
+    #[test]
+    fn a_namespace_takes_whole_commands_whatever_its_device_takes() {
+        let mut geometry = Geometry::new(BlockSize::B512, 4096);
+        geometry.transfer_blocks_max = 8;
+        let namespace = as_namespace(Arc::new(FakeDevice::new(geometry)));
+        let geometry = namespace.geometry().unwrap();
+        assert!(geometry.transfer_blocks_max << geometry.block_size.shift() >= 1 << 20);
+    }
 
     #[test]
     fn a_serial_fits_and_tells_names_apart() {

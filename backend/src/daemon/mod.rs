@@ -26,7 +26,7 @@ use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
 use hawser_config::value::{Name, SocketPath};
 use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
-use hawser_fabric::target::Target;
+use hawser_fabric::target::{Target, TargetStats};
 use hawser_virtio::{LeftBehind, VhostDisk};
 use lock::Lock;
 use run_state::RunState;
@@ -470,6 +470,12 @@ impl Daemon {
     pub fn subsystem_views(&self) -> Vec<SubsystemView> {
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
         target.as_ref().map_or_else(Vec::new, |target| assemble_target::views(&self.config, target))
+    }
+
+    /// How the target is doing, if there is one.
+    #[must_use]
+    pub(crate) fn target_stats(&self) -> Option<TargetStats> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Target::stats)
     }
 
     /// The numbers of all disks and of all devices, with their names.

@@ -91,6 +91,8 @@ const DSM_DEALLOCATE: u32 = 1 << 2;
 impl Sqe {
     /// Its size in bytes.
     pub const LEN: usize = 64;
+    /// FUSE: the command is a half of a fused operation.
+    pub const FLAGS_FUSED: u8 = 3;
     /// PSDT 01b: the data pointer is an SGL, as Fabrics demands.
     pub const FLAGS_SGL: u8 = 0x40;
 

@@ -1,7 +1,9 @@
 //! Moves a connection's bytes: one receive and one send at a time on its socket, and requests to its devices.
 //!
-//! A connection ends in two steps. First it is ended: its socket is shut down and its requests are aborted. When its
-//! operations and its requests are over it is quiet: it leaves its controller, and is gone.
+//! A connection ends in two steps. First it is ended: its socket is shut down, and nothing more is begun. When its
+//! operations and its requests are over it is quiet: it leaves its controller, and is gone. Requests at devices end by
+//! themselves: a device may be shared, and aborting one host's requests may cost all others their way to it. They are
+//! aborted when the target stops, or after [`ABORT_GRACE`].
 
 use super::Shared;
 use super::connection::{Action, Connection};
@@ -20,9 +22,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Grace on top of the keep-alive time-out: its unit.
 const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(1);
 
+/// How long requests of an ended connection may stay at their devices before they are aborted: devices have time-outs of their
+/// own, and a Connect of the same host waits for them.
+const ABORT_GRACE: Duration = Duration::from_secs(30);
+
 const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
 const ALIVE: u32 = 2;
+const ABORT: u32 = 3;
 
 /// This reactor's connections.
 #[derive(Default)]
@@ -198,6 +205,9 @@ impl Driver {
                                 // What lies unread in its socket must not become commands after this answer.
                                 if peer_has_closed(driver.fd) {
                                     driver.end(runtime, "its host has closed it");
+                                } else if driver.connection.controller().is_some_and(|c| c.is_closed()) {
+                                    // Its end is on its way here, and would come too late.
+                                    driver.end(runtime, "its association is over");
                                 }
                                 driver.connection.add_barrier(done);
                             }
@@ -243,8 +253,8 @@ impl Driver {
             runtime.cancel_timer(timer);
         }
         runtime.shutdown(self.fd);
-        for channel in self.channels.iter_mut().flatten() {
-            channel.abort();
+        if !self.connection.is_quiet() {
+            self.timer = Some(runtime.timer(self.source(), runtime.now() + ABORT_GRACE, ABORT));
         }
         if self.connection.is_admin()
             && let Some(controller) = self.connection.controller()
@@ -257,8 +267,18 @@ impl Driver {
         runtime.wake(self.source());
     }
 
+    /// Ends the requests that are at devices as soon as that can be.
+    pub(super) fn abort(&mut self) {
+        for channel in self.channels.iter_mut().flatten() {
+            channel.abort();
+        }
+    }
+
     /// Nothing of the connection is under way any more.
     fn gone(&mut self, runtime: &Runtime) {
+        if let Some(timer) = self.timer.take() {
+            runtime.cancel_timer(timer);
+        }
         self.leave_place();
         if let Some(controller) = self.connection.controller() {
             controller.leave(self.id);
@@ -334,6 +354,15 @@ impl Source for Driver {
                     }
                 }
                 Event::Op { .. } => {}
+                Event::Timer { key: ABORT } => {
+                    self.timer = None;
+                    log::warn!(
+                        "commands of a connection that has ended are still under way: they are aborted"
+                    );
+                    self.abort();
+                }
+                // One that was due when the connection ended may still come.
+                Event::Timer { .. } if self.ending => {}
                 Event::Timer { .. } => self.check_alive(runtime),
             }
         }

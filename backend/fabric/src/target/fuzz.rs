@@ -10,6 +10,7 @@ use super::{NamespaceConfig, TRANSFER_BYTES_MAX};
 use crate::nvme::fabrics::{CNTLID_DYNAMIC, Connect, ConnectData, Property};
 use crate::nvme::properties::{CC_START, offset};
 use crate::nvme::{Sgl, Sqe, features};
+use crate::pool::Budget;
 use crate::tcp::pdu::command_to_bytes;
 use crate::tcp::{Digests, InitRequest};
 use hawser_block::fake::FakeDevice;
@@ -35,6 +36,8 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         stopping: AtomicBool::new(false),
         connections: Mutex::default(),
         gone: Condvar::new(),
+        memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
+        refusals: super::Refusals::default(),
     })
 }
 

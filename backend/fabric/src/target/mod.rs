@@ -26,7 +26,7 @@ mod tests;
 mod uuid;
 
 use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
-use crate::pool::BufferPool;
+use crate::pool::{Budget, BufferPool};
 use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
@@ -51,7 +51,15 @@ const IN_CAPSULE_BYTES_MAX: u32 = 16 << 10;
 /// The data of one command (MDTS), and of one H2CData (MAXH2CDATA).
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
 /// Connections to all subsystems of a target.
-const CONNECTIONS_MAX: usize = 512;
+const CONNECTIONS_MAX: usize = 2048;
+/// What all connections of a target may have in memory together. Beyond it no connection is taken in, and those that are
+/// there execute one command each at a time, of at most [`TRANSFER_BYTES_MAX`].
+const MEMORY_BYTES_MAX: usize = 1 << 30;
+/// How often refused connections are worth a line.
+const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(10);
+/// How long a peer may leave what we sent unacknowledged, or a probe of its silence unanswered, before its connection ends:
+/// for hosts that ask for no keep-alive.
+const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device in a subsystem.
 pub struct NamespaceConfig {
@@ -59,7 +67,8 @@ pub struct NamespaceConfig {
     pub nsid: u32,
     /// What it is.
     pub device: Arc<dyn Device>,
-    /// Its UUID; else the device's own, else one made from NQN and NSID.
+    /// Its UUID; else one made from NQN and NSID. It never follows what a device says of itself once it is reached: hosts
+    /// take a namespace whose UUID changes for another one.
     pub uuid: Option<[u8; 16]>,
 }
 
@@ -97,6 +106,41 @@ struct Shared {
     connections: Mutex<HashMap<u64, ReactorHandle>>,
     /// Told when a connection is gone.
     gone: Condvar,
+    memory: Arc<Budget>,
+    refusals: Refusals,
+}
+
+/// Connections that were not taken in.
+#[derive(Default)]
+struct Refusals {
+    count: AtomicU64,
+    /// When that was last worth a line, and how many there were then.
+    logged: Mutex<Option<(Instant, u64)>>,
+}
+
+impl Refusals {
+    /// Counts one, and says so if nothing was said for a while.
+    fn add(&self, why: &str) {
+        let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let (then, before) = logged.unwrap_or((now, 0));
+        if logged.is_none() || now.duration_since(then) >= REFUSALS_LOGGED_EVERY {
+            log::warn!("{} connections were refused: {why}", count - before);
+            *logged = Some((now, count));
+        }
+    }
+}
+
+/// How a target is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetStats {
+    /// Connections that are open.
+    pub connections: usize,
+    /// Connections that were not taken in, since the start.
+    pub connections_refused: u64,
+    /// What the connections have in memory.
+    pub memory_bytes: usize,
 }
 
 impl Shared {
@@ -128,9 +172,18 @@ impl Shared {
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
         {
             let mut connections = self.connections();
-            if connections.len() >= CONNECTIONS_MAX || self.stopping.load(Ordering::Relaxed) {
+            let refusal = if self.stopping.load(Ordering::Relaxed) {
+                Some("the target stops".to_owned())
+            } else if connections.len() >= CONNECTIONS_MAX {
+                Some(format!("{CONNECTIONS_MAX} are open"))
+            } else if self.memory.is_over_with(connection::OWN_BYTES) {
+                Some(format!("{} MiB are in use by those that are open", self.memory.used() >> 20))
+            } else {
+                None
+            };
+            if let Some(why) = refusal {
                 drop(connections);
-                log::warn!("a connection is refused: {CONNECTIONS_MAX} are open, or the target stops");
+                self.refusals.add(&why);
                 runtime.close(fd);
                 return;
             }
@@ -185,7 +238,7 @@ impl Target {
     pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
         Target::start_with(subsystems, reactors, |address| {
             let listener = TcpListener::bind(address)?;
-            set_no_delay(&listener);
+            prepare(&listener);
             Ok((listener.local_addr()?, Listening::Bound(Arc::new(OwnedFd::from(listener)))))
         })
     }
@@ -248,6 +301,8 @@ impl Target {
             stopping: AtomicBool::new(false),
             connections: Mutex::default(),
             gone: Condvar::new(),
+            memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
+            refusals: Refusals::default(),
         });
         for subsystem in &shared.subsystems {
             for namespace in &subsystem.namespaces {
@@ -286,7 +341,7 @@ impl Target {
                         Err(_) if shared.stopping.load(Ordering::Relaxed) => {}
                         Err(error) => {
                             // Out of descriptors or memory: it may pass.
-                            log::warn!("cannot accept a connection: {error}");
+                            shared.refusals.add(&error.to_string());
                             runtime.sleep(Duration::from_millis(100)).await;
                         }
                     }
@@ -307,6 +362,16 @@ impl Target {
     pub fn hosts(&self, nqn: &str) -> Vec<String> {
         let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
         subsystem.map(|subsystem| subsystem.hosts()).unwrap_or_default()
+    }
+
+    /// How it is doing.
+    #[must_use]
+    pub fn stats(&self) -> TargetStats {
+        TargetStats {
+            connections: self.shared.connections().len(),
+            connections_refused: self.shared.refusals.count.load(Ordering::Relaxed),
+            memory_bytes: self.shared.memory.used(),
+        }
     }
 
     /// Stops: no new connections, and the open ones end. Waits at most `wait` for their commands to end; whether they have.
@@ -339,7 +404,10 @@ impl Target {
             self.shared.connections().iter().map(|(id, reactor)| (*id, reactor.clone())).collect();
         for (id, reactor) in connections {
             let connection = registry::ConnectionRef { reactor, id };
-            driver::tell(&connection, |driver, runtime| driver.end(runtime, "the target stops"));
+            driver::tell(&connection, |driver, runtime| {
+                driver.end(runtime, "the target stops");
+                driver.abort();
+            });
         }
     }
 }
@@ -377,21 +445,27 @@ fn check(config: &SubsystemConfig, others: &[Arc<Subsystem>]) -> Result<(), Stri
     Ok(())
 }
 
-/// Accepted sockets inherit it. Without it a reply may wait for the peer's acknowledgement.
-fn set_no_delay(listener: &TcpListener) {
-    let on: libc::c_int = 1;
-    // SAFETY: `on` is an int, as long as is said.
-    let result = unsafe {
-        let len = libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(4);
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_NODELAY,
-            (&raw const on).cast(),
-            len,
-        )
-    };
-    if result < 0 {
-        log::warn!("TCP_NODELAY: {}", std::io::Error::last_os_error());
+/// Sets what accepted sockets inherit: a reply never waits for the peer's acknowledgement, and a peer that is gone without a
+/// word is noticed.
+fn prepare(listener: &TcpListener) {
+    let seconds = libc::c_int::try_from(PEER_TIMEOUT.as_secs()).unwrap_or(60);
+    let options = [
+        (libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        // Half the time in silence, then five probes in the other half.
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, seconds / 2),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, seconds / 10),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 5),
+        // In milliseconds.
+        (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, seconds * 1000),
+    ];
+    for (level, option, value) in options {
+        let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
+        // SAFETY: `value` is an int, as long as is said.
+        let result =
+            unsafe { libc::setsockopt(listener.as_raw_fd(), level, option, (&raw const value).cast(), len) };
+        if result < 0 {
+            log::warn!("socket option {option}: {}", std::io::Error::last_os_error());
+        }
     }
 }

@@ -119,8 +119,7 @@ impl Subsystem {
         let mut namespaces: Vec<Namespace> = namespaces
             .into_iter()
             .map(|NamespaceConfig { nsid, device, uuid: given }| {
-                let own = Some(device.uuid()).filter(|uuid| *uuid != [0; 16]);
-                let uuid = given.or(own).unwrap_or_else(|| uuid::of_namespace(nqn, nsid));
+                let uuid = given.unwrap_or_else(|| uuid::of_namespace(nqn, nsid));
                 Namespace { nsid, device, uuid }
             })
             .collect();
@@ -248,6 +247,12 @@ impl Subsystem {
         controllers.iter().map(|controller| controller.host.nqn.clone()).collect()
     }
 
+    /// All that are not quiet.
+    #[cfg(test)]
+    pub(super) fn controllers(&self) -> Vec<Arc<Controller>> {
+        lock(&self.controllers).clone()
+    }
+
     fn forget_if_quiet(&self, controller: &Arc<Controller>) {
         let mut controllers = lock(&self.controllers);
         let quiet = {
@@ -370,6 +375,11 @@ impl Controller {
     pub(super) fn close(&self) -> Vec<ConnectionRef> {
         lock(&self.state).closed = true;
         self.io_connections()
+    }
+
+    /// Whether the association is over.
+    pub(super) fn is_closed(&self) -> bool {
+        lock(&self.state).closed
     }
 
     /// A connection of it is quiet: no command of it is under way, and none will come.

@@ -1,6 +1,7 @@
 //! A target on real sockets, with a host that is written out byte by byte.
 
 mod associations;
+mod limits;
 
 use super::peer::{HOST, Heard, Peer};
 use super::*;
@@ -268,7 +269,11 @@ fn zeroes_and_deallocation_go_in_pieces() {
     assert_eq!(peer.call(dsm, &data, &[]).0.status.code, StatusCode::SUCCESS);
     assert_eq!(content(&mut peer, 0), [0; 4096]);
     assert_eq!(content(&mut peer, 70_000), [0; 4096]);
-    assert_eq!(content(&mut peer, 131_071), bytes);
+    // Past the end nothing is done: the first pieces were, once.
+    assert_eq!(peer.call(at(80_000), &bytes, &[]).0.status.code, StatusCode::SUCCESS);
+    let past = Sqe::write_zeroes(1, 80_000, 60_000, false, false);
+    assert_eq!(peer.status(past), StatusCode::LBA_OUT_OF_RANGE);
+    assert_eq!(content(&mut peer, 80_000), bytes);
     let beyond = DsmRange { attributes: 0, blocks: 2, lba: 131_071 }.to_bytes();
     let dsm = Sqe::deallocate(1, 1, Sgl::transport(16));
     assert_eq!(peer.call(dsm, &[], &beyond).0.status.code, StatusCode::LBA_OUT_OF_RANGE);
@@ -303,7 +308,9 @@ fn identify_features_and_logs_say_what_there_is() {
     assert_eq!(NamespaceList::from_bytes(&identify(cns::ACTIVE_NAMESPACES, 1).1).ids, [2]);
     let ids = NamespaceIds::from_bytes(&identify(cns::NAMESPACE_IDS, 1).1);
     assert_eq!(ids.uuid, uuid::of_namespace(NQN, 1));
-    assert_ne!(NamespaceIds::from_bytes(&identify(cns::NAMESPACE_IDS, 2).1).uuid, [0; 16]);
+    // A device that says who it is when it has been reached does not change what hosts see.
+    let ids = NamespaceIds::from_bytes(&identify(cns::NAMESPACE_IDS, 2).1);
+    assert_eq!(ids.uuid, uuid::of_namespace(NQN, 2));
     assert_eq!(identify(0x7f, 0).0, StatusCode::INVALID_FIELD);
 
     let get = |feature: u8| {
@@ -364,6 +371,9 @@ fn wrong_commands_get_their_status_and_the_queue_goes_on() {
     short.sgl.len = 512;
     let mut fabrics = read(0, 512);
     fabrics.opcode = 0x7f;
+    // Half of an operation that is to be atomic was executed on its own.
+    let mut fused = read(0, 512);
+    fused.flags |= 1;
     let cases = [
         (other, &[][..], StatusCode::INVALID_NAMESPACE),
         (wide, &[], StatusCode::INVALID_FIELD),
@@ -374,6 +384,7 @@ fn wrong_commands_get_their_status_and_the_queue_goes_on() {
         (write(0, 512, Sgl::in_capsule), &[0; 1024], StatusCode::INVALID_SGL_LENGTH),
         (write(0, 512, Sgl::transport), &[0; 512], StatusCode::INVALID_SGL_LENGTH),
         (fabrics, &[], StatusCode::COMMAND_SEQUENCE_ERROR),
+        (fused, &[], StatusCode::INVALID_FIELD),
         (read(4096, 512), &[], StatusCode::LBA_OUT_OF_RANGE),
         (read(u64::MAX, 512), &[], StatusCode::LBA_OUT_OF_RANGE),
         (Sqe::write_zeroes(1, 0, 1, false, false), &[], StatusCode::INVALID_OPCODE),

@@ -3,6 +3,7 @@
 use super::view::RingsView;
 use crate::daemon::Daemon;
 use hawser_block::{IoKind, StatsSet, Status};
+use hawser_fabric::target::TargetStats;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
@@ -77,6 +78,7 @@ struct Numbers {
     disk_rings: Vec<(String, RingsView)>,
     devices: Vec<(String, Arc<StatsSet>)>,
     device_states: Vec<(String, String)>,
+    target: Option<TargetStats>,
 }
 
 impl fmt::Debug for Numbers {
@@ -110,6 +112,7 @@ impl Numbers {
                 .collect(),
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
             devices,
+            target: daemon.target_stats(),
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
         }
     }
@@ -154,6 +157,16 @@ impl Collector for Numbers {
                 self.disk_rings
                     .iter()
                     .try_for_each(|(disk, rings)| one(metric, &[("disk", disk.as_str())], number(rings)))
+            })?;
+        }
+        if let Some(target) = &self.target {
+            let connections = target.connections as u64;
+            gauge(&mut encoder, "target_connections", "Connections of hosts", None, connections)?;
+            let memory = target.memory_bytes as u64;
+            gauge(&mut encoder, "target_memory", "What they have in memory", Some(&Unit::Bytes), memory)?;
+            let help = "Connections that were not taken in";
+            counter(&mut encoder, "target_connections_refused", help, |metric| {
+                one(metric, &[], target.connections_refused)
             })?;
         }
         io(&mut encoder, "disk", &self.disks)?;

@@ -17,12 +17,13 @@ fn start_target(
     listen: SocketAddr,
     reactor: &ReactorThread,
 ) -> (Target, SocketAddr) {
+    let uuid = Some(device.uuid()).filter(|uuid| *uuid != [0; 16]);
     let subsystem = SubsystemConfig {
         nqn: NQN.into(),
         listen: vec![listen],
         allowed_hosts: None,
         serial: "test".into(),
-        namespaces: vec![NamespaceConfig { nsid: 1, device, uuid: None }],
+        namespaces: vec![NamespaceConfig { nsid: 1, device, uuid }],
     };
     let target = Target::start(vec![subsystem], &[reactor.handle().clone()]).unwrap();
     let address = target.addresses()[0].1[0];

@@ -82,6 +82,12 @@ impl Connection {
             }
             io_opcode::WRITE_ZEROES => {
                 self.slots.drop_buffer(index);
+                // What is past the end fails whole: no piece is begun before that is known.
+                let geometry =
+                    self.geometry(index).ok_or(NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY))?;
+                if !geometry.contains(sqe.lba(), BlockCount(sqe.block_count())) {
+                    return Err(NvmeStatus::fatal(StatusCode::LBA_OUT_OF_RANGE));
+                }
                 self.slots.at(index).run = Run { lba: sqe.lba(), blocks: u64::from(sqe.block_count()) };
                 self.push_pieces(index)?;
             }

@@ -25,7 +25,7 @@ mod transmit;
 
 use super::registry::{ConnectionRef, Controller};
 use super::{BufferPool, IN_CAPSULE_BYTES_MAX, Shared, TRANSFER_BYTES_MAX};
-use crate::nvme::{Cqe, NvmeStatus};
+use crate::nvme::{Cqe, NvmeStatus, Sqe, StatusCode};
 use crate::tcp::pdu;
 use crate::tcp::{DataPdu, Digests, PduKind, ReadyToTransfer, Receiver};
 use hawser_block::{Device, Request};
@@ -45,6 +45,8 @@ const PAYLOAD_SPARE_BYTES_MAX: usize = 8 << 20;
 /// Answers that may wait for the socket, in bytes without payload, before no more commands are taken in. A host within its
 /// queue's size stays far below: 128 answers are 3 KiB.
 const WAITING_ANSWERS_MAX: usize = 64 << 10;
+/// What a connection has in memory before its first command: the staging buffer, its slots, and room to answer.
+pub(super) const OWN_BYTES: usize = 256 << 10;
 /// Commands at a time: those of the largest queue, and as many whose answers' send has not completed.
 const SLOTS: usize = 2 * super::QUEUE_ENTRIES_MAX as usize;
 
@@ -164,6 +166,9 @@ impl Connection {
         listener: usize,
         local: Option<std::net::SocketAddr>,
     ) -> Connection {
+        shared.memory.charge(OWN_BYTES);
+        let pool =
+            BufferPool::new(PAYLOAD_BYTES_MAX, PAYLOAD_SPARE_BYTES_MAX).within(Arc::clone(&shared.memory));
         Connection {
             shared,
             me,
@@ -176,7 +181,7 @@ impl Connection {
             initialised: false,
             digests: Digests::NONE,
             host_alignment: 4,
-            slots: Slots::new(SLOTS, BufferPool::new(PAYLOAD_BYTES_MAX, PAYLOAD_SPARE_BYTES_MAX)),
+            slots: Slots::new(SLOTS, pool),
             waiting: VecDeque::new(),
             lanes: Vec::new(),
             submitting: false,
@@ -204,6 +209,11 @@ impl Connection {
     fn begin(&mut self, index: usize) {
         if let Some(refused) = self.slots.at(index).refused {
             self.fail(index, refused);
+            return;
+        }
+        // FUSES is 0: a fused command would be executed on its own (base 3.4.2).
+        if self.slots.at(index).sqe.flags & Sqe::FLAGS_FUSED != 0 {
+            self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_FIELD));
             return;
         }
         match self.queue {
@@ -357,9 +367,11 @@ impl Connection {
         matches!(self.receiving, Receiving::Over)
     }
 
-    /// Whether the peer sends without reading what it is answered.
+    /// Whether nothing more is to be read for now: the peer sends without reading what it is answered, or there is no memory
+    /// for more. In both cases something of its own will end that makes the driver look again.
     pub(super) fn is_congested(&self) -> bool {
         self.next.head_len() > WAITING_ANSWERS_MAX
+            || self.executing > 0 && self.shared.memory.is_over_with(IN_CAPSULE_BYTES_MAX as usize)
     }
 
     /// Whether no device has a command of it.
@@ -406,5 +418,11 @@ impl Connection {
             let barrier = self.barriers.remove(at);
             (barrier.tell)();
         }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shared.memory.credit(OWN_BYTES);
     }
 }

@@ -1,6 +1,7 @@
 //! How associations end, and what the next one of the same host waits for.
 
 use super::*;
+use std::io::Write;
 
 /// A device whose requests end when the test says so, and not when they are aborted.
 struct StuckDevice {
@@ -14,6 +15,8 @@ struct Stuck {
     /// Requests that it has, of any channel.
     held: AtomicUsize,
     landed: AtomicUsize,
+    /// How often a channel was told to give up.
+    aborts: AtomicUsize,
     users: Mutex<Vec<(ReactorHandle, hawser_runtime::SourceId)>>,
 }
 
@@ -37,6 +40,10 @@ impl hawser_block::Channel for StuckChannel {
                     .map(|request| hawser_block::Completion { token: request.token, outcome: Ok(()) }),
             );
         }
+    }
+
+    fn abort(&mut self) {
+        self.state.aborts.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -69,6 +76,24 @@ impl Device for StuckDevice {
     }
 }
 
+impl StuckDevice {
+    /// A target over such a device, whose host has sent three writes that are at the device.
+    fn rig() -> (Rig, Arc<Stuck>, Peer, Peer) {
+        let state = Arc::<Stuck>::default();
+        let device = StuckDevice { stats: Arc::default(), state: Arc::clone(&state) };
+        let rig = Rig::new(vec![Arc::new(device)]);
+        let (admin, cntlid) = Peer::admin(rig.address, NQN);
+        let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+        for lba in 0..3 {
+            peer.send(write(lba, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
+        }
+        while state.held.load(Ordering::SeqCst) < 3 {
+            std::thread::yield_now();
+        }
+        (rig, state, admin, peer)
+    }
+}
+
 impl Stuck {
     fn release(&self) {
         self.released.store(true, Ordering::SeqCst);
@@ -81,17 +106,7 @@ impl Stuck {
 #[test]
 fn a_connect_waits_for_the_commands_of_the_hosts_earlier_associations() {
     for closed in [true, false] {
-        let state = Arc::<Stuck>::default();
-        let device = StuckDevice { stats: Arc::default(), state: Arc::clone(&state) };
-        let rig = Rig::new(vec![Arc::new(device)]);
-        let (admin, cntlid) = Peer::admin(rig.address, NQN);
-        let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
-        for lba in 0..3 {
-            peer.send(write(lba, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
-        }
-        while state.held.load(Ordering::SeqCst) < 3 {
-            std::thread::yield_now();
-        }
+        let (rig, state, admin, peer) = StuckDevice::rig();
         let kept = if closed { None } else { Some((admin, peer)) };
 
         // Another host is not held up.
@@ -131,4 +146,61 @@ fn keep_alive_expires_and_ends_the_association() {
     while !rig.target.as_ref().unwrap().hosts(NQN).is_empty() {
         std::thread::yield_now();
     }
+}
+
+/// A host that went away had its requests aborted at once. On a device that is itself behind NVMe/TCP that ends the
+/// association which all hosts share: one reboot disturbed everybody.
+#[test]
+fn commands_of_a_host_that_went_away_end_by_themselves() {
+    let (rig, state, admin, peer) = StuckDevice::rig();
+    drop((admin, peer));
+    while rig.target.as_ref().unwrap().hosts(NQN).is_empty() {
+        std::thread::yield_now();
+    }
+    // Another host has been there and gone in the meantime: the end of the first has long been noticed.
+    let (other, _) = Peer::admin_as(rig.address, NQN, [9; 16]);
+    drop(other);
+    while rig.target.as_ref().unwrap().hosts(NQN).len() > 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(state.aborts.load(Ordering::SeqCst), 0);
+    state.release();
+    while !rig.target.as_ref().unwrap().hosts(NQN).is_empty() {
+        std::thread::yield_now();
+    }
+    assert_eq!((state.landed.load(Ordering::SeqCst), state.aborts.load(Ordering::SeqCst)), (3, 0));
+}
+
+#[test]
+fn a_target_that_stops_does_not_wait_for_commands_but_aborts_them() {
+    let (mut rig, state, _admin, _peer) = StuckDevice::rig();
+    let target = rig.target.take().unwrap();
+    let waiter = Arc::clone(&state);
+    let releaser = std::thread::spawn(move || {
+        while waiter.aborts.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        waiter.release();
+    });
+    assert!(target.stop(Duration::from_secs(20)));
+    releaser.join().unwrap();
+}
+
+/// An admin queue ended, and the word to its I/O queues was still on its way when the host's next Connect looked at them: what
+/// lay unread in their sockets became commands after that Connect was answered.
+#[test]
+fn a_connect_ends_what_is_left_of_an_association_that_is_over() {
+    let rig = Rig::mem();
+    let (_admin, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    assert_eq!(peer.call(read(0, 512), &[], &[]).0.status.code, StatusCode::SUCCESS);
+    // The association is over, and nobody has told its I/O queue.
+    for controller in rig.target.as_ref().unwrap().shared.subsystems[0].controllers() {
+        controller.close();
+    }
+    let (_next, _) = Peer::admin(rig.address, NQN);
+    // It is not listened to any more; perhaps it cannot even be sent to.
+    let late = peer.capsule(&read(0, 512), &[]);
+    let _ = peer.stream.write_all(&late);
+    assert!(matches!(peer.hear(), Heard::End));
 }

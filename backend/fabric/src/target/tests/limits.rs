@@ -1,0 +1,65 @@
+//! How much peers may take from us.
+
+use super::*;
+
+/// What the kernel says of a socket's option.
+fn option_of(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int) -> libc::c_int {
+    let mut value: libc::c_int = 0;
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap();
+    // SAFETY: `value` is an int, as long as is said.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut len) };
+    assert_eq!(result, 0);
+    value
+}
+
+/// A host without keep-alive that lost its power kept its connections for ever.
+#[test]
+fn accepted_sockets_notice_a_silent_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    prepare(&listener);
+    let _host = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (socket, _) = listener.accept().unwrap();
+    assert_eq!(option_of(&socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE), 1);
+    assert_eq!(option_of(&socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT), 60_000);
+    assert_eq!(option_of(&socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE), 30);
+    assert_eq!(option_of(&socket, libc::IPPROTO_TCP, libc::TCP_NODELAY), 1);
+}
+
+/// Memory was bounded for each connection, and not for all of them together.
+#[test]
+fn a_connection_beyond_the_common_budget_is_refused_and_counted() {
+    let rig = Rig::mem();
+    let target = rig.target.as_ref().unwrap();
+    let (mut good, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    assert_eq!(target.stats().connections, 2);
+    assert!(target.stats().memory_bytes >= 2 * connection::OWN_BYTES);
+    // As if others had taken it all.
+    target.shared.memory.charge(MEMORY_BYTES_MAX);
+    for _ in 0..3 {
+        let mut late = Peer::dial(rig.address);
+        assert!(matches!(late.hear(), Heard::End));
+    }
+    assert_eq!(target.stats().connections_refused, 3);
+    // Those that are there go on, one command at a time.
+    let bytes = pattern(1 << 20, 1);
+    for round in 0..8u64 {
+        peer.send(write(round * 2048, bytes.len(), Sgl::transport), &[], &bytes);
+    }
+    for _ in 0..8 {
+        assert_eq!(peer.end().status.code, StatusCode::SUCCESS);
+    }
+    assert_eq!(good.status(Sqe::keep_alive()), StatusCode::SUCCESS);
+    assert!(target.stats().memory_bytes <= MEMORY_BYTES_MAX + 2 * connection::OWN_BYTES + (2 << 20));
+    target.shared.memory.credit(MEMORY_BYTES_MAX);
+    let (mut next, _) = Peer::admin_as(rig.address, NQN, [9; 16]);
+    assert_eq!(next.status(Sqe::keep_alive()), StatusCode::SUCCESS);
+    drop((good, peer, next));
+    while target.stats().connections > 0 {
+        std::thread::yield_now();
+    }
+    while target.stats().memory_bytes > 0 {
+        std::thread::yield_now();
+    }
+}
