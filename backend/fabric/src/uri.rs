@@ -1,7 +1,9 @@
-//! Where NVMe/TCP devices and discovery services are: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1` and `tcp://HOST:PORT`.
+//! Where NVMe/TCP devices and discovery services are: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1` (with `&hdr_digest=1&data_digest=1`
+//! for digests) and `tcp://HOST:PORT`.
 #![forbid(unsafe_code)]
 
 use crate::nvme;
+use crate::tcp::Digests;
 use std::fmt;
 use std::str::FromStr;
 
@@ -82,6 +84,8 @@ pub struct NvmeUri {
     pub subsystem_nqn: String,
     /// The namespace in it; 1 when not said.
     pub nsid: u32,
+    /// `hdr_digest=1` and `data_digest=1`: a digest goes with each header, and with all data.
+    pub digests: Digests,
 }
 
 impl FromStr for NvmeUri {
@@ -105,23 +109,36 @@ fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
     if !nvme::nqn_is_valid(nqn) {
         return Err(format!("{nqn:?} is no NQN, want nqn. and at most 223 bytes"));
     }
-    let nsid = match query {
-        None => 1,
-        Some(query) => {
-            let value = query.strip_prefix("nsid=").ok_or_else(|| format!("{query:?} is not known"))?;
+    let mut uri = NvmeUri { address, subsystem_nqn: nqn.to_owned(), nsid: 1, digests: Digests::NONE };
+    for pair in query.into_iter().flat_map(|query| query.split('&')) {
+        let switch = |value: &str| match value {
+            "0" => Ok(false),
+            "1" => Ok(true),
+            _ => Err(format!("{pair:?} is no switch, want 0 or 1")),
+        };
+        match pair.split_once('=') {
             // NSID FFFFFFFFh means all of them (base 3.2.1.2).
-            match value.parse::<u32>() {
-                Ok(nsid) if nsid != 0 && nsid != u32::MAX => nsid,
+            Some(("nsid", value)) => match value.parse::<u32>() {
+                Ok(nsid) if nsid != 0 && nsid != u32::MAX => uri.nsid = nsid,
                 _ => return Err(format!("nsid {value:?} is no namespace, want 1 or more")),
-            }
+            },
+            Some(("hdr_digest", value)) => uri.digests.header = switch(value)?,
+            Some(("data_digest", value)) => uri.digests.data = switch(value)?,
+            _ => return Err(format!("{pair:?} is not known, want nsid, hdr_digest or data_digest")),
         }
-    };
-    Ok(NvmeUri { address, subsystem_nqn: nqn.to_owned(), nsid })
+    }
+    Ok(uri)
 }
 
 impl fmt::Display for NvmeUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nvme+tcp://{}/{}?nsid={}", self.address, self.subsystem_nqn, self.nsid)
+        write!(f, "nvme+tcp://{}/{}?nsid={}", self.address, self.subsystem_nqn, self.nsid)?;
+        for (name, on) in [("hdr_digest", self.digests.header), ("data_digest", self.digests.data)] {
+            if on {
+                write!(f, "&{name}=1")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -136,6 +153,7 @@ mod tests {
             "nvme+tcp://127.0.0.1:4420/nqn.2026-11.io.hawser:n0?nsid=1",
             "nvme+tcp://[fe80::1%eth0]:1/nqn.x?nsid=4294967294",
             "nvme+tcp://storage-1.example:65535/nqn.x?nsid=7",
+            "nvme+tcp://h:1/nqn.x?nsid=7&hdr_digest=1&data_digest=1",
         ] {
             assert_eq!(text.parse::<NvmeUri>().unwrap().to_string(), text);
         }
@@ -159,6 +177,8 @@ mod tests {
             ("nvme+tcp://h/nqn.x?nsid=0", "no namespace"),
             ("nvme+tcp://h/nqn.x?nsid=4294967295", "no namespace"),
             ("nvme+tcp://h/nqn.x?ns=1", "not known"),
+            ("nvme+tcp://h/nqn.x?nsid=1&", "\"\" is not known"),
+            ("nvme+tcp://h/nqn.x?hdr_digest=yes", "want 0 or 1"),
         ] {
             let error = text.parse::<NvmeUri>().unwrap_err();
             assert!(error.contains(what), "{error}");

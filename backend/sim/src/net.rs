@@ -186,6 +186,22 @@ impl Net {
         }
     }
 
+    /// Changes a bit of a byte that is on its way to or from `address`; says whether there was any.
+    pub(crate) fn corrupt(&mut self, address: SocketAddr, random: &mut Random) -> bool {
+        let there = |socket: &&mut Socket| socket.address == Some(address);
+        let sockets = self.sockets.iter_mut().flatten().filter(there);
+        let mut segments: Vec<_> =
+            sockets.flat_map(|socket| &mut socket.incoming.segments).map(|(_, bytes)| bytes).collect();
+        segments.retain(|bytes| !bytes.is_empty());
+        if segments.is_empty() {
+            return false;
+        }
+        let segment = random.index(segments.len());
+        let at = random.index(segments[segment].len());
+        segments[segment][at] ^= 1 << random.index(8);
+        true
+    }
+
     pub(crate) fn silence(&mut self, address: SocketAddr, until: Instant) {
         self.silences.push((address, until));
     }

@@ -101,6 +101,12 @@ impl World {
         self.state.borrow_mut().net.reset_all(address);
     }
 
+    /// Changes a bit of a byte on its way to or from `address`, past TCP's own checksum; says whether there was any.
+    pub fn corrupt(&self, address: SocketAddr) -> bool {
+        let state = &mut *self.state.borrow_mut();
+        state.net.corrupt(address, &mut state.random)
+    }
+
     /// Lets nothing through to or from `address` for `duration`; nothing is lost.
     pub fn silence(&self, address: SocketAddr, duration: Duration) {
         let mut state = self.state.borrow_mut();

@@ -169,6 +169,8 @@ struct Faults {
     resets: u64,
     silences: u64,
     downs: u64,
+    /// Changed bits, in 100,000 steps; with digests on.
+    corruptions: u64,
     slow_disk: bool,
 }
 
@@ -201,7 +203,8 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
     )
     .unwrap();
 
-    let uri = format!("nvme+tcp://{address}/{NQN}?nsid=1").parse().unwrap();
+    let digests = if faults.corruptions > 0 { "&hdr_digest=1&data_digest=1" } else { "" };
+    let uri = format!("nvme+tcp://{address}/{NQN}?nsid=1{digests}").parse().unwrap();
     let host = HostIdentity { nqn: "nqn.2026-11.io.hawser:host".to_owned(), id: [9; 16] };
     let device = NvmeDevice::open(NvmeConfig::new("n0", vec![uri], host), &handles[2..]).unwrap();
     world
@@ -229,6 +232,9 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
             if up_at.is_some_and(|at| at <= now) {
                 storm.set_down(address, false);
                 up_at = None;
+            }
+            if weather.below(100_000) < faults.corruptions {
+                storm.corrupt(address);
             }
             match weather.below(100_000) {
                 draw if draw < faults.resets => storm.reset_connections(address),
@@ -267,7 +273,7 @@ fn seeds() -> u64 {
     std::env::var("HAWSER_SIM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
 }
 
-const CALM: Faults = Faults { resets: 0, silences: 0, downs: 0, slow_disk: false };
+const CALM: Faults = Faults { resets: 0, silences: 0, downs: 0, corruptions: 0, slow_disk: false };
 
 #[test]
 fn a_calm_network_ends_every_request_and_replays_exactly() {
@@ -294,5 +300,12 @@ fn lost_connections_with_commands_at_a_slow_disk_lose_and_repeat_no_write() {
 fn silences_longer_than_the_keep_alive_lose_and_repeat_no_write() {
     for seed in 0..seeds() {
         history(seed, 200, Faults { resets: 10, silences: 20, ..CALM });
+    }
+}
+
+#[test]
+fn changed_bits_are_found_where_there_are_digests() {
+    for seed in 0..seeds() {
+        history(seed, 200, Faults { corruptions: 150, resets: 10, ..CALM });
     }
 }

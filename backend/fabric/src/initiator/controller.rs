@@ -297,6 +297,7 @@ impl Task {
             entries: ADMIN_ENTRIES,
             cntlid: CNTLID_DYNAMIC,
             keep_alive_ms: u32::try_from(self.timers().keep_alive_tmo.as_millis()).unwrap_or(u32::MAX),
+            digests: uri.digests,
             in_capsule_max: 0,
         };
         let (address, queue) = self.connect_admin(&addresses, &request).await?;

@@ -6,6 +6,7 @@ use super::socket::{self, QueueRequest};
 use crate::nvme::DISCOVERY_NQN;
 use crate::nvme::discovery::Entry;
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
+use crate::tcp::Digests;
 use crate::uri::TcpAddress;
 use hawser_runtime::{ReactorConfig, ReactorThread, Runtime};
 use std::sync::mpsc;
@@ -39,6 +40,7 @@ async fn ask(runtime: &Runtime, address: &TcpAddress, host: HostIdentity) -> Res
         cntlid: CNTLID_DYNAMIC,
         // We are gone before a keep-alive would be due.
         keep_alive_ms: 0,
+        digests: Digests::NONE,
         in_capsule_max: 0,
     };
     let mut last = "the name has no address".to_owned();

@@ -3,29 +3,33 @@
 
 use super::queue::{Limits, QueuePair, Transfer};
 use crate::nvme::{Sgl, Sqe};
+use crate::tcp::Digests;
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
 
 /// Two segments: a small one and one that is large enough to be received in place.
 const SEGMENTS: [usize; 2] = [512, 300 << 10];
 
-/// Gives `data` to a queue pair with a read, a large write and a flush under way, the first byte says in which pieces.
+/// Gives `data` to a queue pair with a read, a large write and a flush under way, the first byte says with which digests, and in
+/// which pieces.
 pub fn fuzz(data: &[u8]) {
-    let Some((cut, data)) = data.split_first() else { return };
+    let Some((first, data)) = data.split_first() else { return };
+    let (cut, digests) = (first >> 2, Digests { header: first & 1 != 0, data: first & 2 != 0 });
     let memory = SEGMENTS.map(AlignedBuffer::new);
     let iovecs = [0, 1].map(|at| libc::iovec { iov_base: memory[at].as_ptr().cast(), iov_len: SEGMENTS[at] });
     let len = u32::try_from(SEGMENTS[0] + SEGMENTS[1]).unwrap_or(0);
     // SAFETY: memory and iovecs outlive the queue pair, which is the last thing made and the first dropped.
     let buffers = unsafe { Buffers::new(iovecs.as_ptr(), 2, len) };
     let blocks = len / 512;
-    let mut pair = QueuePair::new(4, Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4 });
+    let limits = Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests };
+    let mut pair = QueuePair::new(4, limits);
     pair.submit(Sqe::read(1, 0, blocks, Sgl::NONE), Transfer::ToHost(buffers), 1u8);
     pair.submit(Sqe::write(1, 0, blocks, false, Sgl::NONE), Transfer::FromHost(buffers), 2);
     pair.submit(Sqe::flush(1), Transfer::None, 3);
     let mut iovecs_out = Vec::new();
     pair.poll_transmit(&mut iovecs_out);
     pair.transmitted();
-    for mut piece in data.chunks(1 + usize::from(*cut) * 40) {
+    for mut piece in data.chunks(1 + usize::from(cut) * 160) {
         if let Some(place) = pair.receive_into() {
             let take = piece.len().min(place.len());
             // SAFETY: the read has not ended; `piece` is apart from its memory.

@@ -14,12 +14,13 @@
 //!   names its buffers. Receiving names a slot's buffers only between `receive_into` and the next `handle_*`.
 //! - The identifier of a command is its slot and the slot's generation, so that an answer that comes twice, or late, is
 //!   found out and not taken for the next command's.
+//! - Data with a digest is sent from, and checked in, memory of our own.
 //! - Data arrives in order and whole: a read succeeds only with every byte, a write only when every byte was asked for.
 //! - After an error the pair does nothing more; what is in its slots is taken out with `drain`.
 
 use crate::nvme::bytes::{get_array, low32};
 use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe};
-use crate::tcp::pdu::{self, PduKind};
+use crate::tcp::pdu::{self, FLAG_HEADER_DIGEST, PduKind};
 use crate::tcp::{
     CommonHeader, DataPdu, Digests, FatalStatus, PduError, ReadyToTransfer, Receiver, TermRequest,
 };
@@ -43,14 +44,17 @@ const SEND_BYTES_MAX: usize = 1 << 20;
 pub(crate) const SEND_IOVECS_MAX: usize = 1000;
 /// A write in more segments than this does not go into the capsule, so that one command always fits into a send.
 const IN_CAPSULE_SEGMENTS_MAX: usize = 256;
+/// Room for the private copies of one send's data, where it has digests: the guest may change its pages meanwhile.
+const COPIES_LEN: usize = SEND_BYTES_MAX + (128 << 10);
 /// Room for the headers of one send: 256 commands of 72 bytes, 16 of inline data, and some H2CData.
 const HEADERS_LEN: usize = 32 << 10;
 /// Bits of a command identifier that name the slot; the rest is the generation.
 const SLOT_BITS: u32 = 9;
 /// The most slots of a queue pair.
 pub(crate) const SLOTS_MAX: u16 = 1 << SLOT_BITS;
-/// The longest header that a controller sends once the connection is set up.
+/// The longest header that a controller sends once the connection is set up, without and with its digest.
 const HEADER_LEN: usize = 24;
+const HEADER_LEN_MAX: usize = HEADER_LEN + Digests::LEN as usize;
 
 /// The data of a command.
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +104,8 @@ pub(crate) struct Limits {
     pub(crate) host_data_max: u32,
     /// The alignment that CPDA asks for, in bytes.
     pub(crate) alignment: u32,
+    /// Which digests there are in both directions.
+    pub(crate) digests: Digests,
 }
 
 /// What a command ended with.
@@ -123,12 +129,20 @@ pub(crate) enum QueueError {
     Protocol(PduError),
     /// The controller says that we did.
     Terminated(TermRequest),
+    /// Data did not arrive as it was sent: the digests received and computed.
+    Corrupted { received: u32, computed: u32 },
 }
 
 impl fmt::Display for QueueError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             QueueError::Protocol(error) => write!(f, "the target broke the protocol: {error}"),
+            QueueError::Corrupted { received, computed } => {
+                write!(
+                    f,
+                    "data was corrupted on the way: its digest is {computed:#010x}, not {received:#010x}"
+                )
+            }
             QueueError::Terminated(term) => {
                 write!(f, "the target ended the connection: {} at {:#x}", term.status, term.information)
             }
@@ -166,6 +180,8 @@ enum Receive {
     Padding { left: u32, data: Data },
     /// To a slot's buffers.
     Data(Data),
+    /// To the digest of data, of which `have` bytes are there.
+    Digest { have: usize, data: Data },
     /// Nowhere: the copy of an erroneous header in a terminate request.
     Over,
 }
@@ -176,6 +192,8 @@ struct Data {
     left: u32,
     last: bool,
     success: bool,
+    /// CRC32C of what has arrived, where there are data digests.
+    crc: u32,
 }
 
 /// A queue pair. `T` comes back with each command's end.
@@ -189,15 +207,20 @@ pub(crate) struct QueuePair<T> {
     /// Slots that the send under way names.
     sending: Vec<u16>,
     headers: AlignedBuffer,
+    /// `Some` where data has digests.
+    copies: Option<AlignedBuffer>,
     receive: Receive,
-    header: [u8; HEADER_LEN],
+    header: [u8; HEADER_LEN_MAX],
     large_reads: u32,
     ended: Vec<Ended<T>>,
 }
 
 impl<T: Copy> QueuePair<T> {
     /// With room for `depth` commands, at most [`SLOTS_MAX`].
-    pub(crate) fn new(depth: u16, limits: Limits) -> QueuePair<T> {
+    pub(crate) fn new(depth: u16, mut limits: Limits) -> QueuePair<T> {
+        if limits.digests.data {
+            limits.in_capsule_max = limits.in_capsule_max.min(low32((COPIES_LEN - SEND_BYTES_MAX) as u64));
+        }
         let depth = depth.clamp(1, SLOTS_MAX);
         let slot = || Slot {
             generation: 0,
@@ -222,8 +245,9 @@ impl<T: Copy> QueuePair<T> {
             data: VecDeque::with_capacity(usize::from(depth)),
             sending: Vec::with_capacity(2 * usize::from(depth)),
             headers: AlignedBuffer::new(HEADERS_LEN),
+            copies: limits.digests.data.then(|| AlignedBuffer::new(COPIES_LEN)),
             receive: Receive::Header { have: 0 },
-            header: [0; HEADER_LEN],
+            header: [0; HEADER_LEN_MAX],
             large_reads: 0,
             ended: Vec::with_capacity(usize::from(depth)),
         }
@@ -295,7 +319,10 @@ impl<T: Copy> QueuePair<T> {
     pub(crate) fn poll_transmit(&mut self, iovecs: &mut Vec<libc::iovec>) -> usize {
         assert!(self.sending.is_empty(), "one send at a time");
         iovecs.clear();
-        let mut batch = Batch { headers: &self.headers, used: 0, iovecs, bytes: 0 };
+        let copies = self.copies.as_ref();
+        let digests = self.limits.digests;
+        let mut batch =
+            Batch { headers: &self.headers, used: 0, copies, copied: 0, digests, iovecs, bytes: 0 };
         // Older commands' data first; it frees them and the controller's buffers.
         while let Some(index) = self.data.front().copied() {
             let slot = &mut self.slots[usize::from(index)];
@@ -308,7 +335,7 @@ impl<T: Copy> QueuePair<T> {
                 self.data.pop_front();
                 continue;
             }
-            if !batch.has_room(1) {
+            if !batch.has_room(2) {
                 break;
             }
             let len = slot.wanted.min(self.limits.host_data_max);
@@ -322,12 +349,12 @@ impl<T: Copy> QueuePair<T> {
             let cid = slot.sqe.cid;
             let last = len == slot.wanted;
             let header = DataPdu { cid, tag: slot.tag, offset: slot.moved, len, last, success: false };
-            let header = header.to_bytes(Receiver::Controller, Digests::NONE, self.limits.alignment);
+            let header = header.to_bytes(Receiver::Controller, digests, self.limits.alignment);
             batch.push_padded(&header, header[3]);
             let (from, to) = (slot.moved as usize, (slot.moved + len) as usize);
             match outgoing {
                 Outgoing::Buffers(buffers) => batch.push_buffers(&buffers.slice(from, len as usize)),
-                Outgoing::Inline(bytes) => batch.push_header(&bytes[from..to]),
+                Outgoing::Inline(bytes) => batch.push_data(&bytes[from..to]),
             }
             slot.moved += len;
             slot.wanted -= len;
@@ -345,12 +372,12 @@ impl<T: Copy> QueuePair<T> {
                 Transfer::FromHost(buffers) if slot.in_capsule => buffers.segments().count(),
                 _ => 0,
             };
-            if !batch.has_room(segments + 1) {
+            let data_len = if slot.in_capsule { slot.sqe.sgl.len } else { 0 };
+            if !batch.has_room(segments + 2) || !batch.has_copy_room(data_len) {
                 break;
             }
             self.commands.pop_front();
-            let data_len = if slot.in_capsule { slot.sqe.sgl.len } else { 0 };
-            let header = pdu::command_to_bytes(&slot.sqe, data_len, Digests::NONE, self.limits.alignment);
+            let header = pdu::command_to_bytes(&slot.sqe, data_len, digests, self.limits.alignment);
             batch.push_padded(&header, header[3]);
             match &slot.transfer {
                 Transfer::FromHost(buffers) if slot.in_capsule => {
@@ -358,7 +385,7 @@ impl<T: Copy> QueuePair<T> {
                     slot.moved = data_len;
                 }
                 Transfer::Inline(bytes) if slot.in_capsule => {
-                    batch.push_header(bytes);
+                    batch.push_data(bytes);
                     slot.moved = data_len;
                 }
                 _ => {}
@@ -387,7 +414,8 @@ impl<T: Copy> QueuePair<T> {
         let Receive::Data(Data { slot, left, .. }) = self.receive else { return None };
         let slot = &self.slots[usize::from(slot)];
         let Transfer::ToHost(buffers) = slot.transfer else { return None };
-        if left < IN_PLACE_REST_MIN || length(&buffers) < IN_PLACE_MIN {
+        // A digest is computed before the guest can change what it covers.
+        if left < IN_PLACE_REST_MIN || length(&buffers) < IN_PLACE_MIN || self.limits.digests.data {
             return None;
         }
         Some(buffers.slice(slot.moved as usize, left as usize))
@@ -411,23 +439,30 @@ impl<T: Copy> QueuePair<T> {
     pub(crate) fn handle_bytes(&mut self, mut bytes: &[u8]) -> Result<(), QueueError> {
         while !bytes.is_empty() {
             match self.receive {
-                Receive::Header { have: 0 } if bytes.len() >= HEADER_LEN => {
-                    let header = get_array(bytes, 0);
-                    bytes = &bytes[HEADER_LEN..];
-                    self.handle_header(&header)?;
+                Receive::Header { have: 0 } if bytes.len() >= self.header_len() => {
+                    let mut header = [0; HEADER_LEN_MAX];
+                    let len = self.header_len();
+                    header[..len].copy_from_slice(&bytes[..len]);
+                    let len = self.handle_header(&header)?;
+                    bytes = &bytes[len..];
                 }
                 Receive::Header { have } => {
-                    let take = bytes.len().min(HEADER_LEN - have);
+                    // Garbage is told from a header without waiting for more of it.
+                    let want = if have < CommonHeader::LEN {
+                        CommonHeader::LEN
+                    } else {
+                        // An ICResp has a longer one; it is refused for what it is.
+                        self.common_header(&get_array(&self.header, 0))?.header_len().min(HEADER_LEN_MAX)
+                    };
+                    let take = bytes.len().min(want - have);
                     self.header[have..have + take].copy_from_slice(&bytes[..take]);
                     bytes = &bytes[take..];
                     let have = have + take;
                     self.receive = Receive::Header { have };
-                    if have == HEADER_LEN {
-                        let header = self.header;
-                        self.handle_header(&header)?;
-                    } else if have >= CommonHeader::LEN {
-                        // Garbage is told from a header without waiting for more of it.
-                        common_header(&get_array(&self.header, 0))?;
+                    if have == CommonHeader::LEN {
+                        self.common_header(&get_array(&self.header, 0))?;
+                    } else if have == want && want > CommonHeader::LEN {
+                        self.handle_header(&{ self.header })?;
                     }
                 }
                 Receive::Padding { left, data } => {
@@ -437,8 +472,25 @@ impl<T: Copy> QueuePair<T> {
                     self.receive =
                         if left == 0 { Receive::Data(data) } else { Receive::Padding { left, data } };
                 }
-                Receive::Data(data) => {
+                Receive::Digest { have, data } => {
+                    let take = bytes.len().min(Digests::LEN as usize - have);
+                    self.header[have..have + take].copy_from_slice(&bytes[..take]);
+                    bytes = &bytes[take..];
+                    let have = have + take;
+                    self.receive = Receive::Digest { have, data };
+                    if have == Digests::LEN as usize {
+                        let received = u32::from_le_bytes(get_array(&self.header, 0));
+                        if received != data.crc {
+                            return Err(QueueError::Corrupted { received, computed: data.crc });
+                        }
+                        self.data_over(data)?;
+                    }
+                }
+                Receive::Data(mut data) => {
                     let take = low32(bytes.len() as u64).min(data.left);
+                    if self.limits.digests.data {
+                        data.crc = crc32c::crc32c_append(data.crc, &bytes[..take as usize]);
+                    }
                     let slot = &self.slots[usize::from(data.slot)];
                     let Transfer::ToHost(buffers) = &slot.transfer else {
                         unreachable!("data is taken for reads only")
@@ -482,8 +534,26 @@ impl<T: Copy> QueuePair<T> {
         self.slots.iter_mut().filter_map(|slot| slot.user.as_mut())
     }
 
-    fn handle_header(&mut self, bytes: &[u8; HEADER_LEN]) -> Result<(), QueueError> {
-        let header = common_header(&get_array(bytes, 0))?;
+    /// How long headers are, but those that never have a digest.
+    fn header_len(&self) -> usize {
+        if self.limits.digests.header { HEADER_LEN_MAX } else { HEADER_LEN }
+    }
+
+    /// The first bytes of a PDU.
+    fn common_header(&self, bytes: &[u8; 8]) -> Result<CommonHeader, QueueError> {
+        CommonHeader::decode(bytes, Receiver::Host, self.limits.digests).map_err(QueueError::Protocol)
+    }
+
+    /// Takes a whole header, with its digest if it has one. Returns how long it was.
+    fn handle_header(&mut self, whole: &[u8; HEADER_LEN_MAX]) -> Result<usize, QueueError> {
+        let header = self.common_header(&get_array(whole, 0))?;
+        let bytes: &[u8; HEADER_LEN] = &get_array(whole, 0);
+        let header_len = header.header_len().min(HEADER_LEN_MAX);
+        if header.flags & FLAG_HEADER_DIGEST != 0 && pdu::digest(bytes) != get_array::<4>(whole, HEADER_LEN) {
+            let received = u32::from_le_bytes(get_array(whole, HEADER_LEN));
+            let status = FatalStatus::HEADER_DIGEST_ERROR;
+            return Err(with_status(wrong(header.kind, received, "HDGST", received, "the header's"), status));
+        }
         self.receive = Receive::Header { have: 0 };
         match header.kind {
             PduKind::ControllerData => {
@@ -502,11 +572,15 @@ impl<T: Copy> QueuePair<T> {
                     let error = wrong(header.kind, 16, "DATAL", data.len, "within the command's data");
                     return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
                 }
-                let padding = u32::from(header.data_offset).saturating_sub(low32(HEADER_LEN as u64));
-                let state = Data { slot: index, left: data.len, last: data.last, success: data.success };
-                self.receive = match (data.len, padding) {
-                    // A C2HData without data: only its flags count.
-                    (0, _) => return self.data_arrived(state, 0),
+                let padding = u32::from(header.data_offset).saturating_sub(low32(header_len as u64));
+                let DataPdu { len, last, success, .. } = data;
+                let state = Data { slot: index, left: len, last, success, crc: 0 };
+                self.receive = match (len, padding) {
+                    // A C2HData without data has no digest: only its flags count.
+                    (0, _) => {
+                        self.data_over(state)?;
+                        return Ok(header_len);
+                    }
                     (_, 0) => Receive::Data(state),
                     (_, left) => Receive::Padding { left, data: state },
                 };
@@ -530,7 +604,7 @@ impl<T: Copy> QueuePair<T> {
                 return Err(with_status(error, FatalStatus::SEQUENCE_ERROR));
             }
         }
-        Ok(())
+        Ok(header_len)
     }
 
     /// The slot of a command that is not answered yet.
@@ -581,6 +655,15 @@ impl<T: Copy> QueuePair<T> {
             self.receive = Receive::Data(data);
             return Ok(());
         }
+        if self.limits.digests.data {
+            self.receive = Receive::Digest { have: 0, data };
+            return Ok(());
+        }
+        self.data_over(data)
+    }
+
+    /// All data of a PDU is there, and is what was sent.
+    fn data_over(&mut self, data: Data) -> Result<(), QueueError> {
         self.receive = Receive::Header { have: 0 };
         if data.success {
             self.answer(data.slot, Answer { status: NvmeStatus::SUCCESS, result: 0 })?;
@@ -634,6 +717,9 @@ impl<T: Copy> QueuePair<T> {
 struct Batch<'a> {
     headers: &'a AlignedBuffer,
     used: usize,
+    copies: Option<&'a AlignedBuffer>,
+    copied: usize,
+    digests: Digests,
     iovecs: &'a mut Vec<libc::iovec>,
     bytes: usize,
 }
@@ -646,8 +732,17 @@ impl Batch<'_> {
             && self.bytes < SEND_BYTES_MAX
     }
 
+    /// Room for a private copy of `len` bytes, if there are such.
+    fn has_copy_room(&self, len: u32) -> bool {
+        self.copies.is_none_or(|copies| len as usize <= copies.len() - self.copied)
+    }
+
     /// How much of `len` bytes from `offset` fits, a multiple of 4 if not all.
     fn fitting(&self, buffers: &Buffers, offset: u32, len: u32) -> u32 {
+        if let Some(copies) = self.copies {
+            let room = low32((copies.len() - self.copied) as u64);
+            return if len <= room { len } else { room & !3 };
+        }
         let room = SEND_IOVECS_MAX - self.iovecs.len() - 1;
         let mut segments = buffers.slice(offset as usize, len as usize).segments();
         let mut fits = 0;
@@ -658,10 +753,15 @@ impl Batch<'_> {
         if segments.next().is_none() { len } else { fits & !3 }
     }
 
-    /// A header, and padding up to `data_offset` if that is beyond it.
+    /// A header with its digest, and padding up to `data_offset` if that is beyond it.
     fn push_padded(&mut self, header: &[u8], data_offset: u8) {
         self.push_header(header);
-        let padding = usize::from(data_offset).saturating_sub(header.len());
+        let mut len = header.len();
+        if self.digests.header {
+            self.push_header(&pdu::digest(header));
+            len += Digests::LEN as usize;
+        }
+        let padding = usize::from(data_offset).saturating_sub(len);
         if padding > 0 {
             self.push_header(&[0; 128][..padding]);
         }
@@ -687,16 +787,37 @@ impl Batch<'_> {
         }
     }
 
+    /// Data of our own, and its digest.
+    fn push_data(&mut self, bytes: &[u8]) {
+        self.push_header(bytes);
+        if self.digests.data {
+            self.push_header(&pdu::digest(bytes));
+        }
+    }
+
+    /// A request's data; with digests a copy of it, which its owner cannot change any more.
     fn push_buffers(&mut self, buffers: &Buffers) {
+        if let Some(copies) = self.copies {
+            let len = buffers.len();
+            assert!(len <= copies.len() - self.copied, "the caller looked for room");
+            // SAFETY: inside the buffer (just asserted); no send is under way that names it (`poll_transmit` asserts), so
+            // nobody reads it; the request has not ended, so its buffers are valid, and they are elsewhere.
+            let (place, copy) = unsafe {
+                let place = copies.as_ptr().add(self.copied);
+                buffers.copy_to(place);
+                (place, copies.slice(self.copied, len))
+            };
+            self.copied += len;
+            self.bytes += len;
+            self.iovecs.push(libc::iovec { iov_base: place.cast(), iov_len: len });
+            self.push_header(&pdu::digest(copy));
+            return;
+        }
         for segment in buffers.segments() {
             self.iovecs.push(libc::iovec { iov_base: segment.start.cast(), iov_len: segment.len });
         }
         self.bytes += buffers.len();
     }
-}
-
-fn common_header(bytes: &[u8; 8]) -> Result<CommonHeader, QueueError> {
-    CommonHeader::decode(bytes, Receiver::Host, Digests::NONE).map_err(QueueError::Protocol)
 }
 
 fn length(buffers: &Buffers) -> u32 {
@@ -717,7 +838,7 @@ fn wrong(
 fn with_status(error: QueueError, status: FatalStatus) -> QueueError {
     match error {
         QueueError::Protocol(error) => QueueError::Protocol(PduError { status, ..error }),
-        other @ QueueError::Terminated(_) => other,
+        other => other,
     }
 }
 

@@ -6,7 +6,8 @@ use crate::nvme::StatusCode;
 use crate::nvme::command::io_opcode;
 use proptest::prelude::*;
 
-const LIMITS: Limits = Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4 };
+const LIMITS: Limits =
+    Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests: Digests::NONE };
 
 /// Memory of one request: some segments, and the iovecs that name them.
 struct Memory {
@@ -94,12 +95,23 @@ enum Heard {
     Data(DataPdu, Vec<u8>),
 }
 
-fn listen(mut bytes: &[u8]) -> Vec<Heard> {
+fn listen(bytes: &[u8]) -> Vec<Heard> {
+    listen_to(bytes, Digests::NONE)
+}
+
+fn listen_to(mut bytes: &[u8], digests: Digests) -> Vec<Heard> {
     let mut heard = Vec::new();
     while !bytes.is_empty() {
-        let header = CommonHeader::decode(&get_array(bytes, 0), Receiver::Controller, Digests::NONE).unwrap();
-        let data = bytes[usize::from(header.data_offset)..header.len as usize].to_vec();
+        let header = CommonHeader::decode(&get_array(bytes, 0), Receiver::Controller, digests).unwrap();
+        let len = header.header_len();
+        if digests.header {
+            assert_eq!(pdu::digest(&bytes[..len - 4]), bytes[len - 4..len]);
+        }
+        let data = bytes[usize::from(header.data_offset)..][..header.data_len as usize].to_vec();
         let data = if header.data_len == 0 { Vec::new() } else { data };
+        if digests.data && !data.is_empty() {
+            assert_eq!(pdu::digest(&data), bytes[header.len as usize - 4..header.len as usize]);
+        }
         heard.push(match header.kind {
             PduKind::Command => Heard::Command(pdu::command_from_bytes(&get_array(bytes, 0)), data),
             PduKind::HostData => Heard::Data(DataPdu::decode(&header, &get_array(bytes, 0)).unwrap(), data),
@@ -145,6 +157,7 @@ fn field(result: Result<(), QueueError>) -> (&'static str, u16) {
     match result.unwrap_err() {
         QueueError::Protocol(error) => (error.field, error.status.0),
         QueueError::Terminated(term) => ("terminated", term.status.0),
+        QueueError::Corrupted { .. } => ("corrupted", 0),
     }
 }
 
@@ -246,8 +259,7 @@ fn an_early_refusal_of_a_write_forgets_the_data_that_was_asked_for() {
 #[test]
 fn a_write_in_very_many_segments_is_sent_in_pieces_that_a_send_can_hold() {
     let memory = Memory::new(&[3; 4000], pattern);
-    let mut pair =
-        QueuePair::new(2, Limits { in_capsule_max: 1 << 20, host_data_max: 1 << 20, alignment: 4 });
+    let mut pair = QueuePair::new(2, Limits { in_capsule_max: 1 << 20, host_data_max: 1 << 20, ..LIMITS });
     pair.submit(Sqe::write(1, 0, 1, false, Sgl::NONE), Transfer::FromHost(memory.buffers()), 1);
     let sqe = only_command(&transmit(&mut pair));
     assert_eq!(sqe.sgl.identifier, Sgl::TRANSPORT);
@@ -478,4 +490,104 @@ fn a_range_goes_when_asked_where_capsules_carry_no_data() {
     }
     receive(&mut pair, &success, 64).unwrap();
     assert_eq!(pair.ended().map(|ended| ended.user).collect::<Vec<_>>(), [7]);
+}
+
+/// A PDU to the host with its digests.
+fn with_digests(header: &[u8], data: &[u8], digests: Digests) -> Vec<u8> {
+    let mut bytes = header.to_vec();
+    if digests.header {
+        bytes.extend(pdu::digest(header));
+    }
+    bytes.resize(bytes.len().max(usize::from(header[3])), 0);
+    bytes.extend(data);
+    if digests.data && !data.is_empty() {
+        bytes.extend(pdu::digest(data));
+    }
+    bytes
+}
+
+const ALL_DIGESTS: [Digests; 4] = [
+    Digests::NONE,
+    Digests { header: true, data: false },
+    Digests { header: false, data: true },
+    Digests { header: true, data: true },
+];
+
+#[test]
+fn digests_go_with_headers_and_data_both_ways() {
+    for (digests, alignment, cut) in
+        ALL_DIGESTS.into_iter().flat_map(|digests| [(digests, 4, 1), (digests, 64, 1000), (digests, 4, 27)])
+    {
+        let mut pair = QueuePair::<u32>::new(8, Limits { digests, alignment, ..LIMITS });
+        let small = Memory::new(&[512, 512], pattern);
+        let large = Memory::new(&[5000, 7288], pattern);
+        let into = Memory::new(&[300, 300_000 - 300], |_| 0);
+        pair.submit(Sqe::write(1, 0, 2, false, Sgl::NONE), Transfer::FromHost(small.buffers()), 1);
+        pair.submit(Sqe::write(1, 0, 24, false, Sgl::NONE), Transfer::FromHost(large.buffers()), 2);
+        pair.submit(Sqe::read(1, 0, 586, Sgl::NONE), Transfer::ToHost(into.buffers()), 3);
+        pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline([3; 16]), 4);
+        let heard = listen_to(&transmit(&mut pair), digests);
+        let [
+            Heard::Command(first, in_capsule),
+            Heard::Command(second, nothing),
+            Heard::Command(third, _),
+            Heard::Command(fourth, range),
+        ] = &heard[..]
+        else {
+            panic!("{heard:?}")
+        };
+        assert_eq!((in_capsule, nothing.len(), &range[..]), (&small.content(), 0, &[3; 16][..]));
+
+        let len = large.len;
+        let ready = ReadyToTransfer { cid: second.cid, tag: 1, offset: 0, len }.to_bytes(digests);
+        receive(&mut pair, &with_digests(&ready, &[], digests), cut).unwrap();
+        let mut content = Vec::new();
+        for heard in listen_to(&transmit(&mut pair), digests) {
+            let Heard::Data(_, data) = heard else { panic!("{heard:?}") };
+            content.extend(data);
+        }
+        assert_eq!(content, large.content());
+
+        let sent: Vec<u8> = (0..300_000).map(pattern).collect();
+        let mut answers = Vec::new();
+        for (index, piece) in sent.chunks(100_000).enumerate() {
+            let offset = u32::try_from(index * 100_000).unwrap();
+            let (tag, len) = (0, u32::try_from(piece.len()).unwrap());
+            let data = DataPdu { cid: third.cid, tag, offset, len, last: index == 2, success: index == 2 };
+            answers.extend(with_digests(&data.to_bytes(Receiver::Host, digests, 4), piece, digests));
+        }
+        for cid in [first.cid, second.cid, fourth.cid] {
+            let answer = pdu::response_to_bytes(&Cqe::success(cid), digests);
+            answers.extend(with_digests(&answer, &[], digests));
+        }
+        receive(&mut pair, &answers, cut).unwrap();
+        let ended: Vec<_> = pair.ended().map(|ended| ended.user).collect();
+        assert_eq!(ended, [3, 1, 2, 4]);
+        assert_eq!(into.content(), sent);
+    }
+}
+
+#[test]
+fn a_byte_that_changes_on_the_way_is_found() {
+    let digests = Digests { header: true, data: true };
+    for at in 0..28 + 64 + 4 {
+        let mut pair = QueuePair::<u32>::new(2, Limits { digests, ..LIMITS });
+        let into = Memory::new(&[64], |_| 0);
+        pair.submit(Sqe::read(1, 0, 1, Sgl::NONE), Transfer::ToHost(into.buffers()), 1);
+        let heard = listen_to(&transmit(&mut pair), digests);
+        let [Heard::Command(sqe, _)] = &heard[..] else { panic!("{heard:?}") };
+        let data = DataPdu { cid: sqe.cid, tag: 0, offset: 0, len: 64, last: true, success: true };
+        let header = data.to_bytes(Receiver::Host, digests, 4);
+        let mut bytes = with_digests(&header, &[7; 64], digests);
+        bytes[at] ^= 0x10;
+        let error = receive(&mut pair, &bytes, 1000).unwrap_err();
+        match (at, error) {
+            (0..8, QueueError::Protocol(_)) | (28.., QueueError::Corrupted { .. }) => {}
+            (_, QueueError::Protocol(error)) => {
+                assert_eq!((error.field, error.status), ("HDGST", FatalStatus::HEADER_DIGEST_ERROR));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(pair.ended().count(), 0);
+    }
 }

@@ -184,6 +184,8 @@ pub(crate) struct QueueRequest {
     pub(crate) entries: u16,
     pub(crate) cntlid: u16,
     pub(crate) keep_alive_ms: u32,
+    /// What to ask for.
+    pub(crate) digests: Digests,
     /// In-capsule data of an I/O queue; the admin queue has its own.
     pub(crate) in_capsule_max: u32,
 }
@@ -223,20 +225,22 @@ async fn try_connect_queue(
     attributes: u8,
 ) -> Result<Result<ConnectedQueue, Cqe>, String> {
     let socket = connect(runtime, address).await?;
-    let init = InitRequest { data_alignment: 0, digests: Digests::NONE, r2t_max: 0 };
+    let digests = request.digests;
+    let init = InitRequest { data_alignment: 0, digests, r2t_max: 0 };
     let response = within(runtime, CONNECT_TIMEOUT, async {
         send(runtime, &socket, init.to_bytes().to_vec()).await?;
         receive::<128>(runtime, &socket).await
     })
     .await
     .ok_or("no ICResp in time")??;
-    let response = check_init_response(&response).map_err(|error| error.to_string())?;
+    let response = check_init_response(&response, digests)?;
 
     let limits = Limits {
         in_capsule_max: if request.queue_id == 0 { ADMIN_IN_CAPSULE } else { request.in_capsule_max },
         // A multiple of 4 keeps the next DATAO one.
         host_data_max: response.host_data_max & !3,
         alignment: pdu::alignment(response.data_alignment),
+        digests,
     };
     let command = Connect {
         record_format: 0,
@@ -254,18 +258,29 @@ async fn try_connect_queue(
     let data = data.to_bytes();
     let data_len = u32::try_from(data.len()).unwrap_or(0);
     let sqe = command.to_sqe(Sgl::in_capsule(data_len));
-    let header = pdu::command_to_bytes(&sqe, data_len, Digests::NONE, limits.alignment);
+    let header = pdu::command_to_bytes(&sqe, data_len, digests, limits.alignment);
     let mut bytes = header.to_vec();
+    if digests.header {
+        bytes.extend_from_slice(&pdu::digest(&header));
+    }
     bytes.resize(usize::from(header[3]), 0);
     bytes.extend_from_slice(&data);
-    let answer = within(runtime, FABRICS_CONNECT_TIMEOUT, async {
+    if digests.data {
+        bytes.extend_from_slice(&pdu::digest(&data));
+    }
+    let (header, answer) = within(runtime, FABRICS_CONNECT_TIMEOUT, async {
         send(runtime, &socket, bytes).await?;
-        receive::<24>(runtime, &socket).await
+        let answer = receive::<24>(runtime, &socket).await?;
+        let header = CommonHeader::decode(&get_array(&answer, 0), Receiver::Host, digests)
+            .map_err(|error| error.to_string())?;
+        if header.header_len() > answer.len() && receive::<4>(runtime, &socket).await? != pdu::digest(&answer)
+        {
+            return Err("the answer to Connect was corrupted on the way".to_owned());
+        }
+        Ok((header, answer))
     })
     .await
     .ok_or("no answer to Connect in time")??;
-    let header = CommonHeader::decode(&get_array(&answer, 0), Receiver::Host, Digests::NONE)
-        .map_err(|error| error.to_string())?;
     match header.kind {
         PduKind::Response => {}
         PduKind::ControllerTerm => {
@@ -284,8 +299,9 @@ async fn try_connect_queue(
     Ok(Ok(ConnectedQueue { socket, limits, cntlid }))
 }
 
-fn check_init_response(bytes: &[u8; 128]) -> Result<InitResponse, PduError> {
-    let header = CommonHeader::decode(&get_array(bytes, 0), Receiver::Host, Digests::NONE)?;
+fn check_init_response(bytes: &[u8; 128], asked: Digests) -> Result<InitResponse, String> {
+    let plain = |error: PduError| error.to_string();
+    let header = CommonHeader::decode(&get_array(bytes, 0), Receiver::Host, Digests::NONE).map_err(plain)?;
     let wrong = |field, offset, value, expected| PduError {
         status: crate::tcp::FatalStatus::INVALID_HEADER_FIELD,
         offset,
@@ -295,11 +311,20 @@ fn check_init_response(bytes: &[u8; 128]) -> Result<InitResponse, PduError> {
         expected,
     };
     if header.kind != PduKind::InitResponse {
-        return Err(wrong("PDU-Type", 0, header.kind as u64, "1"));
+        return Err(plain(wrong("PDU-Type", 0, header.kind as u64, "1")));
     }
-    let response = InitResponse::decode(bytes)?;
-    if response.digests != Digests::NONE {
-        return Err(wrong("DGST", 11, u64::from(bytes[11]), "0: no digests were asked for"));
+    let response = InitResponse::decode(bytes).map_err(plain)?;
+    let Digests { header, data } = response.digests;
+    // It may leave out what was asked for, and add nothing (TCP 3.6.2.3).
+    if header && !asked.header || data && !asked.data {
+        return Err(plain(wrong("DGST", 11, u64::from(bytes[11]), "what was asked for")));
+    }
+    for (name, asked, granted) in
+        [("header digest, hdr_digest", asked.header, header), ("data digest, data_digest", asked.data, data)]
+    {
+        if asked && !granted {
+            return Err(format!("the target does no {name}=1 asks for it"));
+        }
     }
     Ok(response)
 }
@@ -317,11 +342,18 @@ mod tests {
     #[test]
     fn an_init_response_that_we_cannot_use_is_named() {
         let good = InitResponse { data_alignment: 0, digests: Digests::NONE, host_data_max: 4096 };
-        assert_eq!(check_init_response(&good.to_bytes()), Ok(good));
-        let digests = InitResponse { digests: Digests { header: true, data: false }, ..good };
-        assert_eq!(check_init_response(&digests.to_bytes()).unwrap_err().field, "DGST");
+        let check = |bytes: &[u8; 128], asked| check_init_response(bytes, asked);
+        assert_eq!(check(&good.to_bytes(), Digests::NONE), Ok(good));
+        let header = Digests { header: true, data: false };
+        let digests = InitResponse { digests: header, ..good };
+        assert_eq!(check(&digests.to_bytes(), header), Ok(digests));
+        assert!(check(&digests.to_bytes(), Digests::NONE).unwrap_err().contains("DGST is 0x1"));
+        assert_eq!(
+            check(&good.to_bytes(), header).unwrap_err(),
+            "the target does no header digest, hdr_digest=1 asks for it"
+        );
         let mut other = [0; 128];
         other[..24].copy_from_slice(&pdu::response_to_bytes(&Cqe::success(0), Digests::NONE));
-        assert_eq!(check_init_response(&other).unwrap_err().field, "PDU-Type");
+        assert!(check(&other, Digests::NONE).unwrap_err().contains("PDU-Type"));
     }
 }

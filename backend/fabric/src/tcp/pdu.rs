@@ -117,7 +117,7 @@ pub enum Receiver {
 }
 
 /// Which digests a connection uses: CRC32C over the header (HDGST) and over the data (DDGST).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Digests {
     /// HDGST.
     pub header: bool,
