@@ -22,8 +22,9 @@ use std::sync::atomic::Ordering;
 
 /// The most iovecs in one system call (`UIO_MAXIOV`).
 const IOVECS_MAX: u32 = 1024;
-/// What is moved by system calls in one pass: 32 requests of 4 KiB, or one of 128 KiB.
-const PASS_BYTES: usize = 128 << 10;
+/// What is moved by system calls in one pass: 8 requests of 4 KiB, or one larger. The guest's wake-up is begun after the first
+/// portion and takes place beside the others: against 128 KiB, 4k at depth 32 went up by 1.2 to 1.4.
+const PASS_BYTES: usize = 32 << 10;
 /// What one channel may have in bounce buffers at a time; a request beyond it waits for another to end.
 const BOUNCE_IN_USE_BYTES_MAX: usize = 32 << 20;
 /// What is kept while unused.
@@ -70,6 +71,11 @@ impl Channel for FileChannel {
 
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         ended.append(&mut self.core.borrow_mut().ended);
+    }
+
+    fn is_working(&self) -> bool {
+        let core = self.core.borrow();
+        core.shared.backing.in_memory && !core.waiting.is_empty()
     }
 
     fn abort(&mut self) {
