@@ -109,6 +109,7 @@ impl RunState {
 
     /// Takes down that everything has been drained.
     pub(super) fn end(&mut self) -> Result<(), String> {
+        self.crash_file.end_in_order();
         self.data.ended = true;
         self.write()
     }

@@ -177,7 +177,6 @@ impl Harness {
             disk: Arc::clone(&self.disk),
             session: Arc::clone(&session),
             recorder: Recorder::none(),
-            recorded_disk: 0,
         };
         static KEYS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1 << 32);
         let key = KEYS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);

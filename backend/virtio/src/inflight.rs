@@ -6,7 +6,7 @@
 //! ```text
 //! 0  features u64   8 version u16   10 desc_num u16   12 last_batch_head u16   14 used_idx u16
 //! 16 + 16 i:  inflight u8, 5 bytes, next u16, counter u64
-//! behind the last queue:  magic u64, version u32, write_through u32
+//! behind the last queue:  magic u64, version u32, write_through u32, the log's own number u64
 //! ```
 //!
 //! Order of stores. A request begins: counter, inflight = 1. A batch ends: for each, next = last_batch_head and
@@ -78,6 +78,20 @@ pub(crate) struct InflightArea {
     queues: u16,
     queue_size: u16,
     has_own: bool,
+    id: u64,
+}
+
+/// A random number that is not 0.
+pub(crate) fn random() -> u64 {
+    loop {
+        let mut bytes = [0u8; 8];
+        // SAFETY: 8 writable bytes. A call that failed is tried again.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        let number = u64::from_ne_bytes(bytes);
+        if got == 8 && number != 0 {
+            return number;
+        }
+    }
 }
 
 fn queue_bytes(queue_size: u16) -> usize {
@@ -172,7 +186,10 @@ impl InflightArea {
             return Err(LogError::Map(io::Error::from_raw_os_error(libc::ENOSPC)));
         };
         let start = mapping + before;
-        Ok(Arc::new(InflightArea { mapping, mapping_bytes, start, guard, queues, queue_size, has_own }))
+        let mut area =
+            InflightArea { mapping, mapping_bytes, start, guard, queues, queue_size, has_own, id: 0 };
+        area.id = area.number();
+        Ok(Arc::new(area))
     }
 
     /// Whether the front end took the log away under us.
@@ -216,6 +233,22 @@ impl InflightArea {
             )
         };
         (magic == OWN_MAGIC && version == OWN_VERSION).then_some(value != 0)
+    }
+
+    /// The log's own number, by which a request is told from one with the same counter in another log: 0 where there is no
+    /// room for it. A new log gets one.
+    fn number(&self) -> u64 {
+        if !self.has_own {
+            return 0;
+        }
+        let at = self.own().wrapping_add(16).cast();
+        // SAFETY: within our own part, which is mapped when `has_own` says so, and aligned to 8 bytes.
+        unsafe {
+            if shared::load_u64(at) == 0 {
+                shared::store_u64(at, random());
+            }
+            shared::load_u64(at)
+        }
     }
 
     /// Leaves word for our successor.
@@ -283,6 +316,11 @@ impl QueueLog {
     fn entry(&self, head: u16) -> *mut u8 {
         assert!(head < self.size, "the queue checks heads against its size, and that against the log's");
         self.start.wrapping_add(HEAD_BYTES + ENTRY_BYTES * usize::from(head))
+    }
+
+    /// The log's own number.
+    pub(crate) fn id(&self) -> u64 {
+        self.area.id
     }
 
     /// The number of entries.

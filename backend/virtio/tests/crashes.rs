@@ -10,6 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use support::frontend::*;
 use support::{Folder, TestDevice, config, eventually, reactor, small};
 
@@ -19,7 +20,7 @@ const DEADLY: u64 = 666;
 /// Dies in the way that its folder's file `death` says when it is given the deadly block.
 struct Deadly(TestDevice, String);
 
-struct DeadlyChannel(Box<dyn Channel>, String);
+struct DeadlyChannel(Box<dyn Channel>, String, Runtime);
 
 impl Channel for DeadlyChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
@@ -39,6 +40,15 @@ impl Channel for DeadlyChannel {
                 "stuck" => loop {
                     std::thread::park();
                 },
+                // Not in the queue's turn, but some time later, in work of the device's own. The request never ends.
+                "late" => {
+                    batch.retain(|request| request.lba.0 != DEADLY);
+                    let runtime = self.2.clone();
+                    self.2.spawn(async move {
+                        runtime.sleep(Duration::from_millis(300)).await;
+                        std::process::abort();
+                    });
+                }
                 _ => {}
             }
         }
@@ -65,7 +75,7 @@ impl Device for Deadly {
     }
     fn subscribe(&self, _: Box<dyn Fn() + Send + Sync>) {}
     fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel> {
-        Box::new(DeadlyChannel(self.0.channel(runtime, user), self.1.clone()))
+        Box::new(DeadlyChannel(self.0.channel(runtime, user), self.1.clone(), runtime.clone()))
     }
     fn stats(&self) -> Arc<hawser_block::StatsSet> {
         self.0.stats()
@@ -192,6 +202,104 @@ fn the_second_crash_in_the_same_request_sets_its_disk_aside_until_it_is_resumed(
     }
 }
 
+/// Reconnects to a server that is going to die of what is replayed, with traffic on a second ring, and waits for its death.
+fn replay_to_death(folder: &Folder, server: Server, guest: Guest) -> Guest {
+    let Guest { ram, rings, inflight, frontend, stream, .. } = guest;
+    drop((frontend, stream));
+    let ring_parts: Vec<_> = rings.iter().map(|ring| (ring.next_available, ring.last_used)).collect();
+    let (file, log) = (ram.file.try_clone().unwrap(), inflight.as_ref().unwrap().1.try_clone().unwrap());
+    let description = inflight.as_ref().unwrap().0;
+    let path = folder.path("s");
+    let connected = std::thread::spawn(move || {
+        // It may die before the last message is answered.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let guest = Guest::with(&path, &two_rings(), ram, rings, inflight);
+            // The second ring's queue works, on nothing.
+            while !guest.is_ended_now() {
+                guest.rings[1].kick.write(1).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }));
+    });
+    assert_eq!(server.dies_of(), Some(libc::SIGABRT));
+    connected.join().unwrap();
+    let ram = Ram::of(file, RAM_GUEST, RAM_BYTES);
+    let mut rings: Vec<_> = (0..2).map(|index| new_ring(index, &two_rings())).collect();
+    for (ring, (next_available, last_used)) in rings.iter_mut().zip(ring_parts) {
+        (ring.next_available, ring.last_used) = (next_available, last_used);
+    }
+    Guest::unconnected(ram, rings, Some((description, log)))
+}
+
+fn two_rings() -> Wish {
+    Wish { rings: 2, ..wish() }
+}
+
+/// The device died of the request in its own time, not in the queue's. The first crash named nobody; at the second, in the
+/// replay, the note was gone as soon as another queue of the reactor had its turn. Only the third, or none, set the disk aside.
+#[test]
+fn a_crash_in_the_devices_own_work_is_blamed_on_what_is_replayed_at_the_second_time() {
+    let folder = Folder::new();
+    let (server, _) = Server::start(&folder, "late");
+    let mut guest = Guest::connect(&folder.path("s"), &two_rings());
+    offer(&mut guest, &[10, DEADLY]);
+    assert_eq!(server.dies_of(), Some(libc::SIGABRT));
+    let (server, report) = Server::start(&folder, "late");
+    assert_eq!(report, "[] Some(Crash { signal: 6, request: None })");
+    replay_to_death(&folder, server, guest);
+    let (_server, report) = Server::start(&folder, "none");
+    assert!(
+        report.starts_with("[\"test\"] ") && report.contains("counters: (1, 1), again: true"),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_kill_between_a_crash_that_names_nobody_and_a_replay_makes_that_the_first() {
+    let folder = Folder::new();
+    let (server, _) = Server::start(&folder, "late");
+    let mut guest = Guest::connect(&folder.path("s"), &two_rings());
+    offer(&mut guest, &[10, DEADLY]);
+    assert_eq!(server.dies_of(), Some(libc::SIGABRT));
+    Server::start(&folder, "none").0.kill(libc::SIGKILL);
+    let (server, report) = Server::start(&folder, "late");
+    assert_eq!(report, "[] None");
+    let guest = replay_to_death(&folder, server, guest);
+    let (server, report) = Server::start(&folder, "late");
+    assert!(report.starts_with("[] ") && report.contains("counters: (1, 1), again: false"), "{report}");
+    replay_to_death(&folder, server, guest);
+    let (_server, report) = Server::start(&folder, "none");
+    assert!(report.starts_with("[\"test\"] ") && report.contains("again: true"), "{report}");
+}
+
+/// Every log counts its requests from 0. Two guests, each with a first request that we died of, looked like one that tried it
+/// twice; so did a crash before an orderly end and one after it.
+#[test]
+fn the_same_numbers_in_another_log_or_after_an_orderly_end_are_another_request() {
+    let folder = Folder::new();
+    let crash = |death: &str| {
+        let (server, report) = Server::start(&folder, death);
+        let mut guest = Guest::connect(&folder.path("s"), &two_rings());
+        offer(&mut guest, &[DEADLY]);
+        assert_eq!(server.dies_of(), Some(libc::SIGABRT));
+        (guest, report)
+    };
+    crash("panic");
+    let (guest, report) = crash("panic");
+    assert!(report.contains("head: 0, counters: (0, 0), again: false"), "{report}");
+    let (server, report) = Server::start(&folder, "panic");
+    assert!(
+        report.starts_with("[] ") && report.contains("head: 0, counters: (0, 0), again: false"),
+        "{report}"
+    );
+    server.kill(libc::SIGKILL);
+    CrashFile::open(&folder.path("crash")).unwrap().0.end_in_order();
+    let (server, _) = Server::start(&folder, "panic");
+    replay_to_death(&folder, server, guest);
+    let (_server, report) = Server::start(&folder, "none");
+    assert!(report.starts_with("[] ") && report.contains("counters: (0, 0), again: false"), "{report}");
+}
+
 #[test]
 fn deaths_from_outside_never_count() {
     let folder = Folder::new();
@@ -205,7 +313,7 @@ fn deaths_from_outside_never_count() {
         assert_eq!(report, "[] None", "before {signal}");
         let mut guest = Guest::connect(&folder.path("s"), &wish());
         offer(&mut guest, &[DEADLY]);
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         server.kill(signal);
     }
     let (_server, report) = Server::start(&folder, "none");

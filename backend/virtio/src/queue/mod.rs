@@ -16,7 +16,7 @@ mod requests;
 use crate::blk::{RANGES_MAX, VirtioStatus};
 use crate::chain::{Chain, PIECES_MAX};
 use crate::counters::QueueCounters;
-use crate::crash::Recorder;
+use crate::crash::{Recorder, Replay};
 use crate::disk::DiskShared;
 use crate::fault;
 use crate::gate::Gate;
@@ -76,7 +76,6 @@ pub(crate) struct QueueSetup {
     pub(crate) disk: Arc<DiskShared>,
     pub(crate) session: Arc<SessionShared>,
     pub(crate) recorder: Recorder,
-    pub(crate) recorded_disk: u32,
 }
 
 /// A request that is being executed, by its head.
@@ -176,7 +175,8 @@ pub(crate) struct Queue {
     disk: Arc<DiskShared>,
     session: Arc<SessionShared>,
     recorder: Recorder,
-    recorded_disk: u32,
+    /// Stands while there is anything to replay.
+    replay_noted: Option<Replay>,
     faults: u64,
     failed: bool,
     aborting: bool,
@@ -262,7 +262,7 @@ impl Queue {
             disk: setup.disk,
             session: setup.session,
             recorder: setup.recorder,
-            recorded_disk: setup.recorded_disk,
+            replay_noted: None,
             // Looks once at the start: what happened before counts too.
             faults: u64::MAX,
             failed: false,
@@ -283,7 +283,9 @@ impl Queue {
             if let Some(kick) = &queue.kick {
                 runtime.poll_readable(id, KEY_KICK, Fd(kick.as_raw_fd()));
             }
-            if !queue.replaying {
+            if queue.replaying {
+                queue.replay_noted = Some(queue.recorder.replay());
+            } else {
                 queue.gate.set_unfinished(queue.index, false);
             }
             queue.open = queue.gate.enter(
@@ -328,7 +330,7 @@ impl Queue {
 
     /// One turn: what has ended, what is new, what of that has ended at once; then it is shown.
     fn work(&mut self, runtime: &Runtime) {
-        self.recorder.queue(self.recorded_disk, self.index);
+        self.recorder.queue();
         self.reap(runtime);
         if self.replaying {
             self.replay_next(runtime);
@@ -337,10 +339,7 @@ impl Queue {
             self.drain(runtime);
         }
         self.publish(runtime);
-        // A request that is executed again stays noted while the device has it: it is the only one.
-        if !self.replaying || self.in_flight == 0 {
-            self.recorder.idle();
-        }
+        self.recorder.idle();
         self.look_for_faults();
         if self.stopping.is_some() {
             self.finish_if_idle(runtime);
@@ -446,11 +445,15 @@ impl Queue {
         while self.in_flight == 0 && !self.failed && self.stopping.is_none() {
             let Some(unfinished) = self.replay.pop_front() else {
                 self.replaying = false;
+                self.replay_noted = None;
                 self.gate.set_unfinished(self.index, false);
                 return;
             };
             let limits = self.disk.limits(self.flush);
             self.recorder.request(unfinished.head, unfinished.counter);
+            if let Some(noted) = &self.replay_noted {
+                noted.begin(unfinished.head, unfinished.counter);
+            }
             if let Err(what) = self.begin(unfinished.head, runtime.now(), &limits, false) {
                 self.fail(&format!("chain at descriptor {}, executed again: {what}", unfinished.head));
                 return;

@@ -3,7 +3,7 @@
 use super::{Failure, Running, Session, Vring, clone_fd};
 use crate::crash::Recorder;
 use crate::features;
-use crate::inflight::QueueLog;
+use crate::inflight::{self, QueueLog};
 use crate::interrupt::Interrupt;
 use crate::memory::GuestMemory;
 use crate::queue::{Queue, QueueSetup, Stopped, with_queue};
@@ -69,7 +69,7 @@ impl Session<'_> {
             .set(clone_fd(vring.call.as_ref())?)
             .map_err(|error| wrong(format!("SET_VRING_CALL: {error}")))?;
         let reactor_index = (self.disk.config.index + index) % self.reactors.len();
-        let (recorder, recorded_disk) = self.recorder(reactor_index);
+        let recorder = self.recorder(reactor_index, queue, log.as_ref());
         let setup = QueueSetup {
             index: queue,
             ring,
@@ -87,7 +87,6 @@ impl Session<'_> {
             disk: Arc::clone(self.disk),
             session: Arc::clone(&self.shared),
             recorder,
-            recorded_disk,
         };
         let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
         self.reactors[reactor_index].run(move |runtime| Queue::start(runtime, key, setup));
@@ -96,12 +95,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn recorder(&self, reactor: usize) -> (Recorder, u32) {
-        let recorded =
-            self.disk.config.crash.as_ref().and_then(|crash| {
-                crash.disk(&self.disk.config.name).map(|disk| (crash.recorder(reactor), disk))
-            });
-        recorded.unwrap_or((Recorder::none(), 0))
+    fn recorder(&self, reactor: usize, queue: u16, log: Option<&QueueLog>) -> Recorder {
+        // What is in no log is never replayed: no later request is the same.
+        let log = log.map_or_else(inflight::random, QueueLog::id);
+        let recorded = self.disk.config.crash.as_ref().and_then(|crash| {
+            crash.disk(&self.disk.config.name).map(|disk| crash.recorder(reactor, disk, queue, log))
+        });
+        recorded.unwrap_or(Recorder::none())
     }
 
     pub(super) fn stop_all(&mut self) {

@@ -49,17 +49,25 @@ impl Ram {
             assert!(fd >= 0);
             let file = File::from_raw_fd(fd);
             file.set_len(len as u64).unwrap();
-            let start = libc::mmap(
+            Ram::of(file, guest, len)
+        }
+    }
+
+    /// Maps what is in this file.
+    pub fn of(file: File, guest: u64, len: usize) -> Ram {
+        // SAFETY: a fresh mapping.
+        let start = unsafe {
+            libc::mmap(
                 std::ptr::null_mut(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
-                fd,
+                file.as_raw_fd(),
                 0,
-            );
-            assert_ne!(start, libc::MAP_FAILED);
-            Ram { file, start: start.cast(), len, guest }
-        }
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        Ram { file, start: start.cast(), len, guest }
     }
 
     pub fn region(&self) -> VhostUserMemoryRegionInfo {
@@ -309,6 +317,13 @@ impl Guest {
         Guest::with(socket, wish, ram, rings, None)
     }
 
+    /// A front end that has lost its connection.
+    pub fn unconnected(ram: Ram, rings: Vec<Ring>, inflight: Option<(VhostUserInflight, File)>) -> Guest {
+        let (stream, _) = UnixStream::pair().unwrap();
+        let frontend = Frontend::from_stream(stream.try_clone().unwrap(), 64);
+        Guest { frontend, stream, ram, rings, features: 0, inflight }
+    }
+
     /// As after a crash of the back end: the same memory, rings and log, a new connection.
     pub fn reconnect(self, socket: &Path, wish: &Wish) -> Guest {
         // The old connection ends before the new one begins: the disk serves one at a time.
@@ -447,9 +462,17 @@ impl Guest {
 
     /// Whether the back end has closed the connection; waits for that.
     pub fn is_ended(&self) -> bool {
+        self.is_ended_within(20_000)
+    }
+
+    pub fn is_ended_now(&self) -> bool {
+        self.is_ended_within(0)
+    }
+
+    fn is_ended_within(&self, timeout_ms: i32) -> bool {
         let mut poll = libc::pollfd { fd: self.stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid entry.
-        let ready = unsafe { libc::poll(&raw mut poll, 1, 20_000) };
+        let ready = unsafe { libc::poll(&raw mut poll, 1, timeout_ms) };
         let mut byte = [0u8; 1];
         // SAFETY: one writable byte.
         let got = unsafe { libc::recv(self.stream.as_raw_fd(), byte.as_mut_ptr().cast(), 1, libc::MSG_PEEK) };

@@ -5,68 +5,31 @@
 //! (SIGSEGV, SIGBUS, SIGILL, SIGABRT; a panic aborts) marks the note. SIGKILL, SIGTERM and the OOM killer mark nothing, nor
 //! does a signal that another process sends. The next process reads the mark: the same request twice sets its disk aside.
 //!
-//! ```text
-//! 0        magic, version, signal of a thread that is no reactor, the request of the last crash
-//! 4096     disks:    128 x 1024 bytes: set aside, length of the name, name
-//! 135168   reactors:  64 x  128 bytes: signal, busy, disk, queue, head, counters from..=to
-//! ```
+//! A request is known by disk, queue, in-flight log, head and the log's counter for it, which a replay keeps. What a crash is
+//! blamed on:
+//! - in a queue's turn: the request of its note, or while a batch is handed to the device all of that batch. A replay hands
+//!   over one by one, so that the second crash is exact.
+//! - elsewhere on a reactor (a device's own work): the requests that are being replayed there. If none is, nobody knows; but
+//!   what is replayed next was in flight then, so that a crash during its replay is its second.
 //!
-//! A request is known by disk, queue, head and the counter of the in-flight log, which a replay keeps. While a batch is
-//! handed to the device the note names all of its counters; a replay hands over one by one, so that the second crash is exact.
+//! What lies where is [`layout`]'s.
 
+mod layout;
+
+pub(crate) use layout::{Recorder, Replay, mark};
+
+use layout::{CURRENT, FILE_BYTES, Layout, MAGIC, Noted, VERSION};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
-use std::{cell::Cell, fmt, ptr};
+use std::{fmt, ptr};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"hawserCR");
-/// Changes with the layout. A file of another version is refused and left as it is.
-const VERSION: u32 = 1;
-const DISKS_MAX: usize = 1024;
-const REACTORS_MAX: usize = 128;
 /// The longest name that a disk can have here, in bytes.
-pub const NAME_BYTES_MAX: usize = 120;
-
-#[repr(C)]
-struct Layout {
-    magic: AtomicU64,
-    version: AtomicU32,
-    /// The signal that killed us on a thread that is no reactor.
-    other_signal: AtomicU32,
-    /// The request of the last crash, for comparison with the next.
-    last: Note,
-    _pad: [u8; 4096 - 16 - 64],
-    disks: [DiskEntry; DISKS_MAX],
-    reactors: [Note; REACTORS_MAX],
-}
-
-#[repr(C)]
-struct DiskEntry {
-    set_aside: AtomicU32,
-    name_bytes: AtomicU32,
-    name: [AtomicU8; NAME_BYTES_MAX],
-}
-
-#[repr(C)]
-struct Note {
-    signal: AtomicU32,
-    /// 1 while a request is being worked on.
-    busy: AtomicU32,
-    disk: AtomicU32,
-    queue: AtomicU32,
-    head: AtomicU32,
-    _pad: u32,
-    counter_from: AtomicU64,
-    counter_to: AtomicU64,
-    _pad2: [u64; 3],
-}
-
-const _: () = assert!(size_of::<Note>() == 64 && size_of::<DiskEntry>() == 128);
-const FILE_BYTES: usize = size_of::<Layout>();
+pub const NAME_BYTES_MAX: usize = layout::NAME_BYTES_MAX;
 
 /// Why the record cannot be used.
 #[derive(Debug)]
@@ -135,30 +98,6 @@ pub struct CrashFile {
     _file: File,
 }
 
-/// Where a thread that is no reactor leaves its signal.
-static CURRENT: AtomicPtr<Layout> = AtomicPtr::new(ptr::null_mut());
-
-thread_local! {
-    /// The note of the reactor that runs on this thread. No destructor: the handler may read it at any time.
-    static NOTE: Cell<*const Note> = const { Cell::new(ptr::null()) };
-}
-
-/// In the signal handler: the death that follows is our own fault.
-pub(crate) fn mark(signal: i32) {
-    let signal = signal.unsigned_abs();
-    let note = NOTE.with(Cell::get);
-    if !note.is_null() {
-        // SAFETY: points into a mapping that is never unmapped.
-        unsafe { &*note }.signal.store(signal, Ordering::Release);
-        return;
-    }
-    let layout = CURRENT.load(Ordering::Acquire);
-    if !layout.is_null() {
-        // SAFETY: as above.
-        unsafe { &*layout }.other_signal.store(signal, Ordering::Release);
-    }
-}
-
 impl CrashFile {
     /// Opens or makes the record at `path`, says how the last process died, and starts afresh. A disk whose request crashed
     /// twice is set aside here.
@@ -221,63 +160,72 @@ impl CrashFile {
         Ok((file, crash))
     }
 
+    /// Takes all notes, and judges.
     fn classify(&self) -> Option<Crash> {
-        let mut crash = None;
-        for note in &self.layout.reactors {
+        let layout = self.layout;
+        let mut crashed = None;
+        for (reactor, note) in (0u32..).zip(&layout.reactors) {
             let signal = note.signal.swap(0, Ordering::AcqRel);
-            let busy = note.busy.swap(0, Ordering::AcqRel) != 0;
-            if signal != 0 && crash.is_none() {
-                crash = Some(Crash { signal, request: busy.then(|| self.compare(note)).flatten() });
+            let noted = note.take();
+            if signal != 0 && crashed.is_none() {
+                crashed = Some((signal, reactor, noted));
             }
         }
-        let other = self.layout.other_signal.swap(0, Ordering::AcqRel);
-        crash.or_else(|| (other != 0).then_some(Crash { signal: other, request: None }))
+        let replays: Vec<(u32, Noted)> =
+            layout.replays.iter().filter_map(|note| note.take_replay()).collect();
+        let unknown = layout.unknown.swap(0, Ordering::AcqRel);
+        let other = layout.other_signal.swap(0, Ordering::AcqRel);
+        let Some((signal, reactor, noted)) = crashed else {
+            return (other != 0).then_some(Crash { signal: other, request: None });
+        };
+        let here = || replays.iter().filter(|(at, _)| *at == reactor).map(|(_, noted)| *noted);
+        let suspects: Vec<Noted> = match noted {
+            Some(noted) => vec![noted],
+            None => here().collect(),
+        };
+        if suspects.is_empty() {
+            layout.unknown.store(reactor + 1, Ordering::Release);
+            return Some(Crash { signal, request: None });
+        }
+        let lasts: Vec<Noted> = layout.lasts.iter().filter_map(|last| last.take()).collect();
+        let (mut blamed, mut first) = (None, None);
+        for (index, suspect) in suspects.iter().enumerate() {
+            let was_in_flight = unknown == reactor + 1
+                && suspects.len() == 1
+                && here().any(|replayed| replayed.is_same(suspect));
+            let again = was_in_flight || lasts.iter().any(|last| last.is_same(suspect));
+            if let Some(last) = layout.lasts.get(index) {
+                last.put(suspect);
+            }
+            let Some(request) = self.crashed_request(suspect, again) else { continue };
+            if again {
+                if let Some(entry) =
+                    usize::try_from(suspect.disk).ok().and_then(|disk| layout.disks.get(disk))
+                {
+                    entry.set_aside.store(1, Ordering::Release);
+                }
+                blamed.get_or_insert(request);
+            } else {
+                first.get_or_insert(request);
+            }
+        }
+        Some(Crash { signal, request: blamed.or(first) })
+    }
+
+    fn crashed_request(&self, noted: &Noted, again: bool) -> Option<CrashedRequest> {
+        let disk = self.name(usize::try_from(noted.disk).ok()?)?;
+        Some(CrashedRequest { disk, queue: noted.queue, head: noted.head, counters: noted.counters, again })
     }
 
     /// Makes room in the table: only disks that are set aside, and the last crash's, need their names kept.
     fn forget_names(&self) {
-        let last = &self.layout.last;
-        let kept = (last.busy.load(Ordering::Relaxed) != 0).then(|| last.disk.load(Ordering::Relaxed));
+        let kept: Vec<u32> =
+            self.layout.lasts.iter().filter_map(|last| last.get().map(|last| last.disk)).collect();
         for (index, entry) in (0u32..).zip(&self.layout.disks) {
-            if entry.set_aside.load(Ordering::Relaxed) == 0 && kept != Some(index) {
+            if entry.set_aside.load(Ordering::Relaxed) == 0 && !kept.contains(&index) {
                 entry.name_bytes.store(0, Ordering::Relaxed);
             }
         }
-    }
-
-    /// The request of `note`, compared with the last crash's, whose place it takes.
-    fn compare(&self, note: &Note) -> Option<CrashedRequest> {
-        let get = |field: &AtomicU32| field.load(Ordering::Relaxed);
-        let counters = |note: &Note| {
-            (note.counter_from.load(Ordering::Relaxed), note.counter_to.load(Ordering::Relaxed))
-        };
-        let last = &self.layout.last;
-        let index = usize::try_from(get(&note.disk)).unwrap_or(usize::MAX);
-        let disk = self.name(index)?;
-        let (from, to) = counters(note);
-        let (last_from, last_to) = counters(last);
-        let again = get(&last.busy) != 0
-            && get(&last.disk) == get(&note.disk)
-            && get(&last.queue) == get(&note.queue)
-            && from <= last_to
-            && last_from <= to
-            && (from != to || last_from != last_to || get(&last.head) == get(&note.head));
-        if again {
-            self.layout.disks[index].set_aside.store(1, Ordering::Release);
-        }
-        for (to, from) in [(&last.disk, &note.disk), (&last.queue, &note.queue), (&last.head, &note.head)] {
-            to.store(get(from), Ordering::Relaxed);
-        }
-        last.counter_from.store(from, Ordering::Relaxed);
-        last.counter_to.store(to, Ordering::Relaxed);
-        last.busy.store(1, Ordering::Release);
-        Some(CrashedRequest {
-            disk,
-            queue: get(&note.queue),
-            head: get(&note.head),
-            counters: (from, to),
-            again,
-        })
     }
 
     fn name(&self, index: usize) -> Option<String> {
@@ -291,7 +239,7 @@ impl CrashFile {
     }
 
     fn find(&self, name: &str) -> Option<usize> {
-        (0..DISKS_MAX).find(|index| self.name(*index).as_deref() == Some(name))
+        (0..layout::DISKS_MAX).find(|index| self.name(*index).as_deref() == Some(name))
     }
 
     /// The place of a disk in the record, the same for the same name as long as it matters. `None` when the table is full
@@ -303,7 +251,7 @@ impl CrashFile {
             return None;
         }
         let index = self.find(name).or_else(|| {
-            let free = (0..DISKS_MAX).find(|index| self.name(*index).is_none())?;
+            let free = (0..layout::DISKS_MAX).find(|index| self.name(*index).is_none())?;
             let entry = &self.layout.disks[free];
             for (to, from) in entry.name.iter().zip(name.bytes()) {
                 to.store(from, Ordering::Relaxed);
@@ -324,7 +272,7 @@ impl CrashFile {
     /// All disks that are set aside.
     #[must_use]
     pub fn set_aside(&self) -> Vec<String> {
-        (0..DISKS_MAX)
+        (0..layout::DISKS_MAX)
             .filter(|index| self.layout.disks[*index].set_aside.load(Ordering::Acquire) != 0)
             .filter_map(|index| self.name(index))
             .collect()
@@ -335,68 +283,23 @@ impl CrashFile {
         let _table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(index) = self.find(name) else { return };
         self.layout.disks[index].set_aside.store(0, Ordering::Release);
-        if usize::try_from(self.layout.last.disk.load(Ordering::Relaxed)) == Ok(index) {
-            self.layout.last.busy.store(0, Ordering::Release);
+        for last in &self.layout.lasts {
+            if last.get().is_some_and(|last| usize::try_from(last.disk) == Ok(index)) {
+                last.take();
+            }
         }
     }
 
-    /// The pen of a reactor, by its number in the daemon.
-    pub(crate) fn recorder(&self, reactor: usize) -> Recorder {
-        Recorder { note: self.layout.reactors.get(reactor) }
-    }
-}
-
-/// Writes one reactor's note. Plain stores: the process that reads them comes after this one's death.
-#[derive(Clone, Copy)]
-pub(crate) struct Recorder {
-    note: Option<&'static Note>,
-}
-
-impl Recorder {
-    /// A pen for a disk that is not recorded.
-    pub(crate) fn none() -> Recorder {
-        Recorder { note: None }
+    /// Forgets earlier crashes: this process has ended in order, so none of their requests is left to kill the next one.
+    pub fn end_in_order(&self) {
+        self.layout.lasts.iter().for_each(|last| {
+            last.take();
+        });
+        self.layout.unknown.store(0, Ordering::Release);
     }
 
-    /// From now on a fatal signal on this thread marks this note.
-    pub(crate) fn adopt_thread(self) {
-        if let Some(ours) = self.note {
-            NOTE.with(|note| note.set(ours));
-        }
-    }
-
-    /// A queue begins to work: everything noted until [`Recorder::idle`] is its.
-    #[inline]
-    pub(crate) fn queue(self, disk: u32, queue: u16) {
-        let Some(note) = self.note else { return };
-        // What another queue left noted is not this one's.
-        note.busy.store(0, Ordering::Relaxed);
-        note.disk.store(disk, Ordering::Relaxed);
-        note.queue.store(u32::from(queue), Ordering::Relaxed);
-    }
-
-    /// It works on this request.
-    #[inline]
-    pub(crate) fn request(self, head: u16, counter: u64) {
-        let Some(note) = self.note else { return };
-        note.head.store(u32::from(head), Ordering::Relaxed);
-        note.counter_from.store(counter, Ordering::Relaxed);
-        note.counter_to.store(counter, Ordering::Relaxed);
-        note.busy.store(1, Ordering::Relaxed);
-    }
-
-    /// It hands the requests with these counters to the device.
-    #[inline]
-    pub(crate) fn batch(self, from: u64, to: u64) {
-        let Some(note) = self.note else { return };
-        note.counter_from.store(from, Ordering::Relaxed);
-        note.counter_to.store(to, Ordering::Relaxed);
-    }
-
-    /// It works on no request any more.
-    #[inline]
-    pub(crate) fn idle(self) {
-        let Some(note) = self.note else { return };
-        note.busy.store(0, Ordering::Relaxed);
+    /// The pen of one queue, for the reactor of this number in the daemon. `log` names the in-flight log.
+    pub(crate) fn recorder(&self, reactor: usize, disk: u32, queue: u16, log: u64) -> Recorder {
+        Recorder::new(self.layout, reactor, disk, queue, log)
     }
 }
