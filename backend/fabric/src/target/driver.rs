@@ -5,9 +5,9 @@
 //! themselves: a device may be shared, and aborting one host's requests may cost all others their way to it. They are
 //! aborted when the target stops, or after [`ABORT_GRACE`].
 
-use super::Shared;
 use super::connection::{Action, Connection};
 use super::registry::ConnectionRef;
+use super::{ABORT_GRACE, Shared};
 use hawser_block::{Channel, Completion};
 use hawser_runtime::{Event, Fd, Op, Runtime, Source, SourceId, TimerId};
 use std::cell::RefCell;
@@ -22,9 +22,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Grace on top of the keep-alive time-out: its unit.
 const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(1);
 
-/// How long requests of an ended connection may stay at their devices before they are aborted: devices have time-outs of their
-/// own, and a Connect of the same host waits for them.
-const ABORT_GRACE: Duration = Duration::from_secs(30);
+/// How long a Cross-Controller Reset is held before its host is told that it lasts: below what hosts give admin commands.
+const RESET_HOLD: Duration = Duration::from_secs(2);
 
 const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
@@ -180,43 +179,75 @@ impl Driver {
                 }
             }
             Action::AwaitQuiet(connections) => {
-                let left = Arc::new(AtomicUsize::new(connections.len()));
-                for connection in connections {
-                    let left = Arc::clone(&left);
-                    let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
-                    let done = Box::new(move || {
-                        if left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                            tell(&me, |driver, runtime| {
-                                driver.connection.connected();
-                                if !driver.ending {
-                                    driver.check_alive(runtime);
-                                }
-                                driver.go_on(runtime);
-                            });
-                        }
+                self.when_quiet(runtime, connections, None, 0, |driver, runtime, _| {
+                    driver.connection.connected();
+                    if !driver.ending {
+                        driver.check_alive(runtime);
+                    }
+                });
+            }
+            Action::Reset { id, connections } => {
+                let why = Some("its host had it reset through another controller");
+                self.when_quiet(runtime, connections, why, id, |driver, _, id| {
+                    driver.connection.reset_ended(id)
+                });
+                let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
+                let later = runtime.clone();
+                runtime.spawn(async move {
+                    later.sleep(RESET_HOLD).await;
+                    tell(&me, move |driver, runtime| {
+                        driver.connection.reset_lasts(id);
+                        driver.go_on(runtime);
                     });
-                    let id = connection.id;
-                    connection.reactor.run(move |runtime| {
-                        let local = runtime.local::<Local>();
-                        let driver = local.connections.borrow().get(&id).cloned();
-                        match driver {
-                            Some(driver) => {
-                                let mut driver = driver.borrow_mut();
-                                // What lies unread in its socket must not become commands after this answer.
-                                if peer_has_closed(driver.fd) {
-                                    driver.end(runtime, "its host has closed it");
-                                } else if driver.connection.controller().is_some_and(|c| c.is_closed()) {
-                                    // Its end is on its way here, and would come too late.
-                                    driver.end(runtime, "its association is over");
-                                }
-                                driver.connection.add_barrier(done);
-                            }
-                            // Gone, and so quiet.
-                            None => done(),
-                        }
+                });
+            }
+        }
+    }
+
+    /// Calls `then` with `id` on this connection when the commands that `connections` have at devices now have ended. Those
+    /// of them that are over, or all if there is a reason `why` to end them, take nothing more in.
+    fn when_quiet(
+        &self,
+        runtime: &Runtime,
+        connections: Vec<ConnectionRef>,
+        why: Option<&'static str>,
+        id: u64,
+        then: fn(&mut Driver, &Runtime, u64),
+    ) {
+        let left = Arc::new(AtomicUsize::new(connections.len()));
+        for connection in connections {
+            let left = Arc::clone(&left);
+            let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
+            let done = Box::new(move || {
+                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    tell(&me, move |driver, runtime| {
+                        then(driver, runtime, id);
+                        driver.go_on(runtime);
                     });
                 }
-            }
+            });
+            let id = connection.id;
+            connection.reactor.run(move |runtime| {
+                let local = runtime.local::<Local>();
+                let driver = local.connections.borrow().get(&id).cloned();
+                match driver {
+                    Some(driver) => {
+                        let mut driver = driver.borrow_mut();
+                        // What lies unread in its socket must not become commands after this answer.
+                        if let Some(why) = why {
+                            driver.end(runtime, why);
+                        } else if peer_has_closed(driver.fd) {
+                            driver.end(runtime, "its host has closed it");
+                        } else if driver.connection.controller().is_some_and(|c| c.is_closed()) {
+                            // Its end is on its way here, and would come too late.
+                            driver.end(runtime, "its association is over");
+                        }
+                        driver.connection.add_barrier(done);
+                    }
+                    // Gone, and so quiet.
+                    None => done(),
+                }
+            });
         }
     }
 

@@ -46,6 +46,16 @@ const QUEUE_ENTRIES_MAX: u16 = 128;
 const IO_QUEUES_MAX: u16 = 64;
 /// Asynchronous Event Requests of one association.
 const ASYNC_EVENTS_MAX: usize = 4;
+/// Cross-Controller Resets under way that one controller was asked for: what TP8028 recommends.
+const CROSS_RESETS_MAX: u8 = 4;
+/// Those that it keeps in its log, ended or not.
+const CROSS_RESETS_LOGGED_MAX: usize = 64;
+/// CQT: how long commands of an association that is lost may go on. They are aborted after [`ABORT_GRACE`]; a device that
+/// does not even heed that is beyond what one can promise.
+const QUIESCE_TIME: Duration = Duration::from_secs(ABORT_GRACE.as_secs() + 1);
+/// How long requests of an ended connection may stay at their devices before they are aborted: devices have time-outs of their
+/// own, and a Connect of the same host waits for them.
+const ABORT_GRACE: Duration = Duration::from_secs(30);
 /// Data in a capsule: four pages, so that small writes need no R2T.
 const IN_CAPSULE_BYTES_MAX: u32 = 16 << 10;
 /// The data of one command (MDTS), and of one H2CData (MAXH2CDATA).

@@ -9,10 +9,13 @@
 
 use super::NamespaceConfig;
 use super::uuid;
+use crate::nvme::bytes::low32;
+use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
 use hawser_block::{Device, Geometry};
 use hawser_runtime::{Instant, ReactorHandle};
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -47,6 +50,10 @@ pub(super) struct Subsystem {
     pub(super) namespaces: Vec<Namespace>,
     controllers: Mutex<Vec<Arc<Controller>>>,
     next_cntlid: AtomicU32,
+    /// The high half of every CIRN of this process: it tells its controllers from those of others, or of its past.
+    process: u32,
+    /// The low half of the next.
+    next_instance: AtomicU32,
 }
 
 /// What Connect said of the host.
@@ -59,6 +66,8 @@ pub(super) struct Host {
 /// One association of a host with a subsystem, or with the discovery service.
 pub(super) struct Controller {
     pub(super) cntlid: u16,
+    /// What names it in a Cross-Controller Reset. An association is one life of its controller.
+    pub(super) instance: ControllerInstance,
     pub(super) host: Host,
     /// `None`: a discovery controller.
     pub(super) subsystem: Option<Arc<Subsystem>>,
@@ -93,6 +102,16 @@ struct ControllerState {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whoever panicked did it in the midst of plain assignments; the process is on its way down then.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What we know of a controller that is to be reset across controllers.
+pub(super) enum Impacted {
+    /// It is none of this host's here.
+    Unknown,
+    /// It was here, and nothing of it is left.
+    Gone,
+    /// It is here, or has commands here.
+    Found(Arc<Controller>),
 }
 
 /// Why a connection cannot join a controller.
@@ -132,6 +151,9 @@ impl Subsystem {
             namespaces,
             controllers: Mutex::default(),
             next_cntlid: AtomicU32::new(0),
+            // Keys from the kernel's random numbers.
+            process: low32(RandomState::new().hash_one(nqn)),
+            next_instance: AtomicU32::new(1),
         }
     }
 
@@ -181,7 +203,14 @@ impl Subsystem {
             }
         };
         let transfer_bytes_max = self.transfer_bytes_max(&known);
-        let controller = Controller::new(cntlid, host, Some(Arc::clone(self)), transfer_bytes_max);
+        let number = self.next_instance.fetch_add(1, Ordering::Relaxed);
+        let instance = ControllerInstance {
+            cntlid,
+            // Any but 0.
+            uniquifier: u8::try_from(number % 255 + 1).unwrap_or(1),
+            random: u64::from(self.process) << 32 | u64::from(number),
+        };
+        let controller = Controller::new(instance, host, Some(Arc::clone(self)), transfer_bytes_max);
         controller.keep_alive_ms.store(keep_alive_ms, Ordering::Relaxed);
         controller.heard(now);
         {
@@ -235,6 +264,23 @@ impl Subsystem {
         Ok(Arc::clone(controller))
     }
 
+    /// The controller that `host` wants to have reset.
+    pub(super) fn impacted(&self, instance: &ControllerInstance, host: &Host) -> Impacted {
+        // Of another process, or of one before this one, we know nothing: not that it is quiet either.
+        if instance.random >> 32 != u64::from(self.process) || instance.uniquifier == 0 {
+            return Impacted::Unknown;
+        }
+        let controllers = lock(&self.controllers);
+        match controllers.iter().find(|controller| controller.instance.random == instance.random) {
+            // A controller is listed until the last of its connections is quiet.
+            None if low32(instance.random) < self.next_instance.load(Ordering::Relaxed) => Impacted::Gone,
+            Some(found) if found.instance == *instance && found.host == *host => {
+                Impacted::Found(Arc::clone(found))
+            }
+            _ => Impacted::Unknown,
+        }
+    }
+
     /// The connection of each controller's admin queue.
     pub(super) fn admin_connections(&self) -> Vec<ConnectionRef> {
         let controllers = lock(&self.controllers);
@@ -267,13 +313,14 @@ impl Subsystem {
 
 impl Controller {
     fn new(
-        cntlid: u16,
+        instance: ControllerInstance,
         host: Host,
         subsystem: Option<Arc<Subsystem>>,
         transfer_bytes_max: u32,
     ) -> Controller {
         Controller {
-            cntlid,
+            cntlid: instance.cntlid,
+            instance,
             host,
             subsystem,
             transfer_bytes_max,
@@ -296,7 +343,8 @@ impl Controller {
         keep_alive_ms: u32,
         now: Instant,
     ) -> Arc<Controller> {
-        let controller = Controller::new(cntlid, host, None, super::TRANSFER_BYTES_MAX);
+        let instance = ControllerInstance { cntlid, uniquifier: 0, random: 0 };
+        let controller = Controller::new(instance, host, None, super::TRANSFER_BYTES_MAX);
         controller.keep_alive_ms.store(keep_alive_ms, Ordering::Relaxed);
         controller.heard(now);
         lock(&controller.state).connections.push((0, admin));
@@ -351,7 +399,8 @@ impl Controller {
         before & !value & CC_ENABLE != 0
     }
 
-    fn connections(&self) -> Vec<ConnectionRef> {
+    /// All its connections that are not quiet.
+    pub(super) fn connections(&self) -> Vec<ConnectionRef> {
         lock(&self.state).connections.iter().map(|(_, connection)| connection.clone()).collect()
     }
 
@@ -414,7 +463,8 @@ mod tests {
 
     #[test]
     fn a_controller_starts_stops_and_refuses_what_it_cannot() {
-        let controller = Controller::new(1, Host { nqn: "nqn.h".into(), id: [1; 16] }, None, 4096);
+        let instance = ControllerInstance { cntlid: 1, uniquifier: 0, random: 0 };
+        let controller = Controller::new(instance, Host { nqn: "nqn.h".into(), id: [1; 16] }, None, 4096);
         assert_eq!(controller.status(), 0);
         assert!(!controller.configure(CC_START));
         assert_eq!(controller.status(), CSTS_READY);

@@ -2,6 +2,7 @@
 
 mod associations;
 mod limits;
+mod resets;
 
 use super::peer::{HOST, Heard, Peer};
 use super::*;

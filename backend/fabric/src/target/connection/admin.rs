@@ -2,8 +2,11 @@
 
 use super::slots::{Phase, Place, place_of};
 use super::{Connection, answers};
-use crate::nvme::features::{self, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE};
-use crate::nvme::log::{self, AsyncEvent};
+use crate::nvme::cross_reset::ResetLog;
+use crate::nvme::features::{
+    self, EVENT_CROSS_CONTROLLER_RESET, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE,
+};
+use crate::nvme::log;
 use crate::nvme::{NvmeStatus, StatusCode, admin_opcode};
 use crate::target::{ASYNC_EVENTS_MAX, IO_QUEUES_MAX};
 use std::sync::atomic::Ordering;
@@ -44,6 +47,7 @@ impl Connection {
                 self.slots.at(index).phase = Phase::Held;
                 self.give_notices();
             }
+            admin_opcode::CROSS_CONTROLLER_RESET if !discovery => self.begin_reset(index),
             admin_opcode::KEEP_ALIVE => self.answer(index, NvmeStatus::SUCCESS, 0),
             _ => self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_OPCODE)),
         }
@@ -95,9 +99,13 @@ impl Connection {
                 let page = answers::changed_namespaces(&self.changed_namespaces);
                 if !sqe.log_retains_event() {
                     self.changed_namespaces.clear();
-                    self.namespace_notice_out = false;
+                    self.log_was_read(EVENT_NAMESPACE_ATTRIBUTE);
                 }
                 page
+            }
+            (Some(_), log::id::CROSS_CONTROLLER_RESET) => {
+                let remove = sqe.log_specific() & ResetLog::REMOVE_COMPLETED != 0;
+                self.reset_log(remove, sqe.log_retains_event())
             }
             (subsystem, id) => answers::plain_log(id, subsystem.is_none())?,
         };
@@ -136,12 +144,17 @@ impl Connection {
                 Ok(u64::from(value))
             }
             features::id::ASYNC_EVENT_CONFIGURATION => {
-                let able = if discovery { EVENT_DISCOVERY_CHANGE } else { EVENT_NAMESPACE_ATTRIBUTE };
+                let able = if discovery {
+                    EVENT_DISCOVERY_CHANGE
+                } else {
+                    EVENT_NAMESPACE_ATTRIBUTE | EVENT_CROSS_CONTROLLER_RESET
+                };
                 // Bits 7:0 are SMART's critical warnings, of which there will be none.
                 if value & !(able | 0xff) != 0 {
                     return Err(StatusCode::INVALID_FIELD);
                 }
                 controller.event_mask.store(value, Ordering::Relaxed);
+                self.give_notices();
                 Ok(0)
             }
             features::id::VOLATILE_WRITE_CACHE if !discovery => {
@@ -176,25 +189,5 @@ impl Connection {
             _ => return Err(StatusCode::INVALID_FIELD),
         };
         Ok(u64::from(value))
-    }
-
-    /// A namespace may have changed.
-    pub(in super::super) fn handle_namespace_change(&mut self) {
-        let Some(controller) = &self.controller else { return };
-        self.changed_namespaces.extend(controller.take_changes());
-        self.give_notices();
-    }
-
-    /// Answers an Asynchronous Event Request if there is something to tell, and that was not told before.
-    fn give_notices(&mut self) {
-        let Some(controller) = &self.controller else { return };
-        let wanted = controller.event_mask.load(Ordering::Relaxed) & EVENT_NAMESPACE_ATTRIBUTE != 0;
-        if self.changed_namespaces.is_empty() || self.namespace_notice_out || !wanted || self.is_over() {
-            return;
-        }
-        let Some(index) = self.slots.in_phase(Phase::Held).next() else { return };
-        self.namespace_notice_out = true;
-        let event = AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED.to_dword();
-        self.answer(index, NvmeStatus::SUCCESS, u64::from(event));
     }
 }

@@ -9,12 +9,15 @@ use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::identify::{
     CNTRLTYPE_DISCOVERY, CNTRLTYPE_IO, DLFEAT_READS_ZEROES, DLFEAT_WRITE_ZEROES_DEALLOCATES,
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LEN, NSATTR_WRITE_PROTECTED,
-    NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE,
-    ONCS_COMPARE, ONCS_DATASET_MANAGEMENT, ONCS_WRITE_ZEROES, VENDOR_MARK, VWC_FLUSH_ALL_UNSUPPORTED,
-    VWC_PRESENT, cns,
+    NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_CROSS_CONTROLLER_RESET,
+    OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE, ONCS_COMPARE, ONCS_DATASET_MANAGEMENT,
+    ONCS_WRITE_ZEROES, VENDOR_MARK, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
 };
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
-use crate::target::{ASYNC_EVENTS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX, Shared, VERSION};
+use crate::target::{
+    ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX, QUIESCE_TIME, Shared,
+    VERSION,
+};
 use hawser_block::Geometry;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -135,7 +138,11 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
     IdentifyController {
         serial: subsystem.serial.clone(),
         multipath: MULTIPATH_CONTROLLERS,
-        async_events: OAES_NAMESPACE_ATTRIBUTE,
+        async_events: OAES_NAMESPACE_ATTRIBUTE | OAES_CROSS_CONTROLLER_RESET,
+        instance_uniquifier: controller.instance.uniquifier,
+        instance_random: controller.instance.random,
+        cross_resets_max: CROSS_RESETS_MAX,
+        quiesce_time_ms: u16::try_from(QUIESCE_TIME.as_millis()).unwrap_or(u16::MAX),
         controller_type: CNTRLTYPE_IO,
         abort_limit: 3,
         // One slot, which cannot be written.
@@ -202,13 +209,14 @@ fn independent(geometry: &Geometry) -> [u8; LEN] {
 /// A log page that needs no state.
 pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> {
     use log::id::{COMMANDS_AND_EFFECTS, ERROR_INFORMATION, FIRMWARE_SLOTS, SMART, SUPPORTED_LOG_PAGES};
-    const IO: [u8; 6] = [
+    const IO: [u8; 7] = [
         SUPPORTED_LOG_PAGES,
         ERROR_INFORMATION,
         SMART,
         FIRMWARE_SLOTS,
         log::id::CHANGED_NAMESPACES,
         COMMANDS_AND_EFFECTS,
+        log::id::CROSS_CONTROLLER_RESET,
     ];
     const DISCOVERY: [u8; 2] = [SUPPORTED_LOG_PAGES, log::id::DISCOVERY];
     match id {
@@ -240,6 +248,7 @@ pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> 
                 admin_opcode::GET_FEATURES,
                 admin_opcode::ASYNC_EVENT_REQUEST,
                 admin_opcode::KEEP_ALIVE,
+                admin_opcode::CROSS_CONTROLLER_RESET,
             ];
             let io = [
                 (io_opcode::FLUSH, false),

@@ -131,7 +131,7 @@ impl Connection {
             .ok_or(Refusal::from(StatusCode::CONNECT_CONTROLLER_BUSY))?;
         self.controller = Some(controller);
         self.queue = Queue::Connecting(index);
-        self.slots.at(index).phase = Phase::Held;
+        self.slots.at(index).phase = Phase::Awaiting;
         if earlier.is_empty() {
             self.connected();
         } else {

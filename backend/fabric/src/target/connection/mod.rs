@@ -17,7 +17,9 @@ mod admin;
 mod answers;
 mod fabrics;
 mod io;
+mod notices;
 mod receive;
+mod resets;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -31,6 +33,8 @@ use crate::tcp::{DataPdu, Digests, PduKind, ReadyToTransfer, Receiver};
 use hawser_block::{Device, Request};
 use hawser_runtime::Instant;
 use hawser_runtime::buffers::AlignedBuffer;
+use notices::Notices;
+use resets::Reset;
 use slots::{Phase, Slots};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -90,6 +94,8 @@ pub(super) enum Action {
     AwaitQuiet(Vec<ConnectionRef>),
     /// End these connections.
     Close(Vec<ConnectionRef>),
+    /// End these connections, then call [`Connection::reset_ended`]; [`Connection::reset_lasts`] when that takes long.
+    Reset { id: u64, connections: Vec<ConnectionRef> },
 }
 
 /// Somebody waits for the commands that devices had at some time.
@@ -148,8 +154,10 @@ pub(super) struct Connection {
     sq_head: u16,
     flow_control: bool,
     controller: Option<Arc<Controller>>,
-    /// A namespace notice was given, and its log not read since.
-    namespace_notice_out: bool,
+    notices: Notices,
+    /// Cross-Controller Resets that the host asked for.
+    resets: Vec<Reset>,
+    next_reset: u64,
     changed_namespaces: std::collections::BTreeSet<u32>,
 
     next: Batch,
@@ -194,7 +202,9 @@ impl Connection {
             sq_head: 0,
             flow_control: true,
             controller: None,
-            namespace_notice_out: false,
+            notices: Notices::default(),
+            resets: Vec::new(),
+            next_reset: 0,
             changed_namespaces: std::collections::BTreeSet::new(),
             next: Batch::new(),
             sending: Batch::new(),

@@ -17,8 +17,10 @@ pub(super) enum Phase {
     Transfer,
     /// The device has it, or a part of it.
     Executing,
-    /// An Asynchronous Event Request without an event, or a Connect that waits for its host's past.
+    /// An Asynchronous Event Request without an event.
     Held,
+    /// A Connect or a Cross-Controller Reset that waits until other connections are quiet.
+    Awaiting,
     /// Its answer is on its way out.
     Sending,
 }

@@ -4,17 +4,17 @@ use super::*;
 use std::io::Write;
 
 /// A device whose requests end when the test says so, and not when they are aborted.
-struct StuckDevice {
+pub(super) struct StuckDevice {
     stats: Arc<hawser_block::StatsSet>,
     state: Arc<Stuck>,
 }
 
 #[derive(Default)]
-struct Stuck {
+pub(super) struct Stuck {
     released: AtomicBool,
     /// Requests that it has, of any channel.
-    held: AtomicUsize,
-    landed: AtomicUsize,
+    pub(super) held: AtomicUsize,
+    pub(super) landed: AtomicUsize,
     /// How often a channel was told to give up.
     aborts: AtomicUsize,
     users: Mutex<Vec<(ReactorHandle, hawser_runtime::SourceId)>>,
@@ -77,11 +77,14 @@ impl Device for StuckDevice {
 }
 
 impl StuckDevice {
+    pub(super) fn new(state: &Arc<Stuck>) -> StuckDevice {
+        StuckDevice { stats: Arc::default(), state: Arc::clone(state) }
+    }
+
     /// A target over such a device, whose host has sent three writes that are at the device.
     fn rig() -> (Rig, Arc<Stuck>, Peer, Peer) {
         let state = Arc::<Stuck>::default();
-        let device = StuckDevice { stats: Arc::default(), state: Arc::clone(&state) };
-        let rig = Rig::new(vec![Arc::new(device)]);
+        let rig = Rig::new(vec![Arc::new(StuckDevice::new(&state))]);
         let (admin, cntlid) = Peer::admin(rig.address, NQN);
         let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
         for lba in 0..3 {
@@ -95,7 +98,7 @@ impl StuckDevice {
 }
 
 impl Stuck {
-    fn release(&self) {
+    pub(super) fn release(&self) {
         self.released.store(true, Ordering::SeqCst);
         for (reactor, user) in self.users.lock().unwrap().iter().cloned() {
             reactor.run(move |runtime| runtime.wake(user));

@@ -1,0 +1,95 @@
+//! Cross-Controller Reset: what a host may take for quiet.
+
+use super::associations::StuckDevice;
+use super::*;
+use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetLog, ResetState};
+use crate::nvme::log::AsyncEvent;
+
+fn instance_of(admin: &mut Peer) -> ControllerInstance {
+    let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
+    let controller = IdentifyController::from_bytes(&bytes.try_into().unwrap());
+    assert_eq!((controller.cross_resets_max, controller.quiesce_time_ms), (4, 31_000));
+    ControllerInstance::of(&controller).expect("our controllers can be reset")
+}
+
+#[test]
+fn a_reset_ends_the_other_association_and_says_that_it_is_quiet() {
+    let rig = Rig::mem();
+    let (mut lost, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    let instance = instance_of(&mut lost);
+    let (mut admin, _) = Peer::admin(rig.address, NQN);
+    assert_ne!(instance_of(&mut admin), instance);
+    let cqe = admin.call(instance.reset(), &[], &[]).0;
+    assert_eq!((cqe.status.code, cqe.dword0()), (StatusCode::SUCCESS, IMMEDIATE_SUCCESS));
+    // What was sent there and not read yet is never executed.
+    let late = peer.capsule(&write(0, 512, Sgl::in_capsule), &[0xee; 512]);
+    let _ = std::io::Write::write_all(&mut peer.stream, &late);
+    assert!(matches!(peer.hear(), Heard::End));
+    assert!(matches!(lost.hear(), Heard::End));
+    // Again: it is gone, which is what was asked for.
+    let cqe = admin.call(instance.reset(), &[], &[]).0;
+    assert_eq!((cqe.status.code, cqe.dword0()), (StatusCode::SUCCESS, IMMEDIATE_SUCCESS));
+    assert_eq!(rig.target.as_ref().unwrap().hosts(NQN), [HOST]);
+}
+
+#[test]
+fn a_reset_of_what_is_not_the_hosts_own_is_refused() {
+    let rig = Rig::mem();
+    let (mut other, _) = Peer::admin_as(rig.address, NQN, [9; 16]);
+    let others = instance_of(&mut other);
+    let (mut admin, _) = Peer::admin(rig.address, NQN);
+    let own = instance_of(&mut admin);
+    let refused = [
+        own,
+        others,
+        // Of another process we do not know whether it is quiet.
+        ControllerInstance { random: others.random ^ 1 << 40, ..others },
+        // Not made yet.
+        ControllerInstance { random: others.random + 1000, ..others },
+        ControllerInstance { uniquifier: 0, ..others },
+    ];
+    for instance in refused {
+        assert_eq!(admin.status(instance.reset()), StatusCode::INVALID_FIELD, "{instance:?}");
+    }
+    assert_eq!(other.status(Sqe::keep_alive()), StatusCode::SUCCESS);
+}
+
+/// Two paths of one host, of which one has commands at a device that does not end them.
+#[test]
+fn a_reset_that_lasts_is_answered_and_its_end_is_told_later() {
+    let state = Arc::<super::associations::Stuck>::default();
+    let rig = Rig::new(vec![Arc::new(StuckDevice::new(&state))]);
+    let (mut lost, cntlid) = Peer::admin(rig.address, NQN);
+    let (mut admin, _) = Peer::admin(rig.address, NQN);
+    let instance = instance_of(&mut lost);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    peer.send(write(0, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
+    while state.held.load(Ordering::SeqCst) < 1 {
+        std::thread::yield_now();
+    }
+    let events = features::EVENT_CROSS_CONTROLLER_RESET;
+    let configuration = Sqe::set_features(features::id::ASYNC_EVENT_CONFIGURATION, events);
+    assert_eq!(admin.status(configuration), StatusCode::SUCCESS);
+    let cqe = admin.call(instance.reset(), &[], &[]).0;
+    assert_eq!((cqe.status.code, cqe.dword0()), (StatusCode::SUCCESS, 0), "not quiet yet");
+    let read_log = |admin: &mut Peer, remove| {
+        let sqe = Sqe::get_log_page(log::id::CROSS_CONTROLLER_RESET, 0, 0, 64, false, Sgl::transport(64));
+        let (cqe, page) = admin.call(sqe.with_log_specific(remove), &[], &[]);
+        assert_eq!(cqe.status.code, StatusCode::SUCCESS);
+        ResetLog::from_bytes(&page).entries
+    };
+    let entries = read_log(&mut admin, 0);
+    assert_eq!(entries.len(), 1);
+    assert_eq!((entries[0].cntlid, entries[0].state), (instance.cntlid, ResetState::InProgress));
+    assert_eq!(admin.status(instance.reset()), StatusCode::CONTROLLER_RESET_IN_PROGRESS);
+    let event = admin.send(Sqe::async_event_request(), &[], &[]);
+    assert_eq!(state.landed.load(Ordering::SeqCst), 0);
+    state.release();
+    let cqe = admin.end();
+    assert_eq!((cqe.cid, cqe.dword0()), (event, AsyncEvent::CROSS_CONTROLLER_RESET.to_dword()));
+    assert_eq!(state.landed.load(Ordering::SeqCst), 1);
+    let entries = read_log(&mut admin, ResetLog::REMOVE_COMPLETED);
+    assert_eq!(entries[0].state, ResetState::Succeeded);
+    assert_eq!(read_log(&mut admin, 0), []);
+}
