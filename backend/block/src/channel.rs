@@ -51,6 +51,12 @@ pub trait Device: Send + Sync {
     /// A UUID that is the same for the same blocks wherever they are reached; all zero when not known.
     fn uuid(&self) -> [u8; 16];
 
+    /// Names the volatile cache that writes are in until they are flushed: while it stays the same, they are still there.
+    /// Another one after a restart or a reconnect means that they may be lost. `None`: not known.
+    fn cache_identity(&self) -> Option<[u8; 16]> {
+        None
+    }
+
     /// Calls `listener` whenever geometry or state has changed, on whatever thread noticed. It must be quick and must not
     /// call back into the device. It is kept as long as the device lives; hold weak references in it.
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>);

@@ -99,6 +99,11 @@ impl Device for MemDevice {
         self.uuid
     }
 
+    /// The memory itself: each process has another.
+    fn cache_identity(&self) -> Option<[u8; 16]> {
+        Some(self.uuid)
+    }
+
     /// Nothing ever changes, so nobody is ever called.
     fn subscribe(&self, _: Box<dyn Fn() + Send + Sync>) {}
 

@@ -69,6 +69,10 @@ impl Device for Volume {
         self.member.uuid()
     }
 
+    fn cache_identity(&self) -> Option<[u8; 16]> {
+        self.member.cache_identity()
+    }
+
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
         self.member.subscribe(listener);
     }

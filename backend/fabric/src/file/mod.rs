@@ -31,7 +31,7 @@ use hawser_runtime::{Runtime, SourceId};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 /// How long a writer waits for the writer before it: a process that was killed is gone when its last I/O has ended.
@@ -189,6 +189,12 @@ impl Shared {
     }
 }
 
+/// The kernel's name for its boot: a UUID as text.
+fn boot_id(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 32).map(u128::to_be_bytes)
+}
+
 impl Device for FileDevice {
     fn name(&self) -> &str {
         &self.name
@@ -213,6 +219,12 @@ impl Device for FileDevice {
     /// Not known: a file carries no identity of its own.
     fn uuid(&self) -> [u8; 16] {
         [0; 16]
+    }
+
+    /// The kernel's page cache and the disk's own: what we wrote outlives this process, not the host's next boot.
+    fn cache_identity(&self) -> Option<[u8; 16]> {
+        static BOOT: OnceLock<Option<[u8; 16]>> = OnceLock::new();
+        *BOOT.get_or_init(|| boot_id(&std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?))
     }
 
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {

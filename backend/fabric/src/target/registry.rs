@@ -12,6 +12,7 @@ use super::uuid;
 use crate::nvme::bytes::low32;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
+use crate::nvme::vendor::CacheIdentity;
 use hawser_block::{Device, Geometry};
 use hawser_runtime::{Instant, ReactorHandle};
 use std::collections::BTreeMap;
@@ -174,6 +175,13 @@ impl Subsystem {
     /// What is known of the namespaces' sizes now.
     pub(super) fn geometries(&self) -> BTreeMap<u32, Option<Geometry>> {
         self.namespaces.iter().map(|namespace| (namespace.nsid, namespace.device.geometry())).collect()
+    }
+
+    /// What the namespaces' writes are in until they are flushed.
+    pub(super) fn cache_identity(&self) -> Option<CacheIdentity> {
+        uuid::of_caches(
+            self.namespaces.iter().map(|namespace| (namespace.nsid, namespace.device.cache_identity())),
+        )
     }
 
     /// Makes a controller for `host`, with `admin` as its admin queue's connection. Returns it and all connections of

@@ -13,6 +13,7 @@ use crate::nvme::identify::{
     IdentifyController, IdentifyNamespace, NamespaceIds, NamespaceList, VENDOR_MARK, cns,
 };
 use crate::nvme::properties::{CC_SHUTDOWN_NORMAL, CC_START, CSTS_READY, CSTS_SHUTDOWN_COMPLETE, offset};
+use crate::nvme::vendor::Vendor;
 use crate::nvme::{Sgl, Sqe, StatusCode, discovery, features, log};
 use crate::tcp::pdu::DataPdu;
 use crate::tcp::{Digests, FatalStatus};
@@ -350,6 +351,33 @@ fn identify_features_and_logs_say_what_there_is() {
     assert_eq!(admin.status(shutdown), StatusCode::SUCCESS);
     let (cqe, _) = admin.call(Property::get(offset::CSTS, false), &[], &[]);
     assert_eq!(cqe.dword0(), CSTS_READY | CSTS_SHUTDOWN_COMPLETE);
+}
+
+/// A target that lost its cache between a write and the FLUSH passed for healthy.
+#[test]
+fn the_cache_identity_tells_a_restart_that_lost_writes_from_one_that_did_not() {
+    let identity = |devices| {
+        let rig = Rig::new(devices);
+        let (mut admin, _) = Peer::admin(rig.address, NQN);
+        let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
+        Vendor::of(&IdentifyController::from_bytes(&bytes.try_into().unwrap())).unwrap().cache_identity
+    };
+    let mem = || Arc::new(MemDevice::new("m", 8192, BlockSize::B512).unwrap()) as Arc<dyn Device>;
+    let path = std::path::Path::new("/dev/shm").join(format!("hawser-cache-{}", std::process::id()));
+    std::fs::write(&path, vec![0; 8192]).unwrap();
+    let file = || {
+        let options = crate::FileOptions { block_size: BlockSize::B512, read_only: true };
+        Arc::new(crate::FileDevice::open("f", &path, options).unwrap()) as Arc<dyn Device>
+    };
+    let (first, second) = (mem(), mem());
+    let alone = identity(vec![Arc::clone(&first)]);
+    let files = [identity(vec![file()]), identity(vec![file()])];
+    let mixed = [identity(vec![file(), Arc::clone(&first)]), identity(vec![file(), second])];
+    std::fs::remove_file(&path).unwrap();
+    assert!(alone.is_some() && alone == identity(vec![first]));
+    assert!(files[0].is_some() && files[0] == files[1], "the same boot");
+    assert_ne!(mixed[0], mixed[1], "one memory is another");
+    assert_eq!(identity(vec![mem(), fake()]), None, "one of them does not say");
 }
 
 #[test]

@@ -17,6 +17,18 @@ pub(super) fn of_namespace(nqn: &str, nsid: u32) -> [u8; 16] {
     uuid
 }
 
+/// One identity for the caches of several namespaces; `None` when one of them has none.
+pub(super) fn of_caches(caches: impl Iterator<Item = (u32, Option<[u8; 16]>)>) -> Option<[u8; 16]> {
+    let mut all = NAME_SPACE.to_vec();
+    for (nsid, cache) in caches {
+        all.extend_from_slice(&nsid.to_be_bytes());
+        all.extend_from_slice(&cache?);
+    }
+    let mut identity = [0; 16];
+    identity.copy_from_slice(&sha1(&all)[..16]);
+    Some(identity)
+}
+
 /// SHA-1 (FIPS 180-4, 6.1): for names, not for security.
 fn sha1(message: &[u8]) -> [u8; 20] {
     let mut padded = message.to_vec();

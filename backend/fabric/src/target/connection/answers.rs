@@ -11,8 +11,9 @@ use crate::nvme::identify::{
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LEN, NSATTR_WRITE_PROTECTED,
     NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_CROSS_CONTROLLER_RESET,
     OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE, ONCS_COMPARE, ONCS_DATASET_MANAGEMENT,
-    ONCS_WRITE_ZEROES, VENDOR_MARK, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
+    ONCS_WRITE_ZEROES, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
 };
+use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::target::{
     ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX, QUIESCE_TIME, Shared,
@@ -133,8 +134,6 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
     if any(|geometry| geometry.write_zeroes.is_some()) {
         io_commands |= ONCS_WRITE_ZEROES;
     }
-    let mut vendor = [0; 32];
-    vendor[..VENDOR_MARK.len()].copy_from_slice(&VENDOR_MARK);
     IdentifyController {
         serial: subsystem.serial.clone(),
         multipath: MULTIPATH_CONTROLLERS,
@@ -155,7 +154,7 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         volatile_write_cache: VWC_FLUSH_ALL_UNSUPPORTED
             | if any(|geometry| geometry.volatile_cache) { VWC_PRESENT } else { 0 },
         subsystem_nqn: subsystem.nqn.clone(),
-        vendor,
+        vendor: Vendor { cache_identity: subsystem.cache_identity() }.to_bytes(),
         ..any_controller(controller)
     }
 }
