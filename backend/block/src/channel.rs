@@ -68,6 +68,11 @@ pub trait Device: Send + Sync {
 
     /// Counters and latencies of all its channels.
     fn stats(&self) -> Arc<StatsSet>;
+
+    /// What only this kind of device counts: names as in the API, such as `bounced_requests`, and numbers since it was opened.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }
 
 /// One user's way to a device, on one reactor.

@@ -68,6 +68,7 @@ pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceV
         size_bytes: geometry.map(|geometry| geometry.size_bytes()),
         block_size: geometry.map(|geometry| geometry.block_size.bytes()),
         uuid: (uuid != [0; 16]).then(|| Uuid(uuid).to_string()),
+        counters: device.counters().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         io: io_view(&device.stats()),
     }
 }

@@ -238,4 +238,8 @@ impl Device for FileDevice {
     fn stats(&self) -> Arc<StatsSet> {
         Arc::clone(&self.stats)
     }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("bounced_requests", self.bounced_requests())]
+    }
 }

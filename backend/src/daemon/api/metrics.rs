@@ -8,6 +8,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Error};
 use std::sync::Arc;
 
@@ -79,6 +80,7 @@ struct Numbers {
     devices: Vec<(String, Arc<StatsSet>)>,
     device_states: Vec<(String, String)>,
     target: Option<TargetStats>,
+    device_counters: Vec<(String, BTreeMap<String, u64>)>,
 }
 
 impl fmt::Debug for Numbers {
@@ -113,6 +115,11 @@ impl Numbers {
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
             devices,
             target: daemon.target_stats(),
+            device_counters: status
+                .devices
+                .iter()
+                .map(|device| (device.name.clone(), device.counters.clone()))
+                .collect(),
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
         }
     }
@@ -168,6 +175,23 @@ impl Collector for Numbers {
             counter(&mut encoder, "target_connections_refused", help, |metric| {
                 one(metric, &[], target.connections_refused)
             })?;
+        }
+        let names: BTreeSet<&str> = self
+            .device_counters
+            .iter()
+            .flat_map(|(_, counters)| counters.keys().map(String::as_str))
+            .collect();
+        for name in names {
+            counter(
+                &mut encoder,
+                &format!("device_{name}"),
+                "Only this kind of device counts it",
+                |metric| {
+                    self.device_counters.iter().try_for_each(|(device, counters)| {
+                        counters.get(name).map_or(Ok(()), |count| one(metric, &[("device", device)], *count))
+                    })
+                },
+            )?;
         }
         io(&mut encoder, "disk", &self.disks)?;
         io(&mut encoder, "device", &self.devices)

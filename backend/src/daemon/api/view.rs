@@ -137,6 +137,9 @@ pub struct DeviceView {
     pub block_size: Option<u32>,
     /// `None` when not known.
     pub uuid: Option<String>,
+    /// What only its kind of device counts: `bounced_requests` of a `file:`, those that were copied because the guest's
+    /// memory was not aligned as direct I/O wants it.
+    pub counters: BTreeMap<String, u64>,
     /// What was asked of it.
     #[serde(flatten)]
     pub io: IoView,
