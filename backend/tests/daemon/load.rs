@@ -1,7 +1,7 @@
 //! A foreign client (libblkio) on a disk of a real daemon: what it asks reaches the device and the counters, and the daemon
 //! ends in order with requests under way.
 
-use crate::common::{Place, until};
+use crate::common::{Place, Serving, until};
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 use serde_json::Value;
 use std::fs;
@@ -50,7 +50,46 @@ impl Client {
     }
 }
 
-fn disk(daemon: &crate::common::Serving, name: &str) -> Value {
+#[test]
+fn requests_that_had_to_be_copied_are_counted() {
+    let place = Place::new();
+    fs::write(place.path("store"), vec![0xee; 1 << 20]).unwrap();
+    place.configure(
+        "[[device]]\nname = \"f\"\nuri = \"file://@/store\"\n\
+         [[device]]\nname = \"m\"\nuri = \"mem:?size=1MiB\"\n\
+         [[disk]]\nname = \"d\"\ndevice = \"f\"\nsocket = \"@/d.sock\"\n",
+    );
+    let daemon = place.serve();
+    let mut client = Client::connect(&place.path("d.sock"), false);
+    // Direct I/O takes no address in the middle of a sector.
+    client.queue.read(0, client.at(5), 4096, 0, ReqFlags::empty());
+    assert_eq!(client.end(), 0);
+    let devices = daemon.status()["devices"].clone();
+    // On some file systems there is no direct I/O; then nothing has to be copied.
+    let direct = opened_for_direct_io(&daemon, &place.path("store"));
+    assert_eq!(devices[0]["counters"]["bounced_requests"], u64::from(direct));
+    assert_eq!(devices[1]["counters"], serde_json::json!({}), "memory is never copied");
+    let metrics = daemon.http("GET", "/metrics", "").2;
+    let want = format!("hawser_device_bounced_requests_total{{device=\"f\"}} {}", u64::from(direct));
+    assert!(metrics.contains(&want), "{metrics}");
+    assert!(!metrics.contains("bounced_requests_total{device=\"m\"}"), "{metrics}");
+    assert_eq!(daemon.end(), Some(0));
+}
+
+fn opened_for_direct_io(daemon: &Serving, file: &Path) -> bool {
+    let proc = format!("/proc/{}", daemon.pid());
+    let numbers = fs::read_dir(format!("{proc}/fd")).unwrap().flatten().filter_map(|fd| {
+        (fs::read_link(fd.path()).ok()? == file).then(|| fd.file_name().into_string().unwrap())
+    });
+    let flags = |number: String| {
+        let info = fs::read_to_string(format!("{proc}/fdinfo/{number}")).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim().to_owned();
+        i32::from_str_radix(&flags, 8).unwrap()
+    };
+    numbers.map(flags).any(|flags| flags & libc::O_DIRECT != 0)
+}
+
+fn disk(daemon: &Serving, name: &str) -> Value {
     serde_json::from_str(&daemon.http("GET", &format!("/v1/disks/{name}"), "").2).unwrap()
 }
 
@@ -91,7 +130,7 @@ fn requests_reach_the_device_and_the_counters() {
     assert_eq!(daemon.status()["devices"][0]["requests"]["read"], 3);
     let metrics = daemon.http("GET", "/metrics", "").2;
     assert!(metrics.contains("hawser_disk_requests_total{disk=\"rw\",kind=\"read\"} 3"), "{metrics}");
-
+    assert!(metrics.contains("hawser_device_bounced_requests_total{device=\"f\"} 0"), "{metrics}");
     assert!(metrics.contains("hawser_disk_sessions_total{disk=\"rw\"} 1"), "{metrics}");
 
     let ro = disk(&daemon, "ro");
@@ -105,8 +144,17 @@ fn requests_reach_the_device_and_the_counters() {
     assert_eq!(daemon.end(), Some(0));
 }
 
-#[test]
-fn a_drain_that_cannot_end_is_given_up_after_its_time() {
+/// A daemon whose disk has a read under way that does not end, because its target has been stopped.
+struct Stuck {
+    // The order is that in which they are dropped.
+    client: Client,
+    daemon: Serving,
+    host: Place,
+    target: Serving,
+    _storage: Place,
+}
+
+fn stuck(drain_timeout: u32) -> Stuck {
     let storage = Place::new();
     storage.configure(
         "[[device]]\nname = \"m\"\nuri = \"mem:?size=1MiB\"\n\
@@ -116,8 +164,11 @@ fn a_drain_that_cannot_end_is_given_up_after_its_time() {
     let target = storage.serve();
     let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
     let host = Place::new();
+    // A target that is silent for long is not given up meanwhile.
     host.configure(&format!(
-        "drain_timeout = 1\n[[device]]\nname = \"r\"\nuri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
+        "drain_timeout = {drain_timeout}\n\
+         [[device]]\nname = \"r\"\nuri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
+         keep_alive_tmo = 3600\nio_timeout = 3600\n\
          [[disk]]\nname = \"d\"\ndevice = \"r\"\nsocket = \"@/d.sock\"\n",
     ));
     let daemon = host.serve();
@@ -133,12 +184,34 @@ fn a_drain_that_cannot_end_is_given_up_after_its_time() {
     // Starts it, and does not wait for it.
     let mut none: [MaybeUninit<Completion>; 0] = [];
     assert_eq!(client.queue.do_io(&mut none, 0, None, None).unwrap(), 0);
+    Stuck { client, daemon, host, target, _storage: storage }
+}
+
+#[test]
+fn a_drain_that_cannot_end_is_given_up_after_its_time() {
+    let Stuck { client, daemon, host, target, _storage } = stuck(1);
     let since = Instant::now();
     assert_eq!(daemon.end(), Some(0));
     assert!(since.elapsed() >= Duration::from_secs(1), "it waited for its drain_timeout");
     assert!(!host.path("d.sock").exists() && !host.path("api").exists());
+    drop(client);
     target.signal("CONT");
     assert_eq!(target.end(), Some(0));
+}
+
+#[test]
+fn the_first_signal_drains_and_the_second_ends_at_once() {
+    let Stuck { client, daemon, host, target: _target, _storage } = stuck(3600);
+    daemon.signal("TERM");
+    until("it drains", || host.log().contains("SIGTERM: draining for up to 3600 s"));
+    until("its disk is being stopped", || daemon.status()["disks"] == serde_json::json!([]));
+    // The wait below is far shorter than the drain that is under way.
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(1));
+    assert!(host.log().contains("SIGTERM again: ending at once"), "{}", host.log());
+    let state = fs::read_to_string(host.path("api.state/state.json")).unwrap();
+    assert!(state.contains("\"ended\": false"), "the next process waits for what is left: {state}");
+    drop(client);
 }
 
 #[test]
