@@ -6,5 +6,6 @@
 pub mod assemble;
 pub mod cli;
 pub mod daemon;
+mod durable;
 pub mod image;
 mod sys;

@@ -190,6 +190,9 @@ pub struct DiskConfig {
     /// The VM may not write.
     #[serde(default)]
     pub read_only: bool,
+    /// Other disks of the same device may write too: the VMs know how to share its blocks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 fn one_queue() -> u16 {
@@ -320,9 +323,11 @@ impl Config {
                 }
             }
         }
-        for disk in &self.disks {
+        for (index, disk) in self.disks.iter().enumerate() {
             disk.value.check().map_err(|(key, what)| disk.error(key, what))?;
             self.check_device(&disk.value.device).map_err(|what| disk.error("device", what))?;
+            let before = self.disks[..index].iter().map(|other| &other.value);
+            self.check_sharing(&disk.value, before).map_err(|what| disk.error("device", what))?;
             if disk.value.socket == self.daemon.api {
                 let what = format!("{:?} is the API's own, want another path", disk.value.socket.to_string());
                 return Err(disk.error("socket", what));
@@ -367,6 +372,31 @@ impl Config {
             return Ok(());
         }
         Err(format!("{:?} is no [[device]], {}", name.as_str(), self.device_names()))
+    }
+
+    /// Checks that `disk` may be there beside `others`: two disks may both write to one device only where both say that
+    /// they share it.
+    ///
+    /// # Errors
+    /// Which disk is in the way, and what would be right.
+    pub fn check_sharing<'a>(
+        &self,
+        disk: &DiskConfig,
+        others: impl IntoIterator<Item = &'a DiskConfig>,
+    ) -> Result<(), String> {
+        let name = disk.device.as_str();
+        let writes = |disk: &DiskConfig| disk.device.as_str() == name && !disk.read_only;
+        if !writes(disk) || self.device(name).is_some_and(|device| device.value.read_only) {
+            return Ok(());
+        }
+        match others.into_iter().find(|other| writes(other) && !(disk.shared && other.shared)) {
+            None => Ok(()),
+            Some(other) => Err(format!(
+                "{name:?} is disk {}'s too, want read_only = true on one of them, or shared = true on both if their VMs \
+                 know how to share it",
+                other.name
+            )),
+        }
     }
 
     /// Puts the API elsewhere than the files say.

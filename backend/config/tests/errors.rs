@@ -230,8 +230,11 @@ fn files_in_conf_d_are_read_in_order_and_others_are_not() {
     std::fs::write(&main, DEVICE).unwrap();
     let conf_d = folder.path().join("conf.d");
     std::fs::create_dir(&conf_d).unwrap();
-    let disk =
-        |name: &str| format!("[[disk]]\nname = \"{name}\"\ndevice = \"n0\"\nsocket = \"/run/{name}.sock\"\n");
+    let disk = |name: &str| {
+        format!(
+            "[[disk]]\nname = \"{name}\"\ndevice = \"n0\"\nsocket = \"/run/{name}.sock\"\nshared = true\n"
+        )
+    };
     std::fs::write(conf_d.join("disk-b.toml"), disk("b")).unwrap();
     std::fs::write(conf_d.join("disk-a.toml"), disk("a")).unwrap();
     std::fs::write(conf_d.join(".disk-c.toml"), "half-written").unwrap();
@@ -246,4 +249,28 @@ fn files_in_conf_d_are_read_in_order_and_others_are_not() {
 fn a_file_that_cannot_be_read_is_named() {
     let error = Config::load(&PathBuf::from("/nonexistent/h.toml")).unwrap_err().to_string();
     assert_eq!(error, "/nonexistent/h.toml: cannot be read: No such file or directory (os error 2)");
+}
+
+#[test]
+fn two_disks_that_write_to_one_device_both_have_to_say_so() {
+    let disk = |name: &str, keys: &str| {
+        format!("[[disk]]\nname = \"{name}\"\ndevice = \"n0\"\nsocket = \"/run/{name}.sock\"\n{keys}\n")
+    };
+    let pair = |a: &str, b: &str| with_device(&format!("{}{}", disk("a", a), disk("b", b)));
+    let want = "h.toml:11:10: [[disk]] device: \"n0\" is disk a's too, want read_only = true on one of them, or shared = \
+                true on both if their VMs know how to share it";
+    assert_eq!(pair("", ""), want);
+    assert_eq!(pair("shared = true", ""), want);
+    assert_eq!(pair("", "shared = true"), want);
+    for (a, b) in [
+        ("shared = true", "shared = true"),
+        ("read_only = true", ""),
+        ("", "read_only = true"),
+        ("read_only = true", "read_only = true"),
+    ] {
+        assert_eq!(pair(a, b), "no error", "{a}, {b}");
+    }
+    let read_only = DEVICE.replace("mem:?size=1GiB\"", "file:///x\"\nread_only = true");
+    let both = format!("{read_only}{}{}", disk("a", ""), disk("b", ""));
+    assert_eq!(error_of(&[("h.toml", &both)]), "no error", "nobody can write to it");
 }

@@ -48,6 +48,9 @@ pub(super) struct AddArgs {
     /// The VM may not write
     #[arg(long)]
     read_only: bool,
+    /// Other disks of the device may write too: the VMs know how to share it
+    #[arg(long)]
+    shared: bool,
     /// Keep it in conf.d for the next start
     #[arg(long)]
     save: bool,
@@ -117,6 +120,7 @@ impl AddArgs {
             serial: self.serial.clone(),
             queues: self.queues,
             read_only: self.read_only,
+            shared: self.shared,
         };
         Ok(AddDisk { disk, save: self.save })
     }

@@ -20,6 +20,7 @@ use crate::assemble::device::{self, OpenError};
 use crate::assemble::disk as assemble_disk;
 use crate::assemble::reactors::Reactors;
 use crate::assemble::target as assemble_target;
+use crate::durable::Machine;
 use api::ApiSocket;
 use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
@@ -348,12 +349,15 @@ impl Daemon {
                 config.device
             )));
         }
+        self.config
+            .check_sharing(&config, self.all_disks().iter().map(|other| &other.config))
+            .map_err(|what| ChangeError::Conflict(format!("device {what}")))?;
         let name = config.name.clone();
         let disk = self
             .start_disk(config, None)
             .map_err(|what| ChangeError::Failed(format!("disk {name}: {what}")))?;
         if save {
-            match save::save_disk(&self.config, &disk.config) {
+            match save::save_disk(&Machine, &self.config, &disk.config) {
                 Ok(file) => disk.set_saved_in(Some(file)),
                 Err(what) => {
                     disk.stop(Duration::ZERO);

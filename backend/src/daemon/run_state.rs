@@ -6,12 +6,12 @@
 //!
 //! Invariant: a folder of a version that we do not know is never changed.
 
+use crate::durable::{self, Machine};
 use hawser_virtio::{Crash, CrashFile};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,10 +27,7 @@ pub(super) fn folder_of(api: &Path) -> PathBuf {
 
 /// Makes the folder, for us alone.
 pub(super) fn make_folder(folder: &Path) -> Result<(), String> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
+    durable::make_folder(&Machine, folder, 0o700)
         .map_err(|error| format!("{}: cannot be made: {error}", folder.display()))
 }
 
@@ -136,7 +133,7 @@ impl RunState {
 
     fn write(&self) -> Result<(), String> {
         let text = serde_json::to_vec_pretty(&self.data).map_err(|error| error.to_string())?;
-        replace_file(&self.file, &text, 0o600)
+        durable::replace(&Machine, &self.file, &text, 0o600)
             .map_err(|error| format!("{}: cannot be written: {error}", self.file.display()))
     }
 }
@@ -187,17 +184,6 @@ fn signal_name(signal: u32) -> String {
     ];
     let known = names.iter().find(|(number, _)| u32::try_from(*number) == Ok(signal));
     known.map_or_else(|| format!("signal {signal}"), |(_, name)| (*name).to_owned())
-}
-
-/// Puts `content` in the place of `file` so that every reader, also after a power cut, sees the old or the new whole.
-pub(super) fn replace_file(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let permissions = fs::Permissions::from_mode(mode);
-    let mut new = tempfile::Builder::new().prefix(".new-").permissions(permissions).tempfile_in(folder)?;
-    new.write_all(content)?;
-    new.as_file().sync_all()?;
-    new.persist(file)?;
-    fs::File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! `--save`: disks that are kept in files of their own, `conf.d/disk-NAME.toml`.
 //!
-//! A file is written whole and renamed into place; what people wrote elsewhere is never edited.
+//! A file is there whole or not at all, also after a power cut; what people wrote elsewhere is never edited.
 
-use super::run_state::replace_file;
+use crate::durable::{self, Files};
 use hawser_config::value::Name;
 use hawser_config::{Config, DiskConfig};
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ fn disk_file(config: &Config, name: &Name) -> PathBuf {
 ///
 /// # Errors
 /// When it is there already or cannot be written: one line. Nothing is left behind then.
-pub(super) fn save_disk(config: &Config, disk: &DiskConfig) -> Result<PathBuf, String> {
+pub(super) fn save_disk(files: &impl Files, config: &Config, disk: &DiskConfig) -> Result<PathBuf, String> {
     let file = disk_file(config, &disk.name);
     let cannot = |error: &dyn std::fmt::Display| format!("{}: cannot be written: {error}", file.display());
     if file.exists() {
@@ -31,8 +31,8 @@ pub(super) fn save_disk(config: &Config, disk: &DiskConfig) -> Result<PathBuf, S
     }
     let text = toml::to_string(&OneDisk { disk: [disk.clone()] }).map_err(|error| cannot(&error))?;
     let text = format!("# Written by `hawser disk add --save`.\n{text}");
-    fs::create_dir_all(config.conf_d()).map_err(|error| cannot(&error))?;
-    replace_file(&file, text.as_bytes(), 0o644).map_err(|error| cannot(&error))?;
+    durable::make_folder(files, &config.conf_d(), 0o755).map_err(|error| cannot(&error))?;
+    durable::replace(files, &file, text.as_bytes(), 0o644).map_err(|error| cannot(&error))?;
     Ok(file)
 }
 
@@ -60,14 +60,14 @@ pub(super) fn unsave_disk(config: &Config, name: &Name, saved_in: Option<&Path>)
             file.display()
         ));
     }
-    fs::remove_file(&file).map_err(|error| cannot(&error))?;
-    let folder = fs::File::open(config.conf_d()).map_err(|error| cannot(&error))?;
-    folder.sync_all().map_err(|error| cannot(&error))
+    durable::remove(&durable::Machine, &file).map_err(|error| cannot(&error))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::durable::Machine;
+    use crate::durable::model::{Image, Model};
 
     fn config(folder: &Path) -> Config {
         let file = folder.join("h.toml");
@@ -86,6 +86,7 @@ mod tests {
             serial: Some("s".parse().unwrap()),
             queues: 3,
             read_only: true,
+            shared: true,
         }
     }
 
@@ -93,11 +94,11 @@ mod tests {
     fn a_saved_disk_is_read_back_as_it_was_and_removed_without_trace() {
         let folder = tempfile::tempdir().unwrap();
         let before = config(folder.path());
-        let file = save_disk(&before, &disk()).unwrap();
+        let file = save_disk(&Machine, &before, &disk()).unwrap();
         let after = Config::load(&before.file).unwrap();
         assert_eq!(after.disks[0].value, disk());
         assert_eq!(after.disks[0].file(), file);
-        assert!(save_disk(&before, &disk()).unwrap_err().contains("is there already"));
+        assert!(save_disk(&Machine, &before, &disk()).unwrap_err().contains("is there already"));
         unsave_disk(&before, &disk().name, Some(&file)).unwrap();
         assert_eq!(fs::read_dir(before.conf_d()).unwrap().count(), 0);
     }
@@ -111,12 +112,32 @@ mod tests {
             error,
             format!("disk d is named in {}, want it removed there by hand", config.file.display())
         );
-        let file = save_disk(&config, &disk()).unwrap();
+        let file = save_disk(&Machine, &config, &disk()).unwrap();
         let text =
             fs::read_to_string(&file).unwrap() + "[[device]]\nname = \"x\"\nuri = \"mem:?size=1GiB\"\n";
         fs::write(&file, text).unwrap();
         let error = unsave_disk(&config, &disk().name, Some(&file)).unwrap_err();
         assert!(error.contains("holds more than disk d"), "{error}");
         assert!(file.exists());
+    }
+
+    #[test]
+    fn a_power_cut_leaves_no_half_disk_and_none_that_was_saved_is_lost() {
+        let text = ("h.toml".into(), "[[device]]\nname = \"n0\"\nuri = \"mem:?size=1GiB\"\n".to_owned());
+        let config = Config::parse(&[("/etc/h.toml".into(), text.1.clone())]).unwrap();
+        let model = Model::with(&["/etc"], &[("/etc/h.toml", &text.1)]);
+        let file = Path::new("/etc/conf.d/disk-d.toml");
+        let save =
+            |files: &Model| save_disk(files, &config, &disk()).map(drop).map_err(std::io::Error::other);
+        let right = |image: &Image, done: bool| {
+            // As the daemon reads it: names that begin with a dot are left out.
+            let Some(saved) = image.get(file) else { return !done };
+            let Ok(saved) = String::from_utf8(saved.clone()) else { return false };
+            let read = Config::parse(&[text.clone(), (file.to_owned(), saved)]);
+            read.is_ok_and(|read| read.disks.len() == 1 && read.disks[0].value == disk())
+        };
+        let operations = model.cut_everywhere(None, save, right).unwrap();
+        let needed = (0..operations).filter(|skip| model.cut_everywhere(Some(*skip), save, right).is_err());
+        assert!(needed.count() >= 3, "the folder, the file and its name are each synced");
     }
 }

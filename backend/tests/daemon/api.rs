@@ -15,6 +15,7 @@ uri = "nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:none"
 [[disk]]
 name = "near"
 device = "m0"
+shared = true
 socket = "@/near.sock"
 [[disk]]
 name = "far"
@@ -123,7 +124,7 @@ fn ask(daemon: &Serving, method: &str, path: &str, template: &str, body: &str, w
 }
 
 fn disk(place: &Place, name: &str) -> Value {
-    json!({"name": name, "device": "m0", "socket": place.text(&format!("{name}.sock"))})
+    json!({"name": name, "device": "m0", "socket": place.text(&format!("{name}.sock")), "shared": true})
 }
 
 #[test]

@@ -13,12 +13,13 @@ block_size = 4096
 [[disk]]
 name = "first"
 device = "m0"
+shared = true
 socket = "@/first.sock"
 serial = "S1"
 "#;
 
 fn add<'a>(name: &'a str, socket: &'a str) -> Vec<&'a str> {
-    vec!["disk", "add", name, "--device", "m0", "--socket", socket]
+    vec!["disk", "add", name, "--device", "m0", "--shared", "--socket", socket]
 }
 
 #[test]
@@ -58,6 +59,10 @@ fn a_disk_that_is_added_lives_until_the_daemon_ends() {
     assert!(place.path("second.sock").exists());
     assert_eq!(place.ok(&["disk", "remove", "second"]), "disk second removed\n");
     assert!(!place.path("second.sock").exists());
+    let alone: Vec<&str> =
+        add("second", &socket).into_iter().filter(|argument| *argument != "--shared").collect();
+    let line = place.fails(&alone, 1);
+    assert!(line.starts_with("device \"m0\" is disk first's too, want read_only = true"), "{line}");
     place.ok(&add("second", &socket));
     daemon.end();
     let daemon = place.serve();

@@ -62,11 +62,11 @@ fn a_killed_daemon_is_followed_by_one_that_replaces_its_sockets() {
 #[test]
 fn a_busy_socket_is_named_and_nothing_is_half_created() {
     let place = Place::new();
-    let more = "[[disk]]\nname = \"e\"\ndevice = \"m0\"\nsocket = \"@/e.sock\"\n";
+    let more = "[[disk]]\nname = \"e\"\ndevice = \"m0\"\nread_only = true\nsocket = \"@/e.sock\"\n";
     let file = place.configure(&format!("{DISK}{more}"));
     let _other = UnixListener::bind(place.path("e.sock")).unwrap();
     let line = place.fails(&["serve", "--config", &file.display().to_string()], 1);
-    let want = format!("{}:16:10: [[disk]] socket: ", file.display());
+    let want = format!("{}:17:10: [[disk]] socket: ", file.display());
     assert!(line.starts_with(&want) && line.contains(&place.text("e.sock")), "{line}");
     assert_eq!(place.names(), ["api.state", "e.sock", "hawser.toml"]);
     let state = fs::read_to_string(place.path("api.state/state.json")).unwrap();
@@ -160,7 +160,7 @@ fn is_named(place: &Place) -> bool {
 #[test]
 fn the_same_request_twice_sets_the_disk_aside_until_it_is_resumed() {
     let place = Place::new();
-    let more = "[[disk]]\nname = \"e\"\ndevice = \"m0\"\nsocket = \"@/e.sock\"\n";
+    let more = "[[disk]]\nname = \"e\"\ndevice = \"m0\"\nread_only = true\nsocket = \"@/e.sock\"\n";
     place.configure(&format!("{DISK}{more}"));
     place.serve().kill();
 
