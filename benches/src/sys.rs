@@ -50,6 +50,21 @@ pub fn cpu_seconds(pid: u32) -> io::Result<f64> {
     Ok(to_f64(ticks) / ticks_per_second())
 }
 
+/// Nanoseconds of CPU time of each thread of process `pid`, by its number.
+pub fn threads_ns(pid: u32) -> io::Result<HashMap<u32, u64>> {
+    let mut all = HashMap::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let entry = entry?;
+        let Some(thread) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // It may end while we look.
+        let Ok(text) = std::fs::read_to_string(entry.path().join("schedstat")) else { continue };
+        let ns = text.split_ascii_whitespace().next().and_then(|field| field.parse().ok());
+        let malformed = || io::Error::new(io::ErrorKind::InvalidData, "schedstat: not understood");
+        all.insert(thread, ns.ok_or_else(malformed)?);
+    }
+    Ok(all)
+}
+
 /// What all processes had used at one moment.
 pub struct Census(HashMap<u32, Entry>);
 

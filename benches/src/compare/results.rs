@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use super::cases::{Case, Goal};
+use super::idle::{DISKS, GOAL_PERCENT, IdleOutcome};
 use super::load::Measured;
 use crate::to_f64;
 
@@ -165,6 +166,8 @@ pub struct Results {
     pub outcomes: Vec<Outcome>,
     /// One per device on which the in-flight log was measured.
     pub inflight: Vec<InflightOutcome>,
+    /// What an idle daemon used, if that was measured.
+    pub idle: Option<IdleOutcome>,
     /// Cases that did not run, and why.
     pub failures: Vec<(String, String)>,
 }
@@ -221,7 +224,26 @@ impl Results {
             text.push('\n');
             text.push_str(&table(&rows));
         }
+        if let Some(idle) = &self.idle {
+            let rows = [
+                ["idle", "% of a CPU", "of its threads", "threads", "for", "goal"].map(String::from).to_vec(),
+                vec![
+                    format!("{DISKS} disks, connected, rings enabled"),
+                    format!("{:.2}", idle.percent_by_ticks),
+                    format!("{:.3}", idle.percent_by_threads),
+                    idle.threads.to_string(),
+                    format!("{:.1} s", idle.seconds),
+                    format!("< {GOAL_PERCENT} {}", Self::idle_verdict(idle).word()),
+                ],
+            ];
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
         text
+    }
+
+    fn idle_verdict(idle: &IdleOutcome) -> Verdict {
+        Verdict::of(idle.percent() < GOAL_PERCENT)
     }
 
     /// Latencies and configurations, as Markdown.
@@ -274,7 +296,8 @@ impl Results {
     pub fn score(&self) -> (usize, usize) {
         let verdicts = self.outcomes.iter().flat_map(|o| <[_; 2]>::from(o.verdicts())).flatten();
         let inflight = self.inflight.iter().map(|o| Verdict::of(o.ratio() >= INFLIGHT_GOAL));
-        let all: Vec<Verdict> = verdicts.chain(inflight).collect();
+        let idle = self.idle.iter().map(Self::idle_verdict);
+        let all: Vec<Verdict> = verdicts.chain(inflight).chain(idle).collect();
         (all.iter().filter(|&&v| v == Verdict::Reached).count(), all.len())
     }
 }
@@ -318,6 +341,16 @@ mod tests {
         assert_eq!(Spread::of([1.0, 2.0, 4.0, 8.0].into_iter()).median, 3.0);
         assert_eq!(Spread::of(std::iter::empty()), Spread::default());
         assert_eq!(spread.percent(), 50.0);
+    }
+
+    #[test]
+    fn an_idle_daemon_is_judged_by_the_worse_of_both_numbers() {
+        let idle = IdleOutcome { seconds: 5.0, threads: 9, percent_by_ticks: 0.2, percent_by_threads: 0.013 };
+        let results = Results { idle: Some(idle), ..Results::default() };
+        assert_eq!(results.score(), (1, 1));
+        assert!(results.tables().contains("| 0.20       | 0.013"), "{}", results.tables());
+        let idle = IdleOutcome { percent_by_threads: 1.5, ..idle };
+        assert_eq!(Results { idle: Some(idle), ..Results::default() }.score(), (0, 1));
     }
 
     #[test]

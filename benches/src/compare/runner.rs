@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cases::{Backing, Case, Goal, Rival, Shape, all};
+use super::idle;
 use super::load::{Load, Maker, Measured, run_json};
 use super::quiet::{Guard, Sample};
 use super::results::{InflightOutcome, Outcome, Results, Series};
@@ -15,6 +16,8 @@ use crate::client::options::Mix;
 use crate::sys::TempDir;
 use crate::to_usize;
 
+/// The case of a daemon that has nothing to do.
+const IDLE: &str = "idle";
 /// Share of the time for which a client may wait for its CPU.
 const WAITED_MAX: f64 = 0.02;
 
@@ -104,6 +107,20 @@ impl Plan {
                         eprintln!("{name}: {reason}");
                         results.failures.push((name, reason));
                     }
+                }
+            }
+        }
+        if self.wants(IDLE) {
+            // The longer, the less a tick matters.
+            let time = (self.runtime * 5).max(Duration::from_millis(500));
+            match idle::measure(&self.hawser, self.poll_us, self.cpus, &place, time) {
+                Ok(outcome) => {
+                    eprintln!("{IDLE:42} {:.2} % of a CPU", outcome.percent());
+                    results.idle = Some(outcome);
+                }
+                Err(reason) => {
+                    eprintln!("{IDLE}: {reason}");
+                    results.failures.push((IDLE.to_owned(), reason));
                 }
             }
         }

@@ -40,11 +40,11 @@ impl Server {
         lines[lines.len().saturating_sub(5)..].join(" | ")
     }
 
-    fn start_child(&mut self, mut command: Command, cpu: usize) -> Result<(), String> {
+    fn start_child(&mut self, mut command: Command, cpu: Option<usize>) -> Result<(), String> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log"));
         let log = log.map_err(|e| format!("log: {e}"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        self.children.push(spawn_group(command, Some(cpu)).map_err(|e| e.to_string())?);
+        self.children.push(spawn_group(command, cpu).map_err(|e| e.to_string())?);
         Ok(())
     }
 
@@ -81,16 +81,16 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
             (nvme_uri(&format!("127.0.0.1:{port}")), target(&size, port))
         }
         Backing::NvmeOther => {
-            let text = head(server.folder.path(), "t", poll_us, place.cpu) + &target(&size, 0);
+            let text = head(server.folder.path(), "t", poll_us, &[place.cpu]) + &target(&size, 0);
             let config = write(server.folder.path(), "target.toml", &text)?;
-            server.start_child(serve(program, &config), place.cpu)?;
+            server.start_child(serve(program, &config), Some(place.cpu))?;
             let api = server.folder.path().join("t.api");
             let address = bound_address(program, &api, &mut server.children[0])
                 .map_err(|e| format!("{e}: {}", server.complaint()))?;
             local(nvme_uri(&address))
         }
     };
-    let text = head(server.folder.path(), "d", poll_us, place.cpu)
+    let text = head(server.folder.path(), "d", poll_us, &[place.cpu])
         + &extra
         + &format!(
             "[[device]]\nname = \"d\"\nuri = \"{uri}\"\n\n\
@@ -98,9 +98,37 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
             server.socket.display()
         );
     let config = write(server.folder.path(), "disk.toml", &text)?;
-    server.start_child(serve(program, &config), place.cpu)?;
+    server.start_child(serve(program, &config), Some(place.cpu))?;
     server.wait()?;
     Ok(server)
+}
+
+/// Starts `hawser` on both CPUs with several disks, each on a device of its own; their sockets.
+pub fn idle_hawser(
+    program: &Path,
+    poll_us: u32,
+    cpus: [usize; 2],
+    place: &Place<'_>,
+    disks: usize,
+) -> Result<(Server, Vec<PathBuf>), String> {
+    let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
+    let sockets: Vec<PathBuf> = (0..disks).map(|disk| folder.path().join(format!("s{disk}"))).collect();
+    // The one that is waited for is bound last.
+    let socket = sockets.last().ok_or("no disks")?.clone();
+    let mut server = Server { children: Vec::new(), socket, folder };
+    let mut text = head(server.folder.path(), "i", poll_us, &cpus);
+    for (disk, socket) in sockets.iter().enumerate() {
+        text += &format!(
+            "[[device]]\nname = \"d{disk}\"\nuri = \"null:?size={}\"\n\n\
+             [[disk]]\nname = \"d{disk}\"\ndevice = \"d{disk}\"\nsocket = \"{}\"\nqueues = 1\n\n",
+            size(place.bytes),
+            socket.display()
+        );
+    }
+    let config = write(server.folder.path(), "idle.toml", &text)?;
+    server.start_child(serve(program, &config), None)?;
+    server.wait()?;
+    Ok((server, sockets))
 }
 
 /// Starts qemu-storage-daemon; `aio` is for files.
@@ -123,7 +151,7 @@ pub fn rival(rival: Rival, aio: &str, place: &Place<'_>) -> Result<Server, Strin
     let mut command = Command::new(program);
     command.args(["--blockdev", &device, "--export", &export]);
     let mut server = Server { children: Vec::new(), socket, folder };
-    server.start_child(command, place.cpu)?;
+    server.start_child(command, Some(place.cpu))?;
     server.wait()?;
     Ok(server)
 }
@@ -143,12 +171,12 @@ fn nvme_uri(address: &str) -> String {
     format!("nvme+tcp://{address}/nqn.2026-11.io.hawser:bench?nsid=1")
 }
 
-fn head(folder: &Path, name: &str, poll_us: u32, cpu: usize) -> String {
+fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
     let folder = folder.display();
     // Host identities differ, so that neither process takes the other for its predecessor.
     let host = if name == "t" { 1 } else { 2 };
     format!(
-        "[daemon]\napi = \"{folder}/{name}.api\"\nreactors = [{cpu}]\npoll_us = {poll_us}\n\
+        "[daemon]\napi = \"{folder}/{name}.api\"\nreactors = {cpus:?}\npoll_us = {poll_us}\n\
          state_dir = \"{folder}/{name}.state\"\n\n\
          [host]\nnqn = \"nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-00000000000{host}\"\n\
          id = \"00000000-0000-4000-8000-00000000000{host}\"\n\n"
