@@ -7,12 +7,16 @@
 //! Invariant: what the handler touches is atomics and plain system calls only.
 
 use crate::crash;
+use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
-/// Regions that can be mapped at once in this process.
-const REGIONS_MAX: usize = 8192;
+/// Entries in one piece of the table.
+const CHUNK: usize = 512;
+/// More mappings than a process can have (`vm.max_map_count` is 65,530 where nobody has changed it).
+const CHUNKS_MAX: usize = 1024;
 
+#[derive(Debug)]
 struct Entry {
     /// 0: free; 1: being changed; else the first byte.
     start: AtomicUsize,
@@ -20,46 +24,65 @@ struct Entry {
     faulted: AtomicBool,
 }
 
-static REGIONS: [Entry; REGIONS_MAX] = [const {
-    Entry { start: AtomicUsize::new(0), end: AtomicUsize::new(0), faulted: AtomicBool::new(false) }
-}; REGIONS_MAX];
-/// One more than the highest entry that was ever used.
-static USED: AtomicUsize = AtomicUsize::new(0);
+impl Entry {
+    const fn free() -> Entry {
+        Entry { start: AtomicUsize::new(0), end: AtomicUsize::new(0), faulted: AtomicBool::new(false) }
+    }
+}
+
+/// The table, in pieces that are made when they are needed and never go: the handler may look at any time.
+static CHUNKS: [AtomicPtr<[Entry; CHUNK]>; CHUNKS_MAX] =
+    [const { AtomicPtr::new(ptr::null_mut()) }; CHUNKS_MAX];
 /// How many faults there were: a cheap look before a closer one.
 static FAULTS: AtomicU64 = AtomicU64::new(0);
 
 /// A mapping whose SIGBUS is survived.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    index: usize,
+    entry: &'static Entry,
 }
 
 impl Guard {
     /// Watches `len` mapped bytes; `None` when the table is full.
     pub(crate) fn new(start: usize, len: usize) -> Option<Guard> {
         install();
-        let index = REGIONS.iter().position(|entry| {
-            entry.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        })?;
-        let entry = &REGIONS[index];
+        let claim =
+            |entry: &&Entry| entry.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        let entry = CHUNKS.iter().find_map(|chunk| made(chunk).iter().find(claim))?;
         entry.faulted.store(false, Ordering::Relaxed);
         entry.end.store(start + len, Ordering::Relaxed);
         entry.start.store(start, Ordering::Release);
-        USED.fetch_max(index + 1, Ordering::AcqRel);
-        Some(Guard { index })
+        Some(Guard { entry })
     }
 
     /// Whether there was a SIGBUS.
     pub(crate) fn faulted(&self) -> bool {
-        REGIONS[self.index].faulted.load(Ordering::Acquire)
+        self.entry.faulted.load(Ordering::Acquire)
     }
 
     /// Ends the watch. Called once, before the mapping goes.
     pub(crate) fn release(&self) {
-        let entry = &REGIONS[self.index];
-        entry.end.store(0, Ordering::Relaxed);
-        entry.start.store(0, Ordering::Release);
+        self.entry.end.store(0, Ordering::Relaxed);
+        self.entry.start.store(0, Ordering::Release);
     }
+}
+
+/// The piece of the table at this place, made if it is not there.
+fn made(chunk: &AtomicPtr<[Entry; CHUNK]>) -> &'static [Entry; CHUNK] {
+    let mut found = chunk.load(Ordering::Acquire);
+    if found.is_null() {
+        let fresh = Box::into_raw(Box::new([const { Entry::free() }; CHUNK]));
+        match chunk.compare_exchange(found, fresh, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => found = fresh,
+            Err(other) => {
+                // SAFETY: made above, and nobody else has seen it.
+                drop(unsafe { Box::from_raw(fresh) });
+                found = other;
+            }
+        }
+    }
+    // SAFETY: what is in the table came from a box and is never freed.
+    unsafe { &*found }
 }
 
 /// How many faults in guest memory this process has survived.
@@ -69,7 +92,10 @@ pub(crate) fn count() -> u64 {
 
 /// Marks the region of `address` and puts a page of zeroes there. Runs in the signal handler.
 fn survive(address: usize) -> bool {
-    for entry in &REGIONS[..USED.load(Ordering::Acquire)] {
+    let chunks =
+        CHUNKS.iter().map(|chunk| chunk.load(Ordering::Acquire)).take_while(|chunk| !chunk.is_null());
+    // SAFETY: what is in the table came from a box and is never freed.
+    for entry in chunks.flat_map(|chunk| unsafe { &*chunk }) {
         let (start, end) = (entry.start.load(Ordering::Acquire), entry.end.load(Ordering::Acquire));
         if start <= 1 || address < start || address >= end {
             continue;

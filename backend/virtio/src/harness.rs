@@ -7,7 +7,7 @@ use crate::disk::{DiskConfig, DiskShared};
 use crate::gate::Gate;
 use crate::inflight::{LogError, QueueLog};
 use crate::interrupt::Interrupt;
-use crate::memory::{GuestMemory, Region};
+use crate::memory::{GuestMemory, Region, Share};
 use crate::message::RegionDescription;
 use crate::queue::{Queue, QueueSetup, Stopped, with_queue};
 use crate::ring::{self, Ring};
@@ -101,7 +101,7 @@ impl Harness {
                 user_address: GUEST + from,
                 file_offset: from,
             };
-            Region::map(description, &file).expect("mmap")
+            Region::map(description, &file, &Share::default()).expect("mmap")
         };
         let memory = GuestMemory::new(vec![map(0, first), map(first, BYTES)]).expect("apart");
         let reactor = Reactor::new(ReactorConfig::default()).expect("io_uring");

@@ -15,7 +15,7 @@
 //!
 //! The front end could write here: all of it is checked before it is used.
 
-use crate::fault;
+use crate::mapping::{Mapping, MappingError};
 use crate::message::InflightDescription;
 use crate::ring::SIZE_MAX;
 use crate::shared;
@@ -71,10 +71,8 @@ impl fmt::Display for LogError {
 /// The mapped log of all queues.
 #[derive(Debug)]
 pub(crate) struct InflightArea {
-    mapping: usize,
-    mapping_bytes: usize,
+    mapping: Mapping,
     start: usize,
-    guard: fault::Guard,
     queues: u16,
     queue_size: u16,
     has_own: bool,
@@ -146,55 +144,24 @@ impl InflightArea {
         if bytes < needed as u64 {
             return Err(LogError::TooSmall { bytes, needed: needed as u64 });
         }
-        // SAFETY: all-zero is a valid `stat`, and fstat fills it.
-        let file_bytes = unsafe {
-            let mut stat: libc::stat = std::mem::zeroed();
-            if libc::fstat(file.as_raw_fd(), &raw mut stat) != 0 {
-                return Err(LogError::Map(io::Error::last_os_error()));
-            }
-            stat.st_size.unsigned_abs()
-        };
-        if file_offset.checked_add(bytes).is_none_or(|end| end > file_bytes) {
-            return Err(LogError::PastEnd { file_bytes });
+        if !file_offset.is_multiple_of(8) {
+            return Err(LogError::Map(io::Error::from_raw_os_error(libc::EINVAL)));
         }
-        let invalid = || LogError::Map(io::Error::from_raw_os_error(libc::EINVAL));
-        let before = usize::try_from(file_offset % 4096).map_err(|_| invalid())?;
-        if !before.is_multiple_of(8) {
-            return Err(invalid());
-        }
+        let mapping = Mapping::new(file, file_offset, bytes).map_err(|error| match error {
+            MappingError::PastEnd { file_bytes } => LogError::PastEnd { file_bytes },
+            MappingError::Full => LogError::Map(io::Error::from_raw_os_error(libc::ENOSPC)),
+            MappingError::Map(error) => LogError::Map(error),
+        })?;
+        let start = mapping.wanted();
         let has_own = bytes >= (needed + OWN_BYTES) as u64;
-        let mapping_bytes = before + needed + if has_own { OWN_BYTES } else { 0 };
-        let offset = i64::try_from(file_offset - before as u64).map_err(|_| invalid())?;
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice.
-        let mapping = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapping_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        if mapping == libc::MAP_FAILED {
-            return Err(LogError::Map(io::Error::last_os_error()));
-        }
-        let mapping = mapping as usize;
-        let Some(guard) = fault::Guard::new(mapping, mapping_bytes) else {
-            // SAFETY: made above; nobody knows of it.
-            unsafe { libc::munmap(mapping as *mut libc::c_void, mapping_bytes) };
-            return Err(LogError::Map(io::Error::from_raw_os_error(libc::ENOSPC)));
-        };
-        let start = mapping + before;
-        let mut area =
-            InflightArea { mapping, mapping_bytes, start, guard, queues, queue_size, has_own, id: 0 };
+        let mut area = InflightArea { mapping, start, queues, queue_size, has_own, id: 0 };
         area.id = area.number();
         Ok(Arc::new(area))
     }
 
     /// Whether the front end took the log away under us.
     pub(crate) fn faulted(&self) -> bool {
-        self.guard.faulted()
+        self.mapping.faulted()
     }
 
     /// The log of one queue, as it is. `None` when the log has no such queue.
@@ -262,14 +229,6 @@ impl InflightArea {
                 shared::store_u64(own.cast(), OWN_MAGIC);
             }
         }
-    }
-}
-
-impl Drop for InflightArea {
-    fn drop(&mut self) {
-        self.guard.release();
-        // SAFETY: mapped in `map`; every QueueLog holds an Arc of this.
-        unsafe { libc::munmap(self.mapping as *mut libc::c_void, self.mapping_bytes) };
     }
 }
 

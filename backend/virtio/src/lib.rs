@@ -30,6 +30,7 @@ mod gate;
 pub mod harness;
 mod inflight;
 mod interrupt;
+mod mapping;
 mod memory;
 mod message;
 mod queue;

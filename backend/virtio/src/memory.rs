@@ -8,35 +8,67 @@
 //! - Every pointer that leaves it was checked against its region with its whole length, without overflow.
 //! - Regions of one epoch do not overlap, neither in guest nor in user addresses.
 
-use crate::fault;
+use crate::mapping::{Mapping, MappingError};
 use crate::message::RegionDescription;
 use std::fmt;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Why a region was not taken.
 #[derive(Debug)]
 pub(crate) enum RegionError {
-    /// It lies past the end of its file: touching it would be SIGBUS.
-    PastEnd {
-        file_bytes: u64,
-    },
     Overlap,
+    /// The table has no more slots.
     Full,
-    Map(io::Error),
+    /// The session holds as many regions as it may.
+    Share,
+    Mapping(MappingError),
 }
 
 impl fmt::Display for RegionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            RegionError::PastEnd { file_bytes } => {
+            RegionError::Overlap => f.write_str("it overlaps a region that is there already"),
+            RegionError::Full | RegionError::Mapping(MappingError::Full) => {
+                f.write_str("no memory slot is free")
+            }
+            RegionError::Share => {
+                write!(
+                    f,
+                    "{REGIONS_MAX} regions are mapped, in old tables that requests in flight still name"
+                )
+            }
+            RegionError::Mapping(MappingError::PastEnd { file_bytes }) => {
                 write!(f, "mmap offset + size is past the end of the file ({file_bytes} bytes)")
             }
-            RegionError::Overlap => f.write_str("it overlaps a region that is there already"),
-            RegionError::Full => f.write_str("no memory slot is free"),
-            RegionError::Map(error) => write!(f, "mmap: {error}"),
+            RegionError::Mapping(MappingError::Map(error)) => write!(f, "mmap: {error}"),
         }
+    }
+}
+
+/// Regions that one session may have mapped: its table, the one that takes its place, and as many again in older ones that
+/// requests in flight still name. Each is a mapping of the process, which has 65,530 of them (`vm.max_map_count`) for all.
+const REGIONS_MAX: usize = 4 * GuestMemory::SLOTS;
+
+/// How many regions a session has mapped.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Share(Arc<AtomicUsize>);
+
+/// One of them; given back when dropped.
+#[derive(Debug)]
+struct Ticket(Arc<AtomicUsize>);
+
+impl Share {
+    fn take(&self) -> Result<Ticket, RegionError> {
+        let ticket = Ticket(Arc::clone(&self.0));
+        if self.0.fetch_add(1, Ordering::AcqRel) < REGIONS_MAX { Ok(ticket) } else { Err(RegionError::Share) }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -46,61 +78,21 @@ pub(crate) struct Region {
     description: RegionDescription,
     /// Where its first byte is in our address space.
     host: usize,
-    mapping: usize,
-    mapping_bytes: usize,
-    guard: fault::Guard,
+    mapping: Mapping,
+    _ticket: Ticket,
 }
 
 impl Region {
-    /// Maps a region of a file that the front end shares.
-    pub(crate) fn map(description: RegionDescription, file: &OwnedFd) -> Result<Arc<Region>, RegionError> {
-        // SAFETY: all-zero is a valid `stat`, and fstat fills it.
-        let stat = unsafe {
-            let mut stat: libc::stat = std::mem::zeroed();
-            if libc::fstat(file.as_raw_fd(), &raw mut stat) != 0 {
-                return Err(RegionError::Map(io::Error::last_os_error()));
-            }
-            stat
-        };
-        // Only files have an end that can be passed; a memory device has none.
-        let is_file = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-        let file_bytes = if is_file { stat.st_size.unsigned_abs() } else { u64::MAX };
-        // The parser has made sure that this does not wrap.
-        if description.file_offset + description.bytes > file_bytes {
-            return Err(RegionError::PastEnd { file_bytes });
-        }
-        // libblkio's regions begin and end anywhere: map whole pages around them.
-        let before = description.file_offset % page_bytes();
-        let too_long = || RegionError::Map(io::Error::from_raw_os_error(libc::ENOMEM));
-        let mapping_bytes =
-            usize::try_from(before + description.bytes).ok().filter(|b| *b <= isize::MAX.unsigned_abs());
-        let mapping_bytes = mapping_bytes.ok_or_else(too_long)?;
-        let offset = i64::try_from(description.file_offset - before).map_err(|_| too_long())?;
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice touches nothing that exists.
-        let mapping = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapping_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        if mapping == libc::MAP_FAILED {
-            return Err(RegionError::Map(io::Error::last_os_error()));
-        }
-        // A core dump of ours shall not hold guests' memory. A failure costs nothing but that.
-        // SAFETY: advises on the mapping just made.
-        unsafe { libc::madvise(mapping, mapping_bytes, libc::MADV_DONTDUMP) };
-        let mapping = mapping as usize;
-        let Some(guard) = fault::Guard::new(mapping, mapping_bytes) else {
-            // SAFETY: made above; nobody knows of it.
-            unsafe { libc::munmap(mapping as *mut libc::c_void, mapping_bytes) };
-            return Err(RegionError::Full);
-        };
-        let host = mapping + usize::try_from(before).unwrap_or(0);
-        Ok(Arc::new(Region { description, host, mapping, mapping_bytes, guard }))
+    /// Maps a region of a file that the front end shares. libblkio's begin and end anywhere.
+    pub(crate) fn map(
+        description: RegionDescription,
+        file: &OwnedFd,
+        share: &Share,
+    ) -> Result<Arc<Region>, RegionError> {
+        let ticket = share.take()?;
+        let mapping =
+            Mapping::new(file, description.file_offset, description.bytes).map_err(RegionError::Mapping)?;
+        Ok(Arc::new(Region { description, host: mapping.wanted(), mapping, _ticket: ticket }))
     }
 
     pub(crate) fn description(&self) -> &RegionDescription {
@@ -112,19 +104,6 @@ impl Region {
         let end = self.host + usize::try_from(self.description.bytes).unwrap_or(0);
         start < end && self.host < start.saturating_add(len)
     }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        self.guard.release();
-        // SAFETY: mapped in `map`; every pointer into it belongs to an owner of an epoch, and the last is gone.
-        unsafe { libc::munmap(self.mapping as *mut libc::c_void, self.mapping_bytes) };
-    }
-}
-
-fn page_bytes() -> u64 {
-    // SAFETY: plain call without pointers.
-    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
 /// One region as the hot path needs it.
@@ -181,7 +160,7 @@ impl GuestMemory {
 
     /// Whether the front end took memory away under us: a region of this epoch had a SIGBUS.
     pub(crate) fn faulted(&self) -> bool {
-        self.regions.iter().any(|region| region.guard.faulted())
+        self.regions.iter().any(|region| region.mapping.faulted())
     }
 
     #[inline]
@@ -255,7 +234,7 @@ impl GuestMemory {
 #[inline]
 #[expect(
     clippy::cast_possible_truncation,
-    reason = "mapped regions are smaller than isize::MAX (Region::map)"
+    reason = "mapped regions are smaller than isize::MAX (Mapping::new)"
 )]
 fn host_offset(offset: u64) -> usize {
     offset as usize
@@ -264,7 +243,8 @@ fn host_offset(offset: u64) -> usize {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::os::fd::FromRawFd;
+    use crate::fault;
+    use std::os::fd::{AsRawFd, FromRawFd};
 
     pub(crate) fn memfd(bytes: u64) -> OwnedFd {
         // SAFETY: a literal C string and plain system calls; the descriptor is ours.
@@ -283,7 +263,7 @@ pub(crate) mod tests {
             user_address: guest + 0x7f00_0000_0000,
             file_offset: offset,
         };
-        Region::map(description, &memfd(offset + bytes)).unwrap()
+        Region::map(description, &memfd(offset + bytes), &Share::default()).unwrap()
     }
 
     #[test]
@@ -335,8 +315,8 @@ pub(crate) mod tests {
         let description =
             RegionDescription { guest_address: 0, bytes: 4097, user_address: 0, file_offset: 0 };
         assert!(matches!(
-            Region::map(description, &memfd(4096)),
-            Err(RegionError::PastEnd { file_bytes: 4096 })
+            Region::map(description, &memfd(4096), &Share::default()),
+            Err(RegionError::Mapping(MappingError::PastEnd { file_bytes: 4096 }))
         ));
     }
 
@@ -346,7 +326,8 @@ pub(crate) mod tests {
         let file = memfd(0x4000);
         let description =
             RegionDescription { guest_address: 0, bytes: 0x4000, user_address: 0, file_offset: 0 };
-        let memory = GuestMemory::new(vec![Region::map(description, &file).unwrap()]).unwrap();
+        let memory =
+            GuestMemory::new(vec![Region::map(description, &file, &Share::default()).unwrap()]).unwrap();
         let other = GuestMemory::new(vec![region(0, 0x1000, 0)]).unwrap();
         assert_eq!(memory.read::<4>(0x3ffe), None);
         assert_eq!(memory.read::<4>(0x2000), Some([0; 4]));

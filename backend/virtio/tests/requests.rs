@@ -205,12 +205,43 @@ fn writes_are_durable_without_flush_and_with_writeback_off() {
         [
             write(true, 0),
             write(false, 1),
+            (Operation::Flush, 0, 0),
             write(true, 2),
             (Operation::WriteZeroes { unmap: false, fua: true }, 3, 1),
             write(true, 4),
             write(false, 5)
         ]
     );
+}
+
+/// A driver that switches to write-through relies on what it wrote before, too: that was in the device's cache, and writes
+/// under way ended there.
+#[test]
+fn writeback_is_off_once_everything_written_before_is_durable() {
+    let served = Served::new(small());
+    let mut guest = Guest::connect(&served.socket, &Wish { inflight: true, ..Wish::default() });
+    served.device.fake.state().outcomes.extend([Ok(()), Err(Status::Media)]);
+    assert_eq!(guest.request(T_OUT, 1, &[1; 512], 0).0, OK);
+    // A flush that fails leaves everything as it was.
+    assert!(guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).is_err());
+    assert_eq!(guest.config()[32], 1);
+    served.device.fake.state().hold = true;
+    let parts = guest.plain(T_OUT, 2, &[2; 512], 0, DATA);
+    guest.submit(0, &parts);
+    eventually("taken", || served.disk.queue_counters()[0].requests.get() == 2);
+    let device = std::sync::Arc::clone(&served.device);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        device.release();
+    });
+    guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    release.join().unwrap();
+    let write = |fua, lba| (Operation::Write { fua }, lba, 1);
+    let flush = (Operation::Flush, 0, 0);
+    assert_eq!(served.device.fake.state().log, [write(false, 1), flush, write(false, 2), flush]);
+    guest.rings[0].wait_used(&guest.ram);
+    assert_eq!(guest.request(T_OUT, 3, &[3; 512], 0).0, OK);
+    assert_eq!(served.device.fake.state().log[4..], [write(true, 3)]);
 }
 
 #[test]

@@ -369,6 +369,37 @@ fn memory_comes_and_goes_under_load_and_a_removal_waits_for_its_requests() {
     works(&mut guest);
 }
 
+/// All sessions shared 8192 mappings. One that changed its table under requests that its device held had them all, and no
+/// other VM could connect.
+#[test]
+fn a_front_end_that_piles_up_tables_uses_up_its_own_share_only() {
+    let (greedy, other) = (Served::new(small()), Served::new(small()));
+    let mut guest = Guest::connect(&greedy.socket, &Wish { size: 1024, ..Wish::default() });
+    greedy.device.fake.state().hold = true;
+    let pieces: Vec<_> = (0..31).map(|index| Ram::new(0x7f00_0000_0000 + index * 0x2000, 0x1000)).collect();
+    let table: Vec<_> = std::iter::once(guest.ram.region()).chain(pieces.iter().map(Ram::region)).collect();
+    let mut refused = None;
+    for round in 1..=300u64 {
+        let parts = guest.plain(T_IN, 0, &[], 512, DATA);
+        guest.submit(0, &parts);
+        eventually("taken", || greedy.disk.queue_counters()[0].requests.get() == round);
+        if guest.frontend.set_mem_table(&table).is_err() {
+            refused = Some(round);
+            break;
+        }
+    }
+    // 2036 = 4 x 509 regions, 32 in each table but the first.
+    assert_eq!(refused, Some(64));
+    works(&mut Guest::connect(&other.socket, &Wish::default()));
+    // When the requests have ended, so have the old tables.
+    greedy.device.release();
+    for _ in 0..64 {
+        guest.rings[0].wait_used(&guest.ram);
+    }
+    eventually("let go", || guest.frontend.set_mem_table(&table).is_ok());
+    works(&mut guest);
+}
+
 #[test]
 fn truncated_memory_ends_its_session_and_nothing_else() {
     let served = Served::new(small());

@@ -53,7 +53,18 @@ impl Queue {
             }
         }
         if self.awaited > 0 {
-            self.region_free = Some(free);
+            self.awaited_ended = Some(free);
+        }
+    }
+
+    /// `ended` hears when all requests that are in flight now have ended.
+    pub(crate) fn await_in_flight(&mut self, ended: Sender<()>) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.busy && !slot.awaited) {
+            slot.awaited = true;
+            self.awaited += 1;
+        }
+        if self.awaited > 0 {
+            self.awaited_ended = Some(ended);
         }
     }
 

@@ -90,7 +90,7 @@ struct Slot {
     generation: u32,
     kind: IoKind,
     busy: bool,
-    /// The removal of a memory region waits for it.
+    /// The session waits for its end.
     awaited: bool,
     outcome: Outcome,
     inline: [libc::iovec; PIECES_INLINE],
@@ -185,7 +185,7 @@ pub(crate) struct Queue {
     left_in_log: bool,
     stopping: Option<Sender<Stopped>>,
     awaited: usize,
-    region_free: Option<Sender<()>>,
+    awaited_ended: Option<Sender<()>>,
 }
 
 /// The queues of one reactor, by key, for messages from sessions.
@@ -271,7 +271,7 @@ impl Queue {
             left_in_log: false,
             stopping: None,
             awaited: 0,
-            region_free: None,
+            awaited_ended: None,
         };
         let queue = Rc::new(RefCell::new(queue));
         let id = runtime.add_source(Rc::clone(&queue) as Rc<RefCell<dyn Source>>);
@@ -555,7 +555,7 @@ impl Queue {
         }
         self.notify(runtime);
         if self.awaited == 0
-            && let Some(free) = self.region_free.take()
+            && let Some(free) = self.awaited_ended.take()
         {
             // The session may have stopped waiting.
             let _ = free.send(());

@@ -4,19 +4,18 @@
 //! queues on their reactors what to do by message, and waits for them where the protocol wants that: a stopped ring is
 //! drained, a removed region is not named by anything any more.
 
+mod config;
+mod inflight;
+mod memory;
 mod rings;
-
-use rings::ring_in;
 
 use crate::connection::{self, Connection, RawMessage, ReceiveError};
 use crate::disk::DiskShared;
 use crate::features;
 use crate::gate::Gate;
 use crate::inflight::InflightArea;
-use crate::memory::{GuestMemory, Region};
-use crate::message::{
-    self, FrontendMessage, InflightDescription, MessageError, RegionDescription, RingAddresses, protocol,
-};
+use crate::memory::{GuestMemory, Share};
+use crate::message::{self, FrontendMessage, MessageError, RingAddresses, protocol};
 use crate::queue::with_queue;
 use crate::ring;
 use hawser_runtime::ReactorHandle;
@@ -24,9 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 /// Why a session is over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,6 +128,7 @@ pub(crate) struct Session<'a> {
     features: u64,
     protocol: u64,
     memory: Arc<GuestMemory>,
+    share: Share,
     vrings: Vec<Vring>,
     inflight: Option<Arc<InflightArea>>,
     gate: Arc<Gate>,
@@ -153,6 +151,7 @@ impl<'a> Session<'a> {
             features: 0,
             protocol: 0,
             memory: Arc::default(),
+            share: Share::default(),
             vrings: std::iter::repeat_with(Vring::default).take(usize::from(disk.config.queues)).collect(),
             inflight: None,
             gate: Arc::default(),
@@ -411,199 +410,6 @@ impl<'a> Session<'a> {
             return end(format!("{message}: queue {queue} is running"));
         }
         Ok(vring)
-    }
-
-    // --- memory ---------------------------------------------------------------------------------------------------
-
-    fn set_mem_table(&mut self, regions: &[RegionDescription], files: &[OwnedFd]) -> Result<(), Failure> {
-        if files.len() != regions.len() {
-            return end(format!("SET_MEM_TABLE: {} regions with {} descriptors", regions.len(), files.len()));
-        }
-        let mapped = regions
-            .iter()
-            .zip(files)
-            .map(|(region, file)| Region::map(*region, file))
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(GuestMemory::new)
-            .map_err(|error| Failure::Refused(format!("SET_MEM_TABLE: {error}")))?;
-        self.change_memory(mapped, None)
-    }
-
-    fn add_mem_reg(&mut self, region: RegionDescription, files: &[OwnedFd]) -> Result<(), Failure> {
-        let [file] = files else {
-            return end(format!("ADD_MEM_REG: {} descriptors; one would be right", files.len()));
-        };
-        let wrong = |error| {
-            Failure::Refused(format!(
-                "ADD_MEM_REG: {:#x} bytes at {:#x}, mmap offset {:#x}: {error}",
-                region.bytes, region.guest_address, region.file_offset
-            ))
-        };
-        let mut regions = self.memory.regions().to_vec();
-        regions.push(Region::map(region, file).map_err(wrong)?);
-        let memory = GuestMemory::new(regions).map_err(wrong)?;
-        self.change_memory(memory, None)
-    }
-
-    /// REM_MEM_REG. A descriptor that comes along (libblkio sends one) is closed unused, as the specification has it.
-    fn rem_mem_reg(&mut self, wanted: RegionDescription) -> Result<(), Failure> {
-        let is_it = |region: &RegionDescription| {
-            (region.guest_address, region.user_address, region.bytes)
-                == (wanted.guest_address, wanted.user_address, wanted.bytes)
-        };
-        let mut regions = self.memory.regions().to_vec();
-        let Some(place) = regions.iter().position(|region| is_it(region.description())) else {
-            return Err(Failure::Refused(format!(
-                "REM_MEM_REG: no region of {:#x} bytes at {:#x}",
-                wanted.bytes, wanted.guest_address
-            )));
-        };
-        let removed = regions.remove(place);
-        let memory =
-            GuestMemory::new(regions).map_err(|error| Failure::Refused(format!("REM_MEM_REG: {error}")))?;
-        self.change_memory(memory, Some(removed))
-    }
-
-    /// A new epoch, for us and all queues. Waits until they have it, and until nothing names `removed` any more.
-    fn change_memory(&mut self, memory: GuestMemory, removed: Option<Arc<Region>>) -> Result<(), Failure> {
-        let memory = Arc::new(memory);
-        // All rings are looked up before the first queue changes.
-        let mut rings = Vec::new();
-        for (index, vring) in self.vrings.iter().enumerate() {
-            if let Some(running) = vring.running {
-                let ring = ring_in(&memory, vring).map_err(|what| {
-                    Failure::Refused(format!(
-                        "memory without the ring of queue {index}, which is running: {what}"
-                    ))
-                })?;
-                rings.push((running, ring));
-            }
-        }
-        let (free, freed) = mpsc::channel();
-        for (Running { key, reactor }, ring) in rings {
-            let (memory, removed, free) = (Arc::clone(&memory), removed.clone(), free.clone());
-            self.reactors[reactor].run(move |runtime| {
-                with_queue(runtime, key, |queue, _| queue.set_memory(memory, ring, removed.as_deref(), free));
-            });
-        }
-        self.memory = memory;
-        drop(free);
-        let waited = self.wait_for_all(&freed);
-        self.shared.drop_retired();
-        waited
-    }
-
-    /// Waits until every sender has sent or is gone; a session that ends meanwhile does not wait.
-    fn wait_for_all(&self, receiver: &Receiver<()>) -> Result<(), Failure> {
-        loop {
-            match receiver.recv_timeout(Duration::from_millis(100)) {
-                Ok(()) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.disk.stopping().is_some() {
-                        return end("stopped while requests were in a region that is removed");
-                    }
-                    if let Some(error) = self.shared.error() {
-                        return end(error.what);
-                    }
-                }
-            }
-        }
-    }
-
-    // --- the in-flight log ----------------------------------------------------------------------------------------
-
-    fn get_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, Failure> {
-        if self.vrings.iter().any(|vring| vring.running.is_some()) {
-            return end("GET_INFLIGHT_FD: a ring is running");
-        }
-        let InflightDescription { queues, queue_size, .. } = wanted;
-        let right = queues > 0
-            && usize::from(queues) <= self.vrings.len()
-            && queue_size > 0
-            && queue_size <= ring::SIZE_MAX;
-        if !right {
-            return end(format!("GET_INFLIGHT_FD: {queues} queues of {queue_size}"));
-        }
-        // A driver may set up a larger ring than the front end foresees (SeaBIOS does), so there is room for the largest.
-        let (area, file, mut description) =
-            InflightArea::create(queues, ring::SIZE_MAX).map_err(|error| Failure::End(error.to_string()))?;
-        description.queue_size = queue_size;
-        area.set_write_through(!self.disk.writeback());
-        // Nothing is unfinished in a new log, whatever was in one that was set before.
-        self.gate = Arc::default();
-        self.inflight = Some(area);
-        Ok(Reply::WithDescriptor(message::reply_inflight(&description), file))
-    }
-
-    fn set_inflight(&mut self, description: InflightDescription, files: &[OwnedFd]) -> Result<(), Failure> {
-        if self.vrings.iter().any(|vring| vring.running.is_some()) {
-            return end("SET_INFLIGHT_FD: a ring is running");
-        }
-        let [file] = files else {
-            return end(format!("SET_INFLIGHT_FD: {} descriptors; one would be right", files.len()));
-        };
-        if usize::from(description.queues) > self.vrings.len() {
-            // Nobody would ever execute what is unfinished in the others, and the whole disk would wait for it.
-            return end(format!(
-                "SET_INFLIGHT_FD: a log of {} queues; the disk has {}",
-                description.queues,
-                self.vrings.len()
-            ));
-        }
-        let area = InflightArea::map(description, file).map_err(|error| Failure::End(error.to_string()))?;
-        match area.write_through() {
-            Some(write_through) => self.disk.set_writeback(!write_through),
-            None => area.set_write_through(!self.disk.writeback()),
-        }
-        self.gate = Arc::default();
-        for queue in 0..area.queues() {
-            if area.queue(queue).is_some_and(|log| log.may_have_unfinished()) {
-                self.gate.set_unfinished(queue, true);
-            }
-        }
-        self.inflight = Some(area);
-        Ok(())
-    }
-
-    // --- configuration space --------------------------------------------------------------------------------------
-
-    /// The one thing that a driver may write is `writeback`.
-    fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Failure> {
-        let place =
-            features::WRITEBACK_OFFSET.checked_sub(offset).and_then(|place| usize::try_from(place).ok());
-        match place.and_then(|place| data.get(place)) {
-            Some(value @ (0 | 1)) => {
-                self.disk.set_writeback(*value == 1);
-                if let Some(inflight) = &self.inflight {
-                    inflight.set_write_through(*value == 0);
-                }
-                Ok(())
-            }
-            Some(value) => {
-                Err(Failure::Refused(format!("SET_CONFIG: writeback {value}; 0 or 1 would be right")))
-            }
-            None => Err(Failure::Refused(format!(
-                "SET_CONFIG: offset {offset} with {} bytes; only writeback (at {}) can be written",
-                data.len(),
-                features::WRITEBACK_OFFSET
-            ))),
-        }
-    }
-
-    /// Tells the front end to read the configuration again, if it may not know the disk's size: it has grown, or the front
-    /// end has reconnected and knows what our predecessor told it.
-    fn tell_capacity(&mut self) {
-        let capacity = features::capacity(&self.disk.limits(true).geometry);
-        let serving = self.vrings.iter().any(|vring| vring.running.is_some());
-        if self.told_capacity == Some(capacity) || !serving || self.protocol & protocol::BACKEND_REQ == 0 {
-            return;
-        }
-        let Some(socket) = &self.backend_requests else { return };
-        match connection::send(socket, &message::config_change(), None) {
-            Ok(()) => self.told_capacity = Some(capacity),
-            Err(error) => log::warn!("disk {}: CONFIG_CHANGE: {error}", self.disk.config.name),
-        }
     }
 }
 
