@@ -724,3 +724,132 @@ fn the_error_descriptor_outlives_a_reset_of_the_device() {
     assert!(guest.is_ended());
     assert_eq!(err.read().unwrap(), 1);
 }
+
+/// A front end that sends a byte now and then is in the middle of a message for a long time. Its rings, its reactor's other
+/// disks and the end of its own disk do not wait for the rest.
+#[test]
+fn a_message_that_comes_byte_by_byte_holds_nobody_up() {
+    let (slow, other) = (Served::new(small()), Served::new(small()));
+    let wish = Wish { rings: 2, ..Wish::default() };
+    let mut guest = Guest::connect(&slow.socket, &wish);
+    let mut busy = Guest::connect(&other.socket, &wish);
+    let table = message(2, 9, &wish.features.to_ne_bytes());
+    let mut stream = guest.stream.try_clone().unwrap();
+    for byte in &table[..table.len() - 1] {
+        stream.write_all(&[*byte]).unwrap();
+        works(&mut guest);
+        works(&mut busy);
+    }
+    // The rest of it makes a whole message.
+    stream.write_all(&table[table.len() - 1..]).unwrap();
+    let mut reply = [0; 20];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[12..], 0u64.to_ne_bytes());
+    works(&mut guest);
+    // In the middle of a message again, its disk is removed: at once, and long before the last byte.
+    let stalled = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let drips = std::thread::spawn({
+        let stalled = Arc::clone(&stalled);
+        move || {
+            for byte in table.iter().cycle().take(4000) {
+                if stream.write_all(&[*byte]).is_err() || !stalled.load(Ordering::Acquire) {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            false
+        }
+    });
+    eventually("it has begun", || !drips.is_finished());
+    assert!(slow.disk.stop(Duration::from_secs(600)).has_ended());
+    stalled.store(false, Ordering::Release);
+    assert!(drips.join().unwrap(), "the stop waited for 4000 bytes");
+    works(&mut busy);
+}
+
+/// One that asks and does not read what is answered is not waited for either.
+#[test]
+fn a_front_end_that_does_not_read_its_replies_is_let_go() {
+    let served = Served::new(small());
+    let stream = UnixStream::connect(&served.socket).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let question = message(1, 1, &[]);
+    eventually("let go", || {
+        while matches!((&stream).write(&question), Ok(sent) if sent == question.len()) {}
+        served.disk.counters().sessions_failed.load(Ordering::Relaxed) == 1
+    });
+    drop(stream);
+    works(&mut Guest::connect(&served.socket, &Wish::default()));
+}
+
+/// Hot-plug while the guest works: tables are replaced, and regions come and go, under requests that a slow device has. What
+/// lies in memory that stays is carried out, and every request ends once.
+#[test]
+fn tables_are_replaced_under_load() {
+    let served = Served::new(small());
+    let mut guest = Guest::connect(&served.socket, &Wish { size: 256, ..Wish::default() });
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let tables = std::thread::spawn({
+        let (mut frontend, done) = (guest.frontend.clone(), Arc::clone(&done));
+        let (device, main) = (Arc::clone(&served.device), guest.ram.region());
+        move || {
+            let pieces: Vec<_> =
+                (0..8).map(|index| Ram::new(0x7f00_0000_0000 + index * 0x1_0000, 0x8000)).collect();
+            let mut table = vec![main];
+            for round in 0..400usize {
+                device.fake.state().hold = true;
+                std::thread::sleep(Duration::from_micros(200));
+                let piece = pieces[round % 8].region();
+                match round % 4 {
+                    0 | 1 => {
+                        table = vec![main];
+                        table.extend(pieces[..round % 9].iter().map(Ram::region));
+                        frontend.set_mem_table(&table).unwrap();
+                    }
+                    _ if table.iter().any(|one| one.guest_phys_addr == piece.guest_phys_addr) => {
+                        // Its removal may wait for requests.
+                        device.release();
+                        frontend.remove_mem_region(&piece).unwrap();
+                        table.retain(|one| one.guest_phys_addr != piece.guest_phys_addr);
+                    }
+                    _ => {
+                        frontend.add_mem_region(&piece).unwrap();
+                        table.push(piece);
+                    }
+                }
+                device.release();
+            }
+            done.store(true, Ordering::Release);
+        }
+    });
+    let (mut written, mut rounds) = ([0u8; 16], 0u64);
+    while !done.load(Ordering::Acquire) || rounds < 10 {
+        rounds += 1;
+        // Sixteen writes of a page each, then all are read back.
+        for kind in [T_OUT, T_IN] {
+            for (slot, byte) in (0..16u64).zip(&mut written) {
+                let at = DATA + 0x4000 * slot;
+                let parts = if kind == T_OUT {
+                    *byte = u8::try_from((rounds + slot) % 251).unwrap();
+                    guest.plain(T_OUT, 8 * slot, &[*byte; 4096], 0, at)
+                } else {
+                    guest.ram.zero(at + 64, 4096);
+                    guest.plain(T_IN, 8 * slot, &[], 4096, at)
+                };
+                guest.submit(0, &parts);
+            }
+            for _ in 0..16 {
+                guest.rings[0].wait_used(&guest.ram);
+            }
+            for (slot, byte) in (0..16u64).zip(&written) {
+                let at = DATA + 0x4000 * slot;
+                assert_eq!(guest.ram.read(at + 16, 1), [0]);
+                assert!(guest.ram.read(at + 64, 4096) == [*byte; 4096], "slot {slot} in round {rounds}");
+            }
+        }
+    }
+    tables.join().unwrap();
+    assert_eq!(guest.rings[0].take_used(&guest.ram), None);
+    works(&mut guest);
+    assert_eq!(served.disk.counters().sessions_failed.load(Ordering::Relaxed), 0);
+}
