@@ -44,6 +44,11 @@ const KEY_KICK: u32 = 0;
 /// How long an interrupt may wait for more to end. Waking a driver on another CPU costs us up to 16 µs in a virtual machine,
 /// however many requests it is for: held so, `nvme+tcp:` 4k reads at depth 32 gain 1.1 to 1.2; depth 1 is never held.
 const HOLD_NS: u64 = 5_000;
+/// How long few new requests wait for more while others are at the device, and how many are not few. A driver gives what it
+/// gives in a few microseconds; a batch costs two system calls and, with a target on this CPU, two switches of process: joined
+/// so, `nvme+tcp:` 4k at depth 32 costs 0.91 of the CPU time. A driver whose last batch was of one request never waits.
+const JOIN_NS: u64 = 5_000;
+const JOIN_REQUESTS: u16 = 16;
 /// Chains that one turn takes off a ring; the rest waits until the reactor's other queues have had theirs. 128 is what a ring
 /// of Linux's holds by default, so that its batches stay whole.
 const TURN_CHAINS: u16 = 128;
@@ -131,6 +136,8 @@ pub(crate) struct Queue {
     signalled: u16,
     /// Since when an interrupt is held back.
     held_since: Option<Instant>,
+    /// Since when few new requests wait for more.
+    joining_since: Option<Instant>,
     /// The last drain took more than one request: the driver has more to do than to wait for this one.
     deep: bool,
     /// The driver may have missed an interrupt of our predecessor's.
@@ -211,7 +218,7 @@ impl Queue {
         if self.replaying {
             self.replay_next(runtime);
         }
-        if self.takes_requests() {
+        if self.takes_requests() && !self.waits_for_more(runtime) {
             self.drain(runtime);
         }
         self.publish(runtime);
@@ -220,6 +227,18 @@ impl Queue {
         if self.stopping.is_some() {
             self.finish_if_idle(runtime);
         }
+    }
+
+    /// Whether the driver is likely to be adding to a batch that has just begun ([`JOIN_NS`]). The reactor keeps looking.
+    #[inline]
+    fn waits_for_more(&mut self, runtime: &Runtime) -> bool {
+        let new = self.ring.available_idx().wrapping_sub(self.next_available);
+        if new == 0 || new >= JOIN_REQUESTS || self.in_flight == 0 || !self.deep {
+            self.joining_since = None;
+            return false;
+        }
+        let now = runtime.now();
+        now.ns_since(*self.joining_since.get_or_insert(now)) < JOIN_NS
     }
 
     fn look_for_faults(&mut self) {

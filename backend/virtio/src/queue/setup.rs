@@ -88,6 +88,7 @@ impl Queue {
             published: setup.next_used,
             signalled: setup.next_used,
             held_since: None,
+            joining_since: None,
             deep: false,
             counter: 0,
             slots: std::iter::repeat_with(slot).take(size).collect(),
