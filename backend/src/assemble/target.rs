@@ -2,11 +2,11 @@
 
 use super::device::Kind;
 use super::reactors::Reactors;
-use crate::daemon::api::view::{NamespaceView, SubsystemView};
+use crate::daemon::api::view::{AnaGroupView, NamespaceView, PortView, SubsystemView};
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Listen, Name, Nqn};
-use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
+use hawser_fabric::target::{ANA_GROUP, NamespaceConfig, SubsystemConfig, Target};
 use hawser_volume::Volume;
 use std::sync::Arc;
 
@@ -69,12 +69,22 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
     let addresses = target.addresses();
     let view = |placed: &hawser_config::Placed<hawser_config::SubsystemConfig>| {
         let subsystem = &placed.value;
+        let states = target.ana_states(subsystem.nqn.as_str());
         let bound = addresses.iter().find(|(nqn, _)| nqn == subsystem.nqn.as_str());
+        let listen: Vec<String> = bound.map_or_else(Vec::new, |(_, bound)| {
+            bound.iter().map(|address| Listen(*address).to_string()).collect()
+        });
         SubsystemView {
             nqn: subsystem.nqn.to_string(),
-            listen: bound.map_or_else(Vec::new, |(_, bound)| {
-                bound.iter().map(|address| Listen(*address).to_string()).collect()
-            }),
+            ports: listen
+                .iter()
+                .zip(states)
+                .map(|(listen, state)| PortView {
+                    listen: listen.clone(),
+                    ana_groups: vec![AnaGroupView { grpid: ANA_GROUP, ana_state: state.to_string() }],
+                })
+                .collect(),
+            listen,
             allowed_hosts: subsystem
                 .allowed_hosts
                 .as_ref()

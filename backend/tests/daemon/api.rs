@@ -164,6 +164,21 @@ fn every_answer_is_as_the_document_says() {
     ask(&daemon, "DELETE", "/v1/disks/new?save=true", one, "", 409);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 200);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 404);
+    let ana = "/v1/subsystems/{nqn}/ports/{port}/ana_groups/{grpid}";
+    let set = |nqn: &str, port: u32, group: u32, state: &str, code| {
+        let path = format!("/v1/subsystems/nqn.2026-11.io.hawser:{nqn}/ports/{port}/ana_groups/{group}");
+        ask(&daemon, "PUT", &path, ana, &json!({ "ana_state": state }).to_string(), code)
+    };
+    let subsystem = set("t", 0, 1, "non-optimized", 200);
+    assert_eq!(subsystem["ports"][0]["ana_groups"][0], json!({"grpid": 1, "ana_state": "non-optimized"}));
+    for (nqn, port, group, state, code) in [
+        ("t", 0, 1, "good", 400),
+        ("t", 1, 1, "change", 404),
+        ("t", 0, 2, "change", 404),
+        ("none", 0, 1, "change", 404),
+    ] {
+        set(nqn, port, group, state, code);
+    }
     assert_eq!(daemon.end(), Some(0));
 }
 

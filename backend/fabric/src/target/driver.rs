@@ -261,6 +261,12 @@ impl Driver {
         self.go_on(runtime);
     }
 
+    /// Something has happened that the host may want to know: a bit of Asynchronous Event Configuration.
+    pub(super) fn notify(&mut self, runtime: &Runtime, event: u32) {
+        self.connection.notify(event);
+        self.go_on(runtime);
+    }
+
     /// Ends the connection, and with an admin queue's the association.
     pub(super) fn end(&mut self, runtime: &Runtime, why: &str) {
         if self.ending {

@@ -5,7 +5,7 @@
 
 use super::Shared;
 use super::connection::{Action, Connection};
-use super::registry::{ConnectionRef, Subsystem};
+use super::registry::{ConnectionRef, Port, Subsystem};
 use super::{NamespaceConfig, TRANSFER_BYTES_MAX};
 use crate::nvme::fabrics::{CNTLID_DYNAMIC, Connect, ConnectData, Property};
 use crate::nvme::properties::{CC_START, offset};
@@ -26,7 +26,8 @@ const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:fuzz";
 pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
     let device = Arc::new(FakeDevice::new(geometry));
     let namespaces = vec![NamespaceConfig { nsid: 1, device, uuid: None }];
-    let subsystem = Subsystem::new(NQN, "fuzz", Vec::new(), None, namespaces);
+    let port = Port::new(0, ([127, 0, 0, 1], 4420).into());
+    let subsystem = Subsystem::new(NQN, "fuzz", vec![port], None, namespaces);
     Arc::new(Shared {
         subsystems: vec![Arc::new(subsystem)],
         listeners: vec![vec![0]],

@@ -25,12 +25,14 @@ mod registry;
 mod tests;
 mod uuid;
 
+use crate::nvme::ana::AnaState;
+use crate::nvme::features::EVENT_ANA_CHANGE;
 use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
 use crate::pool::{Budget, BufferPool};
 use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
-use registry::Subsystem;
+use registry::{Port, Subsystem};
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -70,6 +72,11 @@ const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(10);
 /// How long a peer may leave what we sent unacknowledged, or a probe of its silence unanswered, before its connection ends:
 /// for hosts that ask for no keep-alive.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The ANA group that all namespaces of a subsystem are in: nvmet's default.
+pub const ANA_GROUP: u32 = 1;
+/// ANATT: how long an address may stay in the ANA state `change`, in seconds.
+const ANA_TRANSITION_SECONDS: u8 = 10;
 
 /// A device in a subsystem.
 pub struct NamespaceConfig {
@@ -278,7 +285,7 @@ impl Target {
         let mut made: Vec<Arc<Subsystem>> = Vec::new();
         for config in subsystems {
             check(&config, &made)?;
-            let mut addresses = Vec::new();
+            let mut ports = Vec::new();
             for address in &config.listen {
                 // Port 0 is a port of its own each time; else subsystems may share a listener.
                 let known = bound.iter().position(|(other, _)| address.port() != 0 && other == address);
@@ -294,10 +301,10 @@ impl Target {
                     }
                 };
                 listeners[at].push(made.len());
-                addresses.push(bound[at].0);
+                ports.push(Port::new(at, bound[at].0));
             }
             let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
-            made.push(Arc::new(Subsystem::new(&nqn, &serial, addresses, allowed_hosts, namespaces)));
+            made.push(Arc::new(Subsystem::new(&nqn, &serial, ports, allowed_hosts, namespaces)));
         }
         let shared = Arc::new(Shared {
             subsystems: made,
@@ -364,7 +371,11 @@ impl Target {
     #[must_use]
     pub fn addresses(&self) -> Vec<(String, Vec<SocketAddr>)> {
         let all = self.shared.subsystems.iter();
-        all.map(|subsystem| (subsystem.nqn.clone(), subsystem.addresses.clone())).collect()
+        all.map(|subsystem| {
+            let addresses = subsystem.ports.iter().map(|port| port.address).collect();
+            (subsystem.nqn.clone(), addresses)
+        })
+        .collect()
     }
 
     /// The NQNs of the hosts that are connected to a subsystem, one for each association.
@@ -372,6 +383,30 @@ impl Target {
     pub fn hosts(&self, nqn: &str) -> Vec<String> {
         let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
         subsystem.map(|subsystem| subsystem.hosts()).unwrap_or_default()
+    }
+
+    /// The ANA state of each of a subsystem's addresses, in the order of [`Target::addresses`]. All namespaces are in one ANA
+    /// group, [`ANA_GROUP`].
+    #[must_use]
+    pub fn ana_states(&self, nqn: &str) -> Vec<AnaState> {
+        let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
+        let ports = subsystem.map_or(&[][..], |subsystem| &subsystem.ports);
+        ports.iter().map(|port| port.ana_state()).collect()
+    }
+
+    /// Sets the ANA state of one of a subsystem's addresses, counted from 0, and tells the hosts that came in there. False
+    /// when there is no such subsystem or address.
+    #[must_use]
+    pub fn set_ana_state(&self, nqn: &str, port: usize, state: AnaState) -> bool {
+        let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
+        let Some((subsystem, port)) = subsystem.and_then(|it| Some((it, it.ports.get(port)?))) else {
+            return false;
+        };
+        log::info!("{nqn}: {} is {state} now", port.address);
+        for admin in subsystem.set_ana_state(port, state) {
+            driver::tell(&admin, |driver, runtime| driver.notify(runtime, EVENT_ANA_CHANGE));
+        }
+        true
     }
 
     /// How it is doing.

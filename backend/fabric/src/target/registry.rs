@@ -7,8 +7,9 @@
 //! Written by connections on any reactor, never on the way of an I/O command: locks here are for connecting, closing and
 //! namespace changes; what commands read are atomics.
 
-use super::NamespaceConfig;
 use super::uuid;
+use super::{ANA_GROUP, NamespaceConfig};
+use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::bytes::low32;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
@@ -17,7 +18,8 @@ use hawser_block::{Device, Geometry};
 use hawser_runtime::{Instant, ReactorHandle};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Associations with one subsystem.
@@ -39,12 +41,42 @@ pub(super) struct Namespace {
     pub(super) uuid: [u8; 16],
 }
 
+/// One address that a subsystem can be reached at, and how well its namespaces can be reached there.
+pub(super) struct Port {
+    /// The listener, as the target counts them.
+    listener: usize,
+    pub(super) address: SocketAddr,
+    /// The ANA state of group [`ANA_GROUP`], which all namespaces are in, as in the log page.
+    ana_state: AtomicU8,
+    /// How often it has changed.
+    ana_changes: AtomicU64,
+}
+
+impl Port {
+    pub(super) fn new(listener: usize, address: SocketAddr) -> Arc<Port> {
+        let ana_state = AtomicU8::new(AnaState::Optimized.to_u8());
+        Arc::new(Port { listener, address, ana_state, ana_changes: AtomicU64::new(1) })
+    }
+
+    pub(super) fn ana_state(&self) -> AnaState {
+        AnaState::from_u8(self.ana_state.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
+    fn ana_log(&self, namespaces: &[Namespace], groups_only: bool) -> AnaLog {
+        let changes = self.ana_changes.load(Ordering::Acquire);
+        let namespaces = if groups_only { &[][..] } else { namespaces };
+        let namespaces = namespaces.iter().map(|namespace| namespace.nsid).collect();
+        let group = AnaGroup { id: ANA_GROUP, changes, state: self.ana_state(), namespaces };
+        AnaLog { changes, groups: vec![group] }
+    }
+}
+
 /// An NVM subsystem.
 pub(super) struct Subsystem {
     pub(super) nqn: String,
     pub(super) serial: String,
-    /// Where it can be reached.
-    pub(super) addresses: Vec<std::net::SocketAddr>,
+    /// Where it can be reached, in the order of its configuration.
+    pub(super) ports: Vec<Arc<Port>>,
     /// `None`: any host.
     allowed_hosts: Option<Vec<String>>,
     /// In the order of their NSIDs.
@@ -72,6 +104,8 @@ pub(super) struct Controller {
     pub(super) host: Host,
     /// `None`: a discovery controller.
     pub(super) subsystem: Option<Arc<Subsystem>>,
+    /// Where its host came in; `None`: a discovery controller.
+    port: Option<Arc<Port>>,
     /// The most data of one command, in bytes.
     pub(super) transfer_bytes_max: u32,
     /// CC, as the host has set it.
@@ -132,7 +166,7 @@ impl Subsystem {
     pub(super) fn new(
         nqn: &str,
         serial: &str,
-        addresses: Vec<std::net::SocketAddr>,
+        ports: Vec<Arc<Port>>,
         allowed_hosts: Option<Vec<String>>,
         namespaces: Vec<NamespaceConfig>,
     ) -> Subsystem {
@@ -147,7 +181,7 @@ impl Subsystem {
         Subsystem {
             nqn: nqn.to_owned(),
             serial: serial.to_owned(),
-            addresses,
+            ports,
             allowed_hosts,
             namespaces,
             controllers: Mutex::default(),
@@ -190,9 +224,11 @@ impl Subsystem {
         self: &Arc<Self>,
         host: Host,
         admin: ConnectionRef,
+        listener: usize,
         keep_alive_ms: u32,
         now: Instant,
     ) -> Option<(Arc<Controller>, Vec<ConnectionRef>)> {
+        let port = Arc::clone(self.ports.iter().find(|port| port.listener == listener)?);
         let known = self.geometries();
         let mut controllers = lock(&self.controllers);
         if controllers.len() >= CONTROLLERS_MAX {
@@ -218,7 +254,7 @@ impl Subsystem {
             uniquifier: u8::try_from(number % 255 + 1).unwrap_or(1),
             random: u64::from(self.process) << 32 | u64::from(number),
         };
-        let controller = Controller::new(instance, host, Some(Arc::clone(self)), transfer_bytes_max);
+        let controller = Controller::new(instance, host, Some((Arc::clone(self), port)), transfer_bytes_max);
         controller.keep_alive_ms.store(keep_alive_ms, Ordering::Relaxed);
         controller.heard(now);
         {
@@ -289,6 +325,19 @@ impl Subsystem {
         }
     }
 
+    /// Sets the ANA state of a port. Returns the admin connections of the hosts that came in there.
+    pub(super) fn set_ana_state(&self, port: &Arc<Port>, state: AnaState) -> Vec<ConnectionRef> {
+        if port.ana_state.swap(state.to_u8(), Ordering::Relaxed) == state.to_u8() {
+            return Vec::new();
+        }
+        port.ana_changes.fetch_add(1, Ordering::Release);
+        let controllers = lock(&self.controllers);
+        let here = |controller: &&Arc<Controller>| {
+            controller.port.as_ref().is_some_and(|other| Arc::ptr_eq(other, port))
+        };
+        controllers.iter().filter(here).filter_map(|controller| controller.admin_connection()).collect()
+    }
+
     /// The connection of each controller's admin queue.
     pub(super) fn admin_connections(&self) -> Vec<ConnectionRef> {
         let controllers = lock(&self.controllers);
@@ -323,14 +372,16 @@ impl Controller {
     fn new(
         instance: ControllerInstance,
         host: Host,
-        subsystem: Option<Arc<Subsystem>>,
+        subsystem: Option<(Arc<Subsystem>, Arc<Port>)>,
         transfer_bytes_max: u32,
     ) -> Controller {
+        let (subsystem, port) = subsystem.unzip();
         Controller {
             cntlid: instance.cntlid,
             instance,
             host,
             subsystem,
+            port,
             transfer_bytes_max,
             configuration: AtomicU32::new(0),
             status: AtomicU32::new(0),
@@ -357,6 +408,17 @@ impl Controller {
         controller.heard(now);
         lock(&controller.state).connections.push((0, admin));
         Arc::new(controller)
+    }
+
+    /// How well its namespaces can be reached through it.
+    pub(super) fn ana_state(&self) -> AnaState {
+        self.port.as_ref().map_or(AnaState::Optimized, |port| port.ana_state())
+    }
+
+    /// The ANA log page; `None` for a discovery controller.
+    pub(super) fn ana_log(&self, groups_only: bool) -> Option<AnaLog> {
+        let subsystem = self.subsystem.as_ref()?;
+        self.port.as_ref().map(|port| port.ana_log(&subsystem.namespaces, groups_only))
     }
 
     /// The host gave a sign of life.

@@ -1,5 +1,6 @@
 //! A target on real sockets, with a host that is written out byte by byte.
 
+mod ana;
 mod associations;
 mod limits;
 mod resets;
@@ -36,6 +37,11 @@ impl Rig {
     }
 
     fn with(devices: Vec<Arc<dyn Device>>, allowed_hosts: Option<Vec<String>>) -> Rig {
+        Rig::listening(devices, allowed_hosts, 1)
+    }
+
+    /// At so many addresses.
+    fn listening(devices: Vec<Arc<dyn Device>>, allowed_hosts: Option<Vec<String>>, addresses: usize) -> Rig {
         let reactors: Vec<_> = (0..2)
             .map(|_| ReactorThread::spawn("target", ReactorConfig { cpu: None, poll_us: 0 }).unwrap())
             .collect();
@@ -44,7 +50,7 @@ impl Rig {
             (1..).zip(devices).map(|(nsid, device)| NamespaceConfig { nsid, device, uuid: None }).collect();
         let config = SubsystemConfig {
             nqn: NQN.to_owned(),
-            listen: vec!["127.0.0.1:0".parse().unwrap()],
+            listen: vec!["127.0.0.1:0".parse().unwrap(); addresses],
             allowed_hosts,
             serial: "S-1".to_owned(),
             namespaces,

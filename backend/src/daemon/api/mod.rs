@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
-use view::{AddDisk, ErrorView};
+use view::{AddDisk, ErrorView, SetAnaState};
 
 /// A disk's description has a few hundred bytes.
 const BODY_MAX: usize = 64 << 10;
@@ -185,7 +185,14 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
             let disk = change(move || daemon.resume_disk(&name)).await?;
             Ok(json(StatusCode::OK, &disk))
         }
+        ["v1", "subsystems", nqn, "ports", port, "ana_groups", grpid] if request.method() == Method::PUT => {
+            let [nqn, port, grpid] = [*nqn, *port, *grpid].map(str::to_owned);
+            let SetAnaState { ana_state } = body(request).await?;
+            let set = move || daemon.set_ana_state(&nqn, &port, &grpid, &ana_state);
+            Ok(json(StatusCode::OK, &change(set).await?))
+        }
         ["metrics"]
+        | ["v1", "subsystems", _, "ports", _, "ana_groups", _]
         | ["v1", "openapi.json" | "status" | "devices" | "subsystems" | "disks"]
         | ["v1", "disks", _]
         | ["v1", "disks", _, "resume"] => {

@@ -178,12 +178,40 @@ pub struct SubsystemView {
     pub nqn: String,
     /// Where it is reached, with the ports that were bound.
     pub listen: Vec<String>,
+    /// The same addresses with how well its namespaces can be reached there, counted from 0.
+    pub ports: Vec<PortView>,
     /// The hosts that may connect; `None`: any.
     pub allowed_hosts: Option<Vec<String>>,
     /// The hosts that are connected, one for each association.
     pub hosts: Vec<String>,
     /// What is in it.
     pub namespaces: Vec<NamespaceView>,
+}
+
+/// One address of a subsystem.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PortView {
+    /// The address.
+    pub listen: String,
+    /// Its ANA groups.
+    pub ana_groups: Vec<AnaGroupView>,
+}
+
+/// One ANA group at one address.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AnaGroupView {
+    /// Its number.
+    pub grpid: u32,
+    /// `optimized`, `non-optimized`, `inaccessible`, `persistent-loss` or `change`.
+    pub ana_state: String,
+}
+
+/// The body of `PUT /v1/subsystems/{nqn}/ports/{port}/ana_groups/{grpid}`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetAnaState {
+    /// As in [`AnaGroupView`].
+    pub ana_state: String,
 }
 
 /// One namespace.

@@ -2,9 +2,10 @@
 
 use super::slots::{Phase, Place, place_of};
 use super::{Connection, answers};
+use crate::nvme::ana::GROUPS_ONLY;
 use crate::nvme::cross_reset::ResetLog;
 use crate::nvme::features::{
-    self, EVENT_CROSS_CONTROLLER_RESET, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE,
+    self, EVENT_ANA_CHANGE, EVENT_CROSS_CONTROLLER_RESET, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE,
 };
 use crate::nvme::log;
 use crate::nvme::{NvmeStatus, StatusCode, admin_opcode};
@@ -103,6 +104,14 @@ impl Connection {
                 }
                 page
             }
+            (Some(_), log::id::ANA) => {
+                let groups_only = sqe.log_specific() & GROUPS_ONLY != 0;
+                let page = controller.ana_log(groups_only).ok_or(StatusCode::INTERNAL_ERROR)?.to_bytes();
+                if !sqe.log_retains_event() {
+                    self.log_was_read(EVENT_ANA_CHANGE);
+                }
+                page
+            }
             (Some(_), log::id::CROSS_CONTROLLER_RESET) => {
                 let remove = sqe.log_specific() & ResetLog::REMOVE_COMPLETED != 0;
                 self.reset_log(remove, sqe.log_retains_event())
@@ -147,7 +156,7 @@ impl Connection {
                 let able = if discovery {
                     EVENT_DISCOVERY_CHANGE
                 } else {
-                    EVENT_NAMESPACE_ATTRIBUTE | EVENT_CROSS_CONTROLLER_RESET
+                    EVENT_NAMESPACE_ATTRIBUTE | EVENT_ANA_CHANGE | EVENT_CROSS_CONTROLLER_RESET
                 };
                 // Bits 7:0 are SMART's critical warnings, of which there will be none.
                 if value & !(able | 0xff) != 0 {

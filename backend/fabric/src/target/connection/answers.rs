@@ -1,6 +1,7 @@
 //! What Identify and Get Log Page answer.
 
 use super::super::registry::{Controller, Namespace, Subsystem};
+use crate::nvme::ana::{ANACAP_ALL_STATES, ANACAP_GROUP_IS_FIXED, CMIC_ANA};
 use crate::nvme::discovery::{
     Entry, FAMILY_IPV4, FAMILY_IPV6, Header, SUBTYPE_NVM, TREQ_NO_FLOW_CONTROL, TREQ_NOT_REQUIRED,
     TransportType,
@@ -9,15 +10,15 @@ use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::identify::{
     CNTRLTYPE_DISCOVERY, CNTRLTYPE_IO, DLFEAT_READS_ZEROES, DLFEAT_WRITE_ZEROES_DEALLOCATES,
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LEN, NSATTR_WRITE_PROTECTED,
-    NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_CROSS_CONTROLLER_RESET,
+    NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_ANA_CHANGE, OAES_CROSS_CONTROLLER_RESET,
     OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE, ONCS_COMPARE, ONCS_DATASET_MANAGEMENT,
     ONCS_WRITE_ZEROES, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
 };
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::target::{
-    ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX, QUIESCE_TIME, Shared,
-    VERSION,
+    ANA_GROUP, ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX,
+    QUEUE_ENTRIES_MAX, QUIESCE_TIME, Shared, VERSION,
 };
 use hawser_block::Geometry;
 use std::collections::BTreeSet;
@@ -136,8 +137,12 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
     }
     IdentifyController {
         serial: subsystem.serial.clone(),
-        multipath: MULTIPATH_CONTROLLERS,
-        async_events: OAES_NAMESPACE_ATTRIBUTE | OAES_CROSS_CONTROLLER_RESET,
+        multipath: MULTIPATH_CONTROLLERS | CMIC_ANA,
+        ana_transition_time: ANA_TRANSITION_SECONDS,
+        ana_capabilities: ANACAP_ALL_STATES | ANACAP_GROUP_IS_FIXED,
+        ana_group_max: ANA_GROUP,
+        ana_groups: 1,
+        async_events: OAES_NAMESPACE_ATTRIBUTE | OAES_ANA_CHANGE | OAES_CROSS_CONTROLLER_RESET,
         instance_uniquifier: controller.instance.uniquifier,
         instance_random: controller.instance.random,
         cross_resets_max: CROSS_RESETS_MAX,
@@ -149,7 +154,8 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         sqe_size: 0x66,
         cqe_size: 0x44,
         namespaces: subsystem.nsid_max(),
-        namespaces_max: subsystem.nsid_max(),
+        // How many there are, which is what hosts make room for in the ANA log.
+        namespaces_max: u32::try_from(subsystem.namespaces.len()).unwrap_or(u32::MAX),
         io_commands,
         volatile_write_cache: VWC_FLUSH_ALL_UNSUPPORTED
             | if any(|geometry| geometry.volatile_cache) { VWC_PRESENT } else { 0 },
@@ -178,6 +184,7 @@ fn namespace(geometry: &Geometry) -> IdentifyNamespace {
     namespace.write_alignment = physical;
     namespace.optimal_write_size = zero_based(geometry.optimal_io_bytes >> shift);
     namespace.sharing = 1;
+    namespace.ana_group = ANA_GROUP;
     if let Some(discard) = &geometry.discard {
         let granularity = zero_based(discard.granularity_blocks);
         namespace.deallocate_granularity = granularity;
@@ -200,6 +207,7 @@ fn independent(geometry: &Geometry) -> [u8; LEN] {
     let mut bytes = [0; LEN];
     bytes[0] = NSFEAT_OPTIMAL_PERFORMANCE;
     bytes[1] = 1; // NMIC: shared
+    bytes[4..8].copy_from_slice(&ANA_GROUP.to_le_bytes());
     bytes[8] = if geometry.read_only { NSATTR_WRITE_PROTECTED } else { 0 };
     bytes[14] = 1; // NSTAT: ready
     bytes
@@ -208,13 +216,14 @@ fn independent(geometry: &Geometry) -> [u8; LEN] {
 /// A log page that needs no state.
 pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> {
     use log::id::{COMMANDS_AND_EFFECTS, ERROR_INFORMATION, FIRMWARE_SLOTS, SMART, SUPPORTED_LOG_PAGES};
-    const IO: [u8; 7] = [
+    const IO: [u8; 8] = [
         SUPPORTED_LOG_PAGES,
         ERROR_INFORMATION,
         SMART,
         FIRMWARE_SLOTS,
         log::id::CHANGED_NAMESPACES,
         COMMANDS_AND_EFFECTS,
+        log::id::ANA,
         log::id::CROSS_CONTROLLER_RESET,
     ];
     const DISCOVERY: [u8; 2] = [SUPPORTED_LOG_PAGES, log::id::DISCOVERY];
@@ -275,7 +284,7 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
     let mut entries = Vec::new();
     let subsystems = shared.subsystems().iter().filter(|subsystem| subsystem.allows(host_nqn));
     for (address, nqn) in subsystems
-        .flat_map(|subsystem| subsystem.addresses.iter().map(|address| (*address, subsystem.nqn.clone())))
+        .flat_map(|subsystem| subsystem.ports.iter().map(|port| (port.address, subsystem.nqn.clone())))
     {
         let ip = match local {
             Some(local) if address.ip().is_unspecified() => local.ip(),

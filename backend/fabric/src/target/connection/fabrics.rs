@@ -127,7 +127,7 @@ impl Connection {
             return Ok(());
         };
         let (controller, earlier) = subsystem
-            .create(host, me, keep_alive_ms, self.now)
+            .create(host, me, self.listener, keep_alive_ms, self.now)
             .ok_or(Refusal::from(StatusCode::CONNECT_CONTROLLER_BUSY))?;
         self.controller = Some(controller);
         self.queue = Queue::Connecting(index);

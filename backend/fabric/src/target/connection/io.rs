@@ -43,6 +43,9 @@ impl Connection {
             // Connect came already; Disconnect is not offered (OFCS), and properties belong to the admin queue.
             return Err(NvmeStatus::fatal(StatusCode::COMMAND_SEQUENCE_ERROR));
         }
+        if let Some(code) = controller.ana_state().refusal() {
+            return Err(NvmeStatus::retryable(code));
+        }
         let subsystem = controller.subsystem.as_ref();
         let namespace = subsystem
             .and_then(|subsystem| subsystem.position(sqe.nsid))

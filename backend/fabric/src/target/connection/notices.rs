@@ -3,7 +3,7 @@
 use super::Connection;
 use super::slots::Phase;
 use crate::nvme::NvmeStatus;
-use crate::nvme::features::{EVENT_CROSS_CONTROLLER_RESET, EVENT_NAMESPACE_ATTRIBUTE};
+use crate::nvme::features::{EVENT_ANA_CHANGE, EVENT_CROSS_CONTROLLER_RESET, EVENT_NAMESPACE_ATTRIBUTE};
 use crate::nvme::log::AsyncEvent;
 use std::sync::atomic::Ordering;
 
@@ -17,14 +17,15 @@ pub(super) struct Notices {
 }
 
 /// In the order in which they are told: each with its bit.
-const EVENTS: [(u32, AsyncEvent); 2] = [
+const EVENTS: [(u32, AsyncEvent); 3] = [
+    (EVENT_ANA_CHANGE, AsyncEvent::ANA_CHANGE),
     (EVENT_NAMESPACE_ATTRIBUTE, AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED),
     (EVENT_CROSS_CONTROLLER_RESET, AsyncEvent::CROSS_CONTROLLER_RESET),
 ];
 
 impl Connection {
     /// Something has happened that the host may want to know.
-    pub(super) fn notify(&mut self, event: u32) {
+    pub(in super::super) fn notify(&mut self, event: u32) {
         self.notices.pending |= event;
         self.give_notices();
     }
