@@ -8,4 +8,5 @@ pub mod cli;
 pub mod daemon;
 mod durable;
 pub mod image;
+mod sandbox;
 mod sys;

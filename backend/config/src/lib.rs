@@ -87,6 +87,10 @@ pub struct DaemonConfig {
     pub drain_timeout: u32,
     /// For what outlives a boot.
     pub state_dir: PathBuf,
+    /// Gives up files and system calls that are not needed.
+    pub sandbox: bool,
+    /// The only places where files may be opened; `None`: the run, state and `conf.d` directories and the devices.
+    pub allow_paths: Option<Vec<PathBuf>>,
 }
 
 /// Where the API is when nobody says otherwise.
@@ -109,6 +113,8 @@ impl Default for DaemonConfig {
             poll_us: 100,
             drain_timeout: 10,
             state_dir: PathBuf::from("/var/lib/hawser"),
+            sandbox: true,
+            allow_paths: None,
         }
     }
 }

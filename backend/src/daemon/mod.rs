@@ -11,6 +11,7 @@ pub mod api;
 mod build_id;
 mod disk;
 mod lock;
+mod notify;
 mod run_state;
 mod save;
 mod signals;
@@ -20,7 +21,8 @@ use crate::assemble::device::{self, OpenError};
 use crate::assemble::disk as assemble_disk;
 use crate::assemble::reactors::Reactors;
 use crate::assemble::target as assemble_target;
-use crate::durable::Machine;
+use crate::durable::{self, Machine};
+use crate::sandbox::{self, AllowedPaths};
 use api::ApiSocket;
 use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
@@ -82,6 +84,7 @@ pub(crate) enum News {
 /// A running daemon.
 pub struct Daemon {
     config: Config,
+    allowed: AllowedPaths,
     build_id: String,
     since: Instant,
     reactors: Reactors,
@@ -96,6 +99,8 @@ pub struct Daemon {
     disks_started: AtomicUsize,
 }
 
+/// How long a start may take at most: it waits for a predecessor that is being killed ([`Lock`]), then for its files.
+const START_MAX: Duration = Duration::from_secs(120);
 /// How long the start waits for devices that are being reached.
 const ANSWER_AT_ONCE: Duration = Duration::from_secs(1);
 /// A process that is killed closes its descriptors one after the other: its lock may be free before its sockets are.
@@ -121,7 +126,9 @@ fn patiently<T>(had_predecessor: bool, mut start: impl FnMut() -> Result<T, Stri
 pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), StartError> {
     device::check(&config)?;
     let reactors_wanted = Reactors::check(&config)?;
+    let allowed = AllowedPaths::of(&config)?;
     let api = config.daemon.api.clone();
+    notify::waiting(START_MAX);
     let folder = run_state::folder_of(api.as_path());
     run_state::make_folder(&folder)?;
     let lock = Lock::take(&folder.join("lock"))?;
@@ -134,9 +141,14 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         Some(_) => log::info!("build {build_id} starts again"),
         None => log::info!("build {build_id} starts"),
     }
+    if sandbox::uses_state(&config) {
+        // Once in the sandbox it cannot be made. Who needs it and does not have it says so.
+        let _ = durable::make_folder(&Machine, &config.daemon.state_dir, 0o755);
+    }
+    sandbox::enter(&config, &allowed)?;
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;
-    let daemon = Arc::new(Daemon::start(config, build_id, reactors_wanted, run_state)?);
+    let daemon = Arc::new(Daemon::start(config, allowed, build_id, reactors_wanted, run_state)?);
     let served = ApiSocket::bind(&api, daemon.config.daemon.api_mode).and_then(|socket| {
         api::serve(Arc::clone(&daemon), &socket).map_err(|error| format!("{api}: {error}"))?;
         Ok(socket)
@@ -144,6 +156,7 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
     let socket = served.inspect_err(|_| daemon.give_up())?;
     daemon.wait_for_disks();
     ready(&api);
+    notify::ready();
     daemon.run(&inbox);
     drop(socket);
     drop(lock);
@@ -153,6 +166,7 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
 impl Daemon {
     fn start(
         config: Config,
+        allowed: AllowedPaths,
         build_id: String,
         reactors_wanted: Vec<Option<usize>>,
         mut run_state: RunState,
@@ -175,6 +189,7 @@ impl Daemon {
         let target = patiently(had_predecessor, || assemble_target::start(&config, &reactors, find))
             .inspect_err(|_| run_state.never_begun())?;
         let daemon = Daemon {
+            allowed,
             build_id,
             since: Instant::now(),
             reactors,
@@ -285,6 +300,7 @@ impl Daemon {
     fn run(&self, inbox: &Receiver<News>) {
         if let Ok(News::Stop(why)) = inbox.recv() {
             log::info!("{why}: draining for up to {} s", self.config.daemon.drain_timeout);
+            notify::stopping(self.drain());
         }
         if !self.stop(self.drain()) {
             // The next process waits until what we leave behind is over, as after a death.
@@ -339,6 +355,9 @@ impl Daemon {
                 return Err(ChangeError::Conflict(what));
             }
         }
+        self.allowed
+            .check(config.socket.as_path())
+            .map_err(|what| ChangeError::Wrong(format!("socket: {what}")))?;
         if config.socket == self.config.daemon.api {
             let what = format!("socket {} is the API's own, want another path", config.socket);
             return Err(ChangeError::Conflict(what));

@@ -6,4 +6,5 @@ mod common;
 mod fabric;
 mod import;
 mod load;
+mod sandbox;
 mod serve;

@@ -81,7 +81,7 @@ fn a_busy_socket_is_named_and_nothing_is_half_created() {
 #[test]
 fn a_missing_permission_is_one_line() {
     let place = Place::new();
-    let file = place.configure(&DISK.replace("@/d.sock", "/proc/d.sock"));
+    let file = place.configure(&format!("sandbox = false\n{}", DISK.replace("@/d.sock", "/proc/d.sock")));
     let line = place.fails(&["serve", "--config", &file.display().to_string()], 1);
     assert!(line.contains("[[disk]] socket: ") && line.contains("/proc/d.sock"), "{line}");
     let file =

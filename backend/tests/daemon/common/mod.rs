@@ -86,6 +86,11 @@ impl Place {
 
     /// Starts `hawser serve` on the folder's configuration and waits until it is ready.
     pub(crate) fn serve(&self) -> Serving {
+        self.serve_with(&[])
+    }
+
+    /// The same, with variables in its environment.
+    pub(crate) fn serve_with(&self, variables: &[(&str, &str)]) -> Serving {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
         // The shell gives descriptor 3 to the daemon and becomes it.
         let mut child = with_parent(Command::new("sh"))
@@ -94,6 +99,7 @@ impl Place {
             .arg(self.path("hawser.toml"))
             .env_remove("HAWSER_API")
             .env("RUST_LOG", "info")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)

@@ -1,0 +1,94 @@
+//! What a daemon may not do, and what it tells the service manager.
+
+use crate::common::{PATIENCE, Place};
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+
+const DISK: &str = r#"
+[[device]]
+name = "m0"
+uri = "mem:?size=16MiB"
+[[disk]]
+name = "d"
+device = "m0"
+socket = "@/d.sock"
+"#;
+
+#[test]
+fn every_thread_of_a_daemon_is_restricted() {
+    let place = Place::new();
+    place.configure(DISK);
+    let daemon = place.serve();
+    daemon.status();
+    let mut threads = 0;
+    for task in fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        assert!(status.contains("NoNewPrivs:\t1\n") && status.contains("Seccomp:\t2\n"), "{status}");
+        threads += 1;
+    }
+    assert!(threads >= 4, "main, signals, API, reactor");
+    assert_eq!(daemon.end(), Some(0));
+    let log = place.log();
+    assert!(log.contains("landlock: "), "{log}");
+    assert!(log.contains("seccomp: ") && !log.contains("ENOSYS"), "nothing was refused: {log}");
+}
+
+#[test]
+fn a_path_outside_is_refused_with_its_key() {
+    let (place, other) = (Place::new(), Place::new());
+    let outside = other.text("d.sock");
+    let file = place.configure(&DISK.replace("@/d.sock", &outside));
+    let line = place.fails(&["serve", "--config", &file.display().to_string()], 2);
+    let want = format!(
+        "{}:11:10: [[disk]] socket: {outside:?} is outside of what the daemon may open",
+        file.display()
+    );
+    assert!(line.starts_with(&want) && line.ends_with("or its folder in [daemon] allow_paths"), "{line}");
+    assert_eq!(place.names(), ["hawser.toml"], "nothing was made");
+
+    place.configure(DISK);
+    let daemon = place.serve();
+    let add = |name: &str| {
+        ["disk", "add", name, "--device", "m0", "--read-only", "--socket", &outside]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let arguments = add("e");
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let line = place.fails(&arguments, 2);
+    assert!(
+        line.starts_with(&format!("socket: {outside:?} is outside of what the daemon may open")),
+        "{line}"
+    );
+    assert_eq!(daemon.end(), Some(0));
+
+    let folder = |place: &Place| place.path("x").parent().unwrap().display().to_string();
+    place.configure(&format!("allow_paths = [{:?}, {:?}]\n{DISK}", folder(&place), folder(&other)));
+    let daemon = place.serve();
+    place.ok(&arguments);
+    assert!(other.path("d.sock").exists());
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn the_service_manager_hears_of_start_and_end() {
+    let place = Place::new();
+    place.configure(DISK);
+    let manager = UnixDatagram::bind(place.path("notify")).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let hear = || {
+        let mut buffer = [0; 4096];
+        let len = manager.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..len].to_vec()).unwrap()
+    };
+    let daemon = place.serve_with(&[("NOTIFY_SOCKET", &place.text("notify"))]);
+    let first = hear();
+    assert!(first.starts_with("STATUS=Starting\nEXTEND_TIMEOUT_USEC="), "{first}");
+    assert_eq!(hear(), "READY=1\nSTATUS=Serving\n");
+    assert_eq!(daemon.end(), Some(0));
+    assert_eq!(hear(), "STOPPING=1\nSTATUS=Draining for up to 10 s\nEXTEND_TIMEOUT_USEC=20000000\n");
+
+    // Nobody there is no trouble of ours.
+    let daemon = place.serve_with(&[("NOTIFY_SOCKET", "@hawser-nobody-listens-here")]);
+    assert_eq!(daemon.end(), Some(0));
+}
