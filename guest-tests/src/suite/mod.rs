@@ -7,6 +7,7 @@ mod initiator;
 mod other;
 mod pieces;
 mod reboot;
+mod resize;
 mod restart;
 
 use crate::Result;
@@ -40,6 +41,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "ovmf_boots_from_our_target", body: boot::ovmf_ours },
     Test { name: "two_disks_with_several_queues_are_told_apart", body: boot::two_disks },
     Test { name: "three_reboots_and_other_queue_sizes_come_up_again", body: reboot::reboots },
+    Test { name: "a_disk_that_grows_is_seen_by_its_guest_without_a_reboot", body: resize::grows },
     Test { name: "twenty_kills_under_load_lose_nothing", body: restart::kills },
     Test { name: "kills_of_a_file_s_owner_under_load_lose_nothing", body: restart::kills_of_file_owner },
     Test { name: "sigterm_and_newer_binary_under_load_lose_nothing", body: restart::upgrades },
