@@ -93,6 +93,10 @@ fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool
 }
 
 fn bench(args: &[&str]) -> Result<()> {
+    // All that is measured, so that nothing older is.
+    let mut cargo = lab::cargo();
+    cargo.args(["build", "--release", "--quiet", "--package", "hawser", "--package", "hawser-benches"]);
+    process::run(&mut cargo)?;
     let mut cargo = lab::cargo();
     cargo
         .args(["run", "--release", "--quiet", "--package", "hawser-benches", "--bin", "bench", "--"])

@@ -172,6 +172,14 @@ fn version_of(program: &Path) -> String {
     text.unwrap_or_else(|_| "unknown".to_owned())
 }
 
+/// The commit that the sources are at, and whether they differ from it.
+fn commit() -> String {
+    let mut git = Command::new("git");
+    git.args(["describe", "--always", "--dirty", "--exclude=*"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    let text = git.output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
+    if text.is_empty() { "unknown".to_owned() } else { text }
+}
+
 fn report(plan: &Plan, results: &Results) -> String {
     let mut text = String::from("# Results\n\nMade by a program; do not edit. The command:\n\n");
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -187,8 +195,9 @@ fn report(plan: &Plan, results: &Results) -> String {
     );
     let _ = writeln!(
         text,
-        "- hawser: {}, poll_us {} or 0 as in the case's name",
+        "- hawser: {}, commit {}, poll_us {} or 0 as in the case's name",
         version_of(&plan.hawser),
+        commit(),
         plan.poll_us
     );
     let _ = writeln!(text, "- rival: {rival}");

@@ -106,7 +106,7 @@ pub struct Case {
 }
 
 impl Case {
-    /// `mem/randread-4k/qd32/poll20`: what `--only` is matched against.
+    /// `mem/randread-4k/qd32/poll100`: what `--only` is matched against.
     pub fn name(&self) -> String {
         let Shape { kib, depth, .. } = self.shape;
         format!("{}/{}-{kib}k/qd{depth}/poll{}", self.backing.name(), self.shape.rw(), self.poll_us)
