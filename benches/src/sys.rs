@@ -388,6 +388,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_thread_that_works_is_seen_to() {
+        let used = || threads_ns(std::process::id()).expect("our own threads").values().sum::<u64>();
+        let before = used();
+        calibration_loop_ns();
+        // The kernel brings the number up to date at the next tick, or when the thread stops to run.
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(used() > before);
+    }
+
+    #[test]
     fn own_cpu_time_grows_with_work() {
         let pid = std::process::id();
         let before = cpu_seconds(pid).expect("own /proc entry");

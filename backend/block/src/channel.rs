@@ -32,6 +32,19 @@ impl DeviceState {
     }
 }
 
+/// One of several ways to a device, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathView {
+    /// As configured.
+    pub uri: String,
+    /// `live`, `connecting`, or `failed` when it is not waited for any more.
+    pub state: &'static str,
+    /// What the other end says of it, such as `optimized`; `None` where it says nothing.
+    pub ana: Option<&'static str>,
+    /// What is wrong with it, or empty.
+    pub trouble: String,
+}
+
 /// A block device that all threads share.
 pub trait Device: Send + Sync {
     /// The name from the configuration.
@@ -68,6 +81,11 @@ pub trait Device: Send + Sync {
 
     /// Counters and latencies of all its channels.
     fn stats(&self) -> Arc<StatsSet>;
+
+    /// The ways to it, in the configuration's order; none where there is but the device itself.
+    fn paths(&self) -> Vec<PathView> {
+        Vec::new()
+    }
 
     /// What only this kind of device counts: names as in the API, such as `bounced_requests`, and numbers since it was opened.
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -20,7 +20,7 @@ pub mod stats;
 pub mod status;
 
 pub use buffers::{Buffers, Segment};
-pub use channel::{Channel, Device, DeviceState};
+pub use channel::{Channel, Device, DeviceState, PathView};
 pub use geometry::{BlockSize, DiscardLimits, Geometry, WriteZeroesLimits};
 pub use request::{BlockCount, Completion, Lba, Operation, Request, Token};
 pub use stats::{Counter, Histogram, IoKind, IoStats, StatsSet};

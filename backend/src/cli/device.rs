@@ -102,14 +102,67 @@ pub(super) fn table_of(devices: &[DeviceView]) -> String {
             device.state.clone(),
             device.size_bytes.map_or("-".to_owned(), table::bytes),
             device.block_size.map_or("-".to_owned(), |bytes| bytes.to_string()),
-            device.uri.join(" "),
+            if device.paths.len() > 1 { String::new() } else { device.uri.join(" ") },
         ]);
+        // The state of a single path is the device's.
+        for path in device.paths.iter().filter(|_| device.paths.len() > 1) {
+            let ana = path.ana.iter().map(|ana| format!(", {ana}"));
+            let state = std::iter::once(path.state.clone()).chain(ana).collect();
+            table.row(vec!["  path".to_owned(), state, String::new(), String::new(), path.uri.clone()]);
+        }
     }
     let mut text = table.text();
     for device in devices {
+        for path in device.paths.iter().filter(|_| device.paths.len() > 1) {
+            if let Some(trouble) = &path.trouble {
+                text.push_str(&format!("device {}: {}: {trouble}\n", device.name, path.uri));
+            }
+        }
         if let Some(trouble) = &device.trouble {
             text.push_str(&format!("device {}: {trouble}\n", device.name));
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::api::view::{IoView, PathView};
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn several_paths_are_listed_below_their_device() {
+        let path = |host: &str, state: &str, trouble: Option<&str>| PathView {
+            uri: format!("nvme+tcp://{host}/nqn.x"),
+            state: state.to_owned(),
+            ana: (state == "live").then(|| "optimized".to_owned()),
+            trouble: trouble.map(str::to_owned),
+        };
+        let device = |name: &str, paths: Vec<PathView>| DeviceView {
+            name: name.to_owned(),
+            uri: paths.iter().map(|path| path.uri.clone()).collect(),
+            state: "ready".to_owned(),
+            trouble: None,
+            size_bytes: Some(1 << 30),
+            block_size: Some(512),
+            uuid: None,
+            paths,
+            counters: BTreeMap::new(),
+            io: IoView {
+                requests: BTreeMap::new(),
+                bytes: BTreeMap::new(),
+                failures: BTreeMap::new(),
+                latency_ns: BTreeMap::new(),
+            },
+        };
+        let two = vec![path("a", "live", None), path("b", "connecting", Some("connection refused"))];
+        let text = table_of(&[device("two", two), device("one", vec![path("c", "live", None)])]);
+        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[1], ["two", "ready", "1", "GiB", "512"]);
+        assert_eq!(lines[2], ["path", "live,", "optimized", "nvme+tcp://a/nqn.x"]);
+        assert_eq!(lines[3], ["path", "connecting", "nvme+tcp://b/nqn.x"]);
+        assert_eq!(lines[4], ["one", "ready", "1", "GiB", "512", "nvme+tcp://c/nqn.x"]);
+        assert!(text.ends_with("device two: nvme+tcp://b/nqn.x: connection refused\n"), "{text}");
+    }
 }

@@ -1,6 +1,6 @@
 //! From the daemon's parts to what the API shows of them.
 
-use super::api::view::{DeviceView, IoView, LatencyView, RingsView};
+use super::api::view::{DeviceView, IoView, LatencyView, PathView, RingsView};
 use hawser_block::{Device, IoKind, StatsSet, Status};
 use hawser_config::DeviceConfig;
 use hawser_config::value::Uuid;
@@ -68,6 +68,16 @@ pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceV
         size_bytes: geometry.map(|geometry| geometry.size_bytes()),
         block_size: geometry.map(|geometry| geometry.block_size.bytes()),
         uuid: (uuid != [0; 16]).then(|| Uuid(uuid).to_string()),
+        paths: device
+            .paths()
+            .into_iter()
+            .map(|path| PathView {
+                uri: path.uri,
+                state: path.state.to_owned(),
+                ana: path.ana.map(str::to_owned),
+                trouble: Some(path.trouble).filter(|trouble| !trouble.is_empty()),
+            })
+            .collect(),
         counters: device.counters().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         io: io_view(&device.stats()),
     }

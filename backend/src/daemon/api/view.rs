@@ -137,12 +137,27 @@ pub struct DeviceView {
     pub block_size: Option<u32>,
     /// `None` when not known.
     pub uuid: Option<String>,
+    /// How each of its paths is doing; none where there is but the device itself.
+    pub paths: Vec<PathView>,
     /// What only its kind of device counts: `bounced_requests` of a `file:`, those that were copied because the guest's
     /// memory was not aligned as direct I/O wants it.
     pub counters: BTreeMap<String, u64>,
     /// What was asked of it.
     #[serde(flatten)]
     pub io: IoView,
+}
+
+/// One path to a device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PathView {
+    /// As configured.
+    pub uri: String,
+    /// `live`, `connecting`, or `failed` when it is not waited for any more.
+    pub state: String,
+    /// What the target says of it, such as `optimized`; `None` where it says nothing.
+    pub ana: Option<String>,
+    /// What is wrong with it.
+    pub trouble: Option<String>,
 }
 
 /// The numbers of a disk or device since the daemon started, by kind: `read`, `write`, `flush`, `discard`, `write_zeroes`.
