@@ -45,7 +45,8 @@ pub fn start(
             namespaces,
         });
     }
-    Target::start(subsystems, reactors.handles()).map(Some).map_err(|what| {
+    let folder = config.daemon.state_dir.join("reservations");
+    Target::start_keeping(subsystems, reactors.handles(), &folder).map(Some).map_err(|what| {
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })

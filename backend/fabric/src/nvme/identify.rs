@@ -30,6 +30,10 @@ pub const LEN: usize = 4096;
 pub const ONCS_DATASET_MANAGEMENT: u16 = 1 << 2;
 /// ONCS: Write Zeroes.
 pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
+/// ONCS: reservations.
+pub const ONCS_RESERVATIONS: u16 = 1 << 5;
+/// RESCAP: all six types, through power loss too, with IEKEY as of NVMe 1.3.
+pub const RESCAP_ALL: u8 = 0xff;
 /// ONCS: Compare.
 pub const ONCS_COMPARE: u16 = 1 << 0;
 /// OAES: namespace attribute notices.

@@ -19,6 +19,7 @@ pub mod features;
 pub mod identify;
 pub mod log;
 pub mod properties;
+pub mod reservation;
 pub mod status;
 pub mod vendor;
 
@@ -118,6 +119,9 @@ pub fn fuzz(data: &[u8]) {
     }
     let resets = cross_reset::ResetLog::from_bytes(data);
     assert_eq!(cross_reset::ResetLog::from_bytes(&resets.to_bytes()), resets);
+    let status = reservation::ReservationStatus::from_bytes(data);
+    let again = reservation::ReservationStatus::from_bytes(&status.to_bytes());
+    assert_eq!(again, status);
     let _ = discovery::Header::from_bytes(&padded(data));
     let _ = log::AsyncEvent::from_dword(cqe.dword0());
 }

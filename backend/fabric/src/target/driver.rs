@@ -186,6 +186,26 @@ impl Driver {
                     }
                 });
             }
+            Action::Keep { index, subsystem, position, fence } => {
+                let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
+                let done: super::keeper::Done = Box::new(move |kept| {
+                    tell(&me, move |driver, runtime| {
+                        if kept && !fence.is_empty() {
+                            driver.when_quiet(runtime, fence, None, index as u64, |driver, _, index| {
+                                let index = usize::try_from(index).expect("we made it from an index");
+                                driver.connection.reserved(index, true);
+                            });
+                        } else {
+                            driver.connection.reserved(index, kept);
+                        }
+                        driver.go_on(runtime);
+                    });
+                });
+                match &self.shared.keeper {
+                    Some(keeper) => keeper.keep(subsystem, position, done),
+                    None => done(true),
+                }
+            }
             Action::Reset { id, connections } => {
                 let why = Some("its host had it reset through another controller");
                 self.when_quiet(runtime, connections, why, id, |driver, _, id| {

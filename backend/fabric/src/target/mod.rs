@@ -18,9 +18,11 @@
 mod connection;
 mod driver;
 pub mod fuzz;
+mod keeper;
 #[cfg(test)]
 mod peer;
 mod registry;
+mod reservations;
 #[cfg(test)]
 mod tests;
 mod uuid;
@@ -32,10 +34,12 @@ use crate::pool::{Budget, BufferPool};
 use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
+use keeper::Keeper;
 use registry::{Port, Subsystem};
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -125,6 +129,8 @@ struct Shared {
     gone: Condvar,
     memory: Arc<Budget>,
     refusals: Refusals,
+    /// `None`: reservations end with us.
+    keeper: Option<Keeper>,
 }
 
 /// Connections that were not taken in.
@@ -253,11 +259,19 @@ impl Target {
     /// # Panics
     /// Without reactors.
     pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, |address| {
-            let listener = TcpListener::bind(address)?;
-            prepare(&listener);
-            Ok((listener.local_addr()?, Listening::Bound(Arc::new(OwnedFd::from(listener)))))
-        })
+        Target::start_with(subsystems, reactors, None, bind)
+    }
+
+    /// As [`Target::start`], with reservations that are kept in `folder` over restarts.
+    ///
+    /// # Errors
+    /// As [`Target::start`], and when what is in the folder cannot be read or understood.
+    pub fn start_keeping(
+        subsystems: Vec<SubsystemConfig>,
+        reactors: &[ReactorHandle],
+        folder: &Path,
+    ) -> Result<Target, String> {
+        Target::start_with(subsystems, reactors, Some(folder), bind)
     }
 
     /// As [`Target::start`], with listening sockets that `listen` makes: for a simulated network.
@@ -269,7 +283,7 @@ impl Target {
         reactors: &[ReactorHandle],
         mut listen: impl FnMut(SocketAddr) -> Fd,
     ) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, |address| {
+        Target::start_with(subsystems, reactors, None, |address| {
             Ok((address, Listening::Simulated(listen(address))))
         })
     }
@@ -277,6 +291,7 @@ impl Target {
     fn start_with(
         subsystems: Vec<SubsystemConfig>,
         reactors: &[ReactorHandle],
+        folder: Option<&Path>,
         mut listen: impl FnMut(SocketAddr) -> std::io::Result<(SocketAddr, Listening)>,
     ) -> Result<Target, String> {
         assert!(!reactors.is_empty(), "a target runs on at least one reactor");
@@ -306,6 +321,7 @@ impl Target {
             let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
             made.push(Arc::new(Subsystem::new(&nqn, &serial, ports, allowed_hosts, namespaces)));
         }
+        let keeper = folder.map(|folder| Keeper::start(folder, &made)).transpose()?;
         let shared = Arc::new(Shared {
             subsystems: made,
             listeners,
@@ -320,6 +336,7 @@ impl Target {
             gone: Condvar::new(),
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
             refusals: Refusals::default(),
+            keeper,
         });
         for subsystem in &shared.subsystems {
             for namespace in &subsystem.namespaces {
@@ -488,6 +505,13 @@ fn check(config: &SubsystemConfig, others: &[Arc<Subsystem>]) -> Result<(), Stri
         }
     }
     Ok(())
+}
+
+/// Listens at an address of this machine.
+fn bind(address: SocketAddr) -> std::io::Result<(SocketAddr, Listening)> {
+    let listener = TcpListener::bind(address)?;
+    prepare(&listener);
+    Ok((listener.local_addr()?, Listening::Bound(Arc::new(OwnedFd::from(listener)))))
 }
 
 /// Sets what accepted sockets inherit: a reply never waits for the peer's acknowledgement, and a peer that is gone without a

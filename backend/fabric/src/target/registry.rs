@@ -7,12 +7,15 @@
 //! Written by connections on any reactor, never on the way of an I/O command: locks here are for connecting, closing and
 //! namespace changes; what commands read are atomics.
 
+use super::reservations::{Access, Effect, HostId, Reservations};
 use super::uuid;
 use super::{ANA_GROUP, NamespaceConfig};
+use crate::nvme::StatusCode;
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::bytes::low32;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
+use crate::nvme::reservation::{ReservationCommand, ReservationStatus};
 use crate::nvme::vendor::CacheIdentity;
 use hawser_block::{Device, Geometry};
 use hawser_runtime::{Instant, ReactorHandle};
@@ -39,6 +42,41 @@ pub(super) struct Namespace {
     pub(super) nsid: u32,
     pub(super) device: Arc<dyn Device>,
     pub(super) uuid: [u8; 16],
+    reservations: Mutex<Reservations>,
+    /// Counts changes of reservations: what connections know of them holds while it is the same. 0: there never was any.
+    pub(super) reservation_epoch: AtomicU64,
+}
+
+impl Namespace {
+    /// Carries a reservation command of `host` out.
+    ///
+    /// # Errors
+    /// The status to answer with.
+    pub(super) fn reserve(&self, host: &HostId, command: ReservationCommand) -> Result<Effect, StatusCode> {
+        let mut reservations = lock(&self.reservations);
+        let effect = reservations.apply(host, command)?;
+        self.reservation_epoch.fetch_add(1, Ordering::Release);
+        Ok(effect)
+    }
+
+    /// What reservations let `host` do.
+    pub(super) fn access(&self, host: &HostId) -> Access {
+        lock(&self.reservations).access(host)
+    }
+
+    pub(super) fn reservation_status(&self) -> ReservationStatus {
+        lock(&self.reservations).status()
+    }
+
+    pub(super) fn reservations_as_text(&self, boot: &str) -> String {
+        lock(&self.reservations).to_text(boot)
+    }
+
+    /// Takes over what was kept.
+    pub(super) fn restore_reservations(&self, state: Reservations) {
+        *lock(&self.reservations) = state;
+        self.reservation_epoch.fetch_add(1, Ordering::Release);
+    }
 }
 
 /// One address that a subsystem can be reached at, and how well its namespaces can be reached there.
@@ -174,7 +212,8 @@ impl Subsystem {
             .into_iter()
             .map(|NamespaceConfig { nsid, device, uuid: given }| {
                 let uuid = given.unwrap_or_else(|| uuid::of_namespace(nqn, nsid));
-                Namespace { nsid, device, uuid }
+                let (reservations, reservation_epoch) = (Mutex::default(), AtomicU64::new(0));
+                Namespace { nsid, device, uuid, reservations, reservation_epoch }
             })
             .collect();
         namespaces.sort_by_key(|namespace| namespace.nsid);
@@ -342,6 +381,16 @@ impl Subsystem {
     pub(super) fn admin_connections(&self) -> Vec<ConnectionRef> {
         let controllers = lock(&self.controllers);
         controllers.iter().filter_map(|controller| controller.admin_connection()).collect()
+    }
+
+    /// All connections of these hosts that are not quiet.
+    pub(super) fn connections_of(&self, hosts: &[HostId]) -> Vec<ConnectionRef> {
+        if hosts.is_empty() {
+            return Vec::new();
+        }
+        let controllers = lock(&self.controllers);
+        let theirs = controllers.iter().filter(|controller| hosts.contains(&controller.host.id));
+        theirs.flat_map(|controller| controller.connections()).collect()
     }
 
     /// The hosts that are connected.

@@ -3,6 +3,7 @@
 mod ana;
 mod associations;
 mod limits;
+mod reservations;
 mod resets;
 
 use super::peer::{HOST, Heard, Peer};
@@ -42,6 +43,20 @@ impl Rig {
 
     /// At so many addresses.
     fn listening(devices: Vec<Arc<dyn Device>>, allowed_hosts: Option<Vec<String>>, addresses: usize) -> Rig {
+        Rig::start(devices, allowed_hosts, addresses, None).unwrap()
+    }
+
+    /// With reservations that are kept in `folder`.
+    fn keeping(devices: Vec<Arc<dyn Device>>, folder: &Path) -> Result<Rig, String> {
+        Rig::start(devices, None, 1, Some(folder))
+    }
+
+    fn start(
+        devices: Vec<Arc<dyn Device>>,
+        allowed_hosts: Option<Vec<String>>,
+        addresses: usize,
+        folder: Option<&Path>,
+    ) -> Result<Rig, String> {
         let reactors: Vec<_> = (0..2)
             .map(|_| ReactorThread::spawn("target", ReactorConfig { cpu: None, poll_us: 0 }).unwrap())
             .collect();
@@ -55,9 +70,12 @@ impl Rig {
             serial: "S-1".to_owned(),
             namespaces,
         };
-        let target = Target::start(vec![config], &handles).unwrap();
+        let target = match folder {
+            Some(folder) => Target::start_keeping(vec![config], &handles, folder)?,
+            None => Target::start(vec![config], &handles)?,
+        };
         let address = target.addresses()[0].1[0];
-        Rig { target: Some(target), address, _reactors: reactors }
+        Ok(Rig { target: Some(target), address, _reactors: reactors })
     }
 
     fn mem() -> Rig {

@@ -55,7 +55,7 @@ impl Connection {
     }
 
     /// Ends a command that reads with its data, of which the host wants at most as much as its SGL says.
-    fn answer_read(&mut self, index: usize, data: Result<Vec<u8>, StatusCode>) {
+    pub(super) fn answer_read(&mut self, index: usize, data: Result<Vec<u8>, StatusCode>) {
         let data = match data {
             Ok(data) => data,
             Err(code) => return self.fail(index, NvmeStatus::fatal(code)),

@@ -12,7 +12,7 @@ use crate::nvme::identify::{
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LEN, NSATTR_WRITE_PROTECTED,
     NSFEAT_OPTIMAL_PERFORMANCE, NamespaceIds, NamespaceList, OAES_ANA_CHANGE, OAES_CROSS_CONTROLLER_RESET,
     OAES_DISCOVERY_CHANGE, OAES_NAMESPACE_ATTRIBUTE, ONCS_COMPARE, ONCS_DATASET_MANAGEMENT,
-    ONCS_WRITE_ZEROES, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
+    ONCS_RESERVATIONS, ONCS_WRITE_ZEROES, RESCAP_ALL, VWC_FLUSH_ALL_UNSUPPORTED, VWC_PRESENT, cns,
 };
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
@@ -128,7 +128,7 @@ fn discovery_controller(controller: &Controller) -> IdentifyController {
 fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyController {
     let geometries: Vec<Geometry> = subsystem.geometries().into_values().flatten().collect();
     let any = |able: fn(&Geometry) -> bool| geometries.iter().any(able);
-    let mut io_commands = ONCS_COMPARE;
+    let mut io_commands = ONCS_COMPARE | ONCS_RESERVATIONS;
     if any(|geometry| geometry.discard.is_some()) {
         io_commands |= ONCS_DATASET_MANAGEMENT;
     }
@@ -184,6 +184,7 @@ fn namespace(geometry: &Geometry) -> IdentifyNamespace {
     namespace.write_alignment = physical;
     namespace.optimal_write_size = zero_based(geometry.optimal_io_bytes >> shift);
     namespace.sharing = 1;
+    namespace.reservations = RESCAP_ALL;
     namespace.ana_group = ANA_GROUP;
     if let Some(discard) = &geometry.discard {
         let granularity = zero_based(discard.granularity_blocks);
@@ -207,6 +208,7 @@ fn independent(geometry: &Geometry) -> [u8; LEN] {
     let mut bytes = [0; LEN];
     bytes[0] = NSFEAT_OPTIMAL_PERFORMANCE;
     bytes[1] = 1; // NMIC: shared
+    bytes[2] = RESCAP_ALL;
     bytes[4..8].copy_from_slice(&ANA_GROUP.to_le_bytes());
     bytes[8] = if geometry.read_only { NSATTR_WRITE_PROTECTED } else { 0 };
     bytes[14] = 1; // NSTAT: ready
@@ -265,6 +267,10 @@ pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> 
                 (io_opcode::READ, false),
                 (io_opcode::WRITE_ZEROES, true),
                 (io_opcode::DATASET_MANAGEMENT, true),
+                (io_opcode::RESERVATION_REGISTER, false),
+                (io_opcode::RESERVATION_REPORT, false),
+                (io_opcode::RESERVATION_ACQUIRE, false),
+                (io_opcode::RESERVATION_RELEASE, false),
             ];
             Ok(log::commands_supported(&admin, &io).to_vec())
         }

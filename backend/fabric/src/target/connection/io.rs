@@ -1,9 +1,11 @@
 //! I/O commands: from a command to requests for its namespace's device, and from their ends to the answer.
 
+use super::Access;
 use super::slots::{Phase, Place, Run, place_of};
 use super::{Connection, Lane};
 use crate::nvme::bytes::get_array;
 use crate::nvme::command::DsmRange;
+use crate::nvme::reservation::ReservationCommand;
 use crate::nvme::{NvmeStatus, StatusCode, io_opcode};
 use hawser_block::{
     BlockCount, Buffers, Completion, Geometry, Lba, Operation, Outcome, Request, Status, Token,
@@ -53,6 +55,7 @@ impl Connection {
         let transfer_bytes_max = controller.transfer_bytes_max;
         let shift = self.lanes[namespace].shift();
         let shift = shift.ok_or(NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY))?;
+        self.check_reservation(namespace, sqe.opcode)?;
         let slot = self.slots.at(index);
         slot.namespace = namespace;
         let bytes = || {
@@ -74,6 +77,12 @@ impl Connection {
                 let bytes = bytes()?;
                 self.take_host_data(index, bytes)?;
             }
+            io_opcode::RESERVATION_REGISTER
+            | io_opcode::RESERVATION_ACQUIRE
+            | io_opcode::RESERVATION_RELEASE => {
+                self.take_host_data(index, ReservationCommand::data_len(sqe.opcode).unwrap_or(0))?;
+            }
+            io_opcode::RESERVATION_REPORT => self.report_reservations(index, &sqe),
             io_opcode::DATASET_MANAGEMENT => {
                 // A host may send more than the ranges it counts: Linux always sends room for 256 (nvme_setup_discard).
                 let bytes = sqe.sgl.len.clamp(sqe.dsm_ranges() * RANGE_BYTES, 256 * RANGE_BYTES);
@@ -114,7 +123,13 @@ impl Connection {
 
     /// A read, or a command whose data is to be asked for, has its buffer.
     pub(super) fn begin_with_buffer(&mut self, index: usize) {
-        if self.slots.at(index).sqe.opcode == io_opcode::READ {
+        let slot = self.slots.at(index);
+        let (opcode, namespace) = (slot.sqe.opcode, slot.namespace);
+        if let Err(status) = self.check_reservation(namespace, opcode) {
+            self.fail(index, status);
+            return;
+        }
+        if opcode == io_opcode::READ {
             let run = self.run_of(index);
             let payload = self.slots.at(index).payload();
             self.push_request(index, Operation::Read, run, payload);
@@ -125,7 +140,16 @@ impl Connection {
 
     /// All data of a Write, Compare or Dataset Management is there.
     pub(super) fn execute_write(&mut self, index: usize) {
-        let sqe = self.slots.at(index).sqe;
+        let slot = self.slots.at(index);
+        let (sqe, namespace) = (slot.sqe, slot.namespace);
+        if ReservationCommand::data_len(sqe.opcode).is_some() {
+            self.execute_reservation(index);
+            return;
+        }
+        if let Err(status) = self.check_reservation(namespace, sqe.opcode) {
+            self.fail(index, status);
+            return;
+        }
         if sqe.opcode == io_opcode::WRITE {
             let fua = sqe.fua() || self.is_write_through();
             let run = self.run_of(index);
@@ -218,7 +242,9 @@ impl Connection {
     fn push_pieces(&mut self, index: usize) -> Result<(), NvmeStatus> {
         let unsupported = NvmeStatus::from_block_status(Status::Unsupported);
         let geometry = self.geometry(index).ok_or(NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY))?;
-        let sqe = self.slots.at(index).sqe;
+        let slot = self.slots.at(index);
+        let (sqe, namespace) = (slot.sqe, slot.namespace);
+        self.check_reservation(namespace, sqe.opcode)?;
         let (operation, blocks_max) = if sqe.opcode == io_opcode::WRITE_ZEROES {
             let limits = geometry.write_zeroes.ok_or(unsupported)?;
             let unmap = sqe.deallocate_zeroes() && limits.may_unmap;
@@ -272,10 +298,12 @@ impl Connection {
         let in_pieces = matches!(slot.sqe.opcode, io_opcode::WRITE_ZEROES | io_opcode::DATASET_MANAGEMENT);
         let mut outcome: Outcome = slot.failed.map_or(Ok(()), Err);
         if in_pieces && outcome.is_ok() && !self.is_over() {
-            if self.push_pieces(index).is_err() {
-                // The device cannot any more what it could when we began: what is left is not done.
-                self.slots.at(index).failed = Some(Status::Unsupported);
-                outcome = Err(Status::Unsupported);
+            if let Err(status) = self.push_pieces(index) {
+                // The device cannot any more what it could when we began, or another host has reserved it in between: what
+                // is left is not done.
+                let failed = status.to_block_status().unwrap_or(Status::Unsupported);
+                self.slots.at(index).failed = Some(failed);
+                outcome = Err(failed);
             } else {
                 self.go_on_waiting();
                 return;
@@ -336,7 +364,13 @@ impl Connection {
         let namespaces = subsystem.map_or(&[][..], |subsystem| &subsystem.namespaces);
         self.lanes = namespaces
             .iter()
-            .map(|namespace| Lane { device: Arc::clone(&namespace.device), shift: None, batch: Vec::new() })
+            .map(|namespace| Lane {
+                device: Arc::clone(&namespace.device),
+                shift: None,
+                access: Access::ALL,
+                access_epoch: 0,
+                batch: Vec::new(),
+            })
             .collect();
     }
 }

@@ -19,13 +19,15 @@ mod fabrics;
 mod io;
 mod notices;
 mod receive;
+mod reserve;
 mod resets;
 mod slots;
 #[cfg(test)]
 mod tests;
 mod transmit;
 
-use super::registry::{ConnectionRef, Controller};
+use super::registry::{ConnectionRef, Controller, Subsystem};
+use super::reservations::Access;
 use super::{BufferPool, IN_CAPSULE_BYTES_MAX, Shared, TRANSFER_BYTES_MAX};
 use crate::nvme::{Cqe, NvmeStatus, Sqe, StatusCode};
 use crate::tcp::pdu;
@@ -94,6 +96,9 @@ pub(super) enum Action {
     AwaitQuiet(Vec<ConnectionRef>),
     /// End these connections.
     Close(Vec<ConnectionRef>),
+    /// Keep the reservations of this namespace, wait until the commands that these connections have now have ended, then call
+    /// [`Connection::reserved`].
+    Keep { index: usize, subsystem: Arc<Subsystem>, position: usize, fence: Vec<ConnectionRef> },
     /// End these connections, then call [`Connection::reset_ended`]; [`Connection::reset_lasts`] when that takes long.
     Reset { id: u64, connections: Vec<ConnectionRef> },
 }
@@ -112,6 +117,9 @@ pub(super) struct Lane {
     pub(super) device: Arc<dyn Device>,
     /// log2 of the block size; `None` until the geometry is known.
     shift: Option<u32>,
+    /// What reservations let the host do, as of `access_epoch`.
+    access: Access,
+    access_epoch: u64,
     /// For the device.
     pub(super) batch: Vec<Request>,
 }

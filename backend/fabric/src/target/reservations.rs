@@ -1,0 +1,475 @@
+//! The reservation of one namespace (base 8.19): who is registered, who holds what, and who may do what.
+//!
+//! Owns: the rules. Must not know: connections, files. What changes it is a command of one host; what it answers is a status
+//! and whose registrations it has taken away.
+
+use crate::nvme::StatusCode;
+use crate::nvme::reservation::{
+    AcquireAction, RegisterAction, Registrant, ReleaseAction, ReservationCommand, ReservationStatus,
+    ReservationType,
+};
+use std::fmt::Write;
+
+/// A host, as reservations know it: HOSTID.
+pub(super) type HostId = [u8; 16];
+
+/// The most hosts that are registered at a time.
+const REGISTRANTS_MAX: usize = 1024;
+/// The first line of the text form. Another one is not ours to understand.
+const MAGIC: &str = "hawser reservations 1";
+
+/// What a host may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Access {
+    pub(super) read: bool,
+    pub(super) write: bool,
+}
+
+impl Access {
+    pub(super) const ALL: Access = Access { read: true, write: true };
+}
+
+/// What a command has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Effect {
+    /// Something has changed.
+    pub(super) changed: bool,
+    /// The hosts whose commands have to end before the command is answered.
+    pub(super) fenced: Vec<HostId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Reservation {
+    kind: ReservationType,
+    /// Who took it. Where all registrants hold it nobody asks.
+    holder: HostId,
+}
+
+/// The state of one namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reservations {
+    generation: u32,
+    persists: bool,
+    /// In the order in which they came.
+    registrants: Vec<(HostId, u64)>,
+    reservation: Option<Reservation>,
+}
+
+impl Reservations {
+    /// What `host` may do.
+    pub(super) fn access(&self, host: &HostId) -> Access {
+        let Some(Reservation { kind, holder }) = self.reservation else { return Access::ALL };
+        let full = holder == *host && !kind.is_held_by_all()
+            || kind.includes_registrants() && self.key_of(host).is_some();
+        if full { Access::ALL } else { Access { read: !kind.excludes_readers(), write: false } }
+    }
+
+    /// Carries a command of `host` out.
+    ///
+    /// # Errors
+    /// The status to answer with; nothing has changed then.
+    pub(super) fn apply(&mut self, host: &HostId, command: ReservationCommand) -> Result<Effect, StatusCode> {
+        match command {
+            ReservationCommand::Register { action, current, new, ignore_key, persist } => {
+                self.register(host, action, current, new, ignore_key)?;
+                self.persists = persist.unwrap_or(self.persists);
+                self.generation = self.generation.wrapping_add(1);
+                Ok(Effect { changed: true, ..Effect::default() })
+            }
+            ReservationCommand::Acquire { action, current, preempted, kind } => {
+                self.check_key(host, current)?;
+                match action {
+                    AcquireAction::Acquire => self.acquire(host, kind),
+                    AcquireAction::Preempt => {
+                        let effect = self.preempt(host, preempted, kind)?;
+                        Ok(Effect { fenced: Vec::new(), ..effect })
+                    }
+                    AcquireAction::PreemptAndAbort => self.preempt(host, preempted, kind),
+                }
+            }
+            ReservationCommand::Release { action, current, kind } => {
+                self.check_key(host, current)?;
+                match action {
+                    ReleaseAction::Release => self.release(host, kind),
+                    ReleaseAction::Clear => {
+                        self.registrants.clear();
+                        self.reservation = None;
+                        self.generation = self.generation.wrapping_add(1);
+                        Ok(Effect { changed: true, ..Effect::default() })
+                    }
+                }
+            }
+        }
+    }
+
+    /// What there is, for Reservation Report.
+    pub(super) fn status(&self) -> ReservationStatus {
+        let registrants = self.registrants.iter();
+        ReservationStatus {
+            generation: self.generation,
+            kind: self.reservation.map(|reservation| reservation.kind),
+            persists: self.persists,
+            registrants: registrants
+                .map(|(host, key)| Registrant { host: *host, key: *key, holds: self.holds(host) })
+                .collect(),
+        }
+    }
+
+    fn key_of(&self, host: &HostId) -> Option<u64> {
+        self.registrants.iter().find(|(other, _)| other == host).map(|(_, key)| *key)
+    }
+
+    fn check_key(&self, host: &HostId, key: u64) -> Result<(), StatusCode> {
+        if self.key_of(host) == Some(key) { Ok(()) } else { Err(StatusCode::RESERVATION_CONFLICT) }
+    }
+
+    /// Whether `host`, a registrant, holds the reservation.
+    fn holds(&self, host: &HostId) -> bool {
+        self.reservation
+            .is_some_and(|reservation| reservation.kind.is_held_by_all() || reservation.holder == *host)
+    }
+
+    fn register(
+        &mut self,
+        host: &HostId,
+        action: RegisterAction,
+        current: u64,
+        new: u64,
+        ignore_key: bool,
+    ) -> Result<(), StatusCode> {
+        let registered = self.key_of(host);
+        match (action, registered) {
+            (RegisterAction::Register, Some(key)) if key == new => Ok(()),
+            (RegisterAction::Register, Some(_)) => Err(StatusCode::RESERVATION_CONFLICT),
+            (RegisterAction::Register, None) => {
+                if self.registrants.len() >= REGISTRANTS_MAX {
+                    return Err(StatusCode::INTERNAL_ERROR);
+                }
+                self.registrants.push((*host, new));
+                Ok(())
+            }
+            (_, Some(key)) if key != current && !ignore_key => Err(StatusCode::RESERVATION_CONFLICT),
+            (_, None) => Err(StatusCode::RESERVATION_CONFLICT),
+            (RegisterAction::Unregister, Some(_)) => {
+                self.unregister(|other, _| other == host);
+                Ok(())
+            }
+            (RegisterAction::Replace, Some(_)) => {
+                self.registrants.iter_mut().filter(|(other, _)| other == host).for_each(|it| it.1 = new);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes registrants out. What one of them alone holds is released; what all hold, with the last.
+    fn unregister(&mut self, mut out: impl FnMut(&HostId, u64) -> bool) -> Vec<HostId> {
+        let mut gone = Vec::new();
+        self.registrants.retain(|(host, key)| {
+            let out = out(host, *key);
+            if out {
+                gone.push(*host);
+            }
+            !out
+        });
+        if let Some(Reservation { kind, holder }) = self.reservation {
+            let released =
+                if kind.is_held_by_all() { self.registrants.is_empty() } else { gone.contains(&holder) };
+            if released {
+                self.reservation = None;
+            }
+        }
+        gone
+    }
+
+    fn acquire(&mut self, host: &HostId, kind: ReservationType) -> Result<Effect, StatusCode> {
+        match self.reservation {
+            None => {
+                self.reservation = Some(Reservation { kind, holder: *host });
+                Ok(Effect { changed: true, ..Effect::default() })
+            }
+            Some(there) if self.holds(host) && there.kind == kind => Ok(Effect::default()),
+            Some(_) => Err(StatusCode::RESERVATION_CONFLICT),
+        }
+    }
+
+    fn preempt(&mut self, host: &HostId, key: u64, kind: ReservationType) -> Result<Effect, StatusCode> {
+        let Some(there) = self.reservation else {
+            return self.preempt_registrants(host, key);
+        };
+        let holder_key = self.key_of(&there.holder);
+        let takes_over = if there.kind.is_held_by_all() {
+            // Key 0 means all others.
+            key == 0
+        } else if there.holder == *host && holder_key == Some(key) {
+            // The holder changes the type of what it has; others with its key are none any more.
+            true
+        } else {
+            holder_key == Some(key)
+        };
+        if !takes_over {
+            if key == 0 {
+                return Err(StatusCode::INVALID_FIELD);
+            }
+            return self.preempt_registrants(host, key);
+        }
+        let all = there.kind.is_held_by_all();
+        let fenced = self.unregister(|other, theirs| other != host && (all || theirs == key));
+        self.reservation = Some(Reservation { kind, holder: *host });
+        self.generation = self.generation.wrapping_add(1);
+        Ok(Effect { changed: true, fenced })
+    }
+
+    /// Takes out the other registrants with `key`, of which there is one at least.
+    fn preempt_registrants(&mut self, host: &HostId, key: u64) -> Result<Effect, StatusCode> {
+        if !self.registrants.iter().any(|(other, theirs)| other != host && *theirs == key) {
+            return Err(StatusCode::RESERVATION_CONFLICT);
+        }
+        let fenced = self.unregister(|other, theirs| other != host && theirs == key);
+        self.generation = self.generation.wrapping_add(1);
+        Ok(Effect { changed: true, fenced })
+    }
+
+    fn release(&mut self, host: &HostId, kind: Option<ReservationType>) -> Result<Effect, StatusCode> {
+        match self.reservation {
+            Some(there) if self.holds(host) => {
+                if kind != Some(there.kind) {
+                    return Err(StatusCode::INVALID_FIELD);
+                }
+                self.reservation = None;
+                Ok(Effect { changed: true, ..Effect::default() })
+            }
+            // A registrant that does not hold it, or nothing to release: no effect.
+            _ => Ok(Effect::default()),
+        }
+    }
+
+    // ---- as text, to be kept ----
+
+    /// The state as lines; `boot` names the host's boot, which what does not persist does not outlive.
+    pub(super) fn to_text(&self, boot: &str) -> String {
+        let hex = |host: &HostId| format!("{:032x}", u128::from_be_bytes(*host));
+        let mut text = String::new();
+        // Writing into a string cannot fail.
+        let _ = writeln!(text, "{MAGIC}\nboot {boot}\ngeneration {}", self.generation);
+        let _ = writeln!(text, "persists {}", u8::from(self.persists));
+        if let Some(Reservation { kind, holder }) = &self.reservation {
+            let _ = writeln!(text, "reservation {} {}", kind.to_u8(), hex(holder));
+        }
+        for (host, key) in &self.registrants {
+            let _ = writeln!(text, "registrant {} {key:016x}", hex(host));
+        }
+        text.push_str("end\n");
+        text
+    }
+
+    /// From lines. What did not persist and is of another boot than `boot` is gone.
+    ///
+    /// # Errors
+    /// The line that is not ours.
+    pub(super) fn from_text(text: &str, boot: &str) -> Result<Reservations, String> {
+        let mut lines = text.lines();
+        if lines.next() != Some(MAGIC) {
+            return Err(format!("does not begin with {MAGIC:?}: another version has written it"));
+        }
+        let host = |word: &str| u128::from_str_radix(word, 16).ok().map(u128::to_be_bytes);
+        let mut state = Reservations::default();
+        let mut same_boot = true;
+        let mut whole = false;
+        for line in lines {
+            let words: Vec<&str> = line.split(' ').collect();
+            let understood = match words.as_slice() {
+                ["boot", then] => {
+                    same_boot = *then == boot;
+                    Some(())
+                }
+                ["generation", count] => count.parse().ok().map(|count| state.generation = count),
+                ["persists", on] => on.parse::<u8>().ok().map(|on| state.persists = on == 1),
+                ["reservation", kind, holder] => kind
+                    .parse()
+                    .ok()
+                    .and_then(ReservationType::from_u8)
+                    .and_then(|kind| Some(Reservation { kind, holder: host(holder)? }))
+                    .map(|reservation| state.reservation = Some(reservation)),
+                ["registrant", id, key] => u64::from_str_radix(key, 16)
+                    .ok()
+                    .and_then(|key| Some((host(id)?, key)))
+                    .map(|registrant| state.registrants.push(registrant)),
+                ["end"] => {
+                    whole = true;
+                    Some(())
+                }
+                _ => None,
+            };
+            understood.ok_or_else(|| format!("{line:?} is no line of it"))?;
+        }
+        if !whole {
+            return Err("it ends too early".to_owned());
+        }
+        Ok(if same_boot || state.persists { state } else { Reservations::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: HostId = [1; 16];
+    const B: HostId = [2; 16];
+    const C: HostId = [3; 16];
+
+    fn register(host: &HostId, state: &mut Reservations, new: u64) -> Result<Effect, StatusCode> {
+        let action = RegisterAction::Register;
+        let command =
+            ReservationCommand::Register { action, current: 0, new, ignore_key: false, persist: None };
+        state.apply(host, command)
+    }
+
+    fn acquire(
+        state: &mut Reservations,
+        host: &HostId,
+        action: AcquireAction,
+        (current, preempted): (u64, u64),
+        kind: ReservationType,
+    ) -> Result<Effect, StatusCode> {
+        state.apply(host, ReservationCommand::Acquire { action, current, preempted, kind })
+    }
+
+    /// A has key 1, B key 2, both registered; A has taken a reservation.
+    fn held(kind: ReservationType) -> Reservations {
+        let mut state = Reservations::default();
+        register(&A, &mut state, 1).unwrap();
+        register(&B, &mut state, 2).unwrap();
+        acquire(&mut state, &A, AcquireAction::Acquire, (1, 0), kind).unwrap();
+        state
+    }
+
+    #[test]
+    fn each_type_lets_in_whom_the_specification_says() {
+        use ReservationType::{
+            ExclusiveAccess, ExclusiveAccessAllRegistrants, ExclusiveAccessRegistrantsOnly, WriteExclusive,
+            WriteExclusiveAllRegistrants, WriteExclusiveRegistrantsOnly,
+        };
+        let none = Access { read: false, write: false };
+        let reads = Access { read: true, write: false };
+        assert_eq!(Reservations::default().access(&C), Access::ALL);
+        // By type: what a registrant may do, and what others may. The holder may do everything.
+        for (kind, registrant, other) in [
+            (WriteExclusive, reads, reads),
+            (ExclusiveAccess, none, none),
+            (WriteExclusiveRegistrantsOnly, Access::ALL, reads),
+            (ExclusiveAccessRegistrantsOnly, Access::ALL, none),
+            (WriteExclusiveAllRegistrants, Access::ALL, reads),
+            (ExclusiveAccessAllRegistrants, Access::ALL, none),
+        ] {
+            let state = held(kind);
+            assert_eq!(
+                (state.access(&A), state.access(&B), state.access(&C)),
+                (Access::ALL, registrant, other)
+            );
+        }
+    }
+
+    #[test]
+    fn keys_are_checked_before_anything_changes() {
+        let mut state = held(ReservationType::WriteExclusive);
+        let before = state.clone();
+        let conflict = Err(StatusCode::RESERVATION_CONFLICT);
+        assert_eq!(register(&A, &mut state, 9), conflict);
+        let kind = ReservationType::WriteExclusive;
+        for (host, keys) in [(&A, (9, 0)), (&C, (0, 0)), (&B, (2, 0))] {
+            assert_eq!(acquire(&mut state, host, AcquireAction::Acquire, keys, kind), conflict);
+        }
+        let release =
+            |current, kind| ReservationCommand::Release { action: ReleaseAction::Release, current, kind };
+        assert_eq!(state.apply(&A, release(9, Some(kind))), conflict);
+        let other = Some(ReservationType::ExclusiveAccess);
+        assert_eq!(state.apply(&A, release(1, other)), Err(StatusCode::INVALID_FIELD));
+        // B is registered and does not hold it: no effect.
+        assert_eq!(state.apply(&B, release(2, Some(kind))), Ok(Effect::default()));
+        assert_eq!(acquire(&mut state, &A, AcquireAction::Acquire, (1, 0), kind), Ok(Effect::default()));
+        let more = ReservationType::ExclusiveAccess;
+        assert_eq!(acquire(&mut state, &A, AcquireAction::Acquire, (1, 0), more), conflict);
+        assert_eq!(state, before);
+        assert_eq!(state.apply(&A, release(1, Some(kind))).map(|effect| effect.changed), Ok(true));
+        assert_eq!(state.access(&C), Access::ALL);
+    }
+
+    #[test]
+    fn preempting_takes_the_reservation_and_its_holders_registration() {
+        let mut state = held(ReservationType::WriteExclusive);
+        let kind = ReservationType::ExclusiveAccess;
+        let effect = acquire(&mut state, &B, AcquireAction::PreemptAndAbort, (2, 1), kind).unwrap();
+        assert_eq!(effect, Effect { changed: true, fenced: vec![A] });
+        assert_eq!((state.access(&A).read, state.access(&B)), (false, Access::ALL));
+        assert_eq!(state.status().registrants, [Registrant { host: B, key: 2, holds: true }]);
+        // Registrants without the reservation lose their registration only; nobody is waited for.
+        register(&A, &mut state, 1).unwrap();
+        let effect = acquire(&mut state, &B, AcquireAction::Preempt, (2, 1), kind).unwrap();
+        assert_eq!((effect.fenced.len(), state.status().registrants.len()), (0, 1));
+        let nobody = acquire(&mut state, &B, AcquireAction::Preempt, (2, 77), kind);
+        assert_eq!(nobody, Err(StatusCode::RESERVATION_CONFLICT));
+        assert_eq!(
+            acquire(&mut state, &B, AcquireAction::Preempt, (2, 0), kind),
+            Err(StatusCode::INVALID_FIELD)
+        );
+    }
+
+    #[test]
+    fn what_all_registrants_hold_ends_with_the_last_and_key_0_preempts_all_others() {
+        let kind = ReservationType::WriteExclusiveAllRegistrants;
+        let mut state = held(kind);
+        assert!(state.status().registrants.iter().all(|registrant| registrant.holds));
+        let unregister = |current| ReservationCommand::Register {
+            action: RegisterAction::Unregister,
+            current,
+            new: 0,
+            ignore_key: false,
+            persist: None,
+        };
+        state.apply(&A, unregister(1)).unwrap();
+        assert_eq!(state.status().kind, Some(kind));
+        register(&A, &mut state, 1).unwrap();
+        let effect = acquire(&mut state, &B, AcquireAction::PreemptAndAbort, (2, 0), kind).unwrap();
+        assert_eq!(effect.fenced, [A]);
+        state.apply(&B, unregister(2)).unwrap();
+        assert_eq!(state.status().kind, None);
+        // What one host holds ends with its registration.
+        let mut state = held(ReservationType::WriteExclusiveRegistrantsOnly);
+        state.apply(&A, unregister(1)).unwrap();
+        assert_eq!((state.status().kind, state.access(&C)), (None, Access::ALL));
+    }
+
+    #[test]
+    fn clearing_leaves_nobody_and_generations_count_changes() {
+        let mut state = held(ReservationType::ExclusiveAccess);
+        let before = state.status().generation;
+        let clear = ReservationCommand::Release { action: ReleaseAction::Clear, current: 2, kind: None };
+        state.apply(&B, clear).unwrap();
+        let status = state.status();
+        assert_eq!((status.kind, status.registrants.len(), status.generation), (None, 0, before + 1));
+    }
+
+    #[test]
+    fn the_text_gives_the_state_back_and_what_does_not_persist_ends_with_the_boot() {
+        let mut state = held(ReservationType::ExclusiveAccessRegistrantsOnly);
+        let text = state.to_text("b1");
+        assert_eq!(Reservations::from_text(&text, "b1"), Ok(state.clone()));
+        assert_eq!(Reservations::from_text(&text, "b2"), Ok(Reservations::default()));
+        let replace = ReservationCommand::Register {
+            action: RegisterAction::Replace,
+            current: 0,
+            new: 0xff00_0000_0000_0001,
+            ignore_key: true,
+            persist: Some(true),
+        };
+        state.apply(&A, replace).unwrap();
+        let text = state.to_text("b1");
+        assert_eq!(Reservations::from_text(&text, "b2"), Ok(state));
+        let cut = text.strip_suffix("end\n").unwrap();
+        assert!(Reservations::from_text(cut, "b1").unwrap_err().contains("ends too early"));
+        assert!(
+            Reservations::from_text("hawser reservations 2\n", "b1").unwrap_err().contains("another version")
+        );
+        assert!(Reservations::from_text(&text.replace("boot", "foot"), "b1").unwrap_err().contains("foot"));
+    }
+}

@@ -1,0 +1,151 @@
+//! Reservations between hosts, over a restart, and while commands are under way.
+
+use super::associations::{Stuck, StuckDevice};
+use super::*;
+use crate::nvme::reservation::{
+    self, AcquireAction, RegisterAction, ReleaseAction, ReservationCommand, ReservationStatus,
+    ReservationType,
+};
+
+const A: [u8; 16] = [1; 16];
+const B: [u8; 16] = [2; 16];
+
+/// A host with an I/O queue.
+fn host(address: SocketAddr, id: [u8; 16]) -> (Peer, Peer) {
+    let (admin, cntlid) = Peer::admin_as(address, NQN, id);
+    let mut peer = Peer::open(address, Digests::NONE);
+    peer.host_id = id;
+    assert!(peer.connect(NQN, 1, cntlid, true).status.is_success());
+    (admin, peer)
+}
+
+fn ask(peer: &mut Peer, command: ReservationCommand) -> StatusCode {
+    let (sqe, data) = command.to_sqe(1);
+    peer.call(sqe, &data, &[]).0.status.code
+}
+
+fn register(new: u64, persist: Option<bool>) -> ReservationCommand {
+    let action = RegisterAction::Register;
+    ReservationCommand::Register { action, current: 0, new, ignore_key: false, persist }
+}
+
+fn acquire(action: AcquireAction, current: u64, preempted: u64, kind: ReservationType) -> ReservationCommand {
+    ReservationCommand::Acquire { action, current, preempted, kind }
+}
+
+fn report(peer: &mut Peer) -> ReservationStatus {
+    let (cqe, data) = peer.call(reservation::report(1, 256), &[], &[]);
+    assert_eq!(cqe.status.code, StatusCode::SUCCESS);
+    ReservationStatus::from_bytes(&data)
+}
+
+fn read_and_write(peer: &mut Peer) -> (StatusCode, StatusCode) {
+    let read = peer.call(read(0, 512), &[], &[]).0.status.code;
+    (read, peer.call(write(0, 512, Sgl::in_capsule), &[7; 512], &[]).0.status.code)
+}
+
+#[test]
+fn a_host_without_the_reservation_gets_a_conflict_for_every_command_that_it_forbids() {
+    let rig = Rig::mem();
+    let (_admin_a, mut a) = host(rig.address, A);
+    let (_admin_b, mut b) = host(rig.address, B);
+    let (ok, conflict) = (StatusCode::SUCCESS, StatusCode::RESERVATION_CONFLICT);
+    let kind = ReservationType::WriteExclusive;
+    assert_eq!(ask(&mut a, acquire(AcquireAction::Acquire, 1, 0, kind)), conflict, "not registered");
+    assert_eq!(ask(&mut a, register(1, None)), ok);
+    assert_eq!(ask(&mut a, acquire(AcquireAction::Acquire, 1, 0, kind)), ok);
+    assert_eq!(read_and_write(&mut a), (ok, ok));
+    assert_eq!(read_and_write(&mut b), (ok, conflict));
+    // A large write is refused before its data is asked for.
+    assert_eq!(b.call(write(0, 64 << 10, Sgl::transport), &[], &[]).0.status.code, conflict);
+    for sqe in [Sqe::flush(1), Sqe::write_zeroes(1, 0, 8, false, false)] {
+        assert_eq!(b.status(sqe), conflict);
+    }
+    let dsm = Sqe::deallocate(1, 1, Sgl::in_capsule(16));
+    assert_eq!(
+        b.call(dsm, &DsmRange { attributes: 0, blocks: 1, lba: 0 }.to_bytes(), &[]).0.status.code,
+        conflict
+    );
+    let status = report(&mut b);
+    assert_eq!((status.kind, status.registrants.len()), (Some(kind), 1));
+    assert_eq!((status.registrants[0].host, status.registrants[0].holds), (A, true));
+    let mut narrow = reservation::report(1, 256);
+    narrow.cdw[1] = 0;
+    assert_eq!(b.status(narrow), StatusCode::HOST_ID_INCONSISTENT);
+    // The other takes it over; what the first may do changes with its next command.
+    assert_eq!(ask(&mut b, register(2, None)), ok);
+    let exclusive = ReservationType::ExclusiveAccess;
+    assert_eq!(ask(&mut b, acquire(AcquireAction::Preempt, 2, 1, exclusive)), ok);
+    assert_eq!(read_and_write(&mut a), (conflict, conflict));
+    assert_eq!(read_and_write(&mut b), (ok, ok));
+    let release =
+        ReservationCommand::Release { action: ReleaseAction::Release, current: 2, kind: Some(exclusive) };
+    assert_eq!(ask(&mut b, release), ok);
+    assert_eq!(read_and_write(&mut a), (ok, ok));
+}
+
+#[test]
+fn preempt_and_abort_is_answered_when_the_others_commands_have_ended() {
+    let state = Arc::<Stuck>::default();
+    let rig = Rig::new(vec![Arc::new(StuckDevice::new(&state))]);
+    let (_admin_a, mut a) = host(rig.address, A);
+    let (_admin_b, mut b) = host(rig.address, B);
+    let kind = ReservationType::WriteExclusive;
+    assert_eq!(ask(&mut a, register(1, None)), StatusCode::SUCCESS);
+    assert_eq!(ask(&mut a, acquire(AcquireAction::Acquire, 1, 0, kind)), StatusCode::SUCCESS);
+    assert_eq!(ask(&mut b, register(2, None)), StatusCode::SUCCESS);
+    a.send(write(0, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
+    // This one's data is on its way when the reservation is lost.
+    a.send(write(8, 64 << 10, Sgl::transport), &[], &[]);
+    let Heard::Ready(ready) = a.hear() else { panic!("no R2T") };
+    while state.held.load(Ordering::SeqCst) < 1 {
+        std::thread::yield_now();
+    }
+    let (sqe, data) = acquire(AcquireAction::PreemptAndAbort, 2, 1, kind).to_sqe(1);
+    let preempting = Arc::clone(&state);
+    let preemptor = std::thread::spawn(move || {
+        let code = b.call(sqe, &data, &[]).0.status.code;
+        (code, preempting.landed.load(Ordering::SeqCst), b)
+    });
+    // In force at once, whoever waits: the data that comes now comes too late.
+    while report(&mut a).registrants.len() > 1 {
+        std::thread::yield_now();
+    }
+    let pdu =
+        DataPdu { cid: ready.cid, tag: ready.tag, offset: 0, len: ready.len, last: true, success: false };
+    a.host_data(pdu, &vec![0xbb; ready.len as usize]);
+    let cqe = a.end();
+    assert_eq!((cqe.cid, cqe.status.code), (ready.cid, StatusCode::RESERVATION_CONFLICT));
+    assert!(!preemptor.is_finished() && state.landed.load(Ordering::SeqCst) == 0);
+    state.release();
+    let (code, landed, _b) = preemptor.join().unwrap();
+    assert_eq!((code, landed), (StatusCode::SUCCESS, 1));
+}
+
+#[test]
+fn reservations_outlive_the_target() {
+    let folder = std::path::Path::new("/dev/shm").join(format!("hawser-reserve-{}", std::process::id()));
+    let kind = ReservationType::ExclusiveAccessRegistrantsOnly;
+    let device = fake();
+    {
+        let rig = Rig::keeping(vec![device.clone()], &folder).unwrap();
+        let (_admin, mut a) = host(rig.address, A);
+        assert_eq!(ask(&mut a, register(1, Some(true))), StatusCode::SUCCESS);
+        assert_eq!(ask(&mut a, acquire(AcquireAction::Acquire, 1, 0, kind)), StatusCode::SUCCESS);
+    }
+    {
+        let rig = Rig::keeping(vec![device.clone()], &folder).unwrap();
+        let (_admin_a, mut a) = host(rig.address, A);
+        let (_admin_b, mut b) = host(rig.address, B);
+        let status = report(&mut a);
+        assert_eq!((status.kind, status.persists, status.registrants[0].key), (Some(kind), true, 1));
+        let (ok, conflict) = (StatusCode::SUCCESS, StatusCode::RESERVATION_CONFLICT);
+        assert_eq!((read_and_write(&mut a), read_and_write(&mut b)), ((ok, ok), (conflict, conflict)));
+    }
+    // What another version wrote is not overwritten.
+    let file = std::fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&file, "hawser reservations 9\n").unwrap();
+    let refused = Rig::keeping(vec![device], &folder).err().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(refused.contains("another version has written it"), "{refused}");
+}
