@@ -144,7 +144,7 @@ fn requests_reach_the_device_and_the_counters() {
     assert_eq!(daemon.end(), Some(0));
 }
 
-/// A daemon whose disk has a read under way that does not end, because its target has been stopped.
+/// A daemon whose disk has a request under way that does not end, because its target has been stopped.
 struct Stuck {
     // The order is that in which they are dropped.
     client: Client,
@@ -154,7 +154,8 @@ struct Stuck {
     _storage: Place,
 }
 
-fn stuck(drain_timeout: u32) -> Stuck {
+/// `write`: it is a write, of whose end nobody can be sure when its connection is given up; else a read.
+fn stuck(drain_timeout: u32, write: bool) -> Stuck {
     let storage = Place::new();
     storage.configure(
         "[[device]]\nname = \"m\"\nuri = \"mem:?size=1MiB\"\n\
@@ -169,6 +170,7 @@ fn stuck(drain_timeout: u32) -> Stuck {
         "drain_timeout = {drain_timeout}\n\
          [[device]]\nname = \"r\"\nuri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
          keep_alive_tmo = 3600\nio_timeout = 3600\n\
+         [[device]]\nname = \"other\"\nuri = \"mem:?size=1MiB\"\n\
          [[disk]]\nname = \"d\"\ndevice = \"r\"\nsocket = \"@/d.sock\"\n",
     ));
     let daemon = host.serve();
@@ -180,16 +182,21 @@ fn stuck(drain_timeout: u32) -> Stuck {
     let mut client = Client::connect(&host.path("d.sock"), false);
     assert_eq!(client.write(0, 1, 4096), 0);
     target.signal("STOP");
-    client.queue.read(0, client.at(0), 4096, 0, ReqFlags::empty());
+    if write {
+        client.queue.write(0, client.at(0), 4096, 0, ReqFlags::empty());
+    } else {
+        client.queue.read(0, client.at(0), 4096, 0, ReqFlags::empty());
+    }
     // Starts it, and does not wait for it.
     let mut none: [MaybeUninit<Completion>; 0] = [];
     assert_eq!(client.queue.do_io(&mut none, 0, None, None).unwrap(), 0);
+    until("it is taken", || disk(&daemon, "d")["rings"]["batches"] == 2);
     Stuck { client, daemon, host, target, _storage: storage }
 }
 
 #[test]
 fn a_drain_that_cannot_end_is_given_up_after_its_time() {
-    let Stuck { client, daemon, host, target, _storage } = stuck(1);
+    let Stuck { client, daemon, host, target, _storage } = stuck(1, false);
     let since = Instant::now();
     assert_eq!(daemon.end(), Some(0));
     assert!(since.elapsed() >= Duration::from_secs(1), "it waited for its drain_timeout");
@@ -199,9 +206,29 @@ fn a_drain_that_cannot_end_is_given_up_after_its_time() {
     assert_eq!(target.end(), Some(0));
 }
 
+/// A disk was removed and added again while its target still had a write of it: what the new disk wrote could be overwritten.
+#[test]
+fn a_device_that_has_writes_of_a_removed_disk_is_not_offered_again() {
+    let Stuck { client, daemon, host, target, _storage } = stuck(1, true);
+    host.ok(&["disk", "remove", "d"]);
+    assert!(host.log().contains("disk d: removed; device r still has requests of it"), "{}", host.log());
+    drop(client);
+    let socket = host.text("n.sock");
+    let add = |device| ["disk", "add", "n", "--device", device, "--socket", &socket];
+    let error = host.fails(&add("r"), 1);
+    assert!(error.contains("device r still has requests of a disk that was removed"), "{error}");
+    host.ok(&add("other"));
+    // The next process waits as after a kill.
+    assert_eq!(daemon.end(), Some(0));
+    let state = fs::read_to_string(host.path("api.state/state.json")).unwrap();
+    assert!(state.contains("\"ended\": false"), "{state}");
+    target.signal("CONT");
+    assert_eq!(target.end(), Some(0));
+}
+
 #[test]
 fn the_first_signal_drains_and_the_second_ends_at_once() {
-    let Stuck { client, daemon, host, target: _target, _storage } = stuck(3600);
+    let Stuck { client, daemon, host, target: _target, _storage } = stuck(3600, false);
     daemon.signal("TERM");
     until("it drains", || host.log().contains("SIGTERM: draining for up to 3600 s"));
     until("its disk is being stopped", || daemon.status()["disks"] == serde_json::json!([]));
