@@ -95,7 +95,17 @@ impl Daemon {
     /// `kill -9`.
     pub fn kill(&mut self) -> Result<()> {
         self.must_live()?;
-        self.process.take().map_or(Ok(()), |mut process| process.kill())
+        self.process.take().map_or(Ok(()), |mut process| process.kill())?;
+        self.nothing_was_refused()
+    }
+
+    /// The daemon's sandbox lets everything through that it does: fails with the line that says otherwise.
+    fn nothing_was_refused(&self) -> Result<()> {
+        let log = fs::read_to_string(self.folder.join(format!("{}.log", self.name))).unwrap_or_default();
+        match log.lines().find(|line| line.contains("seccomp: system call")) {
+            Some(line) => Err(format!("hawser serve ({}): {line}", self.name)),
+            None => Ok(()),
+        }
     }
 
     /// SIGTERM; the daemon drains and must exit with 0.
@@ -105,7 +115,7 @@ impl Daemon {
         process.signal(libc::SIGTERM)?;
         let status = process.wait(30)?;
         if status.success() {
-            return Ok(());
+            return self.nothing_was_refused();
         }
         let how = crate::process::describe(status);
         Err(format!("hawser serve ({}): SIGTERM ended it with {how}{}", self.name, process.log_tail()))

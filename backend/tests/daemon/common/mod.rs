@@ -183,6 +183,11 @@ impl Drop for Serving {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // Whatever a test does, the sandbox lets the daemon do.
+        let log = fs::read_to_string(self.api.with_file_name("log")).unwrap_or_default();
+        if !std::thread::panicking() {
+            assert!(!log.contains("seccomp: system call"), "{log}");
+        }
     }
 }
 
