@@ -24,6 +24,8 @@ pub struct Daemon {
 pub struct Disk {
     /// `waiting`, `listening`, `connected`, `suspended`.
     pub state: String,
+    /// Reads that this process has answered.
+    pub reads: f64,
     /// Writes that this process has answered.
     pub writes: f64,
 }
@@ -139,7 +141,11 @@ impl Daemon {
             .iter()
             .find(|disk| disk.text("name").is_ok_and(|found| found == name))
             .ok_or_else(|| format!("hawser status knows no disk {name}"))?;
-        Ok(Disk { state: disk.text("state")?.to_owned(), writes: disk.number("requests.write")? })
+        Ok(Disk {
+            state: disk.text("state")?.to_owned(),
+            reads: disk.number("requests.read")?,
+            writes: disk.number("requests.write")?,
+        })
     }
 
     /// Waits until a disk is in `state`.
@@ -158,10 +164,20 @@ impl Daemon {
     /// Waits until this process has answered `count` more writes of a disk's VM: then its handshake, VRING_ENABLE
     /// included, is over, and the VM's load runs.
     pub fn await_writes(&mut self, name: &str, count: u32) -> Result<()> {
-        let deadline = Deadline::new(60, format!("{count} writes of disk {name}'s VM"));
-        let disk = |daemon: &mut Daemon| daemon.disk(name).map_err(|e| daemon.explain(&e));
-        let goal = disk(self)?.writes + f64::from(count);
-        while disk(self)?.writes < goal {
+        self.await_more(name, &format!("{count} writes"), count, |disk| disk.writes)
+    }
+
+    /// Waits until this process has answered `count` more reads of a disk's VM.
+    pub fn await_reads(&mut self, name: &str, count: u32) -> Result<()> {
+        self.await_more(name, &format!("{count} reads"), count, |disk| disk.reads)
+    }
+
+    fn await_more(&mut self, name: &str, what: &str, count: u32, of: fn(&Disk) -> f64) -> Result<()> {
+        let deadline = Deadline::new(60, format!("{what} of disk {name}'s VM"));
+        let counted =
+            |daemon: &mut Daemon| daemon.disk(name).map(|disk| of(&disk)).map_err(|e| daemon.explain(&e));
+        let goal = counted(self)? + f64::from(count);
+        while counted(self)? < goal {
             self.must_live()?;
             deadline.nap().map_err(|e| self.explain(&e))?;
         }

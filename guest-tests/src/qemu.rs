@@ -178,8 +178,13 @@ impl Qemu {
 
     /// Presses the reset button and waits for the guest's shell.
     pub fn reset(&mut self) -> Result<Ready> {
-        self.monitor("system_reset", "{}")?;
+        self.press_reset()?;
         self.ready()
+    }
+
+    /// Presses the reset button, and does not wait for what comes of it.
+    pub fn press_reset(&mut self) -> Result<()> {
+        self.monitor("system_reset", "{}").map(drop)
     }
 
     /// Lets the guest reboot itself and waits for its shell.

@@ -1,4 +1,5 @@
-//! What a daemon costs that has nothing to do: eight disks, each with a front end connected and its rings enabled.
+//! What a daemon costs that has nothing to do: eight disks (`null:`, `file:`, and `nvme+tcp:` to a target in the same process), each
+//! with a front end connected and its rings enabled.
 //!
 //! Owns: the measurement. Must not know: why the daemon is awake, if it is.
 

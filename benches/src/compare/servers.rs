@@ -113,21 +113,45 @@ pub fn idle_hawser(
 ) -> Result<(Server, Vec<PathBuf>), String> {
     let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
     let sockets: Vec<PathBuf> = (0..disks).map(|disk| folder.path().join(format!("s{disk}"))).collect();
-    // The one that is waited for is bound last.
     let socket = sockets.last().ok_or("no disks")?.clone();
     let mut server = Server { children: Vec::new(), socket, folder };
-    let mut text = head(server.folder.path(), "i", poll_us, &cpus);
+    let port = free_port()?;
+    let bytes = size(place.bytes.min(64 << 20));
+    let mut devices = String::new();
+    let mut namespaces = format!(
+        "[[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:bench\"\nlisten = [\"tcp://127.0.0.1:{port}\"]\n\n"
+    );
     for (disk, socket) in sockets.iter().enumerate() {
-        text += &format!(
-            "[[device]]\nname = \"d{disk}\"\nuri = \"null:?size={}\"\n\n\
+        // Each kind has something that could keep a daemon awake: a file's size is looked at, a remote device is kept alive.
+        let uri = match disk % 3 {
+            0 => format!("null:?size={bytes}"),
+            1 => {
+                let file = server.folder.path().join(format!("f{disk}"));
+                let made = std::fs::File::create(&file).and_then(|f| f.set_len(place.bytes.min(64 << 20)));
+                made.map_err(|e| format!("{}: {e}", file.display()))?;
+                format!("file://{}", file.display())
+            }
+            _ => {
+                let nsid = disk + 1;
+                devices += &format!("[[device]]\nname = \"m{disk}\"\nuri = \"mem:?size={bytes}\"\n\n");
+                namespaces += &format!("[[subsystem.namespace]]\nnsid = {nsid}\ndevice = \"m{disk}\"\n\n");
+                format!("nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:bench?nsid={nsid}")
+            }
+        };
+        devices += &format!(
+            "[[device]]\nname = \"d{disk}\"\nuri = \"{uri}\"\n\n\
              [[disk]]\nname = \"d{disk}\"\ndevice = \"d{disk}\"\nsocket = \"{}\"\nqueues = 1\n\n",
-            size(place.bytes),
             socket.display()
         );
     }
+    let text = head(server.folder.path(), "i", poll_us, &cpus) + &namespaces + &devices;
     let config = write(server.folder.path(), "idle.toml", &text)?;
     server.start_child(serve(program, &config), None)?;
-    server.wait()?;
+    // A remote device's disk listens when the device is connected, so the order is not known.
+    for socket in &sockets {
+        server.socket.clone_from(socket);
+        server.wait()?;
+    }
     Ok((server, sockets))
 }
 
