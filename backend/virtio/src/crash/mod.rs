@@ -303,3 +303,64 @@ impl CrashFile {
         Recorder::new(self.layout, reactor, disk, queue, log)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process that replays a request of each of these disks (each as: its name, its reactor, the request's counter), and is
+    /// killed by a crash of reactor 0 outside of any queue's turn, or from outside. What was found at its start.
+    fn life(path: &Path, replays: &[(&str, usize, u64)], crash: bool) -> (Option<Crash>, Vec<String>) {
+        let (file, found) = CrashFile::open(path).unwrap();
+        for (name, reactor, counter) in replays {
+            let recorder = file.recorder(*reactor, file.disk(name).unwrap(), 0, 77);
+            // Two turns of its queue: the note of the second stays, that of the turn does not.
+            let replay = recorder.replay();
+            for counter in [counter - 1, *counter] {
+                recorder.queue();
+                recorder.request(3, counter);
+                replay.begin(3, counter);
+                recorder.idle();
+            }
+            std::mem::forget(replay);
+        }
+        if crash {
+            file.layout.reactors[0].signal.store(11, Ordering::Release);
+        }
+        (found, file.set_aside())
+    }
+
+    #[test]
+    fn of_several_replays_only_those_that_were_there_at_both_crashes_are_set_aside() {
+        struct Removed(PathBuf);
+        impl Drop for Removed {
+            fn drop(&mut self) {
+                let _ = std::fs::remove_file(&self.0);
+            }
+        }
+        let removed = Removed(std::env::temp_dir().join(format!("hv-crash-{}", std::process::id())));
+        let path = removed.0.clone();
+        // On no request; then two disks are replayed on that reactor, and a third one elsewhere: nobody can tell.
+        assert_eq!(life(&path, &[], true), (None, vec![]));
+        let (found, aside) = life(&path, &[("a", 0, 5), ("b", 0, 8), ("c", 1, 9)], true);
+        assert_eq!((found.unwrap().request, aside), (None, vec![]));
+        // a goes on with the same request, b has come further.
+        let (found, aside) = life(&path, &[("a", 0, 5), ("b", 0, 9), ("c", 1, 9)], true);
+        let request = found.unwrap().request.unwrap();
+        assert_eq!(
+            (request.disk.as_str(), request.counters, request.again, aside),
+            ("a", (5, 5), false, vec![])
+        );
+        // A kill from outside says nothing, and leaves no replay behind.
+        let (found, aside) = life(&path, &[("b", 0, 9)], false);
+        let request = found.unwrap().request.unwrap();
+        assert_eq!((request.disk.as_str(), request.again, aside), ("a", true, vec!["a".to_owned()]));
+        // b's request was in flight at the last crash that there was: alone this time.
+        assert_eq!(life(&path, &[("b", 0, 9)], true), (None, vec!["a".to_owned()]));
+        let (found, aside) = life(&path, &[], false);
+        let request = found.unwrap().request.unwrap();
+        assert_eq!((request.disk.as_str(), request.again), ("b", true));
+        assert_eq!(aside, ["a", "b"]);
+        assert_eq!(life(&path, &[], false).0, None);
+    }
+}
