@@ -415,6 +415,26 @@ fn truncated_memory_ends_its_session_and_nothing_else() {
     works(&mut Guest::connect(&served.socket, &Wish::default()));
 }
 
+/// A log that we made is sealed, but a front end may hand in any file.
+#[test]
+fn a_truncated_in_flight_log_ends_its_session_and_nothing_else() {
+    let served = Served::new(small());
+    let wish = Wish { inflight: true, ..Wish::default() };
+    let mut guest = Guest::connect(&served.socket, &wish);
+    let (description, _) = guest.inflight.take().unwrap();
+    let bytes = usize::try_from(description.mmap_offset + description.mmap_size).unwrap();
+    let log = Ram::new(0, bytes).file.try_clone().unwrap();
+    guest.inflight = Some((description, log.try_clone().unwrap()));
+    let mut guest = guest.reconnect(&served.socket, &wish);
+    works(&mut guest);
+    log.set_len(0).unwrap();
+    let parts = guest.plain(T_IN, 0, &[], 512, DATA);
+    guest.submit(0, &parts);
+    assert!(guest.is_ended());
+    eventually("it is told", || served.disk.trouble().contains("truncated the in-flight log"));
+    works(&mut Guest::connect(&served.socket, &wish));
+}
+
 #[test]
 fn a_stop_of_a_ring_waits_for_its_requests_and_gives_them_up_in_time() {
     let served = Served::with(small(), |config| config.drain_timeout = Duration::from_millis(300));
