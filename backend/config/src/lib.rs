@@ -146,12 +146,16 @@ pub struct DeviceConfig {
     pub keep_alive_tmo: Option<u32>,
     /// The longest wait between attempts to reconnect.
     pub reconnect_delay: Option<u32>,
-    /// After so long without a connection requests fail; `None`: they wait for ever.
+    /// After so long without a connection a path is not waited for; when that holds for all, requests fail. `None`: they wait.
+    pub fast_io_fail_tmo: Option<u32>,
+    /// The same; the shorter of the two counts.
     pub ctrl_loss_tmo: Option<u32>,
     /// A command that is not answered for so long ends the connection.
     pub io_timeout: Option<u32>,
     /// How long a target may still execute commands of a lost connection, where it does not say so itself.
     pub quiesce_tmo: Option<u32>,
+    /// `nvme+tcp:` only: which of several good paths is taken.
+    pub io_policy: Option<String>,
 }
 
 impl DeviceConfig {
@@ -160,6 +164,7 @@ impl DeviceConfig {
         let all = [
             ("keep_alive_tmo", self.keep_alive_tmo),
             ("reconnect_delay", self.reconnect_delay),
+            ("fast_io_fail_tmo", self.fast_io_fail_tmo),
             ("ctrl_loss_tmo", self.ctrl_loss_tmo),
             ("io_timeout", self.io_timeout),
             ("quiesce_tmo", self.quiesce_tmo),

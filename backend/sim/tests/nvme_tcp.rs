@@ -7,9 +7,9 @@ use hawser_block::{
     BlockCount, BlockSize, Buffers, Channel, Completion, Device, DeviceState, Geometry, Lba, Operation,
     Request, Token,
 };
-use hawser_fabric::initiator::{HostIdentity, NvmeConfig, NvmeDevice};
+use hawser_fabric::initiator::{HostIdentity, IoPolicy, NvmeConfig, NvmeDevice};
 use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
-use hawser_runtime::{Event, Runtime, Source};
+use hawser_runtime::{Event, Instant, Runtime, Source};
 use hawser_sim::{Random, SimDisk, World, WorldConfig};
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -169,13 +169,18 @@ struct Faults {
     resets: u64,
     silences: u64,
     downs: u64,
+    /// The first path is silent from the start on.
+    one_is_silent: bool,
     /// Changed bits, in 100,000 steps; with digests on.
     corruptions: u64,
     slow_disk: bool,
+    /// `Some`: there is a second path to the same subsystem. Each fault hits one of them.
+    two_paths: Option<IoPolicy>,
 }
 
 fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
-    let address: SocketAddr = "10.0.0.1:4420".parse().unwrap();
+    let all: [SocketAddr; 2] = ["10.0.0.1:4420".parse().unwrap(), "10.0.1.1:4420".parse().unwrap()];
+    let addresses = if faults.two_paths.is_some() { &all[..] } else { &all[..1] };
     let world = World::new(WorldConfig::new(seed));
     let mut reactors = [world.reactor(), world.reactor(), world.reactor(), world.reactor()];
     let handles: Vec<_> = reactors.iter().map(|reactor| reactor.runtime().handle()).collect();
@@ -189,7 +194,7 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
     let target = Target::start_simulated(
         vec![SubsystemConfig {
             nqn: NQN.to_owned(),
-            listen: vec![address],
+            listen: addresses.to_vec(),
             allowed_hosts: None,
             serial: "sim".to_owned(),
             namespaces: vec![NamespaceConfig {
@@ -204,11 +209,15 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
     .unwrap();
 
     let digests = if faults.corruptions > 0 { "&hdr_digest=1&data_digest=1" } else { "" };
-    let uri = format!("nvme+tcp://{address}/{NQN}?nsid=1{digests}").parse().unwrap();
+    let uri = |address| format!("nvme+tcp://{address}/{NQN}?nsid=1{digests}").parse().unwrap();
+    let paths = addresses.iter().map(uri).collect();
     let host = HostIdentity { nqn: "nqn.2026-11.io.hawser:host".to_owned(), id: [9; 16] };
-    let device = NvmeDevice::open(NvmeConfig::new("n0", vec![uri], host), &handles[2..]).unwrap();
+    let mut config = NvmeConfig::new("n0", paths, host);
+    config.policy = faults.two_paths.unwrap_or_default();
+    let device = NvmeDevice::open(config, &handles[2..]).unwrap();
+    let all_live = || device.paths().iter().all(|path| path.state == "live");
     world
-        .run(&mut reactors, Duration::from_secs(60), || device.state() == DeviceState::Ready)
+        .run(&mut reactors, Duration::from_secs(60), || device.state() == DeviceState::Ready && all_live())
         .unwrap_or_else(|why| panic!("seed {seed}: {why}: {}", device.trouble()));
 
     let clients: Vec<_> = [(2usize, 0), (3, BLOCKS / 2)]
@@ -223,16 +232,20 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
         })
         .collect();
 
+    if faults.one_is_silent {
+        world.silence(addresses[0], Duration::from_secs(3600));
+    }
     let mut weather = Random::new(seed ^ 0x57_4561);
-    let mut up_at = None;
+    let mut up_at: Option<(Instant, SocketAddr)> = None;
     let storm = world.clone();
     world
         .run(&mut reactors, Duration::from_secs(4000), || {
             let now = storm.now();
-            if up_at.is_some_and(|at| at <= now) {
+            if let Some((_, address)) = up_at.filter(|(at, _)| *at <= now) {
                 storm.set_down(address, false);
                 up_at = None;
             }
+            let address = addresses[weather.index(addresses.len())];
             if weather.below(100_000) < faults.corruptions {
                 storm.corrupt(address);
             }
@@ -241,10 +254,10 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
                 draw if draw < faults.resets + faults.silences => {
                     storm.silence(address, Duration::from_millis(1 + weather.below(9_000)));
                 }
-                draw if draw < faults.resets + faults.silences + faults.downs => {
+                draw if draw < faults.resets + faults.silences + faults.downs && up_at.is_none() => {
                     storm.reset_connections(address);
                     storm.set_down(address, true);
-                    up_at = Some(now + Duration::from_millis(1 + weather.below(3_000)));
+                    up_at = Some((now + Duration::from_millis(1 + weather.below(3_000)), address));
                 }
                 _ => {}
             }
@@ -273,7 +286,15 @@ fn seeds() -> u64 {
     std::env::var("HAWSER_SIM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
 }
 
-const CALM: Faults = Faults { resets: 0, silences: 0, downs: 0, corruptions: 0, slow_disk: false };
+const CALM: Faults = Faults {
+    resets: 0,
+    silences: 0,
+    downs: 0,
+    one_is_silent: false,
+    corruptions: 0,
+    slow_disk: false,
+    two_paths: None,
+};
 
 #[test]
 fn a_calm_network_ends_every_request_and_replays_exactly() {
@@ -307,5 +328,35 @@ fn silences_longer_than_the_keep_alive_lose_and_repeat_no_write() {
 fn changed_bits_are_found_where_there_are_digests() {
     for seed in 0..seeds() {
         history(seed, 200, Faults { corruptions: 150, resets: 10, ..CALM });
+    }
+}
+
+const POLICIES: [IoPolicy; 3] = [IoPolicy::Numa, IoPolicy::RoundRobin, IoPolicy::QueueDepth];
+
+#[test]
+fn two_paths_lose_and_repeat_no_write() {
+    for seed in 0..seeds() {
+        let two_paths = Some(POLICIES[usize::try_from(seed % 3).unwrap()]);
+        history(seed, 200, Faults { resets: 40, silences: 10, downs: 20, two_paths, ..CALM });
+    }
+}
+
+#[test]
+fn two_paths_to_a_slow_disk_lose_and_repeat_no_write() {
+    for seed in 0..seeds() {
+        let two_paths = Some(POLICIES[usize::try_from(seed % 3).unwrap()]);
+        let faults = Faults { resets: 40, silences: 10, downs: 10, slow_disk: true, two_paths, ..CALM };
+        history(seed, 150, faults);
+    }
+}
+
+/// The target's CQT is half a minute: whoever waits for that instead of asking through the other path is seen.
+#[test]
+fn writes_move_within_a_second_once_a_path_is_known_to_be_dead() {
+    for seed in 0..seeds() {
+        let faults = Faults { one_is_silent: true, two_paths: Some(IoPolicy::RoundRobin), ..CALM };
+        let ended_ns = history(seed, 100, faults);
+        // It begins at 1 s. A keep-alive is due in half of 5 s, and is waited for for 5 s.
+        assert!(ended_ns < 9_500_000_000, "seed {seed}: {ended_ns}");
     }
 }

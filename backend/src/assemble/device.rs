@@ -2,10 +2,11 @@
 
 use super::host::{self, HostIdentity};
 use super::reactors::Reactors;
+use crate::daemon::run_state;
 use hawser_block::{BlockSize, Device};
 use hawser_config::value::Uris;
 use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
-use hawser_fabric::initiator::{self, NvmeConfig, NvmeDevice, PathTimers};
+use hawser_fabric::initiator::{self, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
 use std::collections::HashMap;
@@ -122,6 +123,12 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
         {
             return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
         }
+        if let Some(policy) = &device.value.io_policy {
+            if !matches!(kind, Kind::Nvme { .. }) {
+                return Err(device.error("io_policy", "is for nvme+tcp:// only, want no such key here"));
+            }
+            policy.parse::<IoPolicy>().map_err(|what| device.error("io_policy", what))?;
+        }
         if matches!(kind, Kind::Nvme { .. }) && device.value.block_size.is_some() {
             return Err(device.error("block_size", "is the target's to say, want no such key here"));
         }
@@ -177,7 +184,13 @@ pub fn open(
             let host = initiator::HostIdentity { nqn: nqn.to_string(), id: id.0 };
             let mut nvme = NvmeConfig::new(name.as_str(), paths, host);
             nvme.timers = timers(&config.value);
+            nvme.policy = match &config.value.io_policy {
+                Some(policy) => policy.parse().map_err(|what| wrong("io_policy", what))?,
+                None => IoPolicy::default(),
+            };
             nvme.had_predecessor = had_predecessor;
+            let folder = run_state::folder_of(whole.daemon.api.as_path());
+            nvme.record = Some(folder.join(format!("associations-{name}")));
             NvmeDevice::open(nvme, reactors.handles())
                 .map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?
         }
@@ -195,6 +208,7 @@ fn timers(config: &DeviceConfig) -> PathTimers {
     PathTimers {
         keep_alive_tmo: config.keep_alive_tmo.map_or(default.keep_alive_tmo, seconds),
         reconnect_delay: config.reconnect_delay.map_or(default.reconnect_delay, seconds),
+        fast_io_fail_tmo: config.fast_io_fail_tmo.map(seconds),
         ctrl_loss_tmo: config.ctrl_loss_tmo.map_or(default.ctrl_loss_tmo, |value| Some(seconds(value))),
         io_timeout: config.io_timeout.map_or(default.io_timeout, seconds),
         quiesce_tmo: config.quiesce_tmo.map_or(default.quiesce_tmo, seconds),
@@ -256,6 +270,14 @@ mod tests {
             (
                 vec!["nvme+tcp://h/nqn.x\"\nblock_size = 512 #"],
                 "h:4:14: [[device]] block_size: is the target's to say",
+            ),
+            (
+                vec!["nvme+tcp://h/nqn.x\"\nio_policy = \"best\" #"],
+                "h:4:13: [[device]] io_policy: \"best\" is no policy, want numa, round-robin or queue-depth",
+            ),
+            (
+                vec!["mem:?size=1GiB\"\nio_policy = \"numa\" #"],
+                "h:4:13: [[device]] io_policy: is for nvme+tcp:// only",
             ),
             (
                 vec!["mem:?size=1GiB\"\nio_timeout = 1 #"],

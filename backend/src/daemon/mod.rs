@@ -12,7 +12,7 @@ mod build_id;
 mod disk;
 mod lock;
 mod notify;
-mod run_state;
+pub(crate) mod run_state;
 mod save;
 mod signals;
 mod view;

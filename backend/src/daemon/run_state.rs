@@ -19,7 +19,7 @@ use std::sync::Arc;
 const VERSION: u32 = 1;
 
 /// The folder that belongs to an API socket.
-pub(super) fn folder_of(api: &Path) -> PathBuf {
+pub(crate) fn folder_of(api: &Path) -> PathBuf {
     let mut folder = api.as_os_str().to_owned();
     folder.push(".state");
     PathBuf::from(folder)

@@ -4,13 +4,15 @@ use super::connection::Connection;
 use super::queue::{Answer, Transfer};
 use super::signal::within;
 use super::socket::ConnectedQueue;
+use crate::nvme::ana::{self, AnaLog, AnaState};
+use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetLog, ResetState};
 use crate::nvme::discovery::{Entry, Header};
 use crate::nvme::fabrics::Property;
 use crate::nvme::properties::{CC_SHUTDOWN_NORMAL, CC_START, CSTS_FATAL, CSTS_READY, Capabilities, offset};
 use crate::nvme::{Sqe, identify, log as log_page};
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
-use hawser_runtime::{Event, Runtime, Slab, Source, SourceId};
+use hawser_runtime::{Event, Instant, Runtime, Slab, Source, SourceId};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -21,6 +23,9 @@ use std::time::Duration;
 pub(crate) const ADMIN_ENTRIES: u16 = 32;
 /// How long an admin command may take; as Linux's admin_timeout.
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often the end of a Cross-Controller Reset is looked for, where it takes its time.
+const RESET_POLL: Duration = Duration::from_millis(50);
 
 /// How a command ended, or why it will not.
 type CommandResult = Result<Answer, String>;
@@ -123,7 +128,7 @@ impl Admin {
             lost_waker: None,
         }));
         let id = runtime.add_source(Rc::clone(&inner) as Rc<RefCell<dyn Source>>);
-        inner.borrow_mut().connection = Some(Connection::new(runtime, id, queue, ADMIN_ENTRIES - 1));
+        inner.borrow_mut().connection = Some(Connection::new(runtime, id, 0, queue, ADMIN_ENTRIES - 1));
         Admin { runtime: runtime.clone(), id, inner }
     }
 
@@ -293,6 +298,46 @@ impl Admin {
         };
         let reset = within(&self.runtime, limit, reset).await;
         reset.unwrap_or_else(|| Err("the controller was not reset in time".to_owned()))
+    }
+
+    /// Has another controller of the subsystem reset, until which nothing of it is known to be quiet.
+    ///
+    /// # Errors
+    /// When the controller does not do it, or not until `until`.
+    pub(crate) async fn reset_other(&self, other: &ControllerInstance, until: Instant) -> Result<(), String> {
+        let what = "reset the lost controller";
+        let (result, _) = self.command(what, other.reset(), 0).await?;
+        if crate::nvme::bytes::low32(result) & IMMEDIATE_SUCCESS != 0 {
+            return Ok(());
+        }
+        while self.runtime.now() < until {
+            self.runtime.sleep(RESET_POLL).await;
+            let (id, len) = (log_page::id::CROSS_CONTROLLER_RESET, ResetLog::LEN_MAX);
+            let sqe = Sqe::get_log_page(id, 0, 0, len, true, crate::nvme::Sgl::NONE);
+            let (_, data) = self.command(what, sqe, len).await?;
+            let log = ResetLog::from_bytes(&data);
+            let entry = log
+                .entries
+                .iter()
+                .rev()
+                .find(|entry| (entry.cntlid, entry.uniquifier) == (other.cntlid, other.uniquifier));
+            match entry.map(|entry| entry.state) {
+                Some(ResetState::InProgress) => {}
+                Some(ResetState::Succeeded) => return Ok(()),
+                Some(ResetState::Failed) => return Err(format!("{what}: it failed")),
+                None => return Err(format!("{what}: the controller does not say how it goes")),
+            }
+        }
+        Err(format!("{what}: not in time"))
+    }
+
+    /// The asymmetric access of the namespaces in group `group`; `None` when the log does not have it.
+    pub(crate) async fn ana_state(&self, group: u32, len: u32) -> Result<Option<AnaState>, String> {
+        let what = "read the ANA log page";
+        let sqe = Sqe::get_log_page(log_page::id::ANA, 0, 0, len, false, crate::nvme::Sgl::NONE);
+        let (_, data) = self.command(what, sqe.with_log_specific(ana::GROUPS_ONLY), len).await?;
+        let log = AnaLog::from_bytes(&data).map_err(|error| error.to_string())?;
+        Ok(log.state_of(group))
     }
 
     /// Tells the controller that we leave in order. Best effort.

@@ -20,7 +20,10 @@ pub struct PathTimers {
     pub keep_alive_tmo: Duration,
     /// The longest wait between attempts to reconnect. The first come sooner.
     pub reconnect_delay: Duration,
-    /// After so long without an association requests fail; reconnecting goes on. `None`: they wait for ever.
+    /// After so long without an association a path is not waited for any more; reconnecting goes on. When that holds for all
+    /// paths of a device, requests fail. `None`: they wait.
+    pub fast_io_fail_tmo: Option<Duration>,
+    /// The same: the shorter of the two counts, as on Linux, where after this one reconnecting ends.
     pub ctrl_loss_tmo: Option<Duration>,
     /// A command that is not answered for so long ends the association.
     pub io_timeout: Duration,
@@ -36,6 +39,12 @@ impl PathTimers {
     pub fn expiry(&self) -> Duration {
         self.keep_alive_tmo * 2
     }
+
+    /// How long a path is waited for at most.
+    #[must_use]
+    pub fn patience(&self) -> Option<Duration> {
+        self.fast_io_fail_tmo.into_iter().chain(self.ctrl_loss_tmo).min()
+    }
 }
 
 impl Default for PathTimers {
@@ -43,10 +52,36 @@ impl Default for PathTimers {
         PathTimers {
             keep_alive_tmo: Duration::from_secs(5),
             reconnect_delay: Duration::from_secs(10),
+            fast_io_fail_tmo: None,
             ctrl_loss_tmo: None,
             io_timeout: Duration::from_secs(30),
             quiesce_tmo: Duration::from_secs(5),
         }
+    }
+}
+
+/// Which of several good paths a command takes; as Linux's `iopolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPolicy {
+    /// One path, the first that is good in the configuration's order, until it is not good any more.
+    #[default]
+    Numa,
+    /// One after the other.
+    RoundRobin,
+    /// The one with the fewest commands under way.
+    QueueDepth,
+}
+
+impl std::str::FromStr for IoPolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<IoPolicy, String> {
+        Ok(match text {
+            "numa" => IoPolicy::Numa,
+            "round-robin" => IoPolicy::RoundRobin,
+            "queue-depth" => IoPolicy::QueueDepth,
+            _ => return Err(format!("{text:?} is no policy, want numa, round-robin or queue-depth")),
+        })
     }
 }
 
@@ -55,21 +90,33 @@ impl Default for PathTimers {
 pub struct NvmeConfig {
     /// The device's name in the configuration.
     pub name: String,
-    /// One path or several, of which one is used at a time.
+    /// One path or several, to the same namespace.
     pub paths: Vec<NvmeUri>,
+    /// Which of several is taken.
+    pub policy: IoPolicy,
     /// Who we are.
     pub host: HostIdentity,
     /// Its timers.
     pub timers: PathTimers,
     /// A process that may have written to this device before us died without an orderly end: our first writes wait
-    /// until its association is provably quiet.
+    /// until its associations are provably quiet.
     pub had_predecessor: bool,
+    /// Where what names our associations is kept for a process after us. Without it that knows less, and waits longer.
+    pub record: Option<std::path::PathBuf>,
 }
 
 impl NvmeConfig {
     /// With Linux's timers and no predecessor.
     #[must_use]
     pub fn new(name: impl Into<String>, paths: Vec<NvmeUri>, host: HostIdentity) -> NvmeConfig {
-        NvmeConfig { name: name.into(), paths, host, timers: PathTimers::default(), had_predecessor: false }
+        NvmeConfig {
+            name: name.into(),
+            paths,
+            policy: IoPolicy::default(),
+            host,
+            timers: PathTimers::default(),
+            had_predecessor: false,
+            record: None,
+        }
     }
 }

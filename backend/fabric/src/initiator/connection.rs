@@ -17,10 +17,10 @@ use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Completed, Op, Runtime, SourceId};
 use std::rc::Rc;
 
-/// Key of the one send under way.
-pub(crate) const KEY_SEND: u32 = 1;
-/// Key of the one receive under way.
-pub(crate) const KEY_RECEIVE: u32 = 2;
+/// Key of the one send under way, from the connection's first key on.
+const KEY_SEND: u32 = 1;
+/// Key of the one receive under way, likewise.
+const KEY_RECEIVE: u32 = 2;
 
 /// What is received at once at most: 32 reads of 4 KiB with their headers (32 * (24 + 4096 + 24) = 130 KiB) and as much
 /// again, small enough to stay in the second-level cache while it is parsed.
@@ -42,6 +42,7 @@ struct Memory {
 pub(crate) struct Connection<T: Copy> {
     runtime: Runtime,
     source: SourceId,
+    first_key: u32,
     socket: Rc<Socket>,
     pair: Option<Box<QueuePair<T>>>,
     memory: Option<Box<Memory>>,
@@ -58,10 +59,11 @@ pub(crate) struct Connection<T: Copy> {
 }
 
 impl<T: Copy> Connection<T> {
-    /// Takes over a connected queue of which `source` will get the events.
+    /// Takes over a connected queue of which `source` will get the events, with keys from `first_key` to 3 beyond.
     pub(crate) fn new(
         runtime: &Runtime,
         source: SourceId,
+        first_key: u32,
         queue: ConnectedQueue,
         depth: u16,
     ) -> Connection<T> {
@@ -79,6 +81,7 @@ impl<T: Copy> Connection<T> {
         let mut connection = Connection {
             runtime: runtime.clone(),
             source,
+            first_key,
             socket: queue.socket,
             pair: Some(Box::new(QueuePair::new(depth, queue.limits))),
             memory: Some(Box::new(memory)),
@@ -140,7 +143,7 @@ impl<T: Copy> Connection<T> {
         };
         self.sending = true;
         // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
-        unsafe { self.runtime.submit(self.source, KEY_SEND, &op) };
+        unsafe { self.runtime.submit(self.source, self.first_key + KEY_SEND, &op) };
     }
 
     fn receive(&mut self) {
@@ -175,12 +178,12 @@ impl<T: Copy> Connection<T> {
         };
         self.receiving = true;
         // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
-        unsafe { self.runtime.submit(self.source, KEY_RECEIVE, &op) };
+        unsafe { self.runtime.submit(self.source, self.first_key + KEY_RECEIVE, &op) };
     }
 
     /// Takes the end of the operation `key`.
     pub(crate) fn handle(&mut self, key: u32, completed: Completed) {
-        match key {
+        match key - self.first_key {
             KEY_SEND => {
                 self.sending = false;
                 self.pair().transmitted();
@@ -259,7 +262,7 @@ impl<T: Copy> Connection<T> {
         let (buffer, len) = (memory.term.as_ptr(), low32(memory.term.len() as u64));
         self.sending = true;
         // SAFETY: `memory`, the socket and what the pair's commands name are kept until the operation has ended (`is_quiet`).
-        unsafe { self.runtime.submit(self.source, KEY_SEND, &Op::Send { fd, buffer, len }) };
+        unsafe { self.runtime.submit(self.source, self.first_key + KEY_SEND, &Op::Send { fd, buffer, len }) };
     }
 
     /// Why the connection is of no use any more.
@@ -287,10 +290,10 @@ impl<T: Copy> Connection<T> {
         self.fail("given up".to_owned());
         // Not shut down: that would send the rest. The operations end by cancellation, and closing is a reset.
         if self.sending {
-            self.runtime.cancel(self.source, KEY_SEND);
+            self.runtime.cancel(self.source, self.first_key + KEY_SEND);
         }
         if self.receiving {
-            self.runtime.cancel(self.source, KEY_RECEIVE);
+            self.runtime.cancel(self.source, self.first_key + KEY_RECEIVE);
         }
     }
 

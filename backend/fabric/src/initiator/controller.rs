@@ -1,44 +1,44 @@
-//! The owner's task: makes associations, keeps them alive, follows changes, and makes them again. Straight-line code on
-//! one reactor; lanes on all reactors are told by message.
+//! A path's task: makes associations, keeps them alive, follows changes, and makes them again. Straight-line code on
+//! one reactor; lanes on all reactors are told by message. Paths know of each other only what the device does.
 //!
 //! ```text
-//!          ┌──────────── connect a path ◄──────────────┐ back-off with jitter
+//!          ┌──────────── connect ◄─────────────────────┐ back-off with jitter
 //!          ▼                                           │
 //!  admin queue ► enable ► identify ► queues ► lanes connect ► start
 //!                                                      │
-//!                          keep-alive, events, losses ─┴► tear all lanes down (barrier)
+//!              keep-alive, events, chores, losses ─────┴► tear the path down in all lanes (barrier)
 //! ```
 
 use super::admin::{ADMIN_ENTRIES, Admin};
-use super::config::{NvmeConfig, PathTimers};
+use super::config::PathTimers;
 use super::device::{Shared, lane_of};
 use super::geometry::{Identity, Known};
-use super::lane::{Notice, Start};
-use super::queue::SLOTS_MAX;
+use super::identify;
+use super::lane::{Lane, Notice, Start};
+use super::quiet::{self, Record, Unquiet};
 use super::signal::{Either, Mailbox, Seldom, first, within};
 use super::socket::{self, QueueRequest};
+use crate::nvme::ana::AnaState;
 use crate::nvme::bytes::{low16, low32};
+use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
-use crate::nvme::identify::{
-    CNTRLTYPE_DISCOVERY, IdentifyController, IdentifyNamespace, IdentifyNvmController, NamespaceIds,
-    OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK, cns,
-};
+use crate::nvme::identify::{IdentifyNamespace, OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK, cns};
 use crate::nvme::log::AsyncEvent;
 use crate::nvme::{Sgl, Sqe};
 use crate::uri::NvmeUri;
-use hawser_block::DeviceState;
 use hawser_runtime::{Instant, Runtime};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Entries of an I/O queue that we ask for: twice the depth that saturates one core here.
-const IO_ENTRIES: u16 = 256;
 /// How long a lost association is asked to prove that it is quiet, before a new one is made.
 const RESET_LIMIT: Duration = Duration::from_secs(1);
 /// How often events that we do nothing about are logged at most.
 const EVENT_LOG_EVERY: Duration = Duration::from_secs(60);
+/// How often asymmetric access that will be another soon is looked at.
+const ANA_POLL: Duration = Duration::from_millis(500);
 /// The first wait before reconnecting; it doubles up to `reconnect_delay`.
 const RECONNECT_FIRST: Duration = Duration::from_millis(100);
 
@@ -60,67 +60,41 @@ impl From<String> for End {
     }
 }
 
-/// An association that is over, and whose commands may still be executed.
-struct Unquiet {
-    /// `None`: we do not know.
-    address: Option<SocketAddr>,
-    /// The target has ended it, or has seen its end.
-    target_knows: bool,
-    /// From then on they are not.
-    until: Instant,
-}
-
-impl Unquiet {
-    /// Whether it is quiet after a Connect to `address`, which waits for what its target knows to be over, or does not.
-    fn is_quiet(&self, address: &SocketAddr, connect_waits: bool, now: Instant) -> bool {
-        connect_waits && self.target_knows && self.address == Some(*address) || self.until <= now
-    }
-}
-
 struct Association {
     number: u64,
-    address: SocketAddr,
     admin: Admin,
     identity: Identity,
     nsid: u32,
+    /// Its controller reports asymmetric access.
+    has_ana: bool,
+    record: Record,
 }
 
 struct Task {
     runtime: Runtime,
     shared: Arc<Shared>,
-    number: u64,
     path: usize,
+    number: u64,
     /// There was an association before.
     reached: bool,
-    unquiet: Vec<Unquiet>,
     /// Since when there is no association.
     lost_at: Instant,
-    failing: bool,
+    hopeless: bool,
     attempts: u32,
     logged: String,
 }
 
 /// Runs until the device is closed.
-pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
+pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>, path: usize) {
     let lost_at = runtime.refresh_now();
-    let NvmeConfig { paths, timers, had_predecessor, .. } = &shared.config;
-    // A predecessor was on one of the paths, at one of its addresses. With several we do not know which.
-    let address = match paths.as_slice() {
-        [path] => path.address.host.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, path.address.port)),
-        _ => None,
-    };
-    let until = lost_at + timers.expiry() + timers.quiesce_tmo;
-    let predecessor = Unquiet { address, target_knows: true, until };
-    let unquiet = if *had_predecessor { vec![predecessor] } else { Vec::new() };
     let mut task = Task {
         runtime,
         shared,
+        path,
         number: 0,
-        path: 0,
         reached: false,
-        unquiet,
         lost_at,
-        failing: false,
+        hopeless: false,
         attempts: 0,
         logged: String::new(),
     };
@@ -129,11 +103,11 @@ pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>) {
 
 impl Task {
     async fn run(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let uri = shared.config.paths[self.path].clone();
         loop {
-            self.number += 1;
-            let shared = Arc::clone(&self.shared);
-            let uri = shared.config.paths[self.path].clone();
-            let attempt = first(self.associate(&uri), closed(&shared)).await;
+            self.number = shared.next_number();
+            let attempt = first(self.associate(&uri), closed(&shared, self.path)).await;
             let end = match attempt {
                 Either::First(Ok(association)) => {
                     let began = self.ready(&uri);
@@ -166,14 +140,17 @@ impl Task {
             };
             let delay = self.delay();
             self.trouble(&why, refused, delay);
-            self.path = (self.path + 1) % self.shared.config.paths.len();
             if self.wait(delay).await.is_err() {
                 break;
             }
         }
-        for index in 0..self.shared.reactors.len() {
-            let key = self.shared.key;
-            self.shared.reactors[index].run(move |runtime| {
+        if shared.tasks.fetch_sub(1, Ordering::Relaxed) > 1 {
+            return;
+        }
+        // The last path's task ends the lanes.
+        for index in 0..shared.reactors.len() {
+            let key = shared.key;
+            shared.reactors[index].run(move |runtime| {
                 let lane = runtime.local::<super::lane::Lanes>().0.borrow_mut().remove(&key);
                 if let Some(lane) = lane {
                     lane.borrow_mut().remove();
@@ -184,21 +161,44 @@ impl Task {
 
     /// Takes down what is known of the commands of an association that is over.
     async fn leave(&mut self, association: &Association, end: &End) {
-        let controller = &association.identity.controller;
-        let admin = &association.admin;
-        let may_prove = controller.vendor.starts_with(&VENDOR_MARK) && !matches!(end, End::Silence(_));
-        if may_prove && !admin.was_ended_by_target() && admin.reset(RESET_LIMIT).await.is_ok() {
-            log::debug!("{}: the lost association has been reset", self.shared.config.name);
-            return;
+        let Association { number, admin, record, identity, .. } = association;
+        if matches!(end, End::Closed) {
+            self.shared.died(*number, None);
+            return self.shared.remember().await;
         }
-        let until = self.lost_at + self.timers().expiry() + quiesce(controller, &self.timers());
-        self.unquiet.retain(|unquiet| unquiet.until > self.lost_at);
-        let (address, target_knows) = (Some(association.address), admin.was_ended_by_target());
-        self.unquiet.push(Unquiet { address, target_knows, until });
+        let unquiet = Unquiet {
+            association: *number,
+            record: record.clone(),
+            target_knows: admin.was_ended_by_target(),
+            since: self.lost_at,
+            until: self.lost_at + record.lives,
+        };
+        // Other paths' tasks hear of it, and may have it reset.
+        self.shared.died(*number, Some(unquiet));
+        self.shared.remember().await;
+        let keeps_promises = identity.controller.vendor.starts_with(&VENDOR_MARK);
+        if keeps_promises
+            && !matches!(end, End::Silence(_))
+            && !admin.was_ended_by_target()
+            && admin.reset(RESET_LIMIT).await.is_ok()
+        {
+            self.shared.quiet(*number);
+        } else if admin.was_ended_by_target() {
+            self.shared.target_knows(*number);
+        }
     }
 
     fn timers(&self) -> PathTimers {
         self.shared.config.timers
+    }
+
+    /// The device, and the path if it has several.
+    fn label(&self) -> String {
+        let config = &self.shared.config;
+        match config.paths.len() {
+            1 => config.name.clone(),
+            _ => format!("{}: {}", config.name, config.paths[self.path].address),
+        }
     }
 
     /// Doubling from 0.1 s to `reconnect_delay`, and of that between a half and the whole, so that many initiators do not
@@ -211,55 +211,55 @@ impl Task {
         whole * permille / 1000
     }
 
-    /// Waits between attempts; `Err` when the device was closed. Requests begin to fail when `ctrl_loss_tmo` is over.
+    /// Waits between attempts; `Err` when the device was closed. The path becomes hopeless when its time is over.
     async fn wait(&mut self, delay: Duration) -> Result<(), ()> {
         let until = self.runtime.refresh_now() + delay;
         loop {
             let now = self.runtime.refresh_now();
-            let gives_up = match self.timers().ctrl_loss_tmo {
-                Some(limit) if !self.failing => self.lost_at + limit,
+            let gives_up = match self.timers().patience() {
+                Some(limit) if !self.hopeless => self.lost_at + limit,
                 _ => Instant::NEVER,
             };
             if gives_up <= now {
-                self.fail_waiting();
+                self.give_up_hope();
                 continue;
             }
             if until <= now {
                 return Ok(());
             }
             let shared = Arc::clone(&self.shared);
-            if within(&self.runtime, until.min(gives_up) - now, closed(&shared)).await.is_some() {
+            let closed = closed(&shared, self.path);
+            if within(&self.runtime, until.min(gives_up) - now, closed).await.is_some() {
                 return Err(());
             }
         }
     }
 
-    fn fail_waiting(&mut self) {
-        self.failing = true;
-        for index in 0..self.shared.reactors.len() {
-            self.shared.on_lane(index, super::lane::Lane::fail_waiting);
+    /// The path is not waited for any more. Requests begin to fail when that holds for all.
+    fn give_up_hope(&mut self) {
+        self.hopeless = true;
+        self.shared.change(|status| status.paths[self.path].hopeless = true);
+        if self.shared.is_hopeless() {
+            self.shared.on_lanes(Lane::fail_waiting);
         }
-        self.shared.change(|status| status.state = DeviceState::Failed);
     }
 
     fn trouble(&mut self, why: &str, refused: bool, delay: Duration) {
-        let name = &self.shared.config.name;
+        let label = self.label();
         if self.logged != why {
-            log::warn!("{name}: {why}");
+            log::warn!("{label}: {why}");
             why.clone_into(&mut self.logged);
         }
-        let line = format!("{name}: {why}; retrying in {:.1} s", delay.as_secs_f32());
-        let failed = refused || self.failing;
+        let line = format!("{label}: {why}; retrying in {:.1} s", delay.as_secs_f32());
+        // What is wrong is there before it is told that something is.
+        self.shared.status().paths[self.path].trouble = line;
         self.shared.change(|status| {
-            status.trouble = line;
-            status.state = match status.known {
-                _ if failed => DeviceState::Failed,
-                None => DeviceState::Connecting,
-                Some(_) => DeviceState::Reconnecting,
-            };
+            let path = &mut status.paths[self.path];
+            path.ready = false;
+            path.ana = None;
         });
-        if refused && !self.failing {
-            self.fail_waiting();
+        if refused && !self.hopeless {
+            self.give_up_hope();
         }
     }
 
@@ -267,20 +267,22 @@ impl Task {
         let again = if std::mem::replace(&mut self.reached, true) { "again " } else { "" };
         log::info!("{}: {again}connected to {uri}", self.shared.config.name);
         self.logged.clear();
-        self.failing = false;
+        self.hopeless = false;
         self.shared.change(|status| {
-            status.state = DeviceState::Ready;
-            status.trouble.clear();
+            let path = &mut status.paths[self.path];
+            path.ready = true;
+            path.hopeless = path.ana == Some(AnaState::PersistentLoss);
+            path.trouble.clear();
         });
         self.runtime.refresh_now()
     }
 
-    /// Waits until no lane has an operation under way: the barrier before the next attempt.
+    /// Waits until no lane has an operation under way on this path: the barrier before the next attempt.
     async fn tear_down(&self) {
         let done = Arc::new(Mailbox::default());
         for index in 0..self.shared.reactors.len() {
-            let done = Arc::clone(&done);
-            self.shared.on_lane(index, move |lane| lane.tear_down(done));
+            let (done, path) = (Arc::clone(&done), self.path);
+            self.shared.on_lane(index, move |lane| lane.tear_down(path, done));
         }
         for _ in 0..self.shared.reactors.len() {
             done.next().await;
@@ -288,6 +290,7 @@ impl Task {
     }
 
     async fn associate(&self, uri: &NvmeUri) -> Result<Association, End> {
+        let connecting_since = self.runtime.refresh_now();
         let addresses = socket::resolve(&uri.address).await;
         let addresses = addresses.map_err(|why| format!("resolve {}: {why}", uri.address.host))?;
         let mut request = QueueRequest {
@@ -303,64 +306,91 @@ impl Task {
         let (address, queue) = self.connect_admin(&addresses, &request).await?;
         request.cntlid = queue.cntlid;
         let admin = Admin::new(&self.runtime, queue);
-        let identity = identify(&admin, uri).await?;
-        let mut known = known(&identity, uri)?;
-        let before = self.shared.status().known;
-        if let Some(before) = before {
-            before.accept(&known).map_err(End::Refused)?;
-            // What a cache held of us does not become durable by our using another controller.
-            known.geometry.volatile_cache |= before.geometry.volatile_cache;
-        }
+        let identity = identify::identify(&admin, uri).await?;
+        let known = identify::known(&identity, uri)?;
+        let ana = identify::ana(&admin, &identity).await?;
 
         let lanes = self.shared.reactors.len();
-        let ask = u16::try_from(lanes).unwrap_or(u16::MAX);
-        let sqe = Sqe::set_features(features::id::NUMBER_OF_QUEUES, features::queues_to_value(ask));
-        let (granted, _) = admin.command("set the number of queues", sqe, 0).await?;
-        let granted = features::queues_from_value(low32(granted)) as usize;
-        if granted < lanes {
-            let why =
-                format!("the controller grants {granted} I/O queues, and {lanes} reactors need one each");
-            return Err(End::Trouble(why));
-        }
-        if identity.controller.async_events & OAES_NAMESPACE_ATTRIBUTE != 0 {
-            let value = features::EVENT_NAMESPACE_ATTRIBUTE;
-            let sqe = Sqe::set_features(features::id::ASYNC_EVENT_CONFIGURATION, value);
-            // Without it, growth is noticed at the next association.
-            if let Err(why) = admin.command("ask for events", sqe, 0).await {
-                log::debug!("{}: {why}", self.shared.config.name);
-            }
-        }
-
+        self.ask_for_queues(&admin, lanes).await?;
+        self.ask_for_events(&admin, &identity).await;
         request.keep_alive_ms = 0;
         request.in_capsule_max = match identity.controller.in_capsule_data_offset {
             0 => identity.controller.in_capsule_data_max(),
             _ => 0,
         };
-        request.entries = io_entries(&identity);
+        request.entries = identify::io_entries(&identity);
         self.connect_lanes(&address, &request).await?;
 
+        self.shared.adopt(&known).map_err(End::Refused)?;
+        let controller = &identity.controller;
+        let lives = quiet::lives(&self.timers(), controller.quiesce_time_ms);
+        let record = Record {
+            address: Some(address),
+            subsystem_nqn: uri.subsystem_nqn.clone(),
+            instance: ControllerInstance::of(controller),
+            lives,
+        };
+        // Before the first command, so that a process after us knows where it may be.
+        self.shared.born(self.number, record.clone());
+        self.shared.remember().await;
+        let now = self.runtime.refresh_now();
+        self.shared.predecessors_live(lives);
+        let connect_waits = controller.vendor.starts_with(&VENDOR_MARK).then_some(connecting_since);
+        for unquiet in self.shared.unquiet(now) {
+            if unquiet.is_quiet(&address, connect_waits) {
+                self.shared.quiet(unquiet.association);
+            }
+        }
         let start = Start {
             association: self.number,
-            geometry: known.geometry,
+            limits: known.geometry,
             nsid: uri.nsid,
-            earlier_are_quiet: self.earlier_are_quiet(&address, &identity.controller),
-            quiesce: quiesce(&identity.controller, &self.timers()),
-            retry_delays: identity.controller.retry_delays,
+            lives,
+            retry_delays: controller.retry_delays,
+            ana,
         };
-        self.shared.change(|status| status.known = Some(known));
-        for index in 0..lanes {
-            self.shared.on_lane(index, move |lane| lane.start(&start));
-        }
-        Ok(Association { number: self.number, address, admin, identity, nsid: uri.nsid })
+        self.shared.status().paths[self.path].ana = ana;
+        let path = self.path;
+        self.shared.on_lanes(move |lane| lane.start(path, &start));
+        Ok(Association {
+            number: self.number,
+            admin,
+            identity,
+            nsid: uri.nsid,
+            has_ana: ana.is_some(),
+            record,
+        })
     }
 
-    /// Our own target's Connect waits for the commands of our earlier associations, and takes in nothing more of those of
-    /// which it knows that they are over: after it they are quiet. That says nothing of another address, where another target
-    /// may still be at work (a name may have several), nor of what a silent network may still deliver.
-    fn earlier_are_quiet(&self, address: &SocketAddr, controller: &IdentifyController) -> bool {
-        let connect_waits = controller.vendor.starts_with(&VENDOR_MARK);
-        let now = self.runtime.now();
-        self.unquiet.iter().all(|unquiet| unquiet.is_quiet(address, connect_waits, now))
+    async fn ask_for_queues(&self, admin: &Admin, lanes: usize) -> Result<(), String> {
+        let ask = u16::try_from(lanes).unwrap_or(u16::MAX);
+        let sqe = Sqe::set_features(features::id::NUMBER_OF_QUEUES, features::queues_to_value(ask));
+        let (granted, _) = admin.command("set the number of queues", sqe, 0).await?;
+        let granted = features::queues_from_value(low32(granted)) as usize;
+        if granted < lanes {
+            return Err(format!(
+                "the controller grants {granted} I/O queues, and {lanes} reactors need one each"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Without them, changes are noticed at the next association.
+    async fn ask_for_events(&self, admin: &Admin, identity: &Identity) {
+        let offered = identity.controller.async_events;
+        let pairs = [
+            (OAES_NAMESPACE_ATTRIBUTE, features::EVENT_NAMESPACE_ATTRIBUTE),
+            (OAES_ANA_CHANGE, features::EVENT_ANA_CHANGE),
+        ];
+        let wanted =
+            pairs.iter().filter(|(offer, _)| offered & offer != 0).fold(0, |all, (_, bit)| all | bit);
+        if wanted == 0 {
+            return;
+        }
+        let sqe = Sqe::set_features(features::id::ASYNC_EVENT_CONFIGURATION, wanted);
+        if let Err(why) = admin.command("ask for events", sqe, 0).await {
+            log::debug!("{}: {why}", self.label());
+        }
     }
 
     async fn connect_admin(
@@ -384,17 +414,17 @@ impl Task {
             let queue_id = low16(low32(index as u64 + 1));
             let request = QueueRequest { queue_id, ..request.clone() };
             let (done, address) = (Arc::clone(&done), *address);
-            let (key, number) = (self.shared.key, self.number);
+            let (key, path, number) = (self.shared.key, self.path, self.number);
             reactor.run(move |runtime| {
                 if let Some(lane) = lane_of(runtime, key) {
-                    lane.borrow_mut().expect(number);
+                    lane.borrow_mut().expect(path, number);
                 }
                 let own = runtime.clone();
                 runtime.spawn(async move {
                     let connected = socket::connect_queue(&own, &address, &request).await;
                     done.post(connected.map(|queue| {
                         if let Some(lane) = lane_of(&own, key) {
-                            lane.borrow_mut().install(number, queue, request.entries - 1);
+                            lane.borrow_mut().install(path, number, queue, request.entries - 1);
                         }
                     }));
                 });
@@ -410,12 +440,12 @@ impl Task {
     }
 
     /// Keeps an association until it ends.
-    async fn serve(&mut self, association: &Association) -> End {
+    async fn serve(&self, association: &Association) -> End {
         let admin = &association.admin;
         let busy = first(self.keep_alive(admin), self.follow_events(association));
         let ended = first(lost(admin), self.notices(association.number));
-        match first(busy, ended).await {
-            Either::First(Either::First(end) | Either::Second(end))
+        match first(first(busy, self.chores(association)), ended).await {
+            Either::First(Either::First(Either::First(end) | Either::Second(end)) | Either::Second(end))
             | Either::Second(Either::First(end) | Either::Second(end)) => end,
         }
     }
@@ -439,11 +469,71 @@ impl Task {
 
     async fn notices(&self, number: u64) -> End {
         loop {
-            match self.shared.notices.next().await {
+            match self.shared.notices[self.path].next().await {
                 Notice::Closed => return End::Closed,
                 Notice::Lost { association, why } if association == number => return End::Trouble(why),
                 Notice::Lost { .. } => {}
+                Notice::Asymmetric => self.shared.chores[self.path].post(()),
             }
+        }
+    }
+
+    /// What is done when something happens: other paths' lost controllers are reset, asymmetric access is looked at.
+    async fn chores(&self, association: &Association) -> End {
+        loop {
+            self.reset_lost(association).await;
+            let mut passing = false;
+            if association.has_ana {
+                match identify::ana(&association.admin, &association.identity).await {
+                    Err(why) => return End::Trouble(why),
+                    Ok(state) => {
+                        let state = state.unwrap_or(AnaState::Inaccessible);
+                        passing = matches!(state, AnaState::Inaccessible | AnaState::Change);
+                        self.set_ana(association.number, state);
+                    }
+                }
+            }
+            let next = self.shared.chores[self.path].next();
+            if passing {
+                within(&self.runtime, ANA_POLL, next).await;
+            } else {
+                next.await;
+            }
+        }
+    }
+
+    async fn reset_lost(&self, association: &Association) {
+        let Association { admin, identity, record, .. } = association;
+        if identity.controller.cross_resets_max == 0 {
+            return;
+        }
+        for unquiet in self.shared.unquiet(self.runtime.now()) {
+            let Some(instance) = unquiet.record.instance else { continue };
+            if unquiet.record.subsystem_nqn != record.subsystem_nqn {
+                continue;
+            }
+            match admin.reset_other(&instance, unquiet.until).await {
+                Ok(()) => {
+                    log::info!("{}: controller {}, which was lost, is reset", self.label(), instance.cntlid);
+                    self.shared.quiet(unquiet.association);
+                }
+                Err(why) => log::debug!("{}: {why}", self.label()),
+            }
+        }
+    }
+
+    fn set_ana(&self, number: u64, state: AnaState) {
+        let before = self.shared.status().paths[self.path].ana.replace(state);
+        if before != Some(state) {
+            log::info!("{}: the namespace is {state} on this path", self.label());
+        }
+        self.shared.change(|status| {
+            status.paths[self.path].hopeless = state == AnaState::PersistentLoss;
+        });
+        let path = self.path;
+        self.shared.on_lanes(move |lane| lane.set_ana(path, number, state));
+        if self.shared.is_hopeless() {
+            self.shared.on_lanes(Lane::fail_waiting);
         }
     }
 
@@ -457,16 +547,21 @@ impl Task {
                 Ok(None) => return std::future::pending().await,
                 Ok(Some(event)) => event,
             };
+            if event == AsyncEvent::ANA_CHANGE && association.has_ana {
+                // Reads the log page.
+                self.shared.chores[self.path].post(());
+                continue;
+            }
             // Reading the log page lets the next event of this kind come.
             let (len, nsid) =
                 if event == AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED { (4096, 0) } else { (512, u32::MAX) };
             let sqe = Sqe::get_log_page(event.log_page, nsid, 0, len, false, Sgl::NONE);
             if let Err(why) = admin.command("read a log page", sqe, len).await {
-                log::debug!("{}: {why}", self.shared.config.name);
+                log::debug!("{}: {why}", self.label());
             }
             if event != AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED {
                 if log.may(self.runtime.now()) {
-                    log::info!("{}: the controller reports {event:?}", self.shared.config.name);
+                    log::info!("{}: the controller reports {event:?}", self.label());
                 }
                 continue;
             }
@@ -487,100 +582,23 @@ impl Task {
             namespace: IdentifyNamespace::from_bytes(&data),
             ids: before.ids,
         };
-        let mut now = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
+        let found = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
         let Some(known) = self.shared.status().known else { return Ok(()) };
-        known.accept(&now).map_err(End::Refused)?;
-        now.geometry.volatile_cache |= known.geometry.volatile_cache;
+        let now = self.shared.adopt(&found).map_err(End::Refused)?;
         if now != known {
             let (old, new) = (known.geometry.size_bytes(), now.geometry.size_bytes());
             log::info!("{}: the device changed, {old} bytes before, {new} now", self.shared.config.name);
-            for index in 0..self.shared.reactors.len() {
-                self.shared.on_lane(index, move |lane| lane.set_geometry(now.geometry));
-            }
-            self.shared.change(|status| status.known = Some(now));
         }
         Ok(())
     }
 }
 
 /// Awaits that nobody uses the device any more. What is said of associations that are over is not heard.
-async fn closed(shared: &Shared) {
-    while !matches!(shared.notices.next().await, Notice::Closed) {}
+async fn closed(shared: &Shared, path: usize) {
+    while !matches!(shared.notices[path].next().await, Notice::Closed) {}
 }
 
 /// Awaits the loss of the admin queue.
 async fn lost(admin: &Admin) -> End {
     End::Trouble(admin.lost().await)
-}
-
-/// Starts the controller and asks it everything.
-async fn identify(admin: &Admin, uri: &NvmeUri) -> Result<Identity, End> {
-    let capabilities = admin.enable().await?;
-    let data = admin.identify("identify the controller", cns::CONTROLLER, 0).await?;
-    let controller = IdentifyController::from_bytes(&data);
-    if controller.controller_type == CNTRLTYPE_DISCOVERY {
-        return Err(End::Trouble(format!("{} is a discovery service, not a subsystem", uri.subsystem_nqn)));
-    }
-    let data = admin.identify("identify the namespace", cns::NAMESPACE, uri.nsid).await?;
-    let namespace = IdentifyNamespace::from_bytes(&data);
-    // Controllers before 1.3 have no list of identifiers, those before 1.4 no command set's own limits.
-    let what = "identify the namespace's identifiers";
-    let ids = match admin.identify_if_known(what, cns::NAMESPACE_IDS, uri.nsid).await? {
-        Some(data) => NamespaceIds::from_bytes(&data),
-        None => NamespaceIds { nguid: namespace.nguid, eui64: namespace.eui64, ..NamespaceIds::default() },
-    };
-    let what = "identify the command set's limits";
-    let nvm = match admin.identify_if_known(what, cns::COMMAND_SET_CONTROLLER, 0).await? {
-        Some(data) => IdentifyNvmController::from_bytes(&data),
-        None => IdentifyNvmController::default(),
-    };
-    Ok(Identity { capabilities, controller, nvm, namespace, ids })
-}
-
-fn known(identity: &Identity, uri: &NvmeUri) -> Result<Known, End> {
-    let geometry = identity.geometry().map_err(|why| format!("namespace {}: {why}", uri.nsid))?;
-    Ok(Known { geometry, uuid: identity.uuid() })
-}
-
-/// CQT where the controller says it, else `quiesce_tmo`.
-fn quiesce(controller: &IdentifyController, timers: &PathTimers) -> Duration {
-    match controller.quiesce_time_ms {
-        0 => timers.quiesce_tmo,
-        ms => Duration::from_millis(u64::from(ms)),
-    }
-}
-
-/// As many entries as we like, the controller's queues have, and its commands may be.
-fn io_entries(identity: &Identity) -> u16 {
-    let queue = identity.capabilities.queue_entries_max.saturating_add(1);
-    let commands = match identity.controller.commands_max {
-        0 => u16::MAX,
-        max => max,
-    };
-    IO_ENTRIES.min(queue).min(commands).clamp(2, SLOTS_MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A name had two addresses, with a target at each. After the first was lost, the second's promise about its own earlier
-    /// associations was taken for one about the first's, because both were the same URI.
-    #[test]
-    fn a_target_speaks_for_its_own_address_and_for_what_it_has_seen() {
-        let (here, there): (SocketAddr, SocketAddr) =
-            ("127.0.0.1:4420".parse().unwrap(), "[::1]:4420".parse().unwrap());
-        let until = Instant(1000);
-        let lost = |address, target_knows| Unquiet { address, target_knows, until };
-        for (unquiet, address, connect_waits, now, quiet) in [
-            (lost(Some(here), true), here, true, 0, true),
-            (lost(Some(here), true), there, true, 0, false),
-            (lost(Some(here), true), there, true, 1000, true),
-            (lost(Some(here), true), here, false, 0, false),
-            (lost(Some(here), false), here, true, 999, false),
-            (lost(None, true), here, true, 999, false),
-        ] {
-            assert_eq!(unquiet.is_quiet(&address, connect_waits, Instant(now)), quiet);
-        }
-    }
 }

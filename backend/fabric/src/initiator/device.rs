@@ -6,20 +6,62 @@ use super::config::NvmeConfig;
 use super::controller;
 use super::geometry::Known;
 use super::lane::{Lane, LaneChannel, Lanes, Notice};
+use super::quiet::{self, Record, Unquiet};
 use super::signal::Mailbox;
+use crate::nvme::ana::AnaState;
+use crate::uri::NvmeUri;
 use hawser_block::{Channel, Device, DeviceState, Geometry, StatsSet};
-use hawser_runtime::{ReactorHandle, Runtime, SourceId};
+use hawser_runtime::{Instant, ReactorHandle, Runtime, SourceId};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 type Listener = Arc<dyn Fn() + Send + Sync>;
 
 /// What is known of the device.
 pub(crate) struct Status {
-    pub(crate) state: DeviceState,
     pub(crate) known: Option<Known>,
+    pub(crate) paths: Vec<PathStatus>,
+}
+
+/// What is known of one path.
+#[derive(Clone)]
+pub(crate) struct PathStatus {
+    pub(crate) ready: bool,
+    /// It is not waited for: it leads elsewhere, or has been gone for too long.
+    pub(crate) hopeless: bool,
+    /// `None`: the controller does not report it.
+    pub(crate) ana: Option<AnaState>,
     pub(crate) trouble: String,
+}
+
+impl Status {
+    fn state(&self) -> DeviceState {
+        if self.paths.iter().any(|path| path.ready && !path.hopeless) {
+            DeviceState::Ready
+        } else if self.paths.iter().all(|path| path.hopeless) {
+            DeviceState::Failed
+        } else if self.known.is_some() {
+            DeviceState::Reconnecting
+        } else {
+            DeviceState::Connecting
+        }
+    }
+}
+
+/// One path, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathView {
+    /// As configured.
+    pub uri: String,
+    /// `live`, `connecting`, or `failed` when it is not waited for any more.
+    pub state: &'static str,
+    /// `optimized` and so on, where its controller reports it.
+    pub ana: Option<&'static str>,
+    /// What is wrong with it, or empty.
+    pub trouble: String,
 }
 
 /// What the device, its owner's task and its lanes share.
@@ -28,7 +70,17 @@ pub(crate) struct Shared {
     pub(crate) key: u64,
     pub(crate) config: NvmeConfig,
     pub(crate) reactors: Vec<ReactorHandle>,
-    pub(crate) notices: Arc<Mailbox<Notice>>,
+    /// By path.
+    pub(crate) notices: Vec<Arc<Mailbox<Notice>>>,
+    /// By path: there may be something to do for others.
+    pub(crate) chores: Vec<Arc<Mailbox<()>>>,
+    /// Tasks of paths that have not ended.
+    pub(crate) tasks: AtomicUsize,
+    numbers: AtomicU64,
+    live: Mutex<BTreeMap<u64, Record>>,
+    unquiet: Mutex<Vec<Unquiet>>,
+    /// Held while they are kept for a process after us.
+    keeping: Mutex<()>,
     pub(crate) stats: Arc<StatsSet>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
@@ -36,22 +88,141 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn status(&self) -> MutexGuard<'_, Status> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.status)
     }
 
     /// Changes what others see, and tells them if state or geometry changed.
     pub(crate) fn change(&self, change: impl FnOnce(&mut Status)) {
         let changed = {
             let mut status = self.status();
-            let before = (status.state, status.known);
+            let before = (status.state(), status.known);
             change(&mut status);
-            before != (status.state, status.known)
+            before != (status.state(), status.known)
         };
         if changed {
-            let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let listeners = lock(&self.listeners).clone();
             for listener in listeners {
                 listener();
             }
+        }
+    }
+
+    /// Whether all paths are hopeless.
+    pub(crate) fn is_hopeless(&self) -> bool {
+        self.status().state() == DeviceState::Failed
+    }
+
+    /// Takes what a path has found for what the device is, if it is the same device.
+    ///
+    /// # Errors
+    /// When it is another: one line.
+    pub(crate) fn adopt(&self, found: &Known) -> Result<Known, String> {
+        let several = self.config.paths.len() > 1;
+        if several && found.uuid == [0; 16] {
+            return Err(
+                "the namespace has no UUID, NGUID or EUI64: paths to it cannot be told from others".into()
+            );
+        }
+        let mut result = Ok(*found);
+        self.change(|status| {
+            result = match &status.known {
+                None => Ok(*found),
+                Some(known) => known.accept(found).map(|()| known.merge(found, several)),
+            };
+            if let Ok(known) = &result {
+                status.known = Some(*known);
+            }
+        });
+        if let Ok(known) = result {
+            self.on_lanes(move |lane| lane.set_geometry(known.geometry));
+        }
+        result
+    }
+
+    /// A number for a new association.
+    pub(crate) fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes down that there is an association.
+    pub(crate) fn born(&self, number: u64, record: Record) {
+        lock(&self.live).insert(number, record);
+    }
+
+    /// An association has ended: `unquiet`, or quiet already.
+    pub(crate) fn died(&self, number: u64, unquiet: Option<Unquiet>) {
+        lock(&self.live).remove(&number);
+        match unquiet {
+            None => self.quiet(number),
+            Some(unquiet) => {
+                lock(&self.unquiet).push(unquiet);
+                for chores in &self.chores {
+                    chores.post(());
+                }
+            }
+        }
+    }
+
+    /// The target has ended this association after all.
+    pub(crate) fn target_knows(&self, number: u64) {
+        for unquiet in lock(&self.unquiet).iter_mut().filter(|unquiet| unquiet.association == number) {
+            unquiet.target_knows = true;
+        }
+    }
+
+    /// Keeps what names our associations for a process after us, off the reactor's thread.
+    pub(crate) async fn remember(self: &Arc<Self>) {
+        let Some(file) = self.config.record.clone() else { return };
+        let (done, shared) = (Arc::new(Mailbox::default()), Arc::clone(self));
+        let post = Arc::clone(&done);
+        let keep = move || {
+            // One after the other, so that the newest is what stays.
+            let one = lock(&shared.keeping);
+            let mut records: Vec<_> = lock(&shared.live).values().cloned().collect();
+            records.extend(lock(&shared.unquiet).iter().map(|unquiet| unquiet.record.clone()));
+            let kept = quiet::keep(&file, &records);
+            drop(one);
+            post.post(kept.map_err(|error| format!("{}: cannot be written: {error}", file.display())));
+        };
+        let result = match std::thread::Builder::new().name("keep".into()).spawn(keep) {
+            Ok(_) => done.next().await,
+            Err(error) => Err(format!("no thread to keep associations: {error}")),
+        };
+        if let Err(why) = result {
+            log::warn!("{}: {why}", self.config.name);
+        }
+    }
+
+    /// The associations that are not known to be quiet at `now`.
+    pub(crate) fn unquiet(&self, now: Instant) -> Vec<Unquiet> {
+        let mut all = lock(&self.unquiet);
+        all.retain(|unquiet| unquiet.until > now);
+        all.clone()
+    }
+
+    /// The commands of this association have ended.
+    pub(crate) fn quiet(&self, number: u64) {
+        lock(&self.unquiet).retain(|unquiet| unquiet.association != number);
+        self.on_lanes(move |lane| lane.quiet(number));
+    }
+
+    /// A controller has said how long the commands of a process before us may live, of which nothing else is known.
+    pub(crate) fn predecessors_live(&self, lives: std::time::Duration) {
+        for unquiet in lock(&self.unquiet).iter_mut() {
+            if unquiet.association < PREDECESSORS && unquiet.record.subsystem_nqn.is_empty() {
+                let began = unquiet.until.0.saturating_sub(duration_ns(unquiet.record.lives));
+                unquiet.until = Instant(began) + lives;
+                unquiet.record.lives = lives;
+                let (number, until) = (unquiet.association, unquiet.until);
+                self.on_lanes(move |lane| lane.quiet_from(number, until));
+            }
+        }
+    }
+
+    /// Runs `job` on the lanes of all reactors, soon.
+    pub(crate) fn on_lanes(&self, job: impl Fn(&mut Lane) + Clone + Send + 'static) {
+        for index in 0..self.reactors.len() {
+            self.on_lane(index, job.clone());
         }
     }
 
@@ -95,39 +266,112 @@ impl NvmeDevice {
                 distinct.push(reactor.clone());
             }
         }
-        let status = Status {
-            state: DeviceState::Connecting,
-            known: None,
-            trouble: format!("{}: connecting to {}", config.name, config.paths[0].address),
+        let path = |uri: &NvmeUri| PathStatus {
+            ready: false,
+            hopeless: false,
+            ana: None,
+            trouble: format!("{}: connecting to {}", config.name, uri.address),
         };
+        let status = Status { known: None, paths: config.paths.iter().map(path).collect() };
+        let predecessors = predecessors(&config);
+        let paths = config.paths.len();
         let shared = Arc::new(Shared {
             key: KEYS.fetch_add(1, Ordering::Relaxed),
             config,
             reactors: distinct,
-            notices: Arc::default(),
+            notices: (0..paths).map(|_| Arc::default()).collect(),
+            chores: (0..paths).map(|_| Arc::default()).collect(),
+            tasks: AtomicUsize::new(paths),
+            numbers: AtomicU64::new(PREDECESSORS),
+            live: Mutex::default(),
+            unquiet: Mutex::default(),
+            keeping: Mutex::default(),
             stats: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
         for reactor in &shared.reactors {
             let shared = Arc::clone(&shared);
+            let predecessors = predecessors.clone();
             reactor.run(move |runtime| {
-                let timers = shared.config.timers;
-                let had_predecessor = shared.config.had_predecessor;
+                let how = (shared.config.timers, shared.config.policy);
                 let stats = shared.stats.writer(runtime);
-                let lane = Lane::add(runtime, Arc::clone(&shared.notices), stats, timers, had_predecessor);
+                let now = runtime.now();
+                let until: Vec<_> =
+                    predecessors.iter().map(|(number, record)| (*number, now + record.lives)).collect();
+                let lane = Lane::add(runtime, shared.notices.clone(), stats, how, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }
         let task = Arc::clone(&shared);
-        owner.run(move |runtime| runtime.spawn(controller::run(runtime.clone(), task)));
+        owner.run(move |runtime| {
+            let now = runtime.now();
+            lock(&task.unquiet).extend(predecessors.into_iter().map(|(association, record)| {
+                // Its death has closed its sockets.
+                Unquiet { association, since: now, until: now + record.lives, record, target_knows: true }
+            }));
+            for path in 0..paths {
+                runtime.spawn(controller::run(runtime.clone(), Arc::clone(&task), path));
+            }
+        });
         Ok(Arc::new(NvmeDevice { shared }))
     }
+
+    /// Its paths, in the configuration's order.
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathView> {
+        let status = self.shared.status();
+        let both = self.shared.config.paths.iter().zip(&status.paths);
+        both.map(|(uri, path)| PathView {
+            uri: uri.to_string(),
+            state: match path {
+                PathStatus { ready: true, .. } => "live",
+                PathStatus { hopeless: true, .. } => "failed",
+                _ => "connecting",
+            },
+            ana: path.ana.map(AnaState::name),
+            trouble: path.trouble.clone(),
+        })
+        .collect()
+    }
+}
+
+/// Numbers below this are associations of a process before us.
+const PREDECESSORS: u64 = 1 << 32;
+
+/// The associations that a process before us may have left behind.
+fn predecessors(config: &NvmeConfig) -> Vec<(u64, Record)> {
+    if !config.had_predecessor {
+        return Vec::new();
+    }
+    let kept = config.record.as_deref().and_then(quiet::kept);
+    let records = kept.unwrap_or_else(|| {
+        // It was on one of the paths, at one of its addresses. With several we do not know which.
+        let address = match config.paths.as_slice() {
+            [NvmeUri { address, .. }] => {
+                address.host.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, address.port))
+            }
+            _ => None,
+        };
+        let lives = quiet::lives(&config.timers, 0);
+        vec![Record { address, subsystem_nqn: String::new(), instance: None, lives }]
+    });
+    (0..).zip(records).collect()
+}
+
+fn duration_ns(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for NvmeDevice {
     fn drop(&mut self) {
-        self.shared.notices.post(Notice::Closed);
+        for notices in &self.shared.notices {
+            notices.post(Notice::Closed);
+        }
     }
 }
 
@@ -141,11 +385,13 @@ impl Device for NvmeDevice {
     }
 
     fn state(&self) -> DeviceState {
-        self.shared.status().state
+        self.shared.status().state()
     }
 
     fn trouble(&self) -> String {
-        self.shared.status().trouble.clone()
+        let status = self.shared.status();
+        let troubles = status.paths.iter().map(|path| path.trouble.as_str());
+        troubles.filter(|trouble| !trouble.is_empty()).collect::<Vec<_>>().join("; ")
     }
 
     fn uuid(&self) -> [u8; 16] {
@@ -153,7 +399,7 @@ impl Device for NvmeDevice {
     }
 
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
-        self.shared.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::from(listener));
+        lock(&self.shared.listeners).push(Arc::from(listener));
     }
 
     fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn Channel> {

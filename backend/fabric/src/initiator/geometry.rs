@@ -129,6 +129,33 @@ impl Known {
         }
         Ok(())
     }
+
+    /// What the device is after `now` was accepted; with several paths only what all of them can do.
+    pub(crate) fn merge(&self, now: &Known, several: bool) -> Known {
+        let (then, mut geometry) = (&self.geometry, now.geometry);
+        // What a cache held of us does not become durable by our using another controller.
+        geometry.volatile_cache |= then.volatile_cache;
+        if several {
+            geometry.transfer_blocks_max = geometry.transfer_blocks_max.min(then.transfer_blocks_max);
+            geometry.discard = match (geometry.discard, then.discard) {
+                (Some(new), Some(old)) => {
+                    let blocks_max = new.blocks_max.min(old.blocks_max);
+                    let granularity_blocks = new.granularity_blocks.max(old.granularity_blocks);
+                    let reads_zeroes = new.reads_zeroes && old.reads_zeroes;
+                    Some(DiscardLimits { blocks_max, granularity_blocks, reads_zeroes })
+                }
+                _ => None,
+            };
+            geometry.write_zeroes = match (geometry.write_zeroes, then.write_zeroes) {
+                (Some(new), Some(old)) => {
+                    let blocks_max = new.blocks_max.min(old.blocks_max);
+                    Some(WriteZeroesLimits { blocks_max, may_unmap: new.may_unmap && old.may_unmap })
+                }
+                _ => None,
+            };
+        }
+        Known { geometry, ..*now }
+    }
 }
 
 /// A UUID as people write it.

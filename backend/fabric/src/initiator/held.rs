@@ -17,8 +17,8 @@ pub(super) struct Held {
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
     pub(super) tries: u8,
-    /// It may have reached a controller whose association was lost since.
-    pub(super) unknown: bool,
+    /// It may have reached the controller of this association, which was lost since.
+    pub(super) unknown: Option<u64>,
     /// Its channel wants it back.
     pub(super) aborted: bool,
     /// It is a piece of this one.
@@ -28,7 +28,7 @@ pub(super) struct Held {
 impl Held {
     /// Sending it again, or ending it, must wait until earlier associations are quiet.
     pub(super) fn is_unknown_write(&self) -> bool {
-        self.unknown && self.request.operation.is_write()
+        self.unknown.is_some() && self.request.operation.is_write()
     }
 }
 
@@ -146,7 +146,7 @@ mod tests {
             token: Token(5),
         };
         let (submitted, sent) = (Instant(0), Instant(0));
-        let (tries, unknown, aborted) = (0, false, false);
+        let (tries, unknown, aborted) = (0, None, false);
         Held { request, channel: 0, sequence: 3, submitted, sent, tries, unknown, aborted, whole: None }
     }
 

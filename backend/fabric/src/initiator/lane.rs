@@ -1,42 +1,47 @@
-//! A reactor's share of a device: the requests of all its channels here, and the one I/O queue that carries them.
+//! A reactor's share of a device: the requests of all its channels here, and the I/O queues that carry them, one for
+//! each path.
 //!
-//! Owns: requests from submission to end, their order, what may be sent again and when. Must not know: how an
-//! association is made; the owner reactor's task ([`super::controller`]) does that and tells the lane.
+//! Owns: requests from submission to end, their order, which path they take, what may be sent again and when. Must not know:
+//! how an association is made; each path's task ([`super::controller`]) does that and tells the lane.
 //!
 //! ```text
-//!  Channel::submit ─► pending ─► queue pair ─► ended ─► Channel::reap
-//!                        ▲           │
-//!                        └── drained ┘ association lost, all operations terminal
+//!  Channel::submit ─► pending ─► choose a way ─► its queue pair ─► ended ─► Channel::reap
+//!                        ▲                           │
+//!                        └───────── drained ─────────┘ association lost, all operations terminal
 //! ```
 //!
 //! Invariants:
-//! - A request is in exactly one place: pending, delayed, a slot of the connection, or ended.
+//! - A request is in exactly one place: pending, delayed, a slot of a connection, or ended.
 //! - **No ghost writes.** A write that may have reached a controller whose association was lost (`unknown`) is neither sent
-//!   again nor ended before the old association is provably quiet: `writes_from`, or a start that says so. While it
-//!   waits, everything that is not a read waits behind it, so that writes go out in the order in which they came.
-//!   Reads are sent again at once.
+//!   again nor ended before that association is quiet: its time is over (`ghosts`), or a task says so. While it waits,
+//!   writes to any of its blocks wait behind it, in the order in which they came; what a process before us wrote to is not
+//!   known, so then all writes wait. Reads are sent again at once.
 //! - Nothing is given back to a channel while an operation names its buffers.
 
-use super::config::PathTimers;
-use super::connection::{Connection, KEY_RECEIVE, KEY_SEND};
+use super::config::{IoPolicy, PathTimers};
+use super::connection::Connection;
 use super::held::{Fit, Held, Wholes, fit, widest};
 use super::probe;
 use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
 use super::socket::ConnectedQueue;
+pub(crate) use super::way::Start;
+use super::way::Way;
 use crate::leaf;
+use crate::nvme::ana::AnaState;
 use crate::nvme::command::DsmRange;
-use crate::nvme::{NvmeStatus, Sgl, Sqe, StatusCode};
+use crate::nvme::{NvmeStatus, Sgl, Sqe};
 use hawser_block::{Channel, Completion, Geometry, IoKind, IoStats, Operation, Outcome, Request, Status};
 use hawser_runtime::{Event, Instant, Runtime, Slab, Source, SourceId, TimerId};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Key of the lane's one timer.
-const KEY_TICK: u32 = 3;
+const KEY_TICK: u32 = 0;
 /// How often commands under way are looked at for `io_timeout`.
 const TIMEOUT_CHECK: Duration = Duration::from_secs(1);
 /// How often a command that the controller refused for now is tried again; as Linux's nvme_max_retries.
@@ -44,26 +49,22 @@ const TRIES_MAX: u8 = 5;
 /// How long to wait before that, times the number of the try, where the controller does not say.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// What a lane tells the device's owner.
+/// What a lane tells a path's task.
 pub(crate) enum Notice {
     /// The association with this number cannot go on.
     Lost { association: u64, why: String },
+    /// Its controller refuses commands because of the namespace's asymmetric access.
+    Asymmetric,
     /// Nobody uses the device any more.
     Closed,
 }
 
-/// What the owner tells a lane when its queue may be used.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Start {
-    pub(crate) association: u64,
-    pub(crate) geometry: Geometry,
-    pub(crate) nsid: u32,
-    /// The commands of all earlier associations have ended.
-    pub(crate) earlier_are_quiet: bool,
-    /// How long after its keep-alive timeout the controller may still execute commands of a lost association.
-    pub(crate) quiesce: Duration,
-    /// CRDT1 to CRDT3, in 100 ms.
-    pub(crate) retry_delays: [u16; 3],
+/// An association that is over, and whose commands may still be executed.
+struct Ghosts {
+    association: u64,
+    until: Instant,
+    /// It was another process's: we do not know what it wrote to.
+    anywhere: bool,
 }
 
 struct ChannelState {
@@ -81,27 +82,19 @@ pub(crate) struct Lanes(pub(crate) RefCell<HashMap<u64, Rc<RefCell<Lane>>>>);
 pub(crate) struct Lane {
     runtime: Runtime,
     id: Option<SourceId>,
-    notices: Arc<Mailbox<Notice>>,
     stats: Arc<IoStats>,
     timers: PathTimers,
+    policy: IoPolicy,
     geometry: Option<Geometry>,
     /// With the widest limits that were ever offered: what users may ask for.
     offered: Option<Geometry>,
-    nsid: u32,
-    quiesce: Duration,
-    retry_delays: [u16; 3],
-    association: u64,
-    connection: Option<Connection<Held>>,
-    /// Commands may be sent on `connection`.
-    started: bool,
-    /// The owner waits until the connection is gone.
-    torn_down: Option<Arc<Mailbox<()>>>,
-    told_loss: bool,
-    /// `ctrl_loss_tmo` is over: requests fail instead of waiting.
+    /// One for each path.
+    ways: Vec<Way>,
+    /// The way that was taken last.
+    current: usize,
+    /// No path is expected to come back in time: requests fail instead of waiting.
     failing: bool,
-    writes_from: Option<Instant>,
-    /// When a predecessor's association was lost at the latest, until a controller has said how long its commands may live.
-    predecessor: Option<Instant>,
+    ghosts: Vec<Ghosts>,
     pending: VecDeque<Held>,
     delayed: Vec<(Instant, Held)>,
     sequence: u64,
@@ -111,35 +104,32 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    /// A lane without a connection. `had_predecessor`: writes wait for the commands of a process before us, until a start says
-    /// that all is quiet.
+    /// A lane without connections. `predecessors`: associations of a process before us, and until when they are not quiet.
     pub(crate) fn add(
         runtime: &Runtime,
-        notices: Arc<Mailbox<Notice>>,
+        notices: Vec<Arc<Mailbox<Notice>>>,
         stats: Arc<IoStats>,
-        timers: PathTimers,
-        had_predecessor: bool,
+        (timers, policy): (PathTimers, IoPolicy),
+        predecessors: &[(u64, Instant)],
     ) -> Rc<RefCell<Lane>> {
-        let predecessor = had_predecessor.then(|| runtime.now());
+        let lives = timers.expiry() + timers.quiesce_tmo;
+        let ghosts = |(association, until): &(u64, Instant)| Ghosts {
+            association: *association,
+            until: *until,
+            anywhere: true,
+        };
         let lane = Rc::new(RefCell::new(Lane {
             runtime: runtime.clone(),
             id: None,
-            notices,
             stats,
             timers,
+            policy,
             geometry: None,
             offered: None,
-            nsid: 0,
-            quiesce: timers.quiesce_tmo,
-            retry_delays: [0; 3],
-            association: 0,
-            connection: None,
-            started: false,
-            torn_down: None,
-            told_loss: false,
+            ways: notices.into_iter().map(|notices| Way::new(notices, lives)).collect(),
+            current: 0,
             failing: false,
-            writes_from: predecessor.map(|since| since + timers.expiry() + timers.quiesce_tmo),
-            predecessor,
+            ghosts: predecessors.iter().map(ghosts).collect(),
             pending: VecDeque::with_capacity(1024),
             delayed: Vec::new(),
             sequence: 0,
@@ -164,44 +154,48 @@ impl Lane {
         self.runtime.remove_source(self.id());
     }
 
-    /// From now on this is the association whose queue may be installed.
-    pub(crate) fn expect(&mut self, association: u64) {
-        self.association = association;
+    /// From now on this is the path's association whose queue may be installed.
+    pub(crate) fn expect(&mut self, path: usize, association: u64) {
+        self.ways[path].association = association;
     }
 
     /// Takes over a connected queue, unless it comes too late.
-    pub(crate) fn install(&mut self, association: u64, queue: ConnectedQueue, depth: u16) {
-        if association != self.association || self.connection.is_some() {
+    pub(crate) fn install(&mut self, path: usize, association: u64, queue: ConnectedQueue, depth: u16) {
+        let id = self.id();
+        let way = &mut self.ways[path];
+        if association != way.association || way.connection.is_some() {
             return;
         }
-        self.told_loss = false;
-        self.connection = Some(Connection::new(&self.runtime, self.id(), queue, depth));
+        way.told_loss = false;
+        way.connection = Some(Connection::new(&self.runtime, id, key_base(path), queue, depth));
     }
 
-    /// The queue may be used.
-    pub(crate) fn start(&mut self, start: &Start) {
-        if start.association != self.association {
+    /// The path's queue may be used.
+    pub(crate) fn start(&mut self, path: usize, start: &Start) {
+        let way = &mut self.ways[path];
+        if start.association != way.association {
             return;
         }
-        let Some(connection) = &self.connection else { return };
+        let Some(connection) = &way.connection else { return };
         if let Some(error) = connection.error().map(str::to_owned) {
             // Lost before it began. Nobody listened when that was told.
-            self.told_loss = false;
-            return self.lost(error);
+            way.told_loss = false;
+            return way.lost(error);
         }
-        self.set_geometry(start.geometry);
-        self.nsid = start.nsid;
-        self.quiesce = start.quiesce;
-        self.retry_delays = start.retry_delays;
-        self.started = true;
+        way.started = Some(*start);
+        way.lives = start.lives;
         self.failing = false;
-        if let Some(since) = self.predecessor.take() {
-            self.writes_from = Some(since + self.timers.expiry() + self.quiesce);
-        }
-        if start.earlier_are_quiet {
-            self.quiet();
-        }
         self.wake();
+    }
+
+    /// How the namespace can be reached through the path's controller has changed.
+    pub(crate) fn set_ana(&mut self, path: usize, association: u64, ana: AnaState) {
+        if let Some(start) = self.ways[path].started.as_mut().filter(|start| start.association == association)
+        {
+            start.ana = Some(ana);
+            self.failing &= ana.refusal().is_some();
+            self.wake();
+        }
     }
 
     /// What the device is now.
@@ -210,44 +204,47 @@ impl Lane {
         self.geometry = Some(geometry);
     }
 
-    /// Gives the connection up, if there is one; `done` hears when its operations are terminal and its commands are back.
-    pub(crate) fn tear_down(&mut self, done: Arc<Mailbox<()>>) {
-        self.association = 0;
-        self.started = false;
-        self.torn_down = Some(done);
-        if let Some(connection) = &mut self.connection {
+    /// Gives the path's connection up, if there is one; `done` hears when its operations are terminal and its commands are
+    /// back.
+    pub(crate) fn tear_down(&mut self, path: usize, done: Arc<Mailbox<()>>) {
+        let way = &mut self.ways[path];
+        way.started = None;
+        way.told_loss = true;
+        way.torn_down = Some(done);
+        if let Some(connection) = &mut way.connection {
             connection.close();
         }
-        self.finish_tear_down();
+        self.finish_tear_down(path);
     }
 
-    fn finish_tear_down(&mut self) {
-        if self.connection.as_ref().is_some_and(|connection| !connection.is_quiet()) {
+    fn finish_tear_down(&mut self, path: usize) {
+        let way = &mut self.ways[path];
+        if way.connection.as_ref().is_some_and(|connection| !connection.is_quiet()) {
             return;
         }
-        let Some(done) = self.torn_down.take() else { return };
-        if let Some(mut connection) = self.connection.take() {
+        let Some(done) = way.torn_down.take() else { return };
+        let association = std::mem::take(&mut way.association);
+        let lives = way.lives;
+        if let Some(mut connection) = way.connection.take() {
             // Answers that came in before the end are answers.
             for ended in connection.ended().collect::<Vec<_>>() {
                 self.runtime.sub_outstanding(1);
-                self.answered(ended);
+                self.answered(path, ended);
             }
             let mut ghosts = false;
             let may_be_fault = connection.may_be_fault();
             for (mut held, begun) in connection.drain() {
                 self.runtime.sub_outstanding(1);
-                held.unknown |= begun;
+                held.unknown = begun.then_some(association);
                 // Sent again it would end the next association too, for all users of this lane.
                 held.aborted |= may_be_fault && !probe::is_there(&held.request.buffers);
                 ghosts |= held.is_unknown_write();
                 self.pending.push_back(held);
             }
-            let delayed = std::mem::take(&mut self.delayed);
-            self.pending.extend(delayed.into_iter().map(|(_, held)| held));
             self.pending.make_contiguous().sort_by_key(|held| held.sequence);
             if ghosts {
-                let now = self.runtime.refresh_now();
-                self.writes_from = Some(now + self.timers.expiry() + self.quiesce);
+                let until = self.runtime.refresh_now() + lives;
+                self.ghosts.push(Ghosts { association, until, anywhere: false });
             }
         }
         self.settle();
@@ -262,13 +259,22 @@ impl Lane {
         self.wake();
     }
 
-    /// The commands of earlier associations have ended: writes of unknown outcome may be sent again.
-    fn quiet(&mut self) {
-        self.writes_from = None;
-        for held in &mut self.pending {
-            held.unknown = false;
+    /// The commands of this association have ended: its writes of unknown outcome may be sent again.
+    pub(crate) fn quiet(&mut self, association: u64) {
+        self.ghosts.retain(|ghosts| ghosts.association != association);
+        for held in self.pending.iter_mut().filter(|held| held.unknown == Some(association)) {
+            held.unknown = None;
         }
         self.settle();
+        self.wake();
+    }
+
+    /// A controller has said how long the commands of a process before us may live.
+    pub(crate) fn quiet_from(&mut self, association: u64, until: Instant) {
+        for ghosts in self.ghosts.iter_mut().filter(|ghosts| ghosts.association == association) {
+            ghosts.until = until;
+        }
+        self.wake();
     }
 
     /// Ends what shall end and may.
@@ -312,7 +318,7 @@ impl Lane {
                 submitted: now,
                 sent: now,
                 tries: 0,
-                unknown: false,
+                unknown: None,
                 aborted: false,
                 whole: None,
             };
@@ -336,11 +342,16 @@ impl Lane {
     }
 
     fn abort(&mut self, channel: usize) {
-        let mut under_way = false;
-        if let Some(connection) = &mut self.connection {
-            for held in connection.users_mut().filter(|held| held.channel == channel) {
-                held.aborted = true;
-                under_way = true;
+        for way in &mut self.ways {
+            let mut under_way = false;
+            for held in way.connection.iter_mut().flat_map(Connection::users_mut) {
+                if held.channel == channel {
+                    held.aborted = true;
+                    under_way = true;
+                }
+            }
+            if under_way {
+                way.lost("requests were given up by their user".to_owned());
             }
         }
         let delayed = std::mem::take(&mut self.delayed);
@@ -349,52 +360,66 @@ impl Lane {
             held.aborted = true;
         }
         self.settle();
-        if under_way {
-            self.lost("requests were given up by their user".to_owned());
-        }
         self.wake();
     }
 
-    fn lost(&mut self, why: String) {
-        if !self.told_loss && self.association != 0 {
-            self.told_loss = true;
-            self.notices.post(Notice::Lost { association: self.association, why });
-        }
+    /// The way that the next command takes, if there is one that has room.
+    fn choose(&mut self) -> Option<usize> {
+        let best = if self.ways.iter().any(|way| way.ana() == Some(AnaState::Optimized)) {
+            AnaState::Optimized
+        } else {
+            AnaState::NonOptimized
+        };
+        let good = |way: &Way| way.ana() == Some(best);
+        let count = self.ways.len();
+        let others = |from: usize| (0..count).map(move |step| (from + step) % count);
+        let chosen = match self.policy {
+            IoPolicy::Numa => others(self.current).find(|index| good(&self.ways[*index])),
+            IoPolicy::RoundRobin => {
+                let mut order = others(self.current + 1);
+                order.find(|index| good(&self.ways[*index]) && self.ways[*index].room() > 0)
+            }
+            IoPolicy::QueueDepth => {
+                let with_room = others(self.current);
+                let with_room = with_room.filter(|at| good(&self.ways[*at]) && self.ways[*at].room() > 0);
+                with_room.min_by_key(|index| self.ways[*index].outstanding())
+            }
+        };
+        self.current = chosen?;
+        (self.ways[self.current].room() > 0).then_some(self.current)
     }
 
     /// Sends what may be sent.
     fn pump(&mut self) {
-        if !self.started {
-            return;
-        }
-        let Some(geometry) = self.geometry else { return };
-        let Some(mut connection) = self.connection.take() else { return };
+        // Blocks that writes of unknown outcome may still change.
+        let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() {
+            true => Vec::new(),
+            false => self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of).collect(),
+        };
+        let anywhere = self.ghosts.iter().any(|ghosts| ghosts.anywhere);
+        let waits = |held: &Held| {
+            let blocks = blocks_of(held);
+            let overlaps = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
+            held.request.operation.is_write() && (anywhere || held_back.iter().any(overlaps))
+        };
         let now = self.runtime.now();
-        let mut passed_over = 0;
-        while connection.room() > 0 {
-            // While writes of unknown outcome wait, only reads pass.
-            let mut held = if self.writes_from.is_none() {
-                let Some(held) = self.pending.pop_front() else { break };
-                held
-            } else {
-                let later = self.pending.iter().skip(passed_over);
-                let Some(found) =
-                    later.into_iter().position(|held| held.request.operation == Operation::Read)
-                else {
-                    break;
-                };
-                passed_over += found;
-                let Some(held) = self.pending.remove(passed_over) else { break };
-                held
-            };
+        let mut at = 0;
+        while at < self.pending.len() {
+            if !self.ghosts.is_empty() && waits(&self.pending[at]) {
+                at += 1;
+                continue;
+            }
+            let Some(path) = self.choose() else { break };
+            let Some(mut held) = self.pending.remove(at) else { break };
+            let Some(start) = self.ways[path].started else { unreachable!("only such a way is chosen") };
             held.sent = now;
-            held.unknown = false;
-            match fit(&held.request, &geometry) {
+            held.unknown = None;
+            match fit(&held.request, &start.limits) {
                 Fit::Whole => {}
                 Fit::Pieces(blocks_max) => {
-                    let pieces = self.wholes.split(&held, blocks_max, geometry.block_size.shift());
+                    let pieces = self.wholes.split(&held, blocks_max, start.limits.block_size.shift());
                     for (index, piece) in pieces.enumerate() {
-                        self.pending.insert(passed_over + index, piece);
+                        self.pending.insert(at + index, piece);
                     }
                     continue;
                 }
@@ -403,15 +428,17 @@ impl Lane {
                     continue;
                 }
             }
-            let (sqe, transfer) = command(&held.request, self.nsid, &geometry);
+            let (sqe, transfer) = command(&held.request, start.nsid, &start.limits);
+            let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
             connection.submit(sqe, transfer, held);
             self.runtime.add_outstanding(1);
         }
-        connection.flush();
-        self.connection = Some(connection);
+        for connection in self.ways.iter_mut().filter_map(|way| way.connection.as_mut()) {
+            connection.flush();
+        }
     }
 
-    fn answered(&mut self, ended: Ended<Held>) {
+    fn answered(&mut self, path: usize, ended: Ended<Held>) {
         let mut held = ended.user;
         if ended.answer.status.is_success() {
             return self.end(&held, Ok(()));
@@ -419,7 +446,7 @@ impl Lane {
         if held.aborted {
             return self.end(&held, Err(Status::Aborted));
         }
-        match self.retry_after(&held, ended.answer) {
+        match self.retry_after(path, &held, ended.answer) {
             Some(delay) => {
                 held.tries = held.tries.saturating_add(1);
                 self.delayed.push((self.runtime.now() + delay, held));
@@ -432,16 +459,23 @@ impl Lane {
     }
 
     /// How long to wait before a refused command is tried again, if it makes sense.
-    fn retry_after(&self, held: &Held, answer: Answer) -> Option<Duration> {
+    fn retry_after(&mut self, path: usize, held: &Held, answer: Answer) -> Option<Duration> {
         let NvmeStatus { code, retry_delay, do_not_retry, .. } = answer.status;
-        // A namespace that is moving between controllers is not a failure: it is waited for.
-        if matches!(code, StatusCode::ANA_INACCESSIBLE | StatusCode::ANA_TRANSITION) {
-            return Some(RETRY_DELAY * u32::from(held.tries.clamp(1, 10)));
+        // A namespace that moves between controllers is not a failure: another path is taken, or it is waited for.
+        let ana = AnaState::ALL.into_iter().find(|state| state.refusal() == Some(code));
+        if let Some(state) = ana {
+            let way = &mut self.ways[path];
+            if let Some(start) = way.started.as_mut().filter(|start| start.ana.is_some()) {
+                start.ana = Some(state);
+                way.notices.post(Notice::Asymmetric);
+            }
+            return Some(RETRY_DELAY * u32::from(held.tries.min(10)));
         }
         if do_not_retry || held.tries >= TRIES_MAX {
             return None;
         }
-        let said = retry_delay.checked_sub(1).and_then(|index| self.retry_delays.get(usize::from(index)));
+        let delays = self.ways[path].started.map_or([0; 3], |start| start.retry_delays);
+        let said = retry_delay.checked_sub(1).and_then(|index| delays.get(usize::from(index)));
         match said {
             Some(delay) if *delay > 0 => Some(Duration::from_millis(100) * u32::from(*delay)),
             _ => Some(RETRY_DELAY * u32::from(held.tries + 1)),
@@ -467,8 +501,8 @@ impl Lane {
     /// Does what is due.
     fn due(&mut self) {
         let now = self.runtime.now();
-        if self.writes_from.is_some_and(|from| from <= now) {
-            self.quiet();
+        while let Some(ghosts) = self.ghosts.iter().find(|ghosts| ghosts.until <= now) {
+            self.quiet(ghosts.association);
         }
         if self.delayed.iter().any(|(at, _)| *at <= now) {
             let (due, later): (Vec<_>, Vec<_>) = self.delayed.drain(..).partition(|(at, _)| *at <= now);
@@ -476,14 +510,18 @@ impl Lane {
             for (_, held) in due.into_iter().rev() {
                 self.pending.push_front(held);
             }
+            if self.failing {
+                self.settle();
+            }
         }
     }
 
     /// Says when to look again.
     fn schedule(&mut self) {
-        let waits = self.writes_from.unwrap_or(Instant::NEVER);
-        let mut next = self.delayed.iter().map(|(at, _)| *at).fold(waits, Instant::min);
-        if self.connection.as_ref().is_some_and(|connection| connection.outstanding() > 0) {
+        let waits =
+            self.delayed.iter().map(|(at, _)| *at).chain(self.ghosts.iter().map(|ghosts| ghosts.until));
+        let mut next = waits.fold(Instant::NEVER, Instant::min);
+        if self.ways.iter().any(|way| way.outstanding() > 0) {
             next = next.min(self.runtime.now() + TIMEOUT_CHECK);
         }
         self.set_tick(next);
@@ -505,9 +543,12 @@ impl Lane {
     fn check_timeout(&mut self) {
         let now = self.runtime.now();
         let limit = self.timers.io_timeout;
-        let Some(connection) = &mut self.connection else { return };
-        if connection.users_mut().any(|held| held.sent + limit <= now) {
-            self.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
+        for way in &mut self.ways {
+            let mut under_way = way.connection.iter_mut().flat_map(Connection::users_mut);
+            if under_way.any(|held| held.sent + limit <= now) {
+                drop(under_way);
+                way.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
+            }
         }
     }
 }
@@ -517,8 +558,9 @@ impl Source for Lane {
         let mut ticked = false;
         for event in events.drain(..) {
             match event {
-                Event::Op { key: key @ (KEY_SEND | KEY_RECEIVE), completed } => {
-                    if let Some(connection) = &mut self.connection {
+                Event::Op { key, completed } => {
+                    let way = usize::try_from(key / KEYS).ok().and_then(|path| self.ways.get_mut(path));
+                    if let Some(connection) = way.and_then(|way| way.connection.as_mut()) {
                         connection.handle(key, completed);
                     }
                 }
@@ -529,28 +571,42 @@ impl Source for Lane {
                 _ => {}
             }
         }
-        if let Some(mut connection) = self.connection.take() {
+        for path in 0..self.ways.len() {
+            let Some(mut connection) = self.ways[path].connection.take() else { continue };
             for ended in connection.ended() {
                 self.runtime.sub_outstanding(1);
-                self.answered(ended);
+                self.answered(path, ended);
             }
             let error = connection.error().map(str::to_owned);
-            self.connection = Some(connection);
+            let way = &mut self.ways[path];
+            way.connection = Some(connection);
             if let Some(error) = error {
-                self.started = false;
-                self.lost(error);
+                way.started = None;
+                way.lost(error);
+            }
+            if way.torn_down.is_some() {
+                self.finish_tear_down(path);
             }
         }
         if ticked {
             self.check_timeout();
         }
-        if self.torn_down.is_some() {
-            self.finish_tear_down();
-        }
         self.due();
         self.pump();
         self.schedule();
     }
+}
+
+/// Keys of one way's operations, from this number of its path on.
+const KEYS: u32 = 4;
+
+fn key_base(path: usize) -> u32 {
+    KEYS * u32::try_from(path).unwrap_or(0)
+}
+
+fn blocks_of(held: &Held) -> Range<u64> {
+    let first = held.request.lba.0;
+    first..first + u64::from(held.request.blocks.0)
 }
 
 /// A request as a command.

@@ -4,32 +4,33 @@
 //! volumes, members.
 //!
 //! ```text
-//!   device ──────────── what all threads see                     discover ── the discovery log, for people
-//!     │
-//!   controller ──────── the owner reactor's task: connect, identify, keep alive, follow, reconnect
+//!   device ──────────── what all threads see; its paths        discover ── the discovery log, for people
+//!     │   └ quiet ───── associations that are over, and may still write
+//!   controller ──────── each path's task on the owner reactor: connect, identify, keep alive, follow, reconnect
 //!     │      └ admin ── admin commands, one future each
-//!   lane (one per reactor) ── requests of its channels, resent after a loss, no ghost writes
-//!     │   └ held ──── one request on its way, or several in the place of one
-//!     │
+//!   lane (one per reactor) ── requests of its channels: which path they take, resent after a loss, no ghost writes
+//!     │   ├ way ─────── a path's connection here
+//!     │   └ held ────── one request on its way, or several in the place of one
 //!   connection ──────── one send and one receive under way: bytes between a socket and ...
 //!   queue ───────────── ... the queue pair, sans I/O
 //! ```
 //!
-//! When a connection is lost, every lane is torn down before the next attempt (a barrier): sockets are shut down,
-//! operations awaited, commands taken back. Requests wait; after reconnecting they are sent again, writes of unknown
-//! outcome only when the lost association is quiet. What proves that, with our own target
-//! ([`crate::nvme::identify::VENDOR_MARK`]):
+//! Paths come and go each by itself; a namespace on a path that is not the same (UUID, NGUID or EUI64, format, size) is
+//! refused by name. When a connection is lost, its path is torn down in every lane before the next attempt (a barrier):
+//! operations are awaited, commands taken back. Reads take another path at once, or wait for one. A write of unknown outcome,
+//! and writes to the same blocks after it, wait until the lost association is quiet. What proves that:
 //!
-//! - The lost controller was reset through its admin queue, where that is still there: CSTS.RDY clears when its I/O queues
-//!   have no command any more.
-//! - The target ended the admin queue itself, and has answered a Connect at the same address since: that waits for the
-//!   commands of our earlier associations of which it knows that they are over. For a predecessor, its death has closed its
-//!   sockets, which is a reset that throws away what was not sent yet, and comes before the new Connect.
+//! - The target resets the lost controller when asked through another path (Cross-Controller Reset). A process after us
+//!   does the same with what we left behind: what names our associations is kept in a file.
+//! - With our own target ([`crate::nvme::identify::VENDOR_MARK`]): the lost controller was reset through its own admin
+//!   queue, where that is still there; CSTS.RDY clears when its I/O queues have no command any more.
+//! - With our own target: it ended the admin queue itself, and has answered a Connect at the same address since. That waits
+//!   for the commands of our earlier associations of which it knows that they are over. For a process before us, its death
+//!   has closed its sockets, which is a reset that throws away what was not sent yet, and comes before the new Connect.
 //!
 //! An end that only we know of (a time-out, a breach of the protocol, silence) proves nothing: our reset may be lost on the
-//! way. Then, elsewhere, and at another address, of the same name too, twice `keep_alive_tmo` and CQT or `quiesce_tmo` must
-//! have passed since the loss. A middle box that keeps what it took from us, and delivers it after it let a new Connect
-//! pass, is beyond this.
+//! way. Without proof, twice `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
+//! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
 
 mod admin;
 pub mod config;
@@ -40,14 +41,17 @@ mod discover;
 pub mod fuzz;
 mod geometry;
 mod held;
+mod identify;
 mod lane;
 mod probe;
 mod queue;
+mod quiet;
 mod signal;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod way;
 
-pub use config::{HostIdentity, NvmeConfig, PathTimers};
-pub use device::NvmeDevice;
+pub use config::{HostIdentity, IoPolicy, NvmeConfig, PathTimers};
+pub use device::{NvmeDevice, PathView};
 pub use discover::discover;

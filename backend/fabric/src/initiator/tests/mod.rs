@@ -4,6 +4,7 @@
 mod client;
 mod middle_box;
 mod scripted;
+mod several_paths;
 mod with_our_target;
 mod with_scripted_target;
 

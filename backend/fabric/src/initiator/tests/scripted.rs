@@ -1,9 +1,11 @@
 //! A small target in plain blocking code, that does on demand what ours does not: hold, refuse, lie, change.
 
+use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::command::io_opcode;
+use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS};
 use crate::nvme::fabrics::{self, Connect, Property, fctype};
 use crate::nvme::identify::{IdentifyController, IdentifyNamespace, NamespaceIds, cns};
-use crate::nvme::log::AsyncEvent;
+use crate::nvme::log::{AsyncEvent, id};
 use crate::nvme::properties::{CC_ENABLE, CSTS_READY, Capabilities, offset};
 use crate::nvme::{Cqe, NvmeStatus, Sqe, StatusCode, admin_opcode, features};
 use crate::tcp::{CommonHeader, DataPdu, Digests, InitResponse, PduKind, Receiver, pdu};
@@ -37,6 +39,12 @@ pub(super) struct State {
     pub(super) resets: usize,
     /// Controllers that were reset.
     pub(super) disables: usize,
+    /// What the ANA log page says of the one group.
+    pub(super) ana: AnaState,
+    /// The other controllers that it was asked to reset. It says that it did.
+    pub(super) resets_of_others: Vec<ControllerInstance>,
+    /// Of its own controllers.
+    pub(super) cntlid: u16,
     /// Admin connections so far.
     pub(super) associations: usize,
     event: Option<(TcpStream, u16)>,
@@ -78,6 +86,9 @@ impl Scripted {
             log: Vec::new(),
             resets: 0,
             disables: 0,
+            ana: AnaState::Optimized,
+            resets_of_others: Vec::new(),
+            cntlid: 5,
             associations: 0,
             event: None,
             streams: Vec::new(),
@@ -114,8 +125,18 @@ impl Scripted {
 
     /// Tells that a namespace changed.
     pub(super) fn tell_change(&self) {
+        self.tell(AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED);
+    }
+
+    /// Changes the namespace's asymmetric access and tells of it.
+    pub(super) fn change_ana(&self, state: AnaState) {
+        self.state().ana = state;
+        self.tell(AsyncEvent::ANA_CHANGE);
+    }
+
+    fn tell(&self, event: AsyncEvent) {
         let (mut stream, cid) = self.state().event.take().expect("an event was asked for");
-        let dword = AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED.to_dword();
+        let dword = event.to_dword();
         let cqe = Cqe { result: u64::from(dword), ..Cqe::success(cid) };
         stream.write_all(&pdu::response_to_bytes(&cqe, Digests::NONE)).unwrap();
     }
@@ -216,7 +237,8 @@ impl Connection<'_> {
                 }
                 self.admin = connect.queue_id == 0;
                 lock(self.state).associations += usize::from(self.admin);
-                self.success(sqe, 5)
+                let cntlid = lock(self.state).cntlid;
+                self.success(sqe, u64::from(cntlid))
             }
             fctype::PROPERTY_SET => {
                 let property = Property::from_sqe(sqe).expect("a size");
@@ -272,9 +294,27 @@ impl Connection<'_> {
                 Ok(())
             }
             admin_opcode::KEEP_ALIVE if lock(self.state).deaf => Ok(()),
+            admin_opcode::CROSS_CONTROLLER_RESET => {
+                lock(self.state).resets_of_others.push(ControllerInstance::from_sqe(sqe));
+                self.success(sqe, u64::from(IMMEDIATE_SUCCESS))
+            }
             admin_opcode::GET_LOG_PAGE => {
                 let len = sqe.log_len().expect("a length") as usize;
-                self.data(sqe, &vec![0; len])
+                let mut log = vec![0; len];
+                if sqe.log_id() == id::ANA {
+                    let group = {
+                        let state = lock(self.state);
+                        AnaGroup {
+                            id: state.namespace.ana_group,
+                            changes: 1,
+                            state: state.ana,
+                            namespaces: Vec::new(),
+                        }
+                    };
+                    let bytes = AnaLog { changes: 1, groups: vec![group] }.to_bytes();
+                    log[..bytes.len()].copy_from_slice(&bytes);
+                }
+                self.data(sqe, &log)
             }
             _ => self.success(sqe, 0),
         }
@@ -289,6 +329,10 @@ impl Connection<'_> {
         if let Some(garbage) = state.garbage.take() {
             drop(state);
             return self.stream.write_all(&garbage);
+        }
+        if let Some(code) = state.ana.refusal() {
+            drop(state);
+            return self.fail(sqe, NvmeStatus::retryable(code));
         }
         if let Some(status) = state.statuses.pop_front().filter(|status| !status.is_success()) {
             drop(state);

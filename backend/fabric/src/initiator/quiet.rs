@@ -1,0 +1,146 @@
+//! Which associations are over while their commands may still be executed, and what ends that.
+//!
+//! Owns: the device's list of them, and what is kept of them for a process after us. Must not know: requests, sockets.
+//!
+//! An association leaves the list when it is provably quiet: see the text of [`super`].
+#![forbid(unsafe_code)]
+
+use super::config::PathTimers;
+use crate::nvme::cross_reset::ControllerInstance;
+use hawser_runtime::Instant;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+/// What names an association of ours to whoever has to wait for its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// `None`: we do not know.
+    pub(crate) address: Option<SocketAddr>,
+    pub(crate) subsystem_nqn: String,
+    /// `None`: it cannot be reset through another controller.
+    pub(crate) instance: Option<ControllerInstance>,
+    /// How long after its loss its commands may live: until the controller notices, and then CQT or `quiesce_tmo`.
+    pub(crate) lives: Duration,
+}
+
+/// An association that is over, and whose commands may still be executed.
+#[derive(Clone, Debug)]
+pub(crate) struct Unquiet {
+    pub(crate) association: u64,
+    pub(crate) record: Record,
+    /// The target has ended it, or has seen its end.
+    pub(crate) target_knows: bool,
+    /// When it ended.
+    pub(crate) since: Instant,
+    /// From then on they are not.
+    pub(crate) until: Instant,
+}
+
+impl Unquiet {
+    /// Whether it is quiet after a Connect to `address`, of a target where Connect waits for what it knows to be over, since
+    /// this one began; `None`: of another.
+    pub(crate) fn is_quiet(&self, address: &SocketAddr, connect_waits: Option<Instant>) -> bool {
+        let knew = self.target_knows && connect_waits.is_some_and(|began| self.since <= began);
+        knew && self.record.address == Some(*address)
+    }
+}
+
+/// The first line of the file.
+const VERSION: &str = "hawser associations 1";
+
+/// Keeps `records` for a process after us, in place of what was kept before.
+pub(crate) fn keep(file: &Path, records: &[Record]) -> std::io::Result<()> {
+    let mut text = format!("{VERSION}\n");
+    for Record { address, subsystem_nqn, instance, lives } in records {
+        let address = address.map_or("-".to_owned(), |address| address.to_string());
+        let (cntlid, uniquifier, random) =
+            instance.map_or((0, 0, 0), |instance| (instance.cntlid, instance.uniquifier, instance.random));
+        let lives = lives.as_millis();
+        let _ = writeln!(text, "{address} {cntlid} {uniquifier} {random} {lives} {subsystem_nqn}");
+    }
+    let mut new = file.as_os_str().to_owned();
+    new.push(".new");
+    // Not synced: it is for a process after us, not for a boot after this one.
+    std::fs::write(&new, text)?;
+    std::fs::rename(&new, file)
+}
+
+/// What a process before us has kept; `None` when it is not there or not to be understood.
+pub(crate) fn kept(file: &Path) -> Option<Vec<Record>> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let mut lines = text.lines();
+    (lines.next() == Some(VERSION)).then_some(())?;
+    lines.map(parse).collect()
+}
+
+fn parse(line: &str) -> Option<Record> {
+    let mut words = line.splitn(6, ' ');
+    let address = words.next()?;
+    let address = if address == "-" { None } else { Some(address.parse().ok()?) };
+    let (cntlid, uniquifier, random) =
+        (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let instance = (uniquifier != 0).then_some(ControllerInstance { cntlid, uniquifier, random });
+    let lives = Duration::from_millis(words.next()?.parse().ok()?);
+    Some(Record { address, subsystem_nqn: words.next()?.to_owned(), instance, lives })
+}
+
+/// How long after its loss the commands of an association may live, where its controller says CQT in milliseconds, or 0.
+pub(crate) fn lives(timers: &PathTimers, quiesce_time_ms: u16) -> Duration {
+    let quiesce = match quiesce_time_ms {
+        0 => timers.quiesce_tmo,
+        ms => Duration::from_millis(u64::from(ms)),
+    };
+    timers.expiry() + quiesce
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(address: Option<SocketAddr>) -> Record {
+        let instance = Some(ControllerInstance { cntlid: 7, uniquifier: 3, random: u64::MAX });
+        Record { address, subsystem_nqn: "nqn.x with space".into(), instance, lives: Duration::from_secs(15) }
+    }
+
+    /// A name had two addresses, with a target at each. After the first was lost, the second's promise about its own earlier
+    /// associations was taken for one about the first's, because both were the same URI.
+    #[test]
+    fn a_target_speaks_for_its_own_address_and_for_what_it_has_seen() {
+        let (here, there): (SocketAddr, SocketAddr) =
+            ("127.0.0.1:4420".parse().unwrap(), "[::1]:4420".parse().unwrap());
+        let lost = |address, target_knows| {
+            let (record, since, until) = (record(address), Instant(500), Instant(1000));
+            Unquiet { association: 1, record, target_knows, since, until }
+        };
+        for (unquiet, address, connect_waits, quiet) in [
+            (lost(Some(here), true), here, Some(Instant(500)), true),
+            (lost(Some(here), true), here, Some(Instant(499)), false),
+            (lost(Some(here), true), there, Some(Instant(500)), false),
+            (lost(Some(here), true), here, None, false),
+            (lost(Some(here), false), here, Some(Instant(500)), false),
+            (lost(None, true), here, Some(Instant(500)), false),
+        ] {
+            assert_eq!(unquiet.is_quiet(&address, connect_waits), quiet);
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_read_again_and_what_is_not_understood_is_not() {
+        let folder = std::env::temp_dir().join(format!("hawser-quiet-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("n0");
+        assert_eq!(kept(&file), None);
+        let records =
+            [record(Some("[::1]:4420".parse().unwrap())), Record { instance: None, ..record(None) }];
+        keep(&file, &records).unwrap();
+        let again = kept(&file);
+        std::fs::write(&file, "hawser associations 2\n").unwrap();
+        let newer = kept(&file);
+        std::fs::write(&file, format!("{VERSION}\n127.0.0.1:1 2 3\n")).unwrap();
+        let short = kept(&file);
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!((again.as_deref(), newer, short), (Some(&records[..]), None, None));
+    }
+}

@@ -1,0 +1,302 @@
+//! One namespace by two paths, to two scripted targets.
+
+use super::client::{Ask, Client};
+use super::scripted::Scripted;
+use super::*;
+use crate::initiator::IoPolicy;
+use crate::nvme::ana::{AnaState, CMIC_ANA};
+use crate::nvme::cross_reset::ControllerInstance;
+use crate::nvme::identify::{OAES_ANA_CHANGE, VENDOR_MARK};
+use hawser_block::Status;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+struct Bench {
+    // Dropped in this order: the device before its reactor, the targets last.
+    client: Client,
+    device: Arc<NvmeDevice>,
+    _reactor: ReactorThread,
+    targets: [Scripted; 2],
+}
+
+fn targets() -> [Scripted; 2] {
+    let targets = [Scripted::start(NQN), Scripted::start(NQN)];
+    for (target, cntlid) in targets.iter().zip([5, 6]) {
+        let mut state = target.state();
+        state.cntlid = cntlid;
+        state.controller.cntlid = cntlid;
+        state.namespace.ana_group = 1;
+    }
+    targets
+}
+
+fn bench(targets: [Scripted; 2], change: impl FnOnce(&mut NvmeConfig)) -> Bench {
+    let reactor = reactor("host");
+    let mut config = config(targets[0].address);
+    config.paths.push(super::config(targets[1].address).paths[0].clone());
+    change(&mut config);
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_ready(&device);
+    wait_all_live(&device);
+    let client = Client::open(&device, reactor.handle());
+    Bench { client, device, _reactor: reactor, targets }
+}
+
+fn wait_all_live(device: &NvmeDevice) {
+    wait_until("all paths are live", || device.paths().iter().all(|path| path.state == "live"));
+}
+
+fn data(seed: u8, blocks: usize) -> Vec<u8> {
+    (0..blocks * 512).map(|at| seed ^ at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect()
+}
+
+impl Bench {
+    fn commands(&self) -> [usize; 2] {
+        [0, 1].map(|path| self.targets[path].state().log.len())
+    }
+
+    /// Submits a write and a read that one target takes and does not answer; says which.
+    fn hold_a_write_and_a_read(&mut self) -> usize {
+        for target in &self.targets {
+            target.state().hold_io = true;
+        }
+        self.client.submit(vec![Ask::write(0, 8, data(1, 8)), Ask::read(8, 8, 512)]);
+        wait_until("both have arrived", || self.commands().contains(&2));
+        let taken = self.commands().iter().position(|count| *count == 2).expect("one path is taken");
+        self.targets[1 - taken].state().hold_io = false;
+        taken
+    }
+
+    /// Ends a target for good.
+    fn kill(&mut self, path: usize) {
+        self.targets[path] = Scripted::start(NQN);
+    }
+}
+
+/// CIU and CIRN of a controller, and that it resets others.
+fn with_cross_resets(target: &Scripted, random: u64) {
+    let mut state = target.state();
+    state.controller.instance_uniquifier = 9;
+    state.controller.instance_random = random;
+    state.controller.cross_resets_max = 4;
+}
+
+#[test]
+fn reads_move_at_once_and_writes_when_the_lost_paths_commands_must_have_ended() {
+    let targets = targets();
+    for target in &targets {
+        target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
+    }
+    let mut bench = bench(targets, |config| {
+        config.timers.keep_alive_tmo = Duration::from_millis(1000);
+        config.timers.quiesce_tmo = Duration::from_millis(500);
+    });
+    let dead = bench.hold_a_write_and_a_read();
+    let arrived = bench.targets[dead].state().log[0].0;
+    bench.kill(dead);
+    let read = bench.client.next();
+    assert_eq!((read.token, read.outcome), (1, Ok(())), "the read does not wait");
+    assert_eq!(bench.device.state(), DeviceState::Ready);
+    // Writes elsewhere on the disk do not wait; what the held write may still change does, behind it.
+    let elsewhere = bench.client.submit(vec![Ask::write(100, 8, data(3, 8)), Ask::write(4, 8, data(2, 8))]);
+    assert_eq!(bench.client.next().token, elsewhere);
+    // The good path is lost and returns: that says nothing of the dead one.
+    bench.targets[1 - dead].cut();
+    assert_eq!((bench.client.next().token, bench.client.next().token), (0, elsewhere + 1));
+    let state = bench.targets[1 - dead].state();
+    assert!(state.log.iter().all(|(_, sqe)| sqe.opcode == 1 || sqe.opcode == 2));
+    let again = state.log.iter().find(|(_, sqe)| sqe.opcode == 1 && sqe.lba() == 0).expect("it was sent");
+    let waited = again.0 - arrived;
+    assert!(waited >= Duration::from_millis(2500), "{waited:?}");
+    assert!(state.disk[..2048] == data(1, 8)[..2048] && state.disk[2048..6144] == data(2, 8));
+}
+
+#[test]
+fn a_lost_controller_is_reset_through_the_other_path_and_writes_go_on() {
+    let targets = targets();
+    with_cross_resets(&targets[0], 100);
+    with_cross_resets(&targets[1], 101);
+    // An hour would be too long for this test.
+    let mut bench = bench(targets, |config| config.timers.quiesce_tmo = HOUR);
+    let dead = bench.hold_a_write_and_a_read();
+    bench.kill(dead);
+    assert_eq!((bench.client.next().outcome, bench.client.next().outcome), (Ok(()), Ok(())));
+    let (cntlid, random) = if dead == 0 { (5, 100) } else { (6, 101) };
+    let resets = bench.targets[1 - dead].state().resets_of_others.clone();
+    assert_eq!(resets, [ControllerInstance { cntlid, uniquifier: 9, random }]);
+}
+
+#[test]
+fn what_a_killed_process_left_behind_is_reset_by_the_one_after_it() {
+    let folder = std::env::temp_dir().join(format!("hawser-record-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("n0");
+    let targets = targets();
+    with_cross_resets(&targets[0], 100);
+    with_cross_resets(&targets[1], 101);
+    let first = bench(targets, |config| config.record = Some(file.clone()));
+    let left = std::fs::read(&file).unwrap();
+    let Bench { client, device, targets, .. } = first;
+    drop((client, device));
+    wait_until("an orderly end leaves nothing", || {
+        std::fs::read_to_string(&file).unwrap().lines().count() == 1
+    });
+    // As if it had been killed before.
+    std::fs::write(&file, left).unwrap();
+    for target in &targets {
+        target.state().controller.instance_random += 10;
+        target.state().controller.cntlid += 10;
+    }
+    let mut second = bench(targets, |config| {
+        config.had_predecessor = true;
+        config.record = Some(file.clone());
+        config.timers.quiesce_tmo = HOUR;
+    });
+    let outcome = second.client.run(Ask::write(0, 8, data(1, 8))).outcome;
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(outcome, Ok(()));
+    let reset: Vec<_> =
+        second.targets.iter().flat_map(|target| target.state().resets_of_others.clone()).collect();
+    for (cntlid, random) in [(5, 100), (6, 101)] {
+        assert!(reset.contains(&ControllerInstance { cntlid, uniquifier: 9, random }), "{reset:?}");
+    }
+}
+
+#[test]
+fn a_path_to_another_namespace_is_refused_by_name_and_does_not_disturb() {
+    let targets = targets();
+    targets[1].state().ids.uuid = [0xab; 16];
+    let reactor = reactor("host");
+    let mut config = config(targets[0].address);
+    config.paths.push(super::config(targets[1].address).paths[0].clone());
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_until("one is live and one has failed", || {
+        let mut states: Vec<_> = device.paths().iter().map(|path| path.state).collect();
+        states.sort_unstable();
+        states == ["failed", "live"]
+    });
+    assert_eq!(device.state(), DeviceState::Ready);
+    let told = device.trouble();
+    assert!(told.contains("the namespace is another: its UUID was") && told.contains("127.0.0.1:"), "{told}");
+    let mut client = Client::open(&device, reactor.handle());
+    assert_eq!(client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
+    drop((client, device, reactor));
+}
+
+#[test]
+fn a_namespace_without_a_name_has_one_path_only() {
+    let targets = targets();
+    for target in &targets {
+        target.state().ids.uuid = [0; 16];
+    }
+    let reactor = reactor("host");
+    let mut config = config(targets[0].address);
+    config.paths.push(super::config(targets[1].address).paths[0].clone());
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_until("it is told", || device.trouble().contains("has no UUID, NGUID or EUI64"));
+    drop((device, reactor));
+}
+
+#[test]
+fn policies_choose_among_good_paths() {
+    for (policy, even) in
+        [(IoPolicy::Numa, false), (IoPolicy::RoundRobin, true), (IoPolicy::QueueDepth, true)]
+    {
+        let mut bench = bench(targets(), |config| config.policy = policy);
+        for target in &bench.targets {
+            target.state().hold_io = true;
+        }
+        bench.client.submit((0..10).map(|at| Ask::read(at * 8, 8, 512)).collect());
+        wait_until("all have arrived", || bench.commands().iter().sum::<usize>() == 10);
+        let mut commands = bench.commands();
+        commands.sort_unstable();
+        assert_eq!(commands, if even { [5, 5] } else { [0, 10] }, "{policy:?}");
+        for target in &bench.targets {
+            target.state().hold_io = false;
+            target.cut();
+        }
+        for _ in 0..10 {
+            assert_eq!(bench.client.next().outcome, Ok(()));
+        }
+    }
+}
+
+fn with_ana(states: [AnaState; 2]) -> [Scripted; 2] {
+    let targets = targets();
+    for (target, state) in targets.iter().zip(states) {
+        let mut target = target.state();
+        target.ana = state;
+        target.controller.multipath = CMIC_ANA | 2;
+        target.controller.ana_groups = 1;
+        target.controller.async_events |= OAES_ANA_CHANGE;
+    }
+    targets
+}
+
+#[test]
+fn asymmetric_access_is_followed() {
+    let mut bench = bench(with_ana([AnaState::NonOptimized, AnaState::Optimized]), |_| {});
+    let read = |bench: &mut Bench| {
+        let before = bench.commands();
+        assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
+        let after = bench.commands();
+        [after[0] - before[0], after[1] - before[1]]
+    };
+    assert_eq!(read(&mut bench), [0, 1], "the best is taken");
+    // It changes, and tells: the other one is taken.
+    let view = |bench: &Bench, path: usize| bench.device.paths()[path].ana;
+    for (state, taken) in [
+        (AnaState::Inaccessible, [1, 0]),
+        (AnaState::Optimized, [0, 1]),
+        (AnaState::Change, [1, 0]),
+        (AnaState::NonOptimized, [0, 1]),
+        (AnaState::Optimized, [0, 1]),
+        (AnaState::PersistentLoss, [1, 0]),
+    ] {
+        wait_until("an event is asked for", || bench.targets[1].has_event_request());
+        bench.targets[1].change_ana(state);
+        wait_until("it is seen", || view(&bench, 1) == Some(state.name()));
+        let one = read(&mut bench);
+        if state == AnaState::NonOptimized {
+            assert_eq!(one[0] + one[1], 1, "both are as good");
+        } else {
+            assert_eq!(one, taken, "{state}");
+        }
+    }
+    assert_eq!(bench.device.state(), DeviceState::Ready);
+}
+
+#[test]
+fn a_refusal_for_access_moves_a_command_before_any_event_and_all_inaccessible_is_a_pause() {
+    let mut bench = bench(with_ana([AnaState::Optimized; 2]), |_| {});
+    // Without a word, both in turn.
+    for path in [0, 1] {
+        bench.targets[path].state().ana = AnaState::Inaccessible;
+        let written = bench.client.submit(vec![Ask::write(0, 8, data(1, 8))]);
+        if path == 0 {
+            assert_eq!((bench.client.next().token, 0), (written, 0));
+        }
+    }
+    wait_until("both are seen", || bench.device.paths().iter().all(|path| path.ana == Some("inaccessible")));
+    assert!(bench.client.try_next().is_none());
+    // Nor is it told when it is over: it is looked for.
+    bench.targets[0].state().ana = AnaState::NonOptimized;
+    assert_eq!(bench.client.next().outcome, Ok(()));
+}
+
+#[test]
+fn requests_fail_when_no_path_is_waited_for_any_more_and_work_when_one_returns() {
+    let mut bench = bench(targets(), |config| {
+        config.timers.fast_io_fail_tmo = Some(Duration::from_millis(300));
+    });
+    for target in &bench.targets {
+        target.state().namespace.size = 0;
+        target.cut();
+    }
+    wait_until("no path is waited for", || bench.device.state() == DeviceState::Failed);
+    assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Err(Status::Path));
+    bench.targets[1].state().namespace.size = 2048;
+    wait_until("one returns", || bench.device.state() == DeviceState::Ready);
+    assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
+    assert_eq!(bench.device.paths()[0].state, "failed");
+}
