@@ -262,3 +262,21 @@ fn the_counter_goes_on_after_a_recovery() {
     assert_eq!(unfinished.iter().map(|one| one.head).collect::<Vec<_>>(), [3, 1]);
     assert_eq!(next.begin(2), 2);
 }
+
+/// A queue with nothing unfinished once began to count at 0 again, with the same log: crashes in two requests early in its
+/// lives looked like the same one twice, and the disk was set aside for nothing.
+#[test]
+fn the_counter_goes_on_where_nothing_is_unfinished() {
+    let log = Log::new();
+    let area = log.map();
+    let mut queue = area.queue(0).unwrap();
+    queue.recover(0, 0, SIZE).unwrap();
+    for head in [3, 1] {
+        queue.begin(head);
+        queue.end(head);
+    }
+    queue.published(&[3, 1], 2);
+    let mut next = area.queue(0).unwrap();
+    assert!(next.recover(2, 2, SIZE).unwrap().is_empty());
+    assert_eq!(next.begin(3), 2);
+}

@@ -364,7 +364,13 @@ impl QueueLog {
                 unfinished.clear();
             }
             unfinished.sort_by_key(|one| one.counter);
-            self.counter = unfinished.last().map_or(0, |one| one.counter.wrapping_add(1));
+            // Beyond everything that was ever counted here, finished or not: a request that crashes us must not look like an
+            // earlier one that did.
+            let counters = (0..self.size).map(|head| shared::load_u64(self.entry(head).add(8).cast()));
+            self.counter = counters
+                .max()
+                .filter(|most| *most != 0 || !unfinished.is_empty())
+                .map_or(0, |most| most.wrapping_add(1));
             Ok(unfinished)
         }
     }
