@@ -40,6 +40,8 @@ pub struct Config {
     pub daemon: DaemonConfig,
     /// `[host]`
     pub host: HostConfig,
+    /// `[discovery]`
+    pub discovery: DiscoveryConfig,
     /// `[[device]]`
     pub devices: Vec<Placed<DeviceConfig>>,
     /// `[[disk]]`
@@ -127,6 +129,14 @@ pub struct HostConfig {
     pub nqn: Option<Nqn>,
     /// The host identifier.
     pub id: Option<Uuid>,
+}
+
+/// `[discovery]`: what our discovery service says beside our own subsystems.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiscoveryConfig {
+    /// Other discovery services.
+    pub referrals: Vec<Listen>,
 }
 
 /// `[[device]]`: a block device that the daemon can reach.
@@ -262,6 +272,7 @@ pub struct NamespaceConfig {
 struct Document {
     daemon: Option<toml::Spanned<DaemonConfig>>,
     host: Option<toml::Spanned<HostConfig>>,
+    discovery: Option<toml::Spanned<DiscoveryConfig>>,
     #[serde(default)]
     device: Vec<toml::Spanned<DeviceConfig>>,
     #[serde(default)]
@@ -291,6 +302,7 @@ impl Config {
     pub fn parse(files: &[(PathBuf, String)]) -> Result<Config, ConfigError> {
         let mut config = Config { file: files[0].0.clone(), ..Config::default() };
         let mut host_place: Option<Place> = None;
+        let mut discovery_place: Option<Place> = None;
         for (file, text) in files {
             let document: Document =
                 toml::from_str(text).map_err(|error| ConfigError(place::toml_error(file, text, &error)))?;
@@ -307,6 +319,12 @@ impl Config {
                 once("host", host_place.as_ref(), &place)?;
                 config.host = host.into_inner();
                 host_place = Some(place);
+            }
+            if let Some(discovery) = document.discovery {
+                let place = at("[discovery]", discovery.span().start);
+                once("discovery", discovery_place.as_ref(), &place)?;
+                config.discovery = discovery.into_inner();
+                discovery_place = Some(place);
             }
             place_all(document.device, &mut config.devices, |start| at("[[device]]", start));
             place_all(document.disk, &mut config.disks, |start| at("[[disk]]", start));

@@ -46,10 +46,12 @@ pub fn start(
         });
     }
     let folder = config.daemon.state_dir.join("reservations");
-    Target::start_keeping(subsystems, reactors.handles(), &folder).map(Some).map_err(|what| {
+    let target = Target::start_keeping(subsystems, reactors.handles(), &folder).map_err(|what| {
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
-    })
+    })?;
+    target.set_referrals(config.discovery.referrals.iter().map(|listen| listen.0).collect());
+    Ok(Some(target))
 }
 
 /// A device as hosts see it: what they may send in one command stays the same while the device's own limits change with the

@@ -27,8 +27,8 @@ use api::ApiSocket;
 use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
-use hawser_config::value::{Name, SocketPath};
-use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
+use hawser_config::value::{Listen, Name, SocketPath};
+use hawser_config::{Config, ConfigError, DeviceConfig, DiscoveryConfig, DiskConfig};
 use hawser_fabric::nvme::ana::AnaState;
 use hawser_fabric::target::{ANA_GROUP, Target, TargetStats};
 use hawser_virtio::{LeftBehind, VhostDisk};
@@ -525,6 +525,29 @@ impl Daemon {
         }
         drop(target);
         view().ok_or_else(|| ChangeError::Failed("the target stops".to_owned()))
+    }
+
+    /// Other discovery services that ours points to.
+    #[must_use]
+    pub fn discovery(&self) -> DiscoveryConfig {
+        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+        let referrals = target.as_ref().map_or_else(Vec::new, Target::referrals);
+        DiscoveryConfig { referrals: referrals.into_iter().map(Listen).collect() }
+    }
+
+    /// Points to other discovery services from now on, and tells the hosts that stay connected to ours.
+    ///
+    /// # Errors
+    /// When there is no subsystem, and so nobody who could be told.
+    pub fn set_discovery(&self, discovery: &DiscoveryConfig) -> Result<DiscoveryConfig, ChangeError> {
+        {
+            let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+            let target = target.as_ref().ok_or_else(|| {
+                ChangeError::Conflict("there is no [[subsystem]], so nobody asks for referrals".to_owned())
+            })?;
+            target.set_referrals(discovery.referrals.iter().map(|listen| listen.0).collect());
+        }
+        Ok(self.discovery())
     }
 
     /// How the target is doing, if there is one.

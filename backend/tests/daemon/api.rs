@@ -164,6 +164,12 @@ fn every_answer_is_as_the_document_says() {
     ask(&daemon, "DELETE", "/v1/disks/new?save=true", one, "", 409);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 200);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 404);
+    let discovery = "/v1/discovery";
+    let referrals = json!({"referrals": ["tcp://192.0.2.1:8009"]});
+    assert_eq!(ask(&daemon, "PUT", discovery, discovery, &referrals.to_string(), 200), referrals);
+    assert_eq!(ask(&daemon, "GET", discovery, discovery, "", 200), referrals);
+    let nowhere = json!({"referrals": ["192.0.2.1"]}).to_string();
+    ask(&daemon, "PUT", discovery, discovery, &nowhere, 400);
     let ana = "/v1/subsystems/{nqn}/ports/{port}/ana_groups/{grpid}";
     let set = |nqn: &str, port: u32, group: u32, state: &str, code| {
         let path = format!("/v1/subsystems/nqn.2026-11.io.hawser:{nqn}/ports/{port}/ana_groups/{group}");

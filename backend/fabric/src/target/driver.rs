@@ -8,6 +8,7 @@
 use super::connection::{Action, Connection};
 use super::registry::ConnectionRef;
 use super::{ABORT_GRACE, Shared};
+use crate::nvme::features::EVENT_DISCOVERY_CHANGE;
 use hawser_block::{Channel, Completion};
 use hawser_runtime::{Event, Fd, Op, Runtime, Source, SourceId, TimerId};
 use std::cell::RefCell;
@@ -279,6 +280,14 @@ impl Driver {
     pub(super) fn namespace_changed(&mut self, runtime: &Runtime) {
         self.connection.handle_namespace_change();
         self.go_on(runtime);
+    }
+
+    /// The discovery log has changed, which concerns those that are connected to the discovery service.
+    pub(super) fn discovery_changed(&mut self, runtime: &Runtime) {
+        let discovery = self.connection.controller().is_some_and(|controller| controller.subsystem.is_none());
+        if discovery && self.connection.is_connected() {
+            self.notify(runtime, EVENT_DISCOVERY_CHANGE);
+        }
     }
 
     /// Something has happened that the host may want to know: a bit of Asynchronous Event Configuration.

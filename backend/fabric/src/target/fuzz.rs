@@ -39,6 +39,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         gone: Condvar::new(),
         memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
         refusals: super::Refusals::default(),
+        referrals: Mutex::default(),
         keeper: None,
     })
 }

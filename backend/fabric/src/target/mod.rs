@@ -35,7 +35,7 @@ use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
 use keeper::Keeper;
-use registry::{Port, Subsystem};
+use registry::{ConnectionRef, Port, Subsystem};
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -129,6 +129,8 @@ struct Shared {
     gone: Condvar,
     memory: Arc<Budget>,
     refusals: Refusals,
+    /// Other discovery services, which ours points to.
+    referrals: Mutex<Vec<SocketAddr>>,
     /// `None`: reservations end with us.
     keeper: Option<Keeper>,
 }
@@ -183,6 +185,15 @@ impl Shared {
 
     fn connections(&self) -> MutexGuard<'_, HashMap<u64, ReactorHandle>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn referrals(&self) -> MutexGuard<'_, Vec<SocketAddr>> {
+        self.referrals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connection_refs(&self) -> Vec<ConnectionRef> {
+        let connections = self.connections();
+        connections.iter().map(|(id, reactor)| ConnectionRef { reactor: reactor.clone(), id: *id }).collect()
     }
 
     /// Takes a new connection in, where the fewest I/O queues are: a host often has one and an admin queue, and taking
@@ -336,6 +347,7 @@ impl Target {
             gone: Condvar::new(),
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
             refusals: Refusals::default(),
+            referrals: Mutex::default(),
             keeper,
         });
         for subsystem in &shared.subsystems {
@@ -402,6 +414,20 @@ impl Target {
         subsystem.map(|subsystem| subsystem.hosts()).unwrap_or_default()
     }
 
+    /// Other discovery services that ours points to. Hosts that stay connected to it (persistent discovery) are told.
+    pub fn set_referrals(&self, referrals: Vec<SocketAddr>) {
+        *self.shared.referrals() = referrals;
+        for connection in self.shared.connection_refs() {
+            driver::tell(&connection, Driver::discovery_changed);
+        }
+    }
+
+    /// What [`Target::set_referrals`] was told.
+    #[must_use]
+    pub fn referrals(&self) -> Vec<SocketAddr> {
+        self.shared.referrals().clone()
+    }
+
     /// The ANA state of each of a subsystem's addresses, in the order of [`Target::addresses`]. All namespaces are in one ANA
     /// group, [`ANA_GROUP`].
     #[must_use]
@@ -462,10 +488,7 @@ impl Target {
                 unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
             }
         }
-        let connections: Vec<_> =
-            self.shared.connections().iter().map(|(id, reactor)| (*id, reactor.clone())).collect();
-        for (id, reactor) in connections {
-            let connection = registry::ConnectionRef { reactor, id };
+        for connection in self.shared.connection_refs() {
             driver::tell(&connection, |driver, runtime| {
                 driver.end(runtime, "the target stops");
                 driver.abort();

@@ -2,6 +2,7 @@
 
 mod ana;
 mod associations;
+mod discovery;
 mod limits;
 mod reservations;
 mod resets;
@@ -16,7 +17,7 @@ use crate::nvme::identify::{
 };
 use crate::nvme::properties::{CC_SHUTDOWN_NORMAL, CC_START, CSTS_READY, CSTS_SHUTDOWN_COMPLETE, offset};
 use crate::nvme::vendor::Vendor;
-use crate::nvme::{Sgl, Sqe, StatusCode, discovery, features, log};
+use crate::nvme::{Sgl, Sqe, StatusCode, features, log};
 use crate::tcp::pdu::DataPdu;
 use crate::tcp::{Digests, FatalStatus};
 use hawser_block::fake::FakeDevice;
@@ -504,31 +505,6 @@ fn a_connect_with_a_wrong_parameter_names_it() {
     while admin.call(Property::get(offset::CSTS, false), &[], &[]).0.dword0() & CSTS_READY != 0 {}
     let not_ready = refusal(with(|c| c.queue_id = 1), NQN, cntlid, HOST);
     assert_eq!(not_ready, "Command Sequence Error (do not retry)");
-}
-
-#[test]
-fn discovery_lists_the_subsystems_that_the_host_may_use() {
-    let rig = Rig::with(vec![fake()], Some(vec![HOST.to_owned()]));
-    for (host, records) in [(HOST, 1), ("nqn.stranger", 0)] {
-        let mut peer = Peer::open(rig.address, Digests::NONE);
-        let connect =
-            Connect { record_format: 0, queue_id: 0, queue_size: 31, attributes: 0, keep_alive_ms: 0 };
-        let cqe = peer.connect_with(&connect, DISCOVERY_NQN, CNTLID_DYNAMIC, host);
-        assert_eq!(cqe.status.code, StatusCode::SUCCESS);
-        assert_eq!(peer.status(Property::set(offset::CC, false, u64::from(CC_START))), StatusCode::SUCCESS);
-        let (_, bytes) = peer.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
-        let controller = IdentifyController::from_bytes(&bytes.try_into().unwrap());
-        assert_eq!((controller.controller_type, controller.subsystem_nqn.as_str()), (2, DISCOVERY_NQN));
-        let sqe = Sqe::get_log_page(log::id::DISCOVERY, 0, 0, 2048, false, Sgl::transport(2048));
-        let (_, page) = peer.call(sqe, &[], &[]);
-        let header = discovery::Header::from_bytes(&page[..1024].try_into().unwrap()).unwrap();
-        assert_eq!(header.records, records);
-        if records > 0 {
-            let entry = discovery::Entry::from_bytes(&page[1024..].try_into().unwrap()).unwrap();
-            assert_eq!((entry.subsystem_nqn.as_str(), entry.address.as_str()), (NQN, "127.0.0.1"));
-            assert_eq!(entry.service, rig.address.port().to_string());
-        }
-    }
 }
 
 #[test]

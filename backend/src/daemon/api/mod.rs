@@ -7,6 +7,7 @@ pub mod metrics;
 pub mod view;
 
 use super::{ChangeError, Daemon};
+use hawser_config::DiscoveryConfig;
 use hawser_config::value::{SocketMode, SocketPath};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -155,6 +156,11 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
         ["v1", "openapi.json"] if get => Ok(whole(StatusCode::OK, "application/json", OPENAPI)),
         ["v1", "status"] if get => Ok(json(StatusCode::OK, &daemon.status())),
         ["v1", "devices"] if get => Ok(json(StatusCode::OK, &daemon.device_views())),
+        ["v1", "discovery"] if get => Ok(json(StatusCode::OK, &daemon.discovery())),
+        ["v1", "discovery"] if request.method() == Method::PUT => {
+            let discovery: DiscoveryConfig = body(request).await?;
+            Ok(json(StatusCode::OK, &change(move || daemon.set_discovery(&discovery)).await?))
+        }
         ["v1", "subsystems"] if get => Ok(json(StatusCode::OK, &daemon.subsystem_views())),
         ["v1", "disks"] if get => Ok(json(StatusCode::OK, &daemon.disk_views())),
         ["v1", "disks"] if request.method() == Method::POST => {
@@ -193,7 +199,7 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
         }
         ["metrics"]
         | ["v1", "subsystems", _, "ports", _, "ana_groups", _]
-        | ["v1", "openapi.json" | "status" | "devices" | "subsystems" | "disks"]
+        | ["v1", "openapi.json" | "status" | "devices" | "discovery" | "subsystems" | "disks"]
         | ["v1", "disks", _]
         | ["v1", "disks", _, "resume"] => {
             let what = format!("{} is not for {path}, see /v1/openapi.json", request.method());

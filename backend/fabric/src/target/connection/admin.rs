@@ -94,7 +94,11 @@ impl Connection {
         let len = len.ok_or(StatusCode::INVALID_FIELD)? as usize;
         let page = match (&controller.subsystem, sqe.log_id()) {
             (None, log::id::DISCOVERY) => {
-                answers::discovery_log(&self.shared, &controller.host.nqn, self.local)
+                let page = answers::discovery_log(&self.shared, &controller.host.nqn, self.local);
+                if !sqe.log_retains_event() {
+                    self.log_was_read(EVENT_DISCOVERY_CHANGE);
+                }
+                page
             }
             (Some(_), log::id::CHANGED_NAMESPACES) => {
                 let page = answers::changed_namespaces(&self.changed_namespaces);

@@ -3,8 +3,8 @@
 use super::super::registry::{Controller, Namespace, Subsystem};
 use crate::nvme::ana::{ANACAP_ALL_STATES, ANACAP_GROUP_IS_FIXED, CMIC_ANA};
 use crate::nvme::discovery::{
-    Entry, FAMILY_IPV4, FAMILY_IPV6, Header, SUBTYPE_NVM, TREQ_NO_FLOW_CONTROL, TREQ_NOT_REQUIRED,
-    TransportType,
+    Entry, FAMILY_IPV4, FAMILY_IPV6, Header, SUBTYPE_NVM, SUBTYPE_REFERRAL, TREQ_NO_FLOW_CONTROL,
+    TREQ_NOT_REQUIRED, TransportType,
 };
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::identify::{
@@ -284,14 +284,10 @@ pub(super) fn changed_namespaces(changed: &BTreeSet<u32>) -> Vec<u8> {
     NamespaceList { ids }.to_bytes().to_vec()
 }
 
-/// The discovery log: each address of each subsystem that the host may use. `local` is the address that it dialled, for
-/// listeners that have none of their own.
+/// The discovery log: each address of each subsystem that the host may use, then the other discovery services. `local` is the
+/// address that it dialled, for listeners that have none of their own.
 pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<SocketAddr>) -> Vec<u8> {
-    let mut entries = Vec::new();
-    let subsystems = shared.subsystems().iter().filter(|subsystem| subsystem.allows(host_nqn));
-    for (address, nqn) in subsystems
-        .flat_map(|subsystem| subsystem.ports.iter().map(|port| (port.address, subsystem.nqn.clone())))
-    {
+    let entry = |subtype, nqn: &str, address: SocketAddr| {
         let ip = match local {
             Some(local) if address.ip().is_unspecified() => local.ip(),
             _ => address.ip(),
@@ -299,21 +295,33 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
         let entry = Entry {
             transport: TransportType::TCP,
             family: if ip.is_ipv4() { FAMILY_IPV4 } else { FAMILY_IPV6 },
-            subtype: SUBTYPE_NVM,
+            subtype,
             requirements: TREQ_NOT_REQUIRED | TREQ_NO_FLOW_CONTROL,
             port_id: 1,
             cntlid: CNTLID_DYNAMIC,
             admin_queue_size: 32,
             flags: 0,
             service: address.port().to_string(),
-            subsystem_nqn: nqn,
+            subsystem_nqn: nqn.to_owned(),
             address: ip.to_string(),
             security: 0,
         };
-        entries.extend_from_slice(&entry.to_bytes());
+        entry.to_bytes()
+    };
+    let mut entries = Vec::new();
+    for subsystem in shared.subsystems().iter().filter(|subsystem| subsystem.allows(host_nqn)) {
+        for port in &subsystem.ports {
+            entries.extend_from_slice(&entry(SUBTYPE_NVM, &subsystem.nqn, port.address));
+        }
+    }
+    for address in shared.referrals().iter() {
+        entries.extend_from_slice(&entry(SUBTYPE_REFERRAL, DISCOVERY_NQN, *address));
     }
     let records = (entries.len() / Entry::LEN) as u64;
-    let mut page = Header { generation: 1, records, record_format: 0 }.to_bytes().to_vec();
+    // GENCTR has to be another when the content is, over restarts too: it is made from it (FNV-1a).
+    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    let generation = entries.iter().fold(0xcbf2_9ce4_8422_2325, step);
+    let mut page = Header { generation, records, record_format: 0 }.to_bytes().to_vec();
     page.append(&mut entries);
     page
 }

@@ -3,7 +3,9 @@
 use super::Connection;
 use super::slots::Phase;
 use crate::nvme::NvmeStatus;
-use crate::nvme::features::{EVENT_ANA_CHANGE, EVENT_CROSS_CONTROLLER_RESET, EVENT_NAMESPACE_ATTRIBUTE};
+use crate::nvme::features::{
+    EVENT_ANA_CHANGE, EVENT_CROSS_CONTROLLER_RESET, EVENT_DISCOVERY_CHANGE, EVENT_NAMESPACE_ATTRIBUTE,
+};
 use crate::nvme::log::AsyncEvent;
 use std::sync::atomic::Ordering;
 
@@ -17,7 +19,8 @@ pub(super) struct Notices {
 }
 
 /// In the order in which they are told: each with its bit.
-const EVENTS: [(u32, AsyncEvent); 3] = [
+const EVENTS: [(u32, AsyncEvent); 4] = [
+    (EVENT_DISCOVERY_CHANGE, AsyncEvent::DISCOVERY_CHANGED),
     (EVENT_ANA_CHANGE, AsyncEvent::ANA_CHANGE),
     (EVENT_NAMESPACE_ATTRIBUTE, AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED),
     (EVENT_CROSS_CONTROLLER_RESET, AsyncEvent::CROSS_CONTROLLER_RESET),
