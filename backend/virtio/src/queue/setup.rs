@@ -89,7 +89,6 @@ impl Queue {
             signalled: setup.next_used,
             held_since: None,
             joining_since: None,
-            depth: 0,
             deep: false,
             counter: 0,
             slots: std::iter::repeat_with(slot).take(size).collect(),
