@@ -166,6 +166,8 @@ pub struct DeviceConfig {
     pub quiesce_tmo: Option<u32>,
     /// `nvme+tcp:` only: which of several good paths is taken.
     pub io_policy: Option<String>,
+    /// `nvme+tcp:` only: what is done about a volatile cache that may have been lost.
+    pub on_cache_doubt: Option<String>,
 }
 
 impl DeviceConfig {

@@ -6,7 +6,7 @@ use crate::daemon::run_state;
 use hawser_block::{BlockSize, Device};
 use hawser_config::value::Uris;
 use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
-use hawser_fabric::initiator::{self, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
+use hawser_fabric::initiator::{self, CacheDoubt, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
 use std::collections::HashMap;
@@ -123,12 +123,14 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
         {
             return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
         }
-        if let Some(policy) = &device.value.io_policy {
-            if !matches!(kind, Kind::Nvme { .. }) {
-                return Err(device.error("io_policy", "is for nvme+tcp:// only, want no such key here"));
+        let (policy, doubt) = (&device.value.io_policy, &device.value.on_cache_doubt);
+        for (key, value) in [("io_policy", policy), ("on_cache_doubt", doubt)] {
+            if value.is_some() && !matches!(kind, Kind::Nvme { .. }) {
+                return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
             }
-            policy.parse::<IoPolicy>().map_err(|what| device.error("io_policy", what))?;
         }
+        parsed::<IoPolicy>(policy).map_err(|what| device.error("io_policy", what))?;
+        parsed::<CacheDoubt>(doubt).map_err(|what| device.error("on_cache_doubt", what))?;
         if matches!(kind, Kind::Nvme { .. }) && device.value.block_size.is_some() {
             return Err(device.error("block_size", "is the target's to say, want no such key here"));
         }
@@ -184,10 +186,9 @@ pub fn open(
             let host = initiator::HostIdentity { nqn: nqn.to_string(), id: id.0 };
             let mut nvme = NvmeConfig::new(name.as_str(), paths, host);
             nvme.timers = timers(&config.value);
-            nvme.policy = match &config.value.io_policy {
-                Some(policy) => policy.parse().map_err(|what| wrong("io_policy", what))?,
-                None => IoPolicy::default(),
-            };
+            nvme.policy = parsed(&config.value.io_policy).map_err(|what| wrong("io_policy", what))?;
+            let doubt = parsed(&config.value.on_cache_doubt);
+            nvme.on_cache_doubt = doubt.map_err(|what| wrong("on_cache_doubt", what))?;
             nvme.had_predecessor = had_predecessor;
             let folder = run_state::folder_of(whole.daemon.api.as_path());
             nvme.record = Some(folder.join(format!("associations-{name}")));
@@ -200,6 +201,11 @@ pub fn open(
             Arc::new(device.map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?)
         }
     })
+}
+
+/// What a key says, or its default.
+fn parsed<T: Default + std::str::FromStr<Err = String>>(text: &Option<String>) -> Result<T, String> {
+    text.as_ref().map_or_else(|| Ok(T::default()), |text| text.parse())
 }
 
 fn timers(config: &DeviceConfig) -> PathTimers {

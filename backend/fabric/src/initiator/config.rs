@@ -85,6 +85,31 @@ impl std::str::FromStr for IoPolicy {
     }
 }
 
+/// What is done about a volatile cache of which nothing tells whether it was lost with writes in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheDoubt {
+    /// It was not, as Linux takes it.
+    #[default]
+    Trust,
+    /// It was: after each new association with unflushed writes before it, the next FLUSH fails.
+    FailFlush,
+    /// Nothing is left in it: every write is made durable at once (FUA).
+    WriteThrough,
+}
+
+impl std::str::FromStr for CacheDoubt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<CacheDoubt, String> {
+        Ok(match text {
+            "trust" => CacheDoubt::Trust,
+            "fail-flush" => CacheDoubt::FailFlush,
+            "write-through" => CacheDoubt::WriteThrough,
+            _ => return Err(format!("{text:?} is no answer, want trust, fail-flush or write-through")),
+        })
+    }
+}
+
 /// What an NVMe device is opened with.
 #[derive(Clone, Debug)]
 pub struct NvmeConfig {
@@ -94,6 +119,8 @@ pub struct NvmeConfig {
     pub paths: Vec<NvmeUri>,
     /// Which of several is taken.
     pub policy: IoPolicy,
+    /// For controllers that do not say whose cache they have; ours do.
+    pub on_cache_doubt: CacheDoubt,
     /// Who we are.
     pub host: HostIdentity,
     /// Its timers.
@@ -113,6 +140,7 @@ impl NvmeConfig {
             name: name.into(),
             paths,
             policy: IoPolicy::default(),
+            on_cache_doubt: CacheDoubt::default(),
             host,
             timers: PathTimers::default(),
             had_predecessor: false,

@@ -25,6 +25,7 @@ use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
 use crate::nvme::identify::{IdentifyNamespace, OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK, cns};
 use crate::nvme::log::AsyncEvent;
+use crate::nvme::vendor::Vendor;
 use crate::nvme::{Sgl, Sqe};
 use crate::uri::NvmeUri;
 use hawser_runtime::{Instant, Runtime};
@@ -340,6 +341,13 @@ impl Task {
             if unquiet.is_quiet(&address, connect_waits) {
                 self.shared.quiet(unquiet.association);
             }
+        }
+        let cache = Vendor::of(controller).and_then(|vendor| vendor.cache_identity);
+        if self.shared.caches.begin(self.path, cache) {
+            log::error!(
+                "{}: a volatile cache may have been lost with writes that were not flushed: the next FLUSH fails",
+                self.label()
+            );
         }
         let start = Start {
             association: self.number,

@@ -2,6 +2,7 @@
 //!
 //! Owns: state, geometry and trouble as others see them. Must not know: queues, bytes.
 
+use super::cache::Caches;
 use super::config::NvmeConfig;
 use super::controller;
 use super::geometry::Known;
@@ -82,6 +83,7 @@ pub(crate) struct Shared {
     /// Held while they are kept for a process after us.
     keeping: Mutex<()>,
     pub(crate) stats: Arc<StatsSet>,
+    pub(crate) caches: Arc<Caches>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -275,6 +277,7 @@ impl NvmeDevice {
         let status = Status { known: None, paths: config.paths.iter().map(path).collect() };
         let predecessors = predecessors(&config);
         let paths = config.paths.len();
+        let caches = Arc::new(Caches::new(paths, distinct.len(), config.on_cache_doubt));
         let shared = Arc::new(Shared {
             key: KEYS.fetch_add(1, Ordering::Relaxed),
             config,
@@ -287,19 +290,21 @@ impl NvmeDevice {
             unquiet: Mutex::default(),
             keeping: Mutex::default(),
             stats: Arc::default(),
+            caches,
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
-        for reactor in &shared.reactors {
+        for (index, reactor) in shared.reactors.iter().enumerate() {
             let shared = Arc::clone(&shared);
             let predecessors = predecessors.clone();
             reactor.run(move |runtime| {
-                let how = (shared.config.timers, shared.config.policy);
+                let cache = (Arc::clone(&shared.caches), index);
+                let config = &shared.config;
                 let stats = shared.stats.writer(runtime);
                 let now = runtime.now();
                 let until: Vec<_> =
                     predecessors.iter().map(|(number, record)| (*number, now + record.lives)).collect();
-                let lane = Lane::add(runtime, shared.notices.clone(), stats, how, &until);
+                let lane = Lane::add(runtime, shared.notices.clone(), stats, cache, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }

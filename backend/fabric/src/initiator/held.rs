@@ -21,6 +21,10 @@ pub(super) struct Held {
     pub(super) unknown: Option<u64>,
     /// Its channel wants it back.
     pub(super) aborted: bool,
+    /// A flush for the controller of this path and association.
+    pub(super) only: Option<(usize, u64)>,
+    /// How many writes it reaches there.
+    pub(super) written: u64,
     /// It is a piece of this one.
     pub(super) whole: Option<usize>,
 }
@@ -118,6 +122,24 @@ impl Wholes {
         })
     }
 
+    /// Makes a flush of each controller out of one of all, which are `paths`.
+    pub(super) fn split_flush<'a>(
+        &mut self,
+        held: &Held,
+        paths: &'a [(usize, u64)],
+    ) -> impl Iterator<Item = Held> + 'a {
+        let left = u32::try_from(paths.len()).unwrap_or(u32::MAX);
+        let whole = match held.whole {
+            None => self.0.insert(Whole { held: *held, left, outcome: Ok(()) }),
+            Some(key) => {
+                self.0.get_mut(key).expect("a piece has a whole").left += left - 1;
+                key
+            }
+        };
+        let held = *held;
+        paths.iter().map(move |only| Held { only: Some(*only), whole: Some(whole), ..held })
+    }
+
     /// Counts a piece of `key` down; gives the whole and how it ended, when that was its last.
     pub(super) fn piece_ended(&mut self, key: usize, outcome: Outcome) -> Option<(Held, Outcome)> {
         let whole = self.0.get_mut(key).expect("a piece ends once");
@@ -147,7 +169,8 @@ mod tests {
         };
         let (submitted, sent) = (Instant(0), Instant(0));
         let (tries, unknown, aborted) = (0, None, false);
-        Held { request, channel: 0, sequence: 3, submitted, sent, tries, unknown, aborted, whole: None }
+        let (channel, sequence, only, written, whole) = (0, 3, None, 0, None);
+        Held { request, channel, sequence, submitted, sent, tries, unknown, aborted, only, written, whole }
     }
 
     #[test]

@@ -18,7 +18,8 @@
 //!   known, so then all writes wait. Reads are sent again at once.
 //! - Nothing is given back to a channel while an operation names its buffers.
 
-use super::config::{IoPolicy, PathTimers};
+use super::cache::Caches;
+use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
 use super::connection::Connection;
 use super::held::{Fit, Held, Wholes, fit, widest};
 use super::probe;
@@ -83,6 +84,10 @@ pub(crate) struct Lane {
     runtime: Runtime,
     id: Option<SourceId>,
     stats: Arc<IoStats>,
+    caches: Arc<Caches>,
+    /// Which lane of the device this is.
+    index: usize,
+    write_through: bool,
     timers: PathTimers,
     policy: IoPolicy,
     geometry: Option<Geometry>,
@@ -109,9 +114,11 @@ impl Lane {
         runtime: &Runtime,
         notices: Vec<Arc<Mailbox<Notice>>>,
         stats: Arc<IoStats>,
-        (timers, policy): (PathTimers, IoPolicy),
+        (caches, index): (Arc<Caches>, usize),
+        config: &NvmeConfig,
         predecessors: &[(u64, Instant)],
     ) -> Rc<RefCell<Lane>> {
+        let (timers, policy) = (config.timers, config.policy);
         let lives = timers.expiry() + timers.quiesce_tmo;
         let ghosts = |(association, until): &(u64, Instant)| Ghosts {
             association: *association,
@@ -122,6 +129,9 @@ impl Lane {
             runtime: runtime.clone(),
             id: None,
             stats,
+            caches,
+            index,
+            write_through: config.on_cache_doubt == CacheDoubt::WriteThrough,
             timers,
             policy,
             geometry: None,
@@ -183,6 +193,7 @@ impl Lane {
             return way.lost(error);
         }
         way.started = Some(*start);
+        way.has_cache = start.limits.volatile_cache;
         way.lives = start.lives;
         self.failing = false;
         self.wake();
@@ -320,6 +331,8 @@ impl Lane {
                 tries: 0,
                 unknown: None,
                 aborted: false,
+                only: None,
+                written: 0,
                 whole: None,
             };
             self.sequence += 1;
@@ -409,8 +422,53 @@ impl Lane {
                 at += 1;
                 continue;
             }
-            let Some(path) = self.choose() else { break };
+            let path = match self.pending[at].only {
+                None => match self.choose() {
+                    Some(path) => path,
+                    None => break,
+                },
+                Some((path, association)) if self.ways[path].is_started(association) => path,
+                Some(_) => {
+                    // That one was lost before it was flushed.
+                    self.pending[at].only = None;
+                    continue;
+                }
+            };
+            if self.ways[path].room() == 0 {
+                at += 1;
+                continue;
+            }
             let Some(mut held) = self.pending.remove(at) else { break };
+            if held.request.operation == Operation::Flush {
+                if held.only.is_none() && !self.caches.may_flush(|path| self.ways[path].started.is_some()) {
+                    log::error!(
+                        "a FLUSH fails: writes before it were lost with a volatile cache, or may have been"
+                    );
+                    self.end(&held, Err(Status::Media));
+                    continue;
+                }
+                if held.only.is_none() {
+                    // To each controller that may have unflushed writes; without one, to whichever answers.
+                    let mut cached = self.ways.iter().enumerate().filter_map(Way::cached);
+                    match (cached.next(), cached.next()) {
+                        (None, _) => {}
+                        (Some((one, _)), None) if one == path => {}
+                        (only, None) => {
+                            self.pending.insert(at, Held { only, ..held });
+                            continue;
+                        }
+                        (_, Some(_)) => {
+                            let all: Vec<_> = self.ways.iter().enumerate().filter_map(Way::cached).collect();
+                            let pieces = self.wholes.split_flush(&held, &all);
+                            for (index, piece) in pieces.enumerate() {
+                                self.pending.insert(at + index, piece);
+                            }
+                            continue;
+                        }
+                    }
+                }
+                held.written = self.caches.written(path);
+            }
             let Some(start) = self.ways[path].started else { unreachable!("only such a way is chosen") };
             held.sent = now;
             held.unknown = None;
@@ -428,7 +486,7 @@ impl Lane {
                     continue;
                 }
             }
-            let (sqe, transfer) = command(&held.request, start.nsid, &start.limits);
+            let (sqe, transfer) = command(&held.request, start.nsid, &start.limits, self.write_through);
             let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
             connection.submit(sqe, transfer, held);
             self.runtime.add_outstanding(1);
@@ -441,6 +499,18 @@ impl Lane {
     fn answered(&mut self, path: usize, ended: Ended<Held>) {
         let mut held = ended.user;
         if ended.answer.status.is_success() {
+            let volatile = match held.request.operation {
+                Operation::Read => false,
+                Operation::Flush => {
+                    self.caches.flushed(path, held.written);
+                    false
+                }
+                Operation::Write { fua } | Operation::WriteZeroes { fua, .. } => !fua && !self.write_through,
+                Operation::Discard => true,
+            };
+            if volatile && self.ways[path].has_cache {
+                self.caches.wrote(path, self.index);
+            }
             return self.end(&held, Ok(()));
         }
         if held.aborted {
@@ -610,12 +680,12 @@ fn blocks_of(held: &Held) -> Range<u64> {
 }
 
 /// A request as a command.
-fn command(request: &Request, nsid: u32, geometry: &Geometry) -> (Sqe, Transfer) {
+fn command(request: &Request, nsid: u32, geometry: &Geometry, durable: bool) -> (Sqe, Transfer) {
     let (lba, blocks) = (request.lba.0, request.blocks.0);
     match request.operation {
         Operation::Read => (Sqe::read(nsid, lba, blocks, Sgl::NONE), Transfer::ToHost(request.buffers)),
         Operation::Write { fua } => {
-            (Sqe::write(nsid, lba, blocks, fua, Sgl::NONE), Transfer::FromHost(request.buffers))
+            (Sqe::write(nsid, lba, blocks, fua || durable, Sgl::NONE), Transfer::FromHost(request.buffers))
         }
         Operation::Flush => (Sqe::flush(nsid), Transfer::None),
         Operation::Discard => {
@@ -624,7 +694,7 @@ fn command(request: &Request, nsid: u32, geometry: &Geometry) -> (Sqe, Transfer)
         }
         Operation::WriteZeroes { unmap, fua } => {
             let deallocate = unmap && geometry.write_zeroes.is_some_and(|limits| limits.may_unmap);
-            (Sqe::write_zeroes(nsid, lba, blocks, deallocate, fua), Transfer::None)
+            (Sqe::write_zeroes(nsid, lba, blocks, deallocate, fua || durable), Transfer::None)
         }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //!   device ──────────── what all threads see; its paths        discover ── the discovery log, for people
+//!     │   ├ cache ───── what volatile caches hold of us
 //!     │   └ quiet ───── associations that are over, and may still write
 //!   controller ──────── each path's task on the owner reactor: connect, identify, keep alive, follow, reconnect
 //!     │      └ admin ── admin commands, one future each
@@ -33,6 +34,7 @@
 //! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
 
 mod admin;
+mod cache;
 pub mod config;
 mod connection;
 mod controller;
@@ -52,6 +54,6 @@ mod socket;
 mod tests;
 mod way;
 
-pub use config::{HostIdentity, IoPolicy, NvmeConfig, PathTimers};
+pub use config::{CacheDoubt, HostIdentity, IoPolicy, NvmeConfig, PathTimers};
 pub use device::{NvmeDevice, PathView};
 pub use discover::discover;

@@ -34,6 +34,8 @@ pub(crate) struct Way {
     /// The task waits until the connection is gone.
     pub(super) torn_down: Option<Arc<Mailbox<()>>>,
     pub(super) told_loss: bool,
+    /// The controller of the last start has a volatile cache.
+    pub(super) has_cache: bool,
     /// As of the last start.
     pub(super) lives: Duration,
 }
@@ -47,6 +49,7 @@ impl Way {
             started: None,
             torn_down: None,
             told_loss: false,
+            has_cache: false,
             lives,
         }
     }
@@ -54,6 +57,16 @@ impl Way {
     /// Asymmetric access, while commands may be sent.
     pub(super) fn ana(&self) -> Option<AnaState> {
         self.started.map(|start| start.ana.unwrap_or(AnaState::Optimized))
+    }
+
+    /// Whether commands of this association may be sent.
+    pub(super) fn is_started(&self, association: u64) -> bool {
+        self.started.is_some_and(|start| start.association == association)
+    }
+
+    /// The path and association, where there is a volatile cache.
+    pub(super) fn cached((path, way): (usize, &Way)) -> Option<(usize, u64)> {
+        way.started.filter(|start| start.limits.volatile_cache).map(|start| (path, start.association))
     }
 
     /// How many more commands can be sent.

@@ -3,11 +3,13 @@
 use super::client::{Ask, Client};
 use super::scripted::Scripted;
 use super::*;
-use crate::initiator::IoPolicy;
+use crate::initiator::{CacheDoubt, IoPolicy};
 use crate::nvme::ana::{AnaState, CMIC_ANA};
+use crate::nvme::command::io_opcode;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::identify::{OAES_ANA_CHANGE, VENDOR_MARK};
-use hawser_block::Status;
+use crate::nvme::vendor::Vendor;
+use hawser_block::{Operation, Status};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -299,4 +301,76 @@ fn requests_fail_when_no_path_is_waited_for_any_more_and_work_when_one_returns()
     wait_until("one returns", || bench.device.state() == DeviceState::Ready);
     assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
     assert_eq!(bench.device.paths()[0].state, "failed");
+}
+
+fn with_caches(identities: [u8; 2]) -> [Scripted; 2] {
+    let targets = targets();
+    for (target, identity) in targets.iter().zip(identities) {
+        let mut state = target.state();
+        state.controller.volatile_write_cache = 1;
+        state.controller.vendor = Vendor { cache_identity: Some([identity; 16]) }.to_bytes();
+    }
+    targets
+}
+
+fn flush() -> Ask {
+    Ask::plain(Operation::Flush, 0, 0)
+}
+
+fn flushes(target: &Scripted) -> usize {
+    target.state().log.iter().filter(|(_, sqe)| sqe.opcode == io_opcode::FLUSH).count()
+}
+
+/// With two paths in turn, a flush reached one controller, and the writes of the other stayed in its cache.
+#[test]
+fn a_flush_reaches_every_controller_with_a_cache() {
+    let mut bench = bench(with_caches([1, 2]), |config| config.policy = IoPolicy::RoundRobin);
+    for at in 0..4 {
+        assert_eq!(bench.client.run(Ask::write(at * 8, 8, data(1, 8))).outcome, Ok(()));
+    }
+    assert_eq!(bench.client.run(flush()).outcome, Ok(()));
+    assert_eq!([0, 1].map(|path| flushes(&bench.targets[path])), [1, 1]);
+}
+
+#[test]
+fn a_cache_that_was_lost_with_writes_in_it_fails_the_next_flush_and_only_that() {
+    for (kept, outcome) in [(true, Ok(())), (false, Err(Status::Media))] {
+        let mut bench = bench(with_caches([1, 1]), |_| {});
+        assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+        for target in &bench.targets {
+            if !kept {
+                target.state().controller.vendor = Vendor { cache_identity: Some([7; 16]) }.to_bytes();
+            }
+            let before = target.state().associations;
+            target.cut();
+            wait_until("it is reached again", || target.state().associations > before);
+        }
+        wait_all_live(&bench.device);
+        assert_eq!(bench.client.run(flush()).outcome, outcome);
+        assert_eq!(bench.client.run(flush()).outcome, Ok(()));
+    }
+}
+
+#[test]
+fn for_other_targets_the_configuration_says_what_a_new_association_means_for_a_cache() {
+    for (doubt, outcome, fua) in [
+        (CacheDoubt::Trust, Ok(()), false),
+        (CacheDoubt::FailFlush, Err(Status::Media), false),
+        (CacheDoubt::WriteThrough, Ok(()), true),
+    ] {
+        let targets = targets();
+        for target in &targets {
+            target.state().controller.volatile_write_cache = 1;
+        }
+        let mut bench = bench(targets, |config| config.on_cache_doubt = doubt);
+        assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+        let written = bench.commands().iter().position(|count| *count == 1).expect("one path is taken");
+        let target = &bench.targets[written];
+        assert_eq!(target.state().log[0].1.fua(), fua);
+        target.cut();
+        wait_until("it is reached again", || target.state().associations == 2);
+        wait_all_live(&bench.device);
+        assert_eq!(bench.client.run(flush()).outcome, outcome, "{doubt:?}");
+        assert_eq!(bench.client.run(flush()).outcome, Ok(()));
+    }
 }
