@@ -71,6 +71,8 @@ const CONNECTIONS_MAX: usize = 2048;
 /// What all connections of a target may have in memory together. Beyond it no connection is taken in, and those that are
 /// there execute one command each at a time, of at most [`TRANSFER_BYTES_MAX`].
 const MEMORY_BYTES_MAX: usize = 1 << 30;
+/// Connections that may wait to be accepted; the kernel has a limit of its own (net.core.somaxconn).
+const ACCEPT_QUEUE: libc::c_int = 4096;
 /// How often refused connections are worth a line.
 const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(10);
 /// How long a peer may leave what we sent unacknowledged, or a probe of its silence unanswered, before its connection ends:
@@ -551,6 +553,12 @@ fn prepare(listener: &TcpListener) {
         // In milliseconds.
         (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, seconds * 1000),
     ];
+    // More than the standard library asks for: hosts whose storage was away come back all at once, and who finds the queue
+    // full tries again a second later.
+    // SAFETY: plain system call on a descriptor of ours.
+    if unsafe { libc::listen(listener.as_raw_fd(), ACCEPT_QUEUE) } < 0 {
+        log::warn!("listen: {}", std::io::Error::last_os_error());
+    }
     for (level, option, value) in options {
         let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
         // SAFETY: `value` is an int, as long as is said.

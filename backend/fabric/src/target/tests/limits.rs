@@ -63,3 +63,42 @@ fn a_connection_beyond_the_common_budget_is_refused_and_counted() {
         std::thread::yield_now();
     }
 }
+
+/// Whether this process may have so many descriptors; asks for them.
+fn may_open(count: u64) -> bool {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a whole rlimit, writable here and readable below.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_cur.max(count.min(limit.rlim_max));
+        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+    }
+    limit.rlim_cur >= count
+}
+
+#[test]
+fn thousands_of_connections_that_say_nothing_disturb_nobody() {
+    const TOO_MANY: usize = CONNECTIONS_MAX + 50;
+    if !may_open(2 * TOO_MANY as u64 + 1000) {
+        println!("skipped: this process may not have {} descriptors", 2 * TOO_MANY + 1000);
+        return;
+    }
+    let rig = Rig::mem();
+    let target = rig.target.as_ref().unwrap();
+    let (mut admin, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    let silent: Vec<_> = (0..TOO_MANY).map(|_| std::net::TcpStream::connect(rig.address).unwrap()).collect();
+    while target.stats().connections_refused < (TOO_MANY + 2 - CONNECTIONS_MAX) as u64 {
+        std::thread::yield_now();
+    }
+    let stats = target.stats();
+    assert_eq!(stats.connections, CONNECTIONS_MAX);
+    assert!(stats.memory_bytes <= MEMORY_BYTES_MAX);
+    assert_eq!(peer.call(read(0, 65536), &[], &[]).0.status.code, StatusCode::SUCCESS);
+    assert_eq!(admin.status(Sqe::keep_alive()), StatusCode::SUCCESS);
+    drop(silent);
+    while target.stats().connections > 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(peer.call(read(0, 65536), &[], &[]).0.status.code, StatusCode::SUCCESS);
+}
