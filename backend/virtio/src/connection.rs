@@ -63,6 +63,14 @@ impl Connection {
         self.socket.as_raw_fd()
     }
 
+    /// Whether the front end has closed its side, or is dead. What it may have sent before is not looked at.
+    pub(crate) fn is_closed(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: one valid entry.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        ready == 1 && poll.revents != 0
+    }
+
     /// Takes what has come; the next whole message, or `None` when more must come first.
     pub(crate) fn receive(&mut self) -> Result<Option<RawMessage>, ReceiveError> {
         loop {

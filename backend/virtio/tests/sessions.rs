@@ -521,6 +521,40 @@ fn given_up_requests_stay_in_the_log_and_are_executed_before_anything_newer_of_a
     works(&mut guest);
 }
 
+/// A message that waits for requests in flight did not look at its connection. A front end that died meanwhile kept its
+/// successor in the backlog for as long as the device was away.
+#[test]
+fn a_front_end_that_goes_while_its_message_waits_for_requests_does_not_keep_the_disk() {
+    let served = Served::with(small(), |config| config.drain_timeout = Duration::from_millis(100));
+    for set_config in [true, false] {
+        let mut guest =
+            Guest::connect(&served.socket, &Wish { slots: true, inflight: true, ..Wish::default() });
+        let second = Ram::new(1 << 41, 1 << 20);
+        guest.frontend.add_mem_region(&second.region()).unwrap();
+        served.device.fake.state().hold = true;
+        let before = served.disk.queue_counters()[0].requests.get();
+        guest.ram.write(DATA, &header(T_IN, 0));
+        guest.submit(0, &[readable(DATA, 16), writable(1 << 41, 512), writable(DATA + 16, 1)]);
+        eventually("taken", || served.disk.queue_counters()[0].requests.get() == before + 1);
+        let stream = guest.stream.try_clone().unwrap();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(150));
+            stream.shutdown(std::net::Shutdown::Both).unwrap();
+        });
+        if set_config {
+            let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+            assert!(guest.frontend.set_config(32, flags, &[0]).is_err());
+        } else {
+            assert!(guest.frontend.remove_mem_region(&second.region()).is_err());
+        }
+        killer.join().unwrap();
+        eventually("served again", || served.disk.state() == DiskState::Listening);
+        served.device.fake.state().hold = false;
+        works(&mut Guest::connect(&served.socket, &Wish::default()));
+    }
+    assert_eq!(served.disk.counters().sessions_failed.load(Ordering::Relaxed), 0);
+}
+
 #[test]
 fn a_disconnect_with_requests_in_flight_ends_them_first() {
     let served = Served::new(small());

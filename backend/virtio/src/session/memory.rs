@@ -97,13 +97,14 @@ impl Session<'_> {
         waited
     }
 
-    /// Waits until every sender has sent or is gone; a session that ends meanwhile does not wait.
+    /// Waits until every sender has sent or is gone; a session that ends meanwhile, or whose front end goes, does not wait.
     pub(super) fn wait_for_all(&self, receiver: &Receiver<()>) -> Result<(), Failure> {
         while self.wait_for(receiver)?.is_some() {}
         Ok(())
     }
 
-    /// Waits for what is sent next; `None` when every sender is gone. A session that ends meanwhile does not wait.
+    /// Waits for what is sent next; `None` when every sender is gone. A session that ends meanwhile, or whose front end goes, does
+    /// not wait: the rings are drained then, with a limit.
     pub(super) fn wait_for<T>(&self, receiver: &Receiver<T>) -> Result<Option<T>, Failure> {
         loop {
             match receiver.recv_timeout(Duration::from_millis(100)) {
@@ -115,6 +116,9 @@ impl Session<'_> {
                     }
                     if let Some(error) = self.shared.error() {
                         return end(error.what);
+                    }
+                    if self.connection.is_closed() {
+                        return Err(Failure::Closed);
                     }
                 }
             }

@@ -77,6 +77,8 @@ enum Failure {
     Refused(String),
     /// The session ends.
     End(String),
+    /// The front end has gone meanwhile.
+    Closed,
 }
 
 /// Ends the session with a text.
@@ -97,6 +99,12 @@ enum Over {
     Closed,
     Stopping,
     Failed(String),
+}
+
+impl From<String> for Over {
+    fn from(error: String) -> Over {
+        Over::Failed(error)
+    }
 }
 
 /// A ring as the front end has configured it.
@@ -202,8 +210,8 @@ impl<'a> Session<'a> {
             }
             match self.connection.receive() {
                 Ok(Some(message)) => {
-                    if let Err(error) = self.handle(message) {
-                        return Over::Failed(error);
+                    if let Err(over) = self.handle(message) {
+                        return over;
                     }
                 }
                 Ok(None) => {}
@@ -224,7 +232,7 @@ impl<'a> Session<'a> {
     }
 
     /// Carries out one message and replies to it. An error ends the session.
-    fn handle(&mut self, raw: RawMessage) -> Result<(), String> {
+    fn handle(&mut self, raw: RawMessage) -> Result<(), Over> {
         let request = raw.header.request;
         let acknowledge = |session: &Self, value: u64| {
             if raw.header.need_reply && session.protocol & protocol::REPLY_ACK != 0 {
@@ -240,28 +248,29 @@ impl<'a> Session<'a> {
                 self.carry_out(message, raw.descriptors)
             });
         match carried_out {
-            Ok(Reply::Acknowledge) => acknowledge(self, 0).map(|_| ()),
+            Ok(Reply::Acknowledge) => Ok(acknowledge(self, 0).map(|_| ())?),
             Ok(Reply::Bytes(bytes)) => self
                 .connection
                 .send(&bytes, None)
-                .map_err(|error| format!("reply to message {request}: {error}")),
+                .map_err(|error| Over::Failed(format!("reply to message {request}: {error}"))),
             Ok(Reply::WithDescriptor(bytes, fd)) => self
                 .connection
                 .send(&bytes, Some(fd.as_fd()))
-                .map_err(|error| format!("reply to message {request}: {error}")),
+                .map_err(|error| Over::Failed(format!("reply to message {request}: {error}"))),
             Err(Failure::Refused(what)) => {
                 if acknowledge(self, 1)? {
                     log::warn!("disk {}: refused message {request}: {what}", self.disk.config.name);
                     Ok(())
                 } else {
-                    Err(what)
+                    Err(Over::Failed(what))
                 }
             }
             Err(Failure::End(what)) => {
                 // The front end hears of it if it asked; the reason to end stays the first one.
                 let _ = acknowledge(self, 1);
-                Err(what)
+                Err(Over::Failed(what))
             }
+            Err(Failure::Closed) => Err(Over::Closed),
         }
     }
 
