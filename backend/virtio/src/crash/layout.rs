@@ -1,7 +1,7 @@
 //! What lies where in the crash record, and the stores of who works.
 //!
 //! ```text
-//! 0        magic, version, signal of a thread that is no reactor, the requests of the last crash,
+//! 0        magic, version, signal of a thread that is no reactor, the request of the last crash,
 //!          the requests that are being replayed, the reactor of a last crash that nobody is blamed for
 //! 4096     disks:    1024 x 128 bytes: set aside, length of the name, name
 //! 135168   reactors:  128 x  64 bytes: signal, busy, disk, queue, head, counters from..=to, log
@@ -21,8 +21,6 @@ pub(super) const VERSION: u32 = 1;
 pub(super) const DISKS_MAX: usize = 1024;
 const REACTORS_MAX: usize = 128;
 pub(super) const NAME_BYTES_MAX: usize = 120;
-/// Requests that one crash can be blamed on.
-const LASTS_MAX: usize = 16;
 /// Queues that can be seen replaying at the same time; of more it is not known.
 const REPLAYS_MAX: usize = 32;
 
@@ -32,13 +30,14 @@ pub(super) struct Layout {
     pub(super) version: AtomicU32,
     /// The signal that killed us on a thread that is no reactor.
     pub(super) other_signal: AtomicU32,
-    /// The requests of the last crash, for comparison with the next.
-    pub(super) lasts: [Note; LASTS_MAX],
+    /// The request of the last crash, for comparison with the next.
+    pub(super) last: Note,
+    _free: [Note; 15],
     /// What is being replayed, with its reactor.
     pub(super) replays: [Note; REPLAYS_MAX],
     /// The last process crashed on this reactor (its number + 1) without a request to blame.
     pub(super) unknown: AtomicU32,
-    _pad: [u8; 4096 - 16 - 64 * (LASTS_MAX + REPLAYS_MAX) - 4],
+    _pad: [u8; 4096 - 16 - 64 * (16 + REPLAYS_MAX) - 4],
     pub(super) disks: [DiskEntry; DISKS_MAX],
     pub(super) reactors: [Note; REACTORS_MAX],
 }
