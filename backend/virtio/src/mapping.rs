@@ -35,6 +35,34 @@ fn blocks_around(offset: u64, bytes: u64, block_bytes: u64) -> Option<(u64, u64)
     Some((offset - before, before.checked_add(bytes)?.checked_next_multiple_of(block_bytes)?))
 }
 
+/// File systems whose pages come from another program or machine, when that likes to. The numbers are those of `linux/magic.h`
+/// and of the file systems' own headers; libc does not have all of them.
+const NOT_LOCAL: [u32; 9] = [
+    0x6573_5546, // FUSE, and virtiofs
+    0x0000_6969, // NFS
+    0x00c3_6400, // Ceph
+    0x0102_1997, // 9p
+    0xff53_4d42, // CIFS
+    0xfe53_4d42, // SMB2
+    0x0000_517b, // SMB
+    0x5346_414f, // AFS
+    0x7375_7245, // Coda
+];
+
+/// Whether the pages of this file are there without anybody's help.
+fn is_local(file: &OwnedFd) -> io::Result<bool> {
+    // SAFETY: all-zero is a valid `statfs`, and fstatfs fills it.
+    let stat = unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        if libc::fstatfs(file.as_raw_fd(), &raw mut stat) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        stat
+    };
+    // Its type differs between architectures; the number is one of 32 bits.
+    Ok(!NOT_LOCAL.iter().any(|magic| i64::from(*magic) == (stat.f_type & 0xffff_ffff)))
+}
+
 fn page_bytes() -> u64 {
     // SAFETY: plain call without pointers.
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
@@ -43,6 +71,12 @@ fn page_bytes() -> u64 {
 impl Mapping {
     /// Maps `bytes` bytes of `file` from `offset` on, to read and write.
     pub(crate) fn new(file: &OwnedFd, offset: u64, bytes: u64) -> Result<Mapping, MappingError> {
+        // Whoever touches a page waits until it is there: a reactor would, for all its disks.
+        if !is_local(file).map_err(MappingError::Map)? {
+            return Err(MappingError::Map(io::Error::other(
+                "pages of FUSE and of network file systems may never come",
+            )));
+        }
         // SAFETY: all-zero is a valid `stat`, and fstat fills it.
         let stat = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
@@ -168,5 +202,51 @@ mod tests {
             let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
             assert!(!maps.lines().any(|line| line.contains("memfd:huge")), "{start:x}-{end:x}\n{maps}");
         }
+    }
+    /// A file of a program's own (FUSE) was mapped like any other. Whoever touched a page that the program never gave waited for
+    /// it: a reactor, with all its disks.
+    #[test]
+    fn a_file_whose_pages_may_never_come_is_refused() {
+        let folder = std::env::temp_dir().join(format!("hv-fuse-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let at = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
+        // A thread with mounts of its own, which end with it. Nobody answers for this file system; it says what it is without
+        // an answer, for it is another user's.
+        let refused = std::thread::spawn(move || {
+            let server = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+            let options = format!("fd={},rootmode=40000,user_id=65534,group_id=65534\0", server.as_raw_fd());
+            // SAFETY: system calls with literal C strings and ones that live until they return; the descriptor is ours.
+            let root = unsafe {
+                let private = libc::MS_REC | libc::MS_PRIVATE;
+                let none = std::ptr::null();
+                if libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) != 0
+                    || libc::mount(none, c"/".as_ptr(), none, private, none.cast()) != 0
+                    || libc::mount(c"hv".as_ptr(), at.as_ptr(), c"fuse".as_ptr(), 0, options.as_ptr().cast())
+                        != 0
+                {
+                    return Err(io::Error::last_os_error());
+                }
+                let root = libc::open(at.as_ptr(), libc::O_PATH | libc::O_CLOEXEC);
+                if root < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                OwnedFd::from_raw_fd(root)
+            };
+            Ok(Mapping::new(&root, 0, 4096).map(drop))
+        })
+        .join();
+        std::fs::remove_dir(&folder).unwrap();
+        match refused.unwrap() {
+            Err(error) => println!("skipped: no mount of our own: {error}"),
+            Ok(Err(MappingError::Map(error))) => assert!(error.to_string().contains("FUSE"), "{error}"),
+            Ok(other) => panic!("{other:?}"),
+        }
+        // SAFETY: plain system calls; the descriptor is ours.
+        let memory = unsafe {
+            let fd = libc::memfd_create(c"local".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0 && libc::ftruncate(fd, 4096) == 0);
+            OwnedFd::from_raw_fd(fd)
+        };
+        assert!(Mapping::new(&memory, 0, 4096).is_ok());
     }
 }
