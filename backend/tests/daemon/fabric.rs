@@ -166,3 +166,33 @@ fn data_goes_through_a_target_and_back() {
     assert!(line.contains("/dev/null: is neither a file nor a block device"), "{line}");
     assert_eq!(target.end(), Some(0));
 }
+
+#[test]
+fn the_paths_of_a_device_are_listed_with_their_states() {
+    let storage = Place::new();
+    storage.configure(
+        "[[device]]\nname = \"m\"\nuri = \"mem:?size=16MiB\"\n\
+         [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t\"\nlisten = [\"tcp://127.0.0.1:0\"]\n\
+         [[subsystem.namespace]]\nnsid = 1\ndevice = \"m\"\n",
+    );
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    let good = format!("nvme+{listen}/nqn.2026-11.io.hawser:t?nsid=1");
+    let bad = format!("nvme+tcp://127.0.0.1:{}/nqn.2026-11.io.hawser:t?nsid=1", free_port());
+    let host = Place::new();
+    host.configure(&format!("[[device]]\nname = \"r\"\nuri = [\"{good}\", \"{bad}\"]\n"));
+    let daemon = host.serve();
+    let paths = || daemon.status()["devices"][0]["paths"].clone();
+    until("one path is live, and the other has been tried", || {
+        paths()[0]["state"] == "live" && paths()[1]["trouble"].is_string()
+    });
+    assert_eq!(paths()[1]["state"], "connecting");
+    let table = host.ok(&["device", "list"]);
+    let row = |uri: &str| {
+        table.lines().find(|line| line.ends_with(uri)).unwrap_or_else(|| panic!("{table}")).to_owned()
+    };
+    assert!(row(&good).trim_start().starts_with("path") && row(&good).contains("live"), "{table}");
+    assert!(row(&bad).contains("connecting"), "{table}");
+    assert_eq!(daemon.end(), Some(0));
+    assert_eq!(target.end(), Some(0));
+}

@@ -11,7 +11,7 @@ use super::quiet::{self, Record, Unquiet};
 use super::signal::Mailbox;
 use crate::nvme::ana::AnaState;
 use crate::uri::NvmeUri;
-use hawser_block::{Channel, Device, DeviceState, Geometry, StatsSet};
+use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
 use hawser_runtime::{Instant, ReactorHandle, Runtime, SourceId};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -50,19 +50,6 @@ impl Status {
             DeviceState::Connecting
         }
     }
-}
-
-/// One path, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PathView {
-    /// As configured.
-    pub uri: String,
-    /// `live`, `connecting`, or `failed` when it is not waited for any more.
-    pub state: &'static str,
-    /// `optimized` and so on, where its controller reports it.
-    pub ana: Option<&'static str>,
-    /// What is wrong with it, or empty.
-    pub trouble: String,
 }
 
 /// What the device, its owner's task and its lanes share.
@@ -321,24 +308,6 @@ impl NvmeDevice {
         });
         Ok(Arc::new(NvmeDevice { shared }))
     }
-
-    /// Its paths, in the configuration's order.
-    #[must_use]
-    pub fn paths(&self) -> Vec<PathView> {
-        let status = self.shared.status();
-        let both = self.shared.config.paths.iter().zip(&status.paths);
-        both.map(|(uri, path)| PathView {
-            uri: uri.to_string(),
-            state: match path {
-                PathStatus { ready: true, .. } => "live",
-                PathStatus { hopeless: true, .. } => "failed",
-                _ => "connecting",
-            },
-            ana: path.ana.map(AnaState::name),
-            trouble: path.trouble.clone(),
-        })
-        .collect()
-    }
 }
 
 /// Numbers below this are associations of a process before us.
@@ -416,5 +385,21 @@ impl Device for NvmeDevice {
 
     fn stats(&self) -> Arc<StatsSet> {
         Arc::clone(&self.shared.stats)
+    }
+
+    fn paths(&self) -> Vec<PathView> {
+        let status = self.shared.status();
+        let both = self.shared.config.paths.iter().zip(&status.paths);
+        both.map(|(uri, path)| PathView {
+            uri: uri.to_string(),
+            state: match path {
+                PathStatus { ready: true, .. } => "live",
+                PathStatus { hopeless: true, .. } => "failed",
+                _ => "connecting",
+            },
+            ana: path.ana.map(AnaState::name),
+            trouble: path.trouble.clone(),
+        })
+        .collect()
     }
 }

@@ -55,5 +55,5 @@ mod tests;
 mod way;
 
 pub use config::{CacheDoubt, HostIdentity, IoPolicy, NvmeConfig, PathTimers};
-pub use device::{NvmeDevice, PathView};
+pub use device::NvmeDevice;
 pub use discover::discover;
