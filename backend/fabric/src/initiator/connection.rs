@@ -8,7 +8,8 @@
 //!   connection that is dropped before (our bug) leaks that memory rather than free it.
 //! - After the first error nothing more is sent or received; `error` says what happened.
 
-use super::queue::{Ended, QueueError, QueuePair, SEND_IOVECS_MAX, Transfer};
+use super::batch::SEND_IOVECS_MAX;
+use super::queue::{Ended, QueueError, QueuePair, Transfer};
 use super::socket::{ConnectedQueue, Socket, plain};
 use crate::nvme::Sqe;
 use crate::nvme::bytes::low32;

@@ -13,7 +13,7 @@
 //!     │   ├ way ─────── a path's connection here
 //!     │   └ held ────── one request on its way, or several in the place of one
 //!   connection ──────── one send and one receive under way: bytes between a socket and ...
-//!   queue ───────────── ... the queue pair, sans I/O
+//!   queue ───────────── ... the queue pair, sans I/O; batch ── one send of it
 //! ```
 //!
 //! Paths come and go each by itself; a namespace on a path that is not the same (UUID, NGUID or EUI64, format, size) is
@@ -34,6 +34,7 @@
 //! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
 
 mod admin;
+mod batch;
 mod cache;
 pub mod config;
 mod connection;

@@ -1,6 +1,7 @@
 //! The queue pair against a scripted controller that reads our bytes and answers with its own, cut anywhere.
 
 use super::*;
+use crate::initiator::batch::SEND_IOVECS_MAX;
 use crate::initiator::fuzz::fuzz;
 use crate::nvme::StatusCode;
 use crate::nvme::command::io_opcode;
