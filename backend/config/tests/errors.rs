@@ -85,11 +85,11 @@ fn mistakes_in_one_file_are_named_line_by_line() {
     let cases = [
         (
             with_device("[daemon]\npol_us = 3\n"),
-            "h.toml:5:1: [daemon] pol_us: unknown field `pol_us`, expected one of `api`, `api_mode`, `reactors`, `poll_us`, `drain_timeout`, `state_dir`",
+            "h.toml:5:1: [daemon] pol_us: unknown field `pol_us`, expected one of `api`, `api_mode`, `reactors`, `poll_us`, `drain_timeout`, `state_dir`, `sandbox`, `allow_paths`",
         ),
         (
             with_device("[deamon]\n"),
-            "h.toml:4:2: [deamon]: unknown field `deamon`, expected one of `daemon`, `host`, `device`, `disk`, `subsystem`",
+            "h.toml:4:2: [deamon]: unknown field `deamon`, expected one of `daemon`, `host`, `discovery`, `device`, `disk`, `subsystem`",
         ),
         (
             with_device("[daemon]\nreactors = []\n"),

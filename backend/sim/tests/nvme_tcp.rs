@@ -185,7 +185,8 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
     let mut reactors = [world.reactor(), world.reactor(), world.reactor(), world.reactor()];
     let handles: Vec<_> = reactors.iter().map(|reactor| reactor.runtime().handle()).collect();
 
-    let geometry = Geometry { transfer_blocks_max: 256, volatile_cache: true, ..Geometry::new(BlockSize::B512, BLOCKS) };
+    let geometry =
+        Geometry { transfer_blocks_max: 256, volatile_cache: true, ..Geometry::new(BlockSize::B512, BLOCKS) };
     let disk = Arc::new(SimDisk::new("d", geometry, [7; 16]));
     if faults.slow_disk {
         // Longer than a reconnect takes: commands of a lost association are still at the disk when the next one comes.
