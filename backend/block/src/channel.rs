@@ -5,6 +5,7 @@ use crate::request::{Completion, Request};
 use crate::stats::StatsSet;
 use hawser_runtime::{Runtime, SourceId};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How a device is doing, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,12 @@ pub trait Device: Send + Sync {
     /// Another one after a restart or a reconnect means that they may be lost. `None`: not known.
     fn cache_identity(&self) -> Option<[u8; 16]> {
         None
+    }
+
+    /// How long after [`Channel::abort`] a request that is under way may go on at most, as far as is known now. 0: it ends at
+    /// once, or with the operation that the system has begun.
+    fn quiesce_time(&self) -> Duration {
+        Duration::ZERO
     }
 
     /// Calls `listener` whenever geometry or state has changed, on whatever thread noticed. It must be quick and must not

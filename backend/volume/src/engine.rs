@@ -57,6 +57,10 @@ impl Device for Volume {
         })
     }
 
+    fn quiesce_time(&self) -> std::time::Duration {
+        self.member.quiesce_time()
+    }
+
     fn state(&self) -> DeviceState {
         self.member.state()
     }

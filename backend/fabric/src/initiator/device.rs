@@ -18,6 +18,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 type Listener = Arc<dyn Fn() + Send + Sync>;
 
@@ -370,6 +371,18 @@ impl Device for NvmeDevice {
 
     fn uuid(&self) -> [u8; 16] {
         self.shared.status().known.map_or([0; 16], |known| known.uuid)
+    }
+
+    /// A write of unknown outcome is kept until its association is quiet: how long that takes the target has told, or our
+    /// configuration says.
+    fn quiesce_time(&self) -> Duration {
+        let told = {
+            let (live, unquiet) = (lock(&self.shared.live), lock(&self.shared.unquiet));
+            let records = live.values().chain(unquiet.iter().map(|unquiet| &unquiet.record));
+            records.map(|record| record.lives).max()
+        };
+        // The next association may be with a target that says nothing.
+        told.unwrap_or_default().max(quiet::lives(&self.shared.config.timers, 0))
     }
 
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {

@@ -320,7 +320,7 @@ impl Driver {
         }
         runtime.shutdown(self.fd);
         if !self.connection.is_quiet() {
-            self.timer = Some(runtime.timer(self.source(), runtime.now() + ABORT_GRACE, ABORT));
+            self.timer = Some(runtime.timer(self.source(), runtime.now() + self.abort_after(), ABORT));
         }
         if self.connection.is_admin()
             && let Some(controller) = self.connection.controller()
@@ -331,6 +331,12 @@ impl Driver {
         }
         // Operations may be over already; whether we are quiet is seen in the next pass.
         runtime.wake(self.source());
+    }
+
+    /// How long requests are waited for before they are aborted.
+    fn abort_after(&self) -> Duration {
+        let subsystem = self.connection.controller().and_then(|controller| controller.subsystem.as_ref());
+        subsystem.map_or(ABORT_GRACE, |subsystem| subsystem.quiescing().abort_after)
     }
 
     /// Ends the requests that are at devices as soon as that can be.

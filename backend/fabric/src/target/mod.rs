@@ -56,12 +56,16 @@ const ASYNC_EVENTS_MAX: usize = 4;
 const CROSS_RESETS_MAX: u8 = 4;
 /// Those that it keeps in its log, ended or not.
 const CROSS_RESETS_LOGGED_MAX: usize = 64;
-/// CQT: how long commands of an association that is lost may go on. They are aborted after [`ABORT_GRACE`]; a device that
-/// does not even heed that is beyond what one can promise.
-const QUIESCE_TIME: Duration = Duration::from_secs(ABORT_GRACE.as_secs() + 1);
 /// How long requests of an ended connection may stay at their devices before they are aborted: devices have time-outs of their
-/// own, and a Connect of the same host waits for them.
+/// own, and a Connect of the same host waits for them. Less where their devices take long after that: [`Quiescing`].
 const ABORT_GRACE: Duration = Duration::from_secs(30);
+/// The least of it.
+const ABORT_GRACE_MIN: Duration = Duration::from_secs(1);
+/// What passes between the end of an association and the abort, and between the last request's end and the answer, beside the
+/// times that are waited for.
+const QUIESCE_MARGIN: Duration = Duration::from_secs(1);
+/// CQT is a number of milliseconds in 16 bits.
+const QUIESCE_TIME_MAX: Duration = Duration::from_millis(0xffff);
 /// Data in a capsule: four pages, so that small writes need no R2T.
 const IN_CAPSULE_BYTES_MAX: u32 = 16 << 10;
 /// The data of one command (MDTS), and of one H2CData (MAXH2CDATA).
@@ -83,6 +87,30 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 pub const ANA_GROUP: u32 = 1;
 /// ANATT: how long an address may stay in the ANA state `change`, in seconds.
 const ANA_TRANSITION_SECONDS: u8 = 10;
+
+/// How commands of an association that is lost come to an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Quiescing {
+    /// After so long they are aborted.
+    abort_after: Duration,
+    /// After so long they have ended: CQT.
+    ended_after: Duration,
+}
+
+impl Quiescing {
+    /// `device`: how long requests may go on at the subsystem's devices after an abort. A device that needs more than
+    /// CQT can say is beyond what one can promise.
+    fn new(device: Duration) -> Quiescing {
+        let rest = device + QUIESCE_MARGIN;
+        let abort_after = QUIESCE_TIME_MAX.saturating_sub(rest).clamp(ABORT_GRACE_MIN, ABORT_GRACE);
+        Quiescing { abort_after, ended_after: (abort_after + rest).min(QUIESCE_TIME_MAX) }
+    }
+
+    /// CQT, rounded up.
+    fn to_ms(self) -> u16 {
+        u16::try_from(self.ended_after.as_nanos().div_ceil(1_000_000)).unwrap_or(u16::MAX)
+    }
+}
 
 /// A device in a subsystem.
 pub struct NamespaceConfig {

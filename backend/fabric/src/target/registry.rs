@@ -9,7 +9,7 @@
 
 use super::reservations::{Access, Effect, HostId, Reservations};
 use super::uuid;
-use super::{ANA_GROUP, NamespaceConfig};
+use super::{ANA_GROUP, NamespaceConfig, Quiescing};
 use crate::nvme::StatusCode;
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::bytes::low32;
@@ -248,6 +248,12 @@ impl Subsystem {
     /// What is known of the namespaces' sizes now.
     pub(super) fn geometries(&self) -> BTreeMap<u32, Option<Geometry>> {
         self.namespaces.iter().map(|namespace| (namespace.nsid, namespace.device.geometry())).collect()
+    }
+
+    /// How commands of lost associations come to an end here, as far as is known now.
+    pub(super) fn quiescing(&self) -> Quiescing {
+        let times = self.namespaces.iter().map(|namespace| namespace.device.quiesce_time());
+        Quiescing::new(times.max().unwrap_or_default())
     }
 
     /// What the namespaces' writes are in until they are flushed.

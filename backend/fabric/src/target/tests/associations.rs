@@ -7,6 +7,7 @@ use std::io::Write;
 pub(super) struct StuckDevice {
     stats: Arc<hawser_block::StatsSet>,
     state: Arc<Stuck>,
+    quiesce_time: Duration,
 }
 
 #[derive(Default)]
@@ -64,6 +65,10 @@ impl Device for StuckDevice {
         [0; 16]
     }
 
+    fn quiesce_time(&self) -> Duration {
+        self.quiesce_time
+    }
+
     fn subscribe(&self, _: Box<dyn Fn() + Send + Sync>) {}
 
     fn channel(&self, runtime: &Runtime, user: hawser_runtime::SourceId) -> Box<dyn hawser_block::Channel> {
@@ -78,7 +83,12 @@ impl Device for StuckDevice {
 
 impl StuckDevice {
     pub(super) fn new(state: &Arc<Stuck>) -> StuckDevice {
-        StuckDevice { stats: Arc::default(), state: Arc::clone(state) }
+        StuckDevice { stats: Arc::default(), state: Arc::clone(state), quiesce_time: Duration::ZERO }
+    }
+
+    /// One that says how long its requests go on after an abort.
+    pub(super) fn quiescing(state: &Arc<Stuck>, quiesce_time: Duration) -> StuckDevice {
+        StuckDevice { quiesce_time, ..StuckDevice::new(state) }
     }
 
     /// A target over such a device, whose host has sent three writes that are at the device.

@@ -33,6 +33,38 @@ fn a_reset_ends_the_other_association_and_says_that_it_is_quiet() {
     assert_eq!(rig.target.as_ref().unwrap().hosts(NQN), [HOST]);
 }
 
+/// CQT was 31 s whatever the devices were. One behind NVMe/TCP keeps a write of unknown outcome until its own association is
+/// quiet, which comes on top: hosts that had waited for CQT sent their writes again while the first were still on their way.
+#[test]
+fn the_quiesce_time_covers_what_devices_need_after_an_abort() {
+    let config = crate::initiator::NvmeConfig::new(
+        "n0",
+        vec!["nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:far?nsid=1".parse().unwrap()],
+        crate::initiator::HostIdentity { nqn: HOST.to_owned(), id: [1; 16] },
+    );
+    let reactor = ReactorThread::spawn("far", ReactorConfig { cpu: None, poll_us: 0 }).unwrap();
+    let far = crate::initiator::NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    // Twice the keep-alive time-out, and `quiesce_tmo`.
+    assert_eq!(far.quiesce_time(), Duration::from_secs(15));
+    let telling = |seconds| -> Arc<dyn Device> {
+        Arc::new(StuckDevice::quiescing(&Arc::default(), Duration::from_secs(seconds)))
+    };
+    for (device, cqt, abort_after_ms) in [
+        (telling(0), 31_000, 30_000),
+        (Arc::clone(&far) as Arc<dyn Device>, 46_000, 30_000),
+        // With half a minute more than CQT can say: they are aborted sooner.
+        (telling(41), 65_535, 23_535),
+        (telling(90), 65_535, 1000),
+    ] {
+        let rig = Rig::new(vec![fake(), device]);
+        let (mut admin, _) = Peer::admin(rig.address, NQN);
+        let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
+        assert_eq!(IdentifyController::from_bytes(&bytes.try_into().unwrap()).quiesce_time_ms, cqt);
+        let subsystem = &rig.target.as_ref().unwrap().shared.subsystems[0];
+        assert_eq!(subsystem.quiescing().abort_after, Duration::from_millis(abort_after_ms));
+    }
+}
+
 #[test]
 fn a_reset_of_what_is_not_the_hosts_own_is_refused() {
     let rig = Rig::mem();
