@@ -12,14 +12,15 @@ fn hawser() -> Option<PathBuf> {
     std::env::var_os("HAWSER_BIN").map(PathBuf::from).or(Some(beside)).filter(|path| path.is_file())
 }
 
-/// The binary to measure, where the rival is there too; else says that `test` is skipped.
-fn both_servers(test: &str) -> Option<PathBuf> {
+/// The binary to measure, where the rival is there too; else says that the test is skipped.
+#[track_caller]
+fn both_servers() -> Option<PathBuf> {
     let Some(hawser) = hawser() else {
-        println!("SKIPPED {test}: no hawser beside the tests; cargo build -p hawser, or HAWSER_BIN");
+        skips::skip("no hawser beside the tests; cargo build -p hawser, or HAWSER_BIN");
         return None;
     };
     if find_program("qemu-storage-daemon").is_none() {
-        println!("SKIPPED {test}: no qemu-storage-daemon on PATH (Debian: qemu-system-common)");
+        skips::skip("no qemu-storage-daemon on PATH (Debian: qemu-system-common)");
         return None;
     }
     Some(hawser)
@@ -27,7 +28,7 @@ fn both_servers(test: &str) -> Option<PathBuf> {
 
 #[test]
 fn every_case_runs_briefly() {
-    let Some(hawser) = both_servers("every_case_runs_briefly") else { return };
+    let Some(hawser) = both_servers() else { return };
     let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
     command.arg("--quick").arg("--hawser").arg(hawser);
     let mut bench = spawn_group(command, None).expect("the bench starts");
@@ -69,7 +70,7 @@ END
 
 #[test]
 fn a_fio_with_the_engine_is_taken_and_asked_for_the_same_load() {
-    let Some(hawser) = both_servers("a_fio_with_the_engine_is_taken_and_asked_for_the_same_load") else {
+    let Some(hawser) = both_servers() else {
         return;
     };
     let folder = TempDir::new(None).expect("a temporary folder");
@@ -121,7 +122,7 @@ fn a_fio_with_the_engine_is_taken_and_asked_for_the_same_load() {
 
 #[test]
 fn a_fio_without_the_engine_is_left_alone() {
-    let Some(hawser) = both_servers("a_fio_without_the_engine_is_left_alone") else { return };
+    let Some(hawser) = both_servers() else { return };
     let folder = TempDir::new(None).expect("a temporary folder");
     let fio = folder.path().join("fio");
     std::fs::write(&fio, FIO.replace("\\tlibblkio", "\\tlibaio")).expect("written");

@@ -18,9 +18,10 @@ struct Peer {
     _folder: TempDir,
 }
 
-fn start(test: &str) -> Option<Peer> {
+#[track_caller]
+fn start() -> Option<Peer> {
     let Some(program) = find_program("qemu-storage-daemon") else {
-        println!("SKIPPED {test}: no qemu-storage-daemon on PATH (Debian: qemu-system-common)");
+        skips::skip("no qemu-storage-daemon on PATH (Debian: qemu-system-common)");
         return None;
     };
     let folder = TempDir::new(None).expect("a temporary folder");
@@ -51,7 +52,7 @@ fn options(socket: &Path, line: &str) -> Options {
 
 #[test]
 fn the_front_end_reads_back_what_it_wrote() {
-    let Some(peer) = start("the_front_end_reads_back_what_it_wrote") else { return };
+    let Some(peer) = start() else { return };
     for features in [u64::MAX, !F_EVENT_IDX] {
         let mut session =
             Session::connect(Config { features, queues: 2, ..config(&peer.socket) }).expect("a session");
@@ -79,7 +80,7 @@ fn the_front_end_reads_back_what_it_wrote() {
 
 #[test]
 fn the_front_end_restarts_its_rings_and_connects_again() {
-    let Some(peer) = start("the_front_end_restarts_its_rings_and_connects_again") else { return };
+    let Some(peer) = start() else { return };
     let mut session = Session::connect(config(&peer.socket)).expect("a session");
     for (round, size) in [128_u16, 4, 1024, 8, 256].into_iter().enumerate() {
         session.restart_queues(size).expect("new rings");
@@ -98,7 +99,7 @@ fn the_front_end_restarts_its_rings_and_connects_again() {
 
 #[test]
 fn a_server_that_goes_away_or_stops_is_an_error() {
-    let Some(mut peer) = start("a_server_that_goes_away_or_stops_is_an_error") else { return };
+    let Some(mut peer) = start() else { return };
     let mut session = Session::connect(config(&peer.socket)).expect("a session");
     assert!(peer.server.terminate(Duration::from_secs(60)));
     let error = session.request(0, Op::Read, 0, &mut [0; 512]).expect_err("nobody answers");
@@ -119,7 +120,7 @@ fn a_server_that_goes_away_or_stops_is_an_error() {
 
 #[test]
 fn the_client_verifies_what_it_wrote() {
-    let Some(peer) = start("the_client_verifies_what_it_wrote") else { return };
+    let Some(peer) = start() else { return };
     let blocks = DISK_BYTES / 4096;
     for mode in ["eventfd", "block", "loop"] {
         for rw in ["write", "randwrite"] {
@@ -151,7 +152,7 @@ fn the_client_verifies_what_it_wrote() {
 
 #[test]
 fn the_client_refuses_what_does_not_fit() {
-    let Some(peer) = start("the_client_refuses_what_does_not_fit") else { return };
+    let Some(peer) = start() else { return };
     for (line, named) in [
         ("--bs=100", "--bs=100"),
         ("--size=1t", "--size"),

@@ -173,7 +173,7 @@ mod tests {
         let file = unsafe {
             let fd = libc::memfd_create(c"huge".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB);
             if fd < 0 {
-                println!("skipped: no file of huge pages: {}", io::Error::last_os_error());
+                skips::skip(format_args!("no file of huge pages: {}", io::Error::last_os_error()));
                 return;
             }
             OwnedFd::from_raw_fd(fd)
@@ -181,7 +181,7 @@ mod tests {
         // Up to 16 huge pages of 2 MiB; an architecture or kernel with larger ones says no.
         // SAFETY: plain system call on our own descriptor.
         if unsafe { libc::ftruncate(file.as_raw_fd(), 32 << 20) } != 0 {
-            println!("skipped: 32 MiB of huge pages: {}", io::Error::last_os_error());
+            skips::skip(format_args!("32 MiB of huge pages: {}", io::Error::last_os_error()));
             return;
         }
         for (offset, bytes) in [(0, 0x1000), (0x1000, 0x1000), (0x1ff_f000, 0x1000), (0x123, 0x40_0000)] {
@@ -195,7 +195,7 @@ mod tests {
             };
             assert_eq!(read, 7);
             if mapping.faulted() {
-                println!("no huge page was free: {offset:#x} was survived");
+                skips::skip(format_args!("no huge page was free; that {offset:#x} is survived was seen"));
             }
             let (start, end) = (mapping.start, mapping.start + mapping.bytes);
             drop(mapping);
