@@ -248,7 +248,8 @@ impl Backing {
         })
     }
 
-    /// Tries a nameless file next to this one; without that, a hole past the end tells at least of holes.
+    /// Tries a nameless file next to this one; where none may be made (the daemon's sandbox, a folder of somebody else's), a
+    /// block of this one that lies past the end: nothing is lost, but the time of its last change.
     fn probe_zeroing(&mut self, path: &Path, size: u64) {
         if self.is_block_device {
             // The kernel zeroes a block device by writing where it has no command for it; a hole needs the command.
@@ -258,12 +259,14 @@ impl Backing {
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let nameless = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).open(folder);
-        if let Ok(nameless) = nameless.and_then(|file: File| file.set_len(8192).map(|()| file)) {
-            self.can_punch = fallocate(nameless.as_raw_fd(), PUNCH, 0, 4096);
-            self.can_zero = fallocate(nameless.as_raw_fd(), ZERO, 0, 4096);
-        } else {
-            self.can_punch = fallocate(self.file.as_raw_fd(), PUNCH, size, 4096);
-        }
+        let nameless = nameless.and_then(|file: File| file.set_len(8192).map(|()| file)).ok();
+        let (fd, offset) = match &nameless {
+            Some(file) => (file.as_raw_fd(), 0),
+            None => (self.file.as_raw_fd(), size.next_multiple_of(4096)),
+        };
+        self.can_zero = fallocate(fd, ZERO, offset, 4096);
+        // Also gives back what zeroing took (ext4 keeps it, at most one block, until the file grows into it).
+        self.can_punch = fallocate(fd, PUNCH, offset, 4096);
     }
 }
 

@@ -1,11 +1,12 @@
 //! Files on the memory file system and on a disk's, beside a byte-wise model; locks between processes; sizes.
 
+use super::backing::Backing;
 use super::*;
 use crate::testing::{Harness, compare_with_model, refuses_what_is_wrong};
 use hawser_block::{Operation, Status};
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicUsize;
 
@@ -30,6 +31,8 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        // A test may have closed it.
+        let _ = std::fs::set_permissions(&self.0, PermissionsExt::from_mode(0o755));
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
@@ -107,7 +110,7 @@ fn a_block_device_matches_the_model_and_discards() {
     let path = folder.file(&content);
     let looped = match Loop::attach(&path) {
         Ok(looped) => looped,
-        Err(reason) => return eprintln!("skipped: no loop device: {reason}"),
+        Err(reason) => return skips::skip(format_args!("no loop device: {reason}")),
     };
     let device = open(&looped.0, RW).unwrap();
     let geometry = device.geometry().unwrap();
@@ -147,6 +150,37 @@ fn payload_at_any_address_reads_back() {
     }
 }
 
+/// What the file system can do was tried on a nameless file in the image's folder, which a daemon in its sandbox, or without
+/// rights to the folder, may not make: zeroes that keep their space were punched and allocated again.
+#[test]
+fn what_a_file_can_do_is_found_out_without_rights_to_its_folder() {
+    for base in bases() {
+        let folder = Folder::new(&base);
+        let path = folder.file(&pattern(1 << 20));
+        let with = Backing::open(&path, RW, LOCK_WAIT).unwrap().0;
+        let found = (with.can_zero, with.can_punch);
+        drop(with);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
+        std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o555)).unwrap();
+        let without = std::thread::scope(|scope| {
+            let other_user = scope.spawn(|| {
+                // SAFETY: plain system call; it is this thread's file system user alone that changes, and the thread ends.
+                unsafe { libc::syscall(libc::SYS_setfsuid, 65534) };
+                let nameless = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).open(&folder.0);
+                assert!(nameless.is_err(), "the folder is closed");
+                Backing::open(&path, RW, LOCK_WAIT).unwrap().0
+            });
+            other_user.join().unwrap()
+        });
+        assert_eq!((without.can_zero, without.can_punch), found, "{}", base.display());
+        assert_eq!(without.size().unwrap(), 1 << 20);
+        drop(without);
+        assert!(std::fs::read(&path).unwrap() == pattern(1 << 20), "nothing of it has changed");
+        // A block past the end, where the file system keeps it.
+        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 <= (1 << 20) + (16 << 10));
+    }
+}
+
 #[test]
 fn discard_gives_space_back_and_zeroes_without_unmap_keep_it() {
     for base in bases() {
@@ -155,7 +189,7 @@ fn discard_gives_space_back_and_zeroes_without_unmap_keep_it() {
         let device = open(&path, RW).unwrap();
         let geometry = device.geometry().unwrap();
         if geometry.discard.is_none() {
-            eprintln!("skipped: {} cannot punch holes", base.display());
+            skips::skip(format_args!("{} cannot punch holes", base.display()));
             continue;
         }
         let space = || std::fs::metadata(&path).unwrap().blocks() * 512;
