@@ -43,7 +43,7 @@ pub use chain::ChainError;
 pub use counters::{DiskCounters, QueueCounters};
 pub use crash::{Crash, CrashError, CrashFile, CrashedRequest, NAME_BYTES_MAX};
 pub use disk::{DiskConfig, DiskError, DiskState, LeftBehind, QUEUES_MAX, VhostDisk};
-pub use socket::{SocketAccess, SocketError, remove_stale};
+pub use socket::{BoundSocket, SocketAccess, SocketError, remove_stale};
 
 #[cfg(test)]
 mod death_tests;

@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 
 /// A socket's address holds a path of so many bytes and a zero.
 const PATH_BYTES_MAX: usize = 107;
+/// Clients that wait to be accepted. One more is told to try again, which not all do.
+const BACKLOG: i32 = 128;
 
 /// Who may connect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,38 +130,7 @@ impl SocketLock {
 
     /// Makes the socket and listens.
     pub(crate) fn listen(&self, access: &SocketAccess) -> Result<BoundSocket, SocketError> {
-        let path = &self.socket;
-        let io = |doing, error| SocketError::Io { path: path.clone(), doing, error };
-        // Names are looked up before anything is made.
-        let user = access.user.as_deref().map(user_id).transpose()?;
-        let group = access.group.as_deref().map(group_id).transpose()?;
-        remove_stale(path)?;
-        let listener = unix_socket(0).map_err(|error| io("socket", error))?;
-        let (address, len) = address_of(path);
-        // SAFETY: plain system call on our own descriptor; the address lives until it returns.
-        if unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), len) } != 0 {
-            return Err(io("bind", io::Error::last_os_error()));
-        }
-        let id = std::fs::symlink_metadata(path).map_err(|error| io("bind", error))?;
-        let bound = BoundSocket {
-            listener: UnixListener::from(listener),
-            path: path.clone(),
-            id: (id.dev(), id.ino()),
-        };
-        // From here on `bound` removes it if something goes wrong. It does not listen yet: nobody gets in too early.
-        if let Some(mode) = access.mode {
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
-            std::fs::set_permissions(path, mode).map_err(|error| io("chmod", error))?;
-        }
-        if user.is_some() || group.is_some() {
-            std::os::unix::fs::lchown(path, user, group).map_err(|error| io("chown", error))?;
-        }
-        // SAFETY: plain system call on our own descriptor.
-        if unsafe { libc::listen(bound.listener.as_raw_fd(), 16) } != 0 {
-            return Err(io("listen", io::Error::last_os_error()));
-        }
-        bound.listener.set_nonblocking(true).map_err(|error| io("listen", error))?;
-        Ok(bound)
+        BoundSocket::listen(&self.socket, access)
     }
 }
 
@@ -174,14 +145,65 @@ impl Drop for SocketLock {
 
 /// A socket that listens. Removed when dropped, if it is still the one that was made here.
 #[derive(Debug)]
-pub(crate) struct BoundSocket {
+pub struct BoundSocket {
     listener: UnixListener,
     path: PathBuf,
     id: (u64, u64),
 }
 
 impl BoundSocket {
-    pub(crate) fn listener(&self) -> &UnixListener {
+    /// Makes a socket at `path`, in the place of one that nobody listens at, and listens. The caller holds the lock that goes
+    /// with the path.
+    ///
+    /// # Errors
+    /// When it cannot be had; then it is not there.
+    pub fn listen(path: &Path, access: &SocketAccess) -> Result<BoundSocket, SocketError> {
+        let bound = BoundSocket::bind(path, access)?;
+        // SAFETY: plain system call on our own descriptor.
+        if unsafe { libc::listen(bound.listener.as_raw_fd(), BACKLOG) } != 0 {
+            return Err(bound.io("listen", io::Error::last_os_error()));
+        }
+        bound.listener.set_nonblocking(true).map_err(|error| bound.io("listen", error))?;
+        Ok(bound)
+    }
+
+    /// All of it but listening: nobody gets in before mode and owner are right.
+    fn bind(path: &Path, access: &SocketAccess) -> Result<BoundSocket, SocketError> {
+        let io = |doing, error| SocketError::Io { path: path.to_owned(), doing, error };
+        // Names are looked up before anything is made.
+        let user = access.user.as_deref().map(user_id).transpose()?;
+        let group = access.group.as_deref().map(group_id).transpose()?;
+        remove_stale(path)?;
+        let listener = unix_socket(0).map_err(|error| io("socket", error))?;
+        let (address, len) = address_of(path);
+        // SAFETY: plain system call on our own descriptor; the address lives until it returns.
+        if unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), len) } != 0 {
+            return Err(io("bind", io::Error::last_os_error()));
+        }
+        let id = std::fs::symlink_metadata(path).map_err(|error| io("bind", error))?;
+        let bound = BoundSocket {
+            listener: UnixListener::from(listener),
+            path: path.to_owned(),
+            id: (id.dev(), id.ino()),
+        };
+        // From here on `bound` removes it if something goes wrong.
+        if let Some(mode) = access.mode {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+            std::fs::set_permissions(path, mode).map_err(|error| io("chmod", error))?;
+        }
+        if user.is_some() || group.is_some() {
+            std::os::unix::fs::lchown(path, user, group).map_err(|error| io("chown", error))?;
+        }
+        Ok(bound)
+    }
+
+    fn io(&self, doing: &'static str, error: io::Error) -> SocketError {
+        SocketError::Io { path: self.path.clone(), doing, error }
+    }
+
+    /// What clients are taken from; it does not block.
+    #[must_use]
+    pub fn listener(&self) -> &UnixListener {
         &self.listener
     }
 }
@@ -283,4 +305,28 @@ fn user_id(name: &str) -> Result<u32, SocketError> {
 fn group_id(name: &str) -> Result<u32, SocketError> {
     let id = id_of(name, libc::getgrnam_r, |entry: &libc::group| entry.gr_gid);
     id.ok_or_else(|| SocketError::Group(name.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    /// The API's socket listened before it had its mode: whoever was quick enough was in.
+    #[test]
+    fn a_socket_has_its_mode_before_anybody_gets_in() {
+        let folder = tempfile::Builder::new().prefix("hvs").tempdir_in("/tmp").unwrap();
+        let path = folder.path().join("s");
+        let access = SocketAccess { mode: Some(0o600), ..SocketAccess::default() };
+        let bound = BoundSocket::bind(&path, &access).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        drop(bound);
+        assert!(!path.exists());
+        let bound = BoundSocket::listen(&path, &access).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(bound);
+        assert!(!path.exists());
+    }
 }

@@ -75,14 +75,8 @@ fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
         Ok(_) => panic!("started"),
         Err(error) => error,
     };
-    let disk = start(|config| {
-        config.access.mode = Some(0o640);
-        config.access.user = Some("root".into());
-        config.access.group = Some("0".into());
-    })
-    .unwrap();
-    let found = std::fs::metadata(&path).unwrap();
-    assert_eq!((found.permissions().mode() & 0o777, found.uid(), found.gid()), (0o640, 0, 0));
+    let disk = start(|config| config.access.mode = Some(0o640)).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     // Served by a hawser: its lock says so, and the one that lives is not disturbed.
     let error = refused(start(|_| {}));
     assert!(matches!(error, DiskError::Socket(SocketError::Locked(_))), "{error}");
@@ -127,6 +121,43 @@ fn a_socket_has_its_mode_and_owner_and_respects_what_lives_there() {
             0,
             "{text}: something is left"
         );
+    }
+}
+
+/// Root gives a socket to root, which it was anyway: the test of owners held without any code behind it.
+#[test]
+fn a_socket_has_the_owner_and_the_group_that_it_is_given() {
+    let folder = Folder::new();
+    let path = folder.path("s");
+    let own = std::fs::metadata(path.parent().unwrap()).unwrap();
+    let reactor = reactor();
+    let owners = |user: Option<u32>, group: Option<u32>| {
+        let mut config = config(&path);
+        config.access.user = user.map(|user| user.to_string());
+        config.access.group = group.map(|group| group.to_string());
+        let device = Arc::new(support::TestDevice::new(small()));
+        let disk =
+            VhostDisk::start(config, device as Arc<dyn Device>, vec![reactor.handle().clone()]).unwrap();
+        let found = std::fs::metadata(&path).unwrap();
+        works(&mut Guest::connect(&path, &Wish::default()));
+        assert!(disk.stop(Duration::from_secs(1)).has_ended());
+        (found.uid(), found.gid())
+    };
+    assert_eq!(owners(None, None), (own.uid(), own.gid()));
+    // SAFETY: plain system call.
+    if unsafe { libc::geteuid() } == 0 {
+        assert_eq!(owners(Some(65533), Some(65534)), (65533, 65534));
+        assert_eq!(owners(Some(65533), None), (65533, own.gid()));
+        assert_eq!(owners(None, Some(65534)), (own.uid(), 65534));
+        return;
+    }
+    let mut groups = [0; 64];
+    // SAFETY: there is room for as many groups as are asked for.
+    let count = unsafe { libc::getgroups(64, groups.as_mut_ptr()) };
+    let groups = &groups[..usize::try_from(count).unwrap_or(0)];
+    match groups.iter().find(|group| **group != own.gid()) {
+        Some(group) => assert_eq!(owners(Some(own.uid()), Some(*group)), (own.uid(), *group)),
+        None => skips::skip("an ordinary user in one group only has no other to give a socket to"),
     }
 }
 

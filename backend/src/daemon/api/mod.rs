@@ -9,6 +9,7 @@ pub mod view;
 use super::{ChangeError, Daemon};
 use hawser_config::DiscoveryConfig;
 use hawser_config::value::{SocketMode, SocketPath};
+use hawser_virtio::{BoundSocket, SocketAccess};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::CONTENT_TYPE;
@@ -17,11 +18,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use std::convert::Infallible;
-use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -38,10 +35,7 @@ const HEAD_MAX: Duration = Duration::from_secs(10);
 pub const OPENAPI: &str = include_str!("../../../../docs/openapi.json");
 
 /// The API's socket. The file goes away with it.
-pub(super) struct ApiSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
+pub(super) struct ApiSocket(BoundSocket);
 
 impl ApiSocket {
     /// Binds the socket. Whoever holds the daemon's lock may replace a socket that nobody listens at.
@@ -49,21 +43,8 @@ impl ApiSocket {
     /// # Errors
     /// One line that names the path.
     pub(super) fn bind(path: &SocketPath, mode: SocketMode) -> Result<ApiSocket, String> {
-        let path = path.as_path();
-        hawser_virtio::remove_stale(path).map_err(|error| error.to_string())?;
-        let cannot = |error: io::Error| format!("{}: cannot be bound: {error}", path.display());
-        let listener = UnixListener::bind(path).map_err(cannot)?;
-        let socket = ApiSocket { listener, path: path.to_owned() };
-        fs::set_permissions(path, fs::Permissions::from_mode(mode.0)).map_err(cannot)?;
-        socket.listener.set_nonblocking(true).map_err(cannot)?;
-        Ok(socket)
-    }
-}
-
-impl Drop for ApiSocket {
-    fn drop(&mut self) {
-        // Nothing to do about a failure at the end: the next daemon replaces a stale socket.
-        let _ = fs::remove_file(&self.path);
+        let access = SocketAccess { mode: Some(mode.0), ..SocketAccess::default() };
+        BoundSocket::listen(path.as_path(), &access).map(ApiSocket).map_err(|error| error.to_string())
     }
 }
 
@@ -72,7 +53,7 @@ impl Drop for ApiSocket {
 /// # Errors
 /// When the thread or its event loop cannot be had.
 pub(super) fn serve(daemon: Arc<Daemon>, socket: &ApiSocket) -> io::Result<()> {
-    let listener = socket.listener.try_clone()?;
+    let listener = socket.0.listener().try_clone()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new().name("api".to_owned()).spawn(move || {
         runtime.block_on(async move {

@@ -15,25 +15,42 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// A folder of its own, removed at the end.
-pub struct Folder(PathBuf);
+pub struct Folder {
+    folder: tempfile::TempDir,
+    /// Locked as long as we live: that is how others' sweeps know.
+    _alive: std::fs::File,
+}
+
+const PREFIX: &str = "hawser-v";
+/// Between making a folder and locking it nobody waits for so long.
+const SWEEP_AFTER: Duration = Duration::from_secs(600);
 
 impl Folder {
     pub fn new() -> Folder {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("hv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap();
-        Folder(path)
+        static SWEPT: std::sync::Once = std::sync::Once::new();
+        SWEPT.call_once(sweep);
+        // Not TMPDIR: it may be longer than a socket's path can be.
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in("/tmp").unwrap();
+        let alive = std::fs::File::open(folder.path()).unwrap();
+        alive.lock_shared().unwrap();
+        Folder { folder, _alive: alive }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.folder.path().join(name)
     }
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+/// Removes what test processes that were killed have left: old folders that nobody has locked.
+fn sweep() {
+    for entry in std::fs::read_dir("/tmp").unwrap().flatten() {
+        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        let old = ours && age().is_some_and(|age| age > SWEEP_AFTER);
+        if old && std::fs::File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_ok()) {
+            // Another test may be quicker.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 
