@@ -145,6 +145,10 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         // Once in the sandbox it cannot be made. Who needs it and does not have it says so.
         let _ = durable::make_folder(&Machine, &config.daemon.state_dir, 0o755);
     }
+    if config.daemon.sandbox && allowed.check(&config.conf_d()).is_ok() {
+        // For `--save`. Who may not make it may still start: saving then says what was wrong.
+        let _ = durable::make_folder(&Machine, &config.conf_d(), 0o755);
+    }
     sandbox::enter(&config, &allowed)?;
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;

@@ -10,7 +10,7 @@
 mod paths;
 mod seccomp;
 
-pub(crate) use paths::{AllowedPaths, uses_state};
+pub(crate) use paths::{AllowedPaths, resolved, uses_state};
 
 use hawser_config::Config;
 

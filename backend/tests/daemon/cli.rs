@@ -97,12 +97,39 @@ fn a_saved_disk_comes_back_and_goes_for_good() {
     daemon.end();
 }
 
+/// The API, the configuration and the image each had one folder in every test, and nowhere else: the sandbox allowed `conf.d`
+/// only if it was there at the start, so that `--save` was refused wherever the configuration had a folder of its own.
+#[test]
+fn a_disk_is_saved_where_configuration_sockets_and_images_have_folders_of_their_own() {
+    let place = Place::new();
+    for folder in ["run", "lib", "images", "etc"] {
+        fs::create_dir(place.path(folder)).unwrap();
+    }
+    fs::write(place.path("images/f"), vec![0; 1 << 20]).unwrap();
+    let text = "[daemon]\napi = \"@/run/api\"\nstate_dir = \"@/lib\"\n\
+                [[device]]\nname = \"m0\"\nuri = \"file://@/images/f\"\n";
+    fs::write(place.path("etc/hawser.toml"), text.replace("@/", &place.text(""))).unwrap();
+    let daemon = place.serve_at("etc/hawser.toml", "run/api", &[]);
+    let (api, socket) = (place.text("run/api"), place.text("run/s"));
+    let args = ["disk", "add", "d", "--device", "m0", "--socket", &socket, "--save", "--api", &api];
+    assert_eq!(place.ok(&args), "disk d added\n");
+    assert_eq!(fs::read_dir(place.path("etc/conf.d")).unwrap().count(), 1);
+    assert_eq!(daemon.end(), Some(0));
+    let daemon = place.serve_at("etc/hawser.toml", "run/api", &[]);
+    assert_eq!(daemon.disk("d").0, "listening");
+    place.ok(&["disk", "remove", "d", "--save", "--api", &api]);
+    assert_eq!(fs::read_dir(place.path("etc/conf.d")).unwrap().count(), 0);
+    assert_eq!(daemon.end(), Some(0));
+    assert_eq!(place.names(), ["etc", "images", "lib", "log", "run"], "nothing beside");
+}
+
 #[test]
 fn a_save_that_fails_adds_nothing() {
     let place = Place::new();
     place.configure(CONFIG);
     let daemon = place.serve();
-    fs::write(place.path("conf.d"), "in the way").unwrap();
+    // Where the new file is written first.
+    fs::create_dir_all(place.path("conf.d/.new-disk-second.toml")).unwrap();
     let socket = place.text("second.sock");
     let mut args = add("second", &socket);
     args.push("--save");

@@ -6,5 +6,6 @@ mod common;
 mod fabric;
 mod import;
 mod load;
+mod permissions;
 mod sandbox;
 mod serve;

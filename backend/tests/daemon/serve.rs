@@ -29,7 +29,7 @@ fn a_daemon_listens_while_it_serves_and_leaves_only_its_state_behind() {
     assert_eq!(status["devices"][0]["size_bytes"], 16 << 20);
     UnixStream::connect(place.path("d.sock")).unwrap();
     assert_eq!(daemon.end(), Some(0));
-    assert_eq!(place.names(), ["api.state", "hawser.toml", "log"]);
+    assert_eq!(place.names(), ["api.state", "conf.d", "hawser.toml", "log"], "and a folder for --save");
     assert!(place.log().contains("serving: api "), "{}", place.log());
 }
 
@@ -68,7 +68,7 @@ fn a_busy_socket_is_named_and_nothing_is_half_created() {
     let line = place.fails(&["serve", "--config", &file.display().to_string()], 1);
     let want = format!("{}:17:10: [[disk]] socket: ", file.display());
     assert!(line.starts_with(&want) && line.contains(&place.text("e.sock")), "{line}");
-    assert_eq!(place.names(), ["api.state", "e.sock", "hawser.toml"]);
+    assert_eq!(place.names(), ["api.state", "conf.d", "e.sock", "hawser.toml"]);
     let state = fs::read_to_string(place.path("api.state/state.json")).unwrap();
     assert!(state.contains("\"ended\": true"), "nobody is waited for after a start that failed: {state}");
     fs::write(place.path("plain"), "").unwrap();

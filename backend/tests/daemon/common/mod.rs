@@ -17,14 +17,18 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A folder for one test: configuration, sockets, images.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
+    /// Locked as long as we live: that is how others' sweeps know.
+    _alive: fs::File,
 }
 
 impl Place {
     /// A new folder with a short name: sockets' paths are short.
     pub(crate) fn new() -> Place {
         sweep();
-        let prefix = format!("hw{}-", std::process::id());
-        Place { folder: tempfile::Builder::new().prefix(&prefix).tempdir_in("/tmp").unwrap() }
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in("/tmp").unwrap();
+        let alive = fs::File::open(folder.path()).unwrap();
+        alive.lock_shared().unwrap();
+        Place { folder, _alive: alive }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -64,15 +68,24 @@ impl Place {
 
     /// Runs a command that must end with `code` and one line on stderr, which is given.
     pub(crate) fn fails(&self, args: &[&str], code: i32) -> String {
-        let output = self.run(args);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
-        // Log lines and progress do not count.
-        let extra = ["[20", "writing ", "verifying "];
-        let lines: Vec<&str> =
-            error.lines().filter(|line| !extra.iter().any(|extra| line.starts_with(extra))).collect();
-        assert_eq!(lines.len(), 1, "{args:?}: {error}");
-        lines[0].strip_prefix("hawser: ").unwrap_or_else(|| panic!("{error}")).to_owned()
+        one_line(args, &self.run(args), code)
+    }
+
+    /// The same, without root's rights.
+    pub(crate) fn fails_as_nobody(&self, args: &[&str], code: i32) -> String {
+        let mut command = hawser();
+        // SAFETY: plain system call.
+        if unsafe { libc::geteuid() } == 0 {
+            // The build's folder may be closed to others.
+            let copy = self.path("open/hawser");
+            if !copy.exists() {
+                fs::copy(env!("CARGO_BIN_EXE_hawser"), &copy).unwrap();
+            }
+            command = with_parent(Command::new(copy));
+            command.stdin(Stdio::null()).env("RUST_LOG", "info").env_remove("HAWSER_API");
+            command.uid(65534).gid(65534).current_dir("/");
+        }
+        one_line(args, &command.args(args).output().unwrap(), code)
     }
 
     /// The names in the folder.
@@ -91,12 +104,17 @@ impl Place {
 
     /// The same, with variables in its environment.
     pub(crate) fn serve_with(&self, variables: &[(&str, &str)]) -> Serving {
+        self.serve_at("hawser.toml", "api", variables)
+    }
+
+    /// The same, on another configuration, which puts the API at `api`.
+    pub(crate) fn serve_at(&self, config: &str, api: &str, variables: &[(&str, &str)]) -> Serving {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
         // The shell gives descriptor 3 to the daemon and becomes it.
         let mut child = with_parent(Command::new("sh"))
             .args(["-c", "exec \"$0\" serve --config \"$1\" --ready-fd 3 3>&1 >&2"])
             .arg(env!("CARGO_BIN_EXE_hawser"))
-            .arg(self.path("hawser.toml"))
+            .arg(self.path(config))
             .env_remove("HAWSER_API")
             .env("RUST_LOG", "info")
             .envs(variables.iter().copied())
@@ -107,7 +125,7 @@ impl Place {
             .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let serving = Serving { child, api: self.path("api") };
+        let serving = Serving { child, api: self.path(api) };
         assert_eq!(line, "ready\n", "{}", self.log());
         serving
     }
@@ -191,17 +209,56 @@ impl Drop for Serving {
     }
 }
 
-/// Removes what test processes that were killed have left.
+/// What a command that must end with `code` and one line on stderr has said.
+fn one_line(args: &[&str], output: &Output, code: i32) -> String {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+    // Log lines and progress do not count.
+    let extra = ["[20", "writing ", "verifying "];
+    let lines: Vec<&str> =
+        error.lines().filter(|line| !extra.iter().any(|extra| line.starts_with(extra))).collect();
+    assert_eq!(lines.len(), 1, "{args:?}: {error}");
+    lines[0].strip_prefix("hawser: ").unwrap_or_else(|| panic!("{error}")).to_owned()
+}
+
+/// Of the folders' names, as short as can be.
+const PREFIX: &str = "hawser-t";
+/// Between making a folder and locking it nobody waits for so long.
+const SWEEP_AFTER: Duration = Duration::from_secs(600);
+
+/// Removes what test processes that were killed have left: old folders that nobody has locked. Whether a process lives cannot
+/// be told from its number: it may be of another container that shares `/tmp`.
 fn sweep() {
     for entry in fs::read_dir("/tmp").unwrap().flatten() {
-        let name = entry.file_name();
-        let owner =
-            name.to_str().and_then(|name| name.strip_prefix("hw")?.split_once('-')?.0.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        if !ours || age().is_none_or(|age| age < SWEEP_AFTER) {
+            continue;
+        }
+        if fs::File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_ok()) {
             // Another test may be quicker.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+#[test]
+fn a_sweep_takes_what_is_old_and_nobodys() {
+    let make = |age: Duration| {
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in("/tmp").unwrap().keep();
+        let handle = fs::File::open(&folder).unwrap();
+        handle.set_modified(std::time::SystemTime::now() - age).unwrap();
+        (folder, handle)
+    };
+    let (living, lock) = make(SWEEP_AFTER * 2);
+    lock.lock_shared().unwrap();
+    let ((dead, _), (young, _)) = (make(SWEEP_AFTER * 2), make(Duration::ZERO));
+    sweep();
+    let left = [&living, &dead, &young].map(|folder| folder.exists());
+    for folder in [living, young] {
+        fs::remove_dir(folder).unwrap();
+    }
+    assert_eq!(left, [true, false, true]);
 }
 
 fn hawser() -> Command {
