@@ -3,14 +3,16 @@
 use super::host::{self, HostIdentity};
 use super::reactors::Reactors;
 use crate::daemon::run_state;
+use crate::sandbox;
 use hawser_block::{BlockSize, Device};
-use hawser_config::value::Uris;
+use hawser_config::value::{Name, Uris};
 use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
 use hawser_fabric::initiator::{self, CacheDoubt, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,12 +112,35 @@ fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift).filter(|size| *size > 0)
 }
 
+/// What two devices must not both write to.
+#[derive(PartialEq, Eq, Hash)]
+enum Place {
+    /// A file that is there, by whatever name: its device and number.
+    File(u64, u64),
+    /// A block device, whichever node leads to it.
+    BlockDevice(u64),
+    /// A file that is not there (yet), without symbolic links.
+    Missing(PathBuf),
+    /// A namespace: its subsystem has one name, at whatever address.
+    Namespace(String, u32),
+}
+
+impl Place {
+    fn of_file(path: &Path) -> Place {
+        match std::fs::metadata(path) {
+            Ok(found) if found.file_type().is_block_device() => Place::BlockDevice(found.rdev()),
+            Ok(found) => Place::File(found.dev(), found.ino()),
+            Err(_) => Place::Missing(sandbox::resolved(path)),
+        }
+    }
+}
+
 /// Checks all devices without opening any.
 ///
 /// # Errors
 /// The first that is wrong.
 pub fn check(config: &Config) -> Result<(), ConfigError> {
-    let mut files: HashMap<PathBuf, &Placed<DeviceConfig>> = HashMap::new();
+    let mut places: HashMap<Place, &Placed<DeviceConfig>> = HashMap::new();
     for device in &config.devices {
         let kind = Kind::parse(&device.value.uri).map_err(|what| device.error("uri", what))?;
         if !matches!(kind, Kind::Nvme { .. })
@@ -137,33 +162,79 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
         match kind {
             Kind::File { path } => {
                 // A writer locks its file: the second would wait for the first.
-                if let Some(first) = files.get(&path)
+                let place = Place::of_file(&path);
+                if let Some(first) = places.get(&place)
                     && !(first.value.read_only && device.value.read_only)
                 {
                     let what =
                         format!("{:?} is device {}'s file too, want one device", path, first.value.name);
                     return Err(device.error("uri", what));
                 }
-                files.insert(path, device);
+                places.insert(place, device);
             }
             Kind::Mem { .. } | Kind::Null { .. } | Kind::Nvme { .. } if device.value.read_only => {
                 return Err(device.error("read_only", "true is for file: only, want it on the [[disk]]"));
             }
-            Kind::Mem { .. } | Kind::Null { .. } | Kind::Nvme { .. } => {}
+            Kind::Mem { .. } | Kind::Null { .. } => {}
+            Kind::Nvme { paths } => {
+                // Two devices know nothing of each other: each would be written to by a disk of its own.
+                let mut own: Vec<Place> = Vec::new();
+                for uri in &paths {
+                    let place = Place::Namespace(uri.subsystem_nqn.clone(), uri.nsid);
+                    if let Some(first) = places.get(&place) {
+                        let what = format!(
+                            "namespace {} of {} is device {}'s too, want one device",
+                            uri.nsid, uri.subsystem_nqn, first.value.name
+                        );
+                        return Err(device.error("uri", what));
+                    }
+                    own.push(place);
+                }
+                places.extend(own.into_iter().map(|place| (place, device)));
+            }
         }
     }
     Ok(())
 }
 
-/// Opens one device of the `whole` configuration. May wait for a predecessor's lock; `had_predecessor`: a process that wrote
-/// to it may have ended without order.
+/// For what a device is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    /// A process that wrote to it may have ended without order.
+    pub had_predecessor: bool,
+    /// For a command, whose user waits: what cannot be reached fails, instead of being tried again without end.
+    pub offline: bool,
+}
+
+/// Whether two devices, of which each is understood, are the same file or namespace.
+#[must_use]
+pub fn are_the_same(one: &Uris, other: &Uris) -> bool {
+    let places = |uris: &Uris| match Kind::parse(uris) {
+        Ok(Kind::File { path }) => vec![Place::of_file(&path)],
+        Ok(Kind::Nvme { paths }) => {
+            paths.into_iter().map(|uri| Place::Namespace(uri.subsystem_nqn, uri.nsid)).collect()
+        }
+        // Each process has its own.
+        Ok(Kind::Mem { .. } | Kind::Null { .. }) | Err(_) => Vec::new(),
+    };
+    let others = places(other);
+    places(one).iter().any(|place| others.contains(place))
+}
+
+/// Where an import keeps what names its associations, for the next one.
+#[must_use]
+pub fn import_record(config: &Config, device: &Name) -> PathBuf {
+    config.daemon.state_dir.join(format!("import-{device}"))
+}
+
+/// Opens one device of the `whole` configuration. May wait for a predecessor's lock.
 ///
 /// # Errors
 /// One line.
 pub fn open(
     config: &Placed<DeviceConfig>,
     whole: &Config,
-    had_predecessor: bool,
+    opening: Opening,
     reactors: &Reactors,
 ) -> Result<Arc<dyn Device>, OpenError> {
     let DeviceConfig { name, uri, block_size, read_only, .. } = &config.value;
@@ -189,9 +260,14 @@ pub fn open(
             nvme.policy = parsed(&config.value.io_policy).map_err(|what| wrong("io_policy", what))?;
             let doubt = parsed(&config.value.on_cache_doubt);
             nvme.on_cache_doubt = doubt.map_err(|what| wrong("on_cache_doubt", what))?;
-            nvme.had_predecessor = had_predecessor;
-            let folder = run_state::folder_of(whole.daemon.api.as_path());
-            nvme.record = Some(folder.join(format!("associations-{name}")));
+            nvme.had_predecessor = opening.had_predecessor;
+            nvme.offline = opening.offline;
+            nvme.record = Some(match opening.offline {
+                true => import_record(whole, name),
+                false => {
+                    run_state::folder_of(whole.daemon.api.as_path()).join(format!("associations-{name}"))
+                }
+            });
             NvmeDevice::open(nvme, reactors.handles())
                 .map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?
         }
@@ -293,6 +369,10 @@ mod tests {
                 vec!["file:///a", "file:/a"],
                 "h:6:7: [[device]] uri: \"/a\" is device d0's file too, want one device",
             ),
+            (
+                vec!["nvme+tcp://h/nqn.x?nsid=2", "nvme+tcp://i:4421/nqn.x?nsid=2"],
+                "h:6:7: [[device]] uri: namespace 2 of nqn.x is device d0's too, want one device",
+            ),
         ] {
             let device =
                 |(at, uri): (usize, &&str)| format!("[[device]]\nname = \"d{at}\"\nuri = \"{uri}\"\n");
@@ -304,6 +384,39 @@ mod tests {
         let text = "[[device]]\nname = \"a\"\nuri = \"nvme+tcp://h/nqn.x\"\nio_timeout = 0\n".to_owned();
         let error = Config::parse(&[("h".into(), text)]).unwrap_err().to_string();
         assert_eq!(error, "h:4:14: [[device]] io_timeout: 0 is out of range, want 1 to 86400 (seconds)");
+    }
+
+    /// Paths were compared as they were written: the second writer waited 30 s for the lock of the first, and then blamed
+    /// another process, which was this one.
+    #[test]
+    fn one_file_by_another_name_is_the_same_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("image"), "x").unwrap();
+        std::fs::create_dir(at("real")).unwrap();
+        std::os::unix::fs::symlink(at("image"), at("link")).unwrap();
+        std::os::unix::fs::symlink(at("real"), at("other")).unwrap();
+        std::fs::hard_link(at("image"), at("hard")).unwrap();
+        let result = |first: &str, second: &str, more: &str| {
+            let device = |name: &str, path: &str| {
+                format!("[[device]]\nname = \"{name}\"\nuri = \"file://{}\"\n{more}", at(path).display())
+            };
+            let text = device("a", first) + &device("b", second);
+            check(&Config::parse(&[("h".into(), text)]).unwrap()).map_err(|error| error.to_string())
+        };
+        for (first, second) in [
+            ("image", "link"),
+            ("link", "image"),
+            ("image", "hard"),
+            ("image", "real/../image"),
+            ("real/none", "other/none"),
+        ] {
+            let error = result(first, second, "").unwrap_err();
+            let want = format!("{:?} is device a's file too, want one device", at(second));
+            assert_eq!(error, format!("h:6:7: [[device]] uri: {want}"));
+            assert_eq!(result(first, second, "read_only = true\n"), Ok(()), "readers may");
+        }
+        assert_eq!(result("image", "real/image", ""), Ok(()));
     }
 
     #[test]

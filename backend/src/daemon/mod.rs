@@ -17,7 +17,7 @@ mod save;
 mod signals;
 mod view;
 
-use crate::assemble::device::{self, OpenError};
+use crate::assemble::device::{self, OpenError, Opening};
 use crate::assemble::disk as assemble_disk;
 use crate::assemble::reactors::Reactors;
 use crate::assemble::target as assemble_target;
@@ -179,11 +179,11 @@ impl Daemon {
         let reactors = Reactors::start(&reactors_wanted, config.daemon.poll_us)?;
         let mut devices: Vec<(DeviceConfig, Arc<dyn Device>)> = Vec::new();
         for placed in &config.devices {
-            let device =
-                device::open(placed, &config, had_predecessor, &reactors).map_err(|error| match error {
-                    OpenError::Config(error) => StartError::Config(error),
-                    OpenError::Failed(error) => StartError::Failed(error),
-                })?;
+            let opening = Opening { had_predecessor, offline: false };
+            let device = device::open(placed, &config, opening, &reactors).map_err(|error| match error {
+                OpenError::Config(error) => StartError::Config(error),
+                OpenError::Failed(error) => StartError::Failed(error),
+            })?;
             devices.push((placed.value.clone(), device));
         }
         let find = |name: &Name| {

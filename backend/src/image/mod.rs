@@ -49,16 +49,23 @@ fn reach_within(device: &Arc<dyn Device>, limit: Duration) -> Result<Geometry, S
     loop {
         match (device.geometry(), device.state()) {
             (Some(geometry), DeviceState::Ready) => return Ok(geometry),
-            (_, DeviceState::Failed) => return Err(device.trouble()),
+            (_, DeviceState::Failed) => return Err(trouble_of(device)),
             _ => {}
         }
         let left = limit.saturating_sub(since.elapsed());
         if left.is_zero() || news.recv_timeout(left) == Err(RecvTimeoutError::Disconnected) {
-            let trouble = device.trouble().replace(&format!("{}: ", device.name()), "");
+            let trouble = trouble_of(device);
             let why = if trouble.is_empty() { String::new() } else { format!(": {trouble}") };
             return Err(format!("not reached within {} s{why}", limit.as_secs()));
         }
     }
+}
+
+/// Without the device's name, which whoever asked knows.
+fn trouble_of(device: &Arc<dyn Device>) -> String {
+    let (trouble, name) = (device.trouble(), format!("{}: ", device.name()));
+    let each = trouble.split("; ").map(|part| part.strip_prefix(&name).unwrap_or(part));
+    each.collect::<Vec<_>>().join("; ")
 }
 
 /// Copies `image` to `device`, makes it durable, and with `verify` reads it back and compares.
@@ -225,5 +232,65 @@ fn compare(image: &Image, job: &Job) -> Result<(), String> {
     match found.iter().zip(&wanted).position(|(found, wanted)| found != wanted) {
         None => Ok(()),
         Some(at) => Err(format!("differs from the image at byte {}", offset + at as u64)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hawser_block::fake::FakeDevice;
+    use hawser_block::{BlockSize, DiscardLimits, WriteZeroesLimits};
+    use hawser_runtime::{ReactorConfig, ReactorThread};
+
+    struct Quiet;
+
+    impl Progress for Quiet {
+        fn begin(&self, _: &'static str, _: u64) {}
+        fn done(&self, _: u64) {}
+    }
+
+    /// Space is given back where it then reads as zeroes for certain, and not where the device only may.
+    #[test]
+    fn empty_parts_are_deallocated_only_where_that_reads_as_zeroes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+        let image = Image::open(&path).unwrap();
+        let reactor = ReactorThread::spawn("test", ReactorConfig { cpu: None, poll_us: 0 }).unwrap();
+        let zeroes = WriteZeroesLimits { blocks_max: 1 << 16, may_unmap: true };
+        let discard =
+            |reads_zeroes| DiscardLimits { blocks_max: 1 << 16, granularity_blocks: 1, reads_zeroes };
+        for (discard, write_zeroes, want) in [
+            (Some(discard(true)), Some(zeroes), Some(true)),
+            (Some(discard(false)), Some(zeroes), Some(false)),
+            (None, Some(zeroes), Some(false)),
+            (Some(discard(true)), Some(WriteZeroesLimits { may_unmap: false, ..zeroes }), Some(false)),
+            // No command that zeroes: zeroes are written, and nothing is discarded.
+            (Some(discard(true)), None, None),
+        ] {
+            let mut geometry = Geometry::new(BlockSize::B512, 8192);
+            (geometry.discard, geometry.write_zeroes) = (discard, write_zeroes);
+            let fake = Arc::new(FakeDevice::new(geometry));
+            fake.state().content.fill(0xee);
+            let device: Arc<dyn Device> = Arc::clone(&fake) as Arc<dyn Device>;
+            import(&image, &device, reactor.handle(), true, &Quiet).unwrap();
+            let state = fake.state();
+            let unmaps: Vec<bool> = state
+                .log
+                .iter()
+                .filter_map(|(operation, ..)| match operation {
+                    Operation::WriteZeroes { unmap, .. } => Some(*unmap),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(unmaps.is_empty(), want.is_none(), "{discard:?} {write_zeroes:?}");
+            assert!(
+                unmaps.iter().all(|unmap| Some(*unmap) == want),
+                "{discard:?} {write_zeroes:?}: {unmaps:?}"
+            );
+            assert!(!state.log.iter().any(|(operation, ..)| *operation == Operation::Discard));
+            assert!(state.content[4096..].iter().all(|byte| *byte == 0));
+        }
     }
 }

@@ -107,15 +107,36 @@ fn a_target_shows_its_ports_and_answers_discovery() {
     assert!(storage.ok(&["device", "discover", &open]).contains("nqn.2026-11.io.hawser:t"));
     assert!(storage.ok(&["status"]).contains("1:f0"));
 
-    // A target that refuses us is as good as none for an offline command, and says why.
+    // A target that refuses us is as good as none for an offline command, and says why: that was asked for again and again, for
+    // 20 s, and the test did not look at the reason.
     let host = Place::new();
     let uri = format!("nvme+{guarded}/nqn.2026-11.io.hawser:guarded");
     let file = host.configure(&format!("[[device]]\nname = \"g\"\nuri = \"{uri}\"\n"));
     std::fs::write(host.path("image"), [1; 4096]).unwrap();
-    let line = host
-        .fails(&["image", "import", &host.text("image"), "g", "--config", &file.display().to_string()], 1);
-    assert!(line.starts_with(&format!("device g ({uri}): not reached within ")), "{line}");
+    let (file, image) = (file.display().to_string(), host.text("image"));
+    let line = host.fails(&["image", "import", &image, "g", "--config", &file], 1);
+    let address = guarded.strip_prefix("tcp://").unwrap();
+    let reason = "the target refused: Connect Invalid Host";
+    let want = format!("{file}:6:7: [[device]] uri: {uri}: connect {address}: {reason}");
+    assert!(line.starts_with(&want) && line.ends_with(" among the hosts that it allows"), "{line}");
+
+    let uri = format!("nvme+{guarded}/nqn.2026-11.io.hawser:absent");
+    host.configure(&format!("[[device]]\nname = \"g\"\nuri = \"{uri}\"\n"));
+    let line = host.fails(&["image", "import", &image, "g", "--config", &file], 1);
+    let reason = "the target refused: Connect Invalid Parameters: SUBNQN, want a subsystem that it has";
+    assert!(line.starts_with(&format!("{file}:6:7: [[device]] uri: {uri}: ")), "{line}");
+    assert!(line.contains(reason), "{line}");
     assert_eq!(target.end(), Some(0));
+
+    let (dead, two) = (free_port(), free_port());
+    let uris = [dead, two].map(|port| format!("nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t"));
+    host.configure(&format!("[[device]]\nname = \"g\"\nuri = {uris:?}\n"));
+    let line = host.fails(&["image", "import", &image, "g", "--config", &file], 1);
+    assert!(line.starts_with(&format!("{file}:6:7: [[device]] uri: {}: ", uris.join(", "))), "{line}");
+    for port in [dead, two] {
+        let reason = "connection refused, want an address at which a target listens";
+        assert!(line.contains(&format!("connect 127.0.0.1:{port}: {reason}")), "{line}");
+    }
 }
 
 #[test]
@@ -161,6 +182,7 @@ fn data_goes_through_a_target_and_back() {
     ]);
     assert!(done.ends_with("verified\n"), "{done}");
     until("its association has ended", || target.status()["subsystems"][0]["hosts"] == serde_json::json!([]));
+    assert!(!host.path("lib/import-r0").exists(), "it has ended in order");
     let line =
         host.fails(&["image", "import", "/dev/null", "r0", "--config", &file.display().to_string()], 1);
     assert!(line.contains("/dev/null: is neither a file nor a block device"), "{line}");
@@ -195,4 +217,36 @@ fn the_paths_of_a_device_are_listed_with_their_states() {
     assert!(row(&bad).contains("connecting"), "{table}");
     assert_eq!(daemon.end(), Some(0));
     assert_eq!(target.end(), Some(0));
+}
+
+/// An import wrote to the disk of a running VM without a word, where nothing locks the device.
+#[test]
+fn an_import_over_what_a_daemon_lets_others_write_to_is_refused() {
+    let storage = storage(0);
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    let port = listen.rsplit(':').next().unwrap().parse().unwrap();
+    let host = Place::new();
+    let file = host.configure(&initiator(port)).display().to_string();
+    std::fs::write(host.path("image"), [1; 1 << 20]).unwrap();
+    let (image, api) = (host.text("image"), host.text("api"));
+    let daemon = host.serve();
+    until("the disk listens", || daemon.disk("far").0 == "listening");
+    let line = host.fails(&["image", "import", &image, "r0", "--config", &file], 1);
+    let uri = format!("nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t?nsid=1");
+    let want = format!(
+        "device r0 ({uri}) is disk far's in the daemon at {api}, want `hawser disk remove` first, or --force"
+    );
+    assert_eq!(line, want);
+    let stored = || std::fs::read(storage.path("store")).unwrap();
+    assert!(stored().iter().all(|byte| *byte == 0), "nothing was written");
+    host.ok(&["image", "import", &image, "r0", "--config", &file, "--force"]);
+    assert!(stored()[..1 << 20].iter().all(|byte| *byte == 1));
+    host.ok(&["disk", "remove", "far"]);
+    host.ok(&["image", "import", &image, "r0", "--config", &file]);
+    // What hosts write to is no less in use. Its lock was waited for, for 30 s.
+    let file = storage.path("hawser.toml").display().to_string();
+    let line = storage.fails(&["image", "import", &image, "f0", "--config", &file], 1);
+    assert!(line.contains(") is subsystem nqn.2026-11.io.hawser:t's in the daemon at "), "{line}");
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
 }

@@ -109,3 +109,21 @@ fn the_service_manager_hears_of_start_and_end() {
     let daemon = place.serve_with(&[("NOTIFY_SOCKET", "@hawser-nobody-listens-here")]);
     assert_eq!(daemon.end(), Some(0));
 }
+
+/// The unit named a group that not every machine has, and nobody had looked at it but by eye. What a unit says wrongly systemd
+/// ignores with a warning, so that it is the warnings that count.
+#[test]
+fn the_unit_is_understood_by_systemd_and_asks_for_no_group_that_may_be_missing() {
+    let unit = include_str!("../../../docs/systemd/hawser.service");
+    assert!(!unit.lines().any(|line| line.starts_with("SupplementaryGroups=")), "starting fails without it");
+    let place = Place::new();
+    let file = place.path("hawser.service");
+    fs::write(&file, unit.replace("/usr/local/bin/hawser", env!("CARGO_BIN_EXE_hawser"))).unwrap();
+    let verified = std::process::Command::new("systemd-analyze").arg("verify").arg(&file).output();
+    let Ok(verified) = verified else {
+        return skips::skip("no systemd-analyze on PATH (Debian: systemd)");
+    };
+    let said = String::from_utf8_lossy(&verified.stderr);
+    let ours: Vec<&str> = said.lines().filter(|line| line.contains("hawser.service")).collect();
+    assert!(ours.is_empty(), "{said}");
+}

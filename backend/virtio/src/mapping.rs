@@ -195,7 +195,9 @@ mod tests {
             };
             assert_eq!(read, 7);
             if mapping.faulted() {
-                skips::skip(format_args!("no huge page was free; that {offset:#x} is survived was seen"));
+                skips::skip(format_args!(
+                    "no huge page was free: at {offset:#x} only surviving that was seen"
+                ));
             }
             let (start, end) = (mapping.start, mapping.start + mapping.bytes);
             drop(mapping);

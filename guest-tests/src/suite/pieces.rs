@@ -111,7 +111,11 @@ impl Served {
 /// Imports the guest image into the device at `uri`, and verifies it.
 pub(crate) fn import(lab: &Lab, scratch: &Scratch, uri: &str, shown: bool) -> Result<()> {
     let config = scratch.file("import.toml");
-    let text = format!("{}[[device]]\nname = \"{DISK}\"\nuri = \"{uri}\"\n", host_section());
+    let folder = scratch.path().display();
+    let text = format!(
+        "[daemon]\napi = \"{folder}/import.api\"\nstate_dir = \"{folder}/import.var\"\n{}[[device]]\nname = \"{DISK}\"\nuri = \"{uri}\"\n",
+        host_section()
+    );
     fs::write(&config, text).map_err(|e| format!("{}: {e}", config.display()))?;
     Daemon::import(&lab.hawser, &config, &lab.image.disk, DISK, shown)
 }

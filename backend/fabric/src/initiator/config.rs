@@ -130,6 +130,8 @@ pub struct NvmeConfig {
     pub had_predecessor: bool,
     /// Where what names our associations is kept for a process after us. Without it that knows less, and waits longer.
     pub record: Option<std::path::PathBuf>,
+    /// Somebody waits for the outcome: a path at which nobody listens, or that is refused for good, is not waited for.
+    pub offline: bool,
 }
 
 impl NvmeConfig {
@@ -145,6 +147,7 @@ impl NvmeConfig {
             timers: PathTimers::default(),
             had_predecessor: false,
             record: None,
+            offline: false,
         }
     }
 }

@@ -17,7 +17,7 @@ use super::identify;
 use super::lane::{Lane, Notice, Start};
 use super::quiet::{self, Record, Unquiet};
 use super::signal::{Either, Mailbox, Seldom, first, within};
-use super::socket::{self, QueueRequest};
+use super::socket::{self, ConnectError, QueueRequest};
 use crate::nvme::ana::AnaState;
 use crate::nvme::bytes::{low16, low32};
 use crate::nvme::cross_reset::ControllerInstance;
@@ -251,7 +251,11 @@ impl Task {
             log::warn!("{label}: {why}");
             why.clone_into(&mut self.logged);
         }
-        let line = format!("{label}: {why}; retrying in {:.1} s", delay.as_secs_f32());
+        let again = match self.shared.config.offline {
+            true => String::new(),
+            false => format!("; retrying in {:.1} s", delay.as_secs_f32()),
+        };
+        let line = format!("{label}: {why}{again}");
         // What is wrong is there before it is told that something is.
         self.shared.status().paths[self.path].trouble = line;
         self.shared.change(|status| {
@@ -405,12 +409,17 @@ impl Task {
         &self,
         addresses: &[SocketAddr],
         request: &QueueRequest,
-    ) -> Result<(SocketAddr, socket::ConnectedQueue), String> {
-        let mut last = String::new();
+    ) -> Result<(SocketAddr, socket::ConnectedQueue), End> {
+        let mut last = End::Trouble(String::new());
         for address in addresses {
             match socket::connect_queue(&self.runtime, address, request).await {
                 Ok(queue) => return Ok((*address, queue)),
-                Err(why) => last = format!("connect {address}: {why}"),
+                Err(ConnectError { why, refused }) => {
+                    let why = format!("connect {address}: {why}");
+                    // A guest waits until it is let in again; who sits at a command does not.
+                    let decides = refused && self.shared.config.offline;
+                    last = if decides { End::Refused(why) } else { End::Trouble(why) };
+                }
             }
         }
         Err(last)
@@ -430,7 +439,7 @@ impl Task {
                 let own = runtime.clone();
                 runtime.spawn(async move {
                     let connected = socket::connect_queue(&own, &address, &request).await;
-                    done.post(connected.map(|queue| {
+                    done.post(connected.map_err(|error| error.why).map(|queue| {
                         if let Some(lane) = lane_of(&own, key) {
                             lane.borrow_mut().install(path, number, queue, request.entries - 1);
                         }

@@ -46,7 +46,7 @@ async fn ask(runtime: &Runtime, address: &TcpAddress, host: HostIdentity) -> Res
     let mut last = "the name has no address".to_owned();
     for address in socket::resolve(address).await? {
         match socket::connect_queue(runtime, &address, &request).await {
-            Err(why) => last = why,
+            Err(error) => last = error.why,
             Ok(queue) => {
                 let admin = Admin::new(runtime, queue);
                 admin.enable().await?;

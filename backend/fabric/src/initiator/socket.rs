@@ -27,6 +27,26 @@ const FABRICS_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// In-capsule data that every controller takes for admin and Fabrics commands (TCP 3.6.2.6).
 pub(crate) const ADMIN_IN_CAPSULE: u32 = 8192;
 
+/// Why a queue is not connected.
+#[derive(Debug)]
+pub(crate) struct ConnectError {
+    pub(crate) why: String,
+    /// Nobody listens, or the target says that asking again is no use.
+    pub(crate) refused: bool,
+}
+
+impl From<String> for ConnectError {
+    fn from(why: String) -> ConnectError {
+        ConnectError { why, refused: false }
+    }
+}
+
+impl From<&str> for ConnectError {
+    fn from(why: &str) -> ConnectError {
+        why.to_owned().into()
+    }
+}
+
 /// A TCP socket, closed when the last operation or connection that uses it is gone.
 pub(crate) struct Socket {
     runtime: Runtime,
@@ -127,7 +147,7 @@ impl RawAddress {
 }
 
 /// Opens a TCP connection.
-async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, String> {
+async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, ConnectError> {
     let fd = runtime.tcp_socket(address.is_ipv6()).map_err(|error| plain(&error))?;
     let socket = Rc::new(Socket { runtime: runtime.clone(), fd });
     socket.discard_on_close();
@@ -139,8 +159,14 @@ async fn connect(runtime: &Runtime, address: &SocketAddr) -> Result<Rc<Socket>, 
     // SAFETY: `owned` has the address, on the heap.
     let connecting = unsafe { runtime.operate(&op, Some(owned)) };
     let connected = within(runtime, CONNECT_TIMEOUT, connecting).await;
-    result(connected.ok_or("no answer in time")?)?;
-    Ok(socket)
+    match connected.ok_or("no answer in time")?.into_result() {
+        Ok(_) => Ok(socket),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            let why = format!("{}, want an address at which a target listens", plain(&error));
+            Err(ConnectError { why, refused: true })
+        }
+        Err(error) => Err(plain(&error).into()),
+    }
 }
 
 async fn send(runtime: &Runtime, socket: &Rc<Socket>, bytes: Vec<u8>) -> Result<(), String> {
@@ -202,15 +228,30 @@ pub(crate) async fn connect_queue(
     runtime: &Runtime,
     address: &SocketAddr,
     request: &QueueRequest,
-) -> Result<ConnectedQueue, String> {
+) -> Result<ConnectedQueue, ConnectError> {
     // SQ flow control is given up where the target lets us: fewer bytes to mind, and reads may end with their data.
     match try_connect_queue(runtime, address, request, CATTR_NO_FLOW_CONTROL).await? {
         Ok(queue) => Ok(queue),
-        Err(cqe) if refuses_attributes(&cqe) => try_connect_queue(runtime, address, request, 0)
-            .await?
-            .map_err(|cqe| format!("the target refused: {}", fabrics::connect_refusal(&cqe))),
-        Err(cqe) => Err(format!("the target refused: {}", fabrics::connect_refusal(&cqe))),
+        Err(cqe) if refuses_attributes(&cqe) => {
+            try_connect_queue(runtime, address, request, 0).await?.map_err(|cqe| refusal(&cqe, request))
+        }
+        Err(cqe) => Err(refusal(&cqe, request)),
     }
+}
+
+/// Why the target does not want us, and what would be right.
+fn refusal(cqe: &Cqe, request: &QueueRequest) -> ConnectError {
+    let reason = fabrics::connect_refusal(cqe);
+    let want = match cqe.status.code {
+        StatusCode::CONNECT_INVALID_HOST => {
+            format!(", want {} among the hosts that it allows", request.host.nqn)
+        }
+        StatusCode::CONNECT_INVALID_PARAMETERS if reason.ends_with(": SUBNQN") => {
+            format!(", want a subsystem that it has and not {}", request.subsystem_nqn)
+        }
+        _ => String::new(),
+    };
+    ConnectError { why: format!("the target refused: {reason}{want}"), refused: cqe.status.do_not_retry }
 }
 
 /// Connect Invalid Parameters, at CATTR (byte 46 of the command).
@@ -223,7 +264,7 @@ async fn try_connect_queue(
     address: &SocketAddr,
     request: &QueueRequest,
     attributes: u8,
-) -> Result<Result<ConnectedQueue, Cqe>, String> {
+) -> Result<Result<ConnectedQueue, Cqe>, ConnectError> {
     let socket = connect(runtime, address).await?;
     let digests = request.digests;
     let init = InitRequest { data_alignment: 0, digests, r2t_max: 0 };
@@ -284,9 +325,10 @@ async fn try_connect_queue(
     match header.kind {
         PduKind::Response => {}
         PduKind::ControllerTerm => {
-            return Err(format!("the target ended the connection: {}", TermRequest::decode(&answer).status));
+            let status = TermRequest::decode(&answer).status;
+            return Err(format!("the target ended the connection: {status}").into());
         }
-        other => return Err(format!("the target answered Connect with {}", other.name())),
+        other => return Err(format!("the target answered Connect with {}", other.name()).into()),
     }
     let cqe = pdu::response_from_bytes(&answer);
     if !cqe.status.is_success() {
@@ -294,7 +336,7 @@ async fn try_connect_queue(
     }
     let (cntlid, authentication) = fabrics::connect_answer(&cqe);
     if authentication != 0 {
-        return Err("the target wants authentication, which is not supported".to_owned());
+        return Err("the target wants authentication, which is not supported".into());
     }
     Ok(Ok(ConnectedQueue { socket, limits, cntlid }))
 }

@@ -10,7 +10,7 @@ use hawser_runtime::{ReactorConfig, ReactorHandle, ReactorThread, Runtime, Sourc
 use hawser_virtio::{DiskConfig, SocketAccess, VhostDisk};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 

@@ -284,7 +284,9 @@ fn nobody_listening_is_said_in_one_line_and_tried_again() {
     let (reserved, address) = reserve_port();
     let device = NvmeDevice::open(config(address), &[host_reactor.handle().clone()]).unwrap();
     wait_until("the refusal is told", || device.trouble().contains("refused"));
-    let expected = format!("n0: connect {address}: connection refused; retrying in 0.");
+    let expected = format!(
+        "n0: connect {address}: connection refused, want an address at which a target listens; retrying in 0."
+    );
     assert!(device.trouble().starts_with(&expected), "{}", device.trouble());
     assert_eq!((device.state(), device.geometry()), (DeviceState::Connecting, None));
     // It comes after all.
