@@ -1,4 +1,4 @@
-//! The gate of a session: nothing new is begun on any queue before everything unfinished of all queues is executed.
+//! The gate of a session: a queue that starts begins nothing new before everything unfinished of all queues is executed.
 
 #![forbid(unsafe_code)]
 

@@ -50,7 +50,9 @@ impl Session<'_> {
                 .map_err(|error| wrong(error.to_string()))?;
         }
         // Everything that was taken from the ring is either shown as used or in the log: so this is the base, whatever a
-        // front end remembers from before a disconnect.
+        // front end remembers from before a disconnect. After a process that was killed without a log it is not, and what was
+        // in flight nobody knows: QEMU tells `used.idx` then, which is this, and Cloud Hypervisor `avail.idx`, which would
+        // leave out all that nobody has taken yet, after an end in order too.
         let begun = u16::try_from(unfinished.len()).unwrap_or(u16::MAX);
         let next_available = used_idx.wrapping_add(begun);
         if next_available != vring.base {
