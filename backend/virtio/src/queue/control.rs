@@ -113,7 +113,11 @@ impl Queue {
         if self.disowned {
             // The session's thread, which would do it, has gone.
             let session = Arc::clone(&self.session);
-            std::thread::spawn(move || session.drop_retired());
+            let name = "unmap".to_owned();
+            if std::thread::Builder::new().name(name).spawn(move || session.drop_retired()).is_err() {
+                // No room for a thread: then this reactor takes the time.
+                self.session.drop_retired();
+            }
             self.disk.queues_left.fetch_sub(1, Ordering::AcqRel);
             log::info!(
                 "disk {}: queue {}: the requests that were left have ended",
