@@ -14,6 +14,7 @@ use crate::disk::DiskShared;
 use crate::features;
 use crate::gate::Gate;
 use crate::inflight::InflightArea;
+use crate::interrupt::Interrupt;
 use crate::memory::{GuestMemory, Share};
 use crate::message::{self, FrontendMessage, MessageError, RingAddresses, protocol};
 use crate::queue::with_queue;
@@ -223,11 +224,18 @@ impl<'a> Session<'a> {
 
     /// Tells the front end which ring is broken, where it wants to hear it.
     fn signal_error(&self, queue: u16) {
-        let vring = self.vrings.get(usize::from(queue));
-        if let Some(err) = vring.and_then(|vring| vring.err.as_ref())
-            && connection::is_writable(err.as_fd())
-        {
-            connection::signal(err.as_fd());
+        let Some(err) = self.vrings.get(usize::from(queue)).and_then(|vring| vring.err.as_ref()) else {
+            return;
+        };
+        // Its file may be blocking, and full: it is no business of this thread to wait for that.
+        let signalled = err.try_clone().and_then(|err| {
+            let mut interrupt = Interrupt::new()?;
+            interrupt.set(Some(err))?;
+            interrupt.signal();
+            Ok(())
+        });
+        if let Err(error) = signalled {
+            log::warn!("disk {}: queue {queue}: error eventfd: {error}", self.disk.config.name);
         }
     }
 
