@@ -339,6 +339,13 @@ impl Driver {
         subsystem.map_or(ABORT_GRACE, |subsystem| subsystem.quiescing().abort_after)
     }
 
+    /// Makes room for newer connections, unless the Connect has come by now.
+    pub(super) fn end_stranger(&mut self, runtime: &Runtime) {
+        if self.connection.controller().is_none() {
+            self.end(runtime, "no Connect came before many newer connections");
+        }
+    }
+
     /// Ends the requests that are at devices as soon as that can be.
     pub(super) fn abort(&mut self) {
         for channel in self.channels.iter_mut().flatten() {

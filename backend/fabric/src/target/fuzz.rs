@@ -36,6 +36,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         next_discovery_cntlid: AtomicU16::new(0),
         stopping: AtomicBool::new(false),
         connections: Mutex::default(),
+        strangers: Mutex::default(),
         gone: Condvar::new(),
         memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
         refusals: super::Refusals::default(),

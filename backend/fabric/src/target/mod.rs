@@ -36,7 +36,7 @@ use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
 use keeper::Keeper;
 use registry::{ConnectionRef, Port, Subsystem};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -70,8 +70,11 @@ const QUIESCE_TIME_MAX: Duration = Duration::from_millis(0xffff);
 const IN_CAPSULE_BYTES_MAX: u32 = 16 << 10;
 /// The data of one command (MDTS), and of one H2CData (MAXH2CDATA).
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
-/// Connections to all subsystems of a target.
+/// Connections to all subsystems of a target, beside those that are not connected yet.
 const CONNECTIONS_MAX: usize = 2048;
+/// Connections whose Connect has not come. Anybody who reaches our port can make them, so a new one takes the place of the
+/// oldest: hosts that come back all at once are done with theirs within milliseconds.
+const STRANGERS_MAX: usize = 256;
 /// What all connections of a target may have in memory together. Beyond it no connection is taken in, and those that are
 /// there execute one command each at a time, of at most [`TRANSFER_BYTES_MAX`].
 const MEMORY_BYTES_MAX: usize = 1 << 30;
@@ -155,6 +158,8 @@ struct Shared {
     stopping: AtomicBool,
     /// Every connection that is not quiet, by its ID.
     connections: Mutex<HashMap<u64, ReactorHandle>>,
+    /// Those of them whose Connect has not come. A new ID is above all earlier ones, so the first is the oldest.
+    strangers: Mutex<BTreeMap<u64, ReactorHandle>>,
     /// Told when a connection is gone.
     gone: Condvar,
     memory: Arc<Budget>,
@@ -234,11 +239,13 @@ impl Shared {
             .expect("a target runs on at least one reactor");
         let Place { reactor, io_queues } = &self.places[at];
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        let oldest;
         {
             let mut connections = self.connections();
+            let mut strangers = self.strangers();
             let refusal = if self.stopping.load(Ordering::Relaxed) {
                 Some("the target stops".to_owned())
-            } else if connections.len() >= CONNECTIONS_MAX {
+            } else if connections.len().saturating_sub(strangers.len()) >= CONNECTIONS_MAX {
                 Some(format!("{CONNECTIONS_MAX} are open"))
             } else if self.memory.is_over_with(connection::OWN_BYTES) {
                 Some(format!("{} MiB are in use by those that are open", self.memory.used() >> 20))
@@ -246,20 +253,33 @@ impl Shared {
                 None
             };
             if let Some(why) = refusal {
-                drop(connections);
+                drop((connections, strangers));
                 self.refusals.add(&why);
                 runtime.close(fd);
                 return;
             }
+            oldest = if strangers.len() >= STRANGERS_MAX { strangers.pop_first() } else { None };
             connections.insert(id, reactor.clone());
+            strangers.insert(id, reactor.clone());
+        }
+        if let Some((id, reactor)) = oldest {
+            self.refusals.add("they had not connected, and newer ones came");
+            driver::tell(&ConnectionRef { reactor, id }, |driver, runtime| driver.end_stranger(runtime));
         }
         io_queues.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::clone(self);
         reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, (listener, at)));
     }
 
+    fn strangers(&self) -> MutexGuard<'_, BTreeMap<u64, ReactorHandle>> {
+        self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn forget(&self, id: u64) {
-        self.connections().remove(&id);
+        let mut connections = self.connections();
+        self.strangers().remove(&id);
+        connections.remove(&id);
+        drop(connections);
         self.gone.notify_all();
     }
 }
@@ -374,6 +394,7 @@ impl Target {
             next_discovery_cntlid: AtomicU16::new(0),
             stopping: AtomicBool::new(false),
             connections: Mutex::default(),
+            strangers: Mutex::default(),
             gone: Condvar::new(),
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
             refusals: Refusals::default(),

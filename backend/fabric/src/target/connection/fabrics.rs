@@ -2,7 +2,7 @@
 
 use super::super::registry::{Controller, Host, JoinError, Subsystem};
 use super::slots::{Phase, Place, place_of};
-use super::{Action, Connection, Queue};
+use super::{Action, Connection, OWN_BYTES, Queue};
 use crate::nvme::bytes::{get_array, low32};
 use crate::nvme::fabrics::{
     CATTR_NO_FLOW_CONTROL, CNTLID_DYNAMIC, Connect, ConnectData, Property, command_type, connect_invalid,
@@ -121,7 +121,7 @@ impl Connection {
         let me = self.me.clone();
         let Some(subsystem) = subsystem else {
             let cntlid = self.shared.next_discovery_cntlid();
-            self.controller = Some(Controller::discovery(cntlid, host, me, keep_alive_ms, self.now));
+            self.belong(Controller::discovery(cntlid, host, me, keep_alive_ms, self.now));
             self.queue = Queue::Connecting(index);
             self.connected();
             return Ok(());
@@ -129,7 +129,7 @@ impl Connection {
         let (controller, earlier) = subsystem
             .create(host, me, self.listener, keep_alive_ms, self.now)
             .ok_or(Refusal::from(StatusCode::CONNECT_CONTROLLER_BUSY))?;
-        self.controller = Some(controller);
+        self.belong(controller);
         self.queue = Queue::Connecting(index);
         self.slots.at(index).phase = Phase::Awaiting;
         if earlier.is_empty() {
@@ -155,12 +155,20 @@ impl Connection {
             JoinError::NotReady | JoinError::QueueInUse => StatusCode::COMMAND_SEQUENCE_ERROR.into(),
         })?;
         controller.heard(self.now);
-        self.controller = Some(controller);
+        self.belong(controller);
         self.queue_id = queue_id;
         self.queue = Queue::Connecting(index);
         self.make_lanes();
         self.connected();
         Ok(())
+    }
+
+    /// The Connect is good: from now on the connection is its host's.
+    fn belong(&mut self, controller: Arc<Controller>) {
+        assert!(self.controller.is_none(), "a connection has one Connect");
+        self.shared.memory.charge(OWN_BYTES);
+        self.shared.strangers().remove(&self.me.id);
+        self.controller = Some(controller);
     }
 
     /// Nothing stands in the way of the Connect that waits.

@@ -51,7 +51,8 @@ const PAYLOAD_SPARE_BYTES_MAX: usize = 8 << 20;
 /// Answers that may wait for the socket, in bytes without payload, before no more commands are taken in. A host within its
 /// queue's size stays far below: 128 answers are 3 KiB.
 const WAITING_ANSWERS_MAX: usize = 64 << 10;
-/// What a connection has in memory before its first command: the staging buffer, its slots, and room to answer.
+/// What a connection has in memory before its first command: the staging buffer, its slots, and room to answer. It counts from
+/// its Connect on: before that there are few of them, and who has not connected must not make others do with less.
 pub(super) const OWN_BYTES: usize = 256 << 10;
 /// Commands at a time: those of the largest queue, and as many whose answers' send has not completed.
 const SLOTS: usize = 2 * super::QUEUE_ENTRIES_MAX as usize;
@@ -161,6 +162,7 @@ pub(super) struct Connection {
     entries: u16,
     sq_head: u16,
     flow_control: bool,
+    /// Set by the Connect that was found good, once; from then on our memory counts.
     controller: Option<Arc<Controller>>,
     notices: Notices,
     /// Cross-Controller Resets that the host asked for.
@@ -182,7 +184,6 @@ impl Connection {
         listener: usize,
         local: Option<std::net::SocketAddr>,
     ) -> Connection {
-        shared.memory.charge(OWN_BYTES);
         let pool =
             BufferPool::new(PAYLOAD_BYTES_MAX, PAYLOAD_SPARE_BYTES_MAX).within(Arc::clone(&shared.memory));
         Connection {
@@ -441,6 +442,8 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.shared.memory.credit(OWN_BYTES);
+        if self.controller.is_some() {
+            self.shared.memory.credit(OWN_BYTES);
+        }
     }
 }
