@@ -49,6 +49,17 @@ pub(super) fn tell(connection: &ConnectionRef, f: impl FnOnce(&mut Driver, &Runt
     });
 }
 
+/// How connections are made quiet.
+#[derive(Clone, Copy)]
+enum Until {
+    /// Their commands end by themselves.
+    Ended,
+    /// They end at once, for this reason.
+    Closed(&'static str),
+    /// They go on, but commands that last are aborted.
+    AbortedIfNeeded,
+}
+
 /// A connection with its socket.
 pub(super) struct Driver {
     shared: Arc<Shared>,
@@ -180,7 +191,7 @@ impl Driver {
                 }
             }
             Action::AwaitQuiet(connections) => {
-                self.when_quiet(runtime, connections, None, 0, |driver, runtime, _| {
+                self.when_quiet(runtime, connections, Until::Ended, 0, |driver, runtime, _| {
                     driver.connection.connected();
                     if !driver.ending {
                         driver.check_alive(runtime);
@@ -192,7 +203,8 @@ impl Driver {
                 let done: super::keeper::Done = Box::new(move |kept| {
                     tell(&me, move |driver, runtime| {
                         if kept && !fence.is_empty() {
-                            driver.when_quiet(runtime, fence, None, index as u64, |driver, _, index| {
+                            let until = Until::AbortedIfNeeded;
+                            driver.when_quiet(runtime, fence, until, index as u64, |driver, _, index| {
                                 let index = usize::try_from(index).expect("we made it from an index");
                                 driver.connection.reserved(index, true);
                             });
@@ -208,7 +220,7 @@ impl Driver {
                 }
             }
             Action::Reset { id, connections } => {
-                let why = Some("its host had it reset through another controller");
+                let why = Until::Closed("its host had it reset through another controller");
                 self.when_quiet(runtime, connections, why, id, |driver, _, id| {
                     driver.connection.reset_ended(id)
                 });
@@ -226,12 +238,12 @@ impl Driver {
     }
 
     /// Calls `then` with `id` on this connection when the commands that `connections` have at devices now have ended. Those
-    /// of them that are over, or all if there is a reason `why` to end them, take nothing more in.
+    /// of them that are over take nothing more in.
     fn when_quiet(
         &self,
         runtime: &Runtime,
         connections: Vec<ConnectionRef>,
-        why: Option<&'static str>,
+        until: Until,
         id: u64,
         then: fn(&mut Driver, &Runtime, u64),
     ) {
@@ -255,7 +267,7 @@ impl Driver {
                     Some(driver) => {
                         let mut driver = driver.borrow_mut();
                         // What lies unread in its socket must not become commands after this answer.
-                        if let Some(why) = why {
+                        if let Until::Closed(why) = until {
                             driver.end(runtime, why);
                         } else if peer_has_closed(driver.fd) {
                             driver.end(runtime, "its host has closed it");
@@ -263,13 +275,32 @@ impl Driver {
                             // Its end is on its way here, and would come too late.
                             driver.end(runtime, "its association is over");
                         }
-                        driver.connection.add_barrier(done);
+                        let barrier = driver.connection.add_barrier(done);
+                        if let (Until::AbortedIfNeeded, Some(barrier)) = (until, barrier) {
+                            driver.abort_later(runtime, barrier);
+                        }
                     }
                     // Gone, and so quiet.
                     None => done(),
                 }
             });
         }
+    }
+
+    /// Aborts our requests if somebody still waits at this barrier after a while. Our connection goes on.
+    fn abort_later(&self, runtime: &Runtime, barrier: u64) {
+        let me = ConnectionRef { reactor: runtime.handle(), id: self.id };
+        let (later, after) = (runtime.clone(), self.abort_after());
+        runtime.spawn(async move {
+            later.sleep(after).await;
+            tell(&me, move |driver, runtime| {
+                if driver.connection.is_waited_for(barrier) {
+                    log::warn!("commands of a host that was preempted are still under way: they are aborted");
+                    driver.abort();
+                    driver.go_on(runtime);
+                }
+            });
+        });
     }
 
     fn source(&self) -> SourceId {
@@ -315,19 +346,20 @@ impl Driver {
             (_, None) => {}
         }
         self.connection.close();
-        if let Some(timer) = self.timer.take() {
-            runtime.cancel_timer(timer);
-        }
-        runtime.shutdown(self.fd);
-        if !self.connection.is_quiet() {
-            self.timer = Some(runtime.timer(self.source(), runtime.now() + self.abort_after(), ABORT));
-        }
+        // Before the host can see the end, so that its next Connect finds an association that is over.
         if self.connection.is_admin()
             && let Some(controller) = self.connection.controller()
         {
             for connection in controller.close() {
                 tell(&connection, |driver, runtime| driver.end(runtime, "its association is over"));
             }
+        }
+        if let Some(timer) = self.timer.take() {
+            runtime.cancel_timer(timer);
+        }
+        runtime.shutdown(self.fd);
+        if !self.connection.is_quiet() {
+            self.timer = Some(runtime.timer(self.source(), runtime.now() + self.abort_after(), ABORT));
         }
         // Operations may be over already; whether we are quiet is seen in the next pass.
         runtime.wake(self.source());

@@ -39,7 +39,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         strangers: Mutex::default(),
         gone: Condvar::new(),
         memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
-        refusals: super::Refusals::default(),
+        refusals: super::Seldom::default(),
         referrals: Mutex::default(),
         keeper: None,
     })

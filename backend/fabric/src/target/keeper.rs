@@ -12,7 +12,8 @@
 //! 4. for preempt-and-abort, the commands of the preempted hosts end;
 //! 5. the host is answered. If 2 or 3 fail it is told "Internal Error": the state is in force, and may be lost in a restart.
 //!
-//! What is written is the state at that time, so that files never go back.
+//! What is written is the state at that time, so that files never go back, and one write does for all commands that wait for it.
+//! A command that changes nothing is answered at once, unless what it found is not on disk yet.
 
 use super::registry::{Namespace, Subsystem};
 use super::reservations::Reservations;
@@ -65,14 +66,18 @@ impl Keeper {
         std::thread::Builder::new()
             .name("reservations".to_owned())
             .spawn(move || {
-                while let Ok(Job { subsystem, position, done }) = to_do.recv() {
-                    let namespace = &subsystem.namespaces[position];
-                    let path = path_of(&folder, &subsystem, namespace);
-                    let kept = write(&folder, &path, &namespace.reservations_as_text(&boot));
-                    if let Err(error) = &kept {
-                        log::error!("{}: cannot be written: {error}", path.display());
+                while let Ok(first) = to_do.recv() {
+                    // What has come meanwhile is in the same state: each namespace is written once for all of it.
+                    let mut jobs: Vec<Job> = std::iter::once(first).chain(to_do.try_iter()).collect();
+                    while let Some(Job { subsystem, position, .. }) = jobs.first() {
+                        let (subsystem, position) = (Arc::clone(subsystem), *position);
+                        let kept = keep(&folder, &boot, &subsystem, position);
+                        let same =
+                            |job: &Job| job.position == position && Arc::ptr_eq(&job.subsystem, &subsystem);
+                        let (these, others) = jobs.into_iter().partition(same);
+                        jobs = others;
+                        these.into_iter().for_each(|job: Job| (job.done)(kept));
                     }
-                    done(kept.is_ok());
                 }
             })
             .map_err(|error| format!("no thread to keep reservations: {error}"))?;
@@ -83,6 +88,23 @@ impl Keeper {
     pub(super) fn keep(&self, subsystem: Arc<Subsystem>, position: usize, done: Done) {
         if let Err(mpsc::SendError(job)) = self.jobs.send(Job { subsystem, position, done }) {
             (job.done)(false);
+        }
+    }
+}
+
+/// Writes a namespace's state of now; whether that succeeded.
+fn keep(folder: &Path, boot: &str, subsystem: &Subsystem, position: usize) -> bool {
+    let namespace = &subsystem.namespaces[position];
+    let path = path_of(folder, subsystem, namespace);
+    let (epoch, text) = namespace.reservations_as_text(boot);
+    match write(folder, &path, &text) {
+        Ok(()) => {
+            namespace.reservations_were_kept(epoch);
+            true
+        }
+        Err(error) => {
+            log::error!("{}: cannot be written: {error}", path.display());
+            false
         }
     }
 }

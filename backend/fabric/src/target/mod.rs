@@ -80,8 +80,8 @@ const STRANGERS_MAX: usize = 256;
 const MEMORY_BYTES_MAX: usize = 1 << 30;
 /// Connections that may wait to be accepted; the kernel has a limit of its own (net.core.somaxconn).
 const ACCEPT_QUEUE: libc::c_int = 4096;
-/// How often refused connections are worth a line.
-const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(10);
+/// How often what peers can repeat is worth a line.
+const LOGGED_EVERY: Duration = Duration::from_secs(10);
 /// How long a peer may leave what we sent unacknowledged, or a probe of its silence unanswered, before its connection ends:
 /// for hosts that ask for no keep-alive.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -163,32 +163,34 @@ struct Shared {
     /// Told when a connection is gone.
     gone: Condvar,
     memory: Arc<Budget>,
-    refusals: Refusals,
+    /// Connections that were not taken in.
+    refusals: Seldom,
     /// Other discovery services, which ours points to.
     referrals: Mutex<Vec<SocketAddr>>,
     /// `None`: reservations end with us.
     keeper: Option<Keeper>,
 }
 
-/// Connections that were not taken in.
+/// What peers can make happen as often as they like: counted, and worth a line now and then.
 #[derive(Default)]
-struct Refusals {
+struct Seldom {
     count: AtomicU64,
     /// When that was last worth a line, and how many there were then.
     logged: Mutex<Option<(Instant, u64)>>,
 }
 
-impl Refusals {
-    /// Counts one, and says so if nothing was said for a while.
-    fn add(&self, why: &str) {
+impl Seldom {
+    /// Counts one. Returns how many there were since the last line, if it is time for another.
+    fn add(&self) -> Option<u64> {
         let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let (then, before) = logged.unwrap_or((now, 0));
-        if logged.is_none() || now.duration_since(then) >= REFUSALS_LOGGED_EVERY {
-            log::warn!("{} connections were refused: {why}", count - before);
-            *logged = Some((now, count));
+        if logged.is_some() && now.duration_since(then) < LOGGED_EVERY {
+            return None;
         }
+        *logged = Some((now, count));
+        Some(count.saturating_sub(before))
     }
 }
 
@@ -254,7 +256,7 @@ impl Shared {
             };
             if let Some(why) = refusal {
                 drop((connections, strangers));
-                self.refusals.add(&why);
+                self.refused(&why);
                 runtime.close(fd);
                 return;
             }
@@ -263,12 +265,19 @@ impl Shared {
             strangers.insert(id, reactor.clone());
         }
         if let Some((id, reactor)) = oldest {
-            self.refusals.add("they had not connected, and newer ones came");
+            self.refused("they had not connected, and newer ones came");
             driver::tell(&ConnectionRef { reactor, id }, |driver, runtime| driver.end_stranger(runtime));
         }
         io_queues.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::clone(self);
         reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, (listener, at)));
+    }
+
+    /// A connection was not taken in.
+    fn refused(&self, why: &str) {
+        if let Some(count) = self.refusals.add() {
+            log::warn!("{count} connections were refused: {why}");
+        }
     }
 
     fn strangers(&self) -> MutexGuard<'_, BTreeMap<u64, ReactorHandle>> {
@@ -397,7 +406,7 @@ impl Target {
             strangers: Mutex::default(),
             gone: Condvar::new(),
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
-            refusals: Refusals::default(),
+            refusals: Seldom::default(),
             referrals: Mutex::default(),
             keeper,
         });
@@ -438,7 +447,7 @@ impl Target {
                         Err(_) if shared.stopping.load(Ordering::Relaxed) => {}
                         Err(error) => {
                             // Out of descriptors or memory: it may pass.
-                            shared.refusals.add(&error.to_string());
+                            shared.refused(&error.to_string());
                             runtime.sleep(Duration::from_millis(100)).await;
                         }
                     }

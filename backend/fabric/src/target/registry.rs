@@ -9,7 +9,7 @@
 
 use super::reservations::{Access, Effect, HostId, Reservations};
 use super::uuid;
-use super::{ANA_GROUP, NamespaceConfig, Quiescing};
+use super::{ANA_GROUP, NamespaceConfig, Quiescing, Seldom};
 use crate::nvme::StatusCode;
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::bytes::low32;
@@ -45,6 +45,8 @@ pub(super) struct Namespace {
     reservations: Mutex<Reservations>,
     /// Counts changes of reservations: what connections know of them holds while it is the same. 0: there never was any.
     pub(super) reservation_epoch: AtomicU64,
+    /// The epoch whose reservations are on disk.
+    kept_epoch: AtomicU64,
 }
 
 impl Namespace {
@@ -55,8 +57,20 @@ impl Namespace {
     pub(super) fn reserve(&self, host: &HostId, command: ReservationCommand) -> Result<Effect, StatusCode> {
         let mut reservations = lock(&self.reservations);
         let effect = reservations.apply(host, command)?;
-        self.reservation_epoch.fetch_add(1, Ordering::Release);
+        if effect.changed {
+            self.reservation_epoch.fetch_add(1, Ordering::Release);
+        }
         Ok(effect)
+    }
+
+    /// A preemption of `host` is done, and it is told so.
+    pub(super) fn reservation_answered(&self, host: &HostId) {
+        lock(&self.reservations).answered(host);
+    }
+
+    /// Whether what is in force is on disk, where it is kept at all.
+    pub(super) fn reservations_are_kept(&self) -> bool {
+        self.kept_epoch.load(Ordering::Acquire) == self.reservation_epoch.load(Ordering::Acquire)
     }
 
     /// What reservations let `host` do.
@@ -68,14 +82,22 @@ impl Namespace {
         lock(&self.reservations).status()
     }
 
-    pub(super) fn reservations_as_text(&self, boot: &str) -> String {
-        lock(&self.reservations).to_text(boot)
+    /// What is in force, to be kept, with its epoch.
+    pub(super) fn reservations_as_text(&self, boot: &str) -> (u64, String) {
+        let reservations = lock(&self.reservations);
+        (self.reservation_epoch.load(Ordering::Relaxed), reservations.to_text(boot))
+    }
+
+    /// What was in force at this epoch is on disk.
+    pub(super) fn reservations_were_kept(&self, epoch: u64) {
+        self.kept_epoch.store(epoch, Ordering::Release);
     }
 
     /// Takes over what was kept.
     pub(super) fn restore_reservations(&self, state: Reservations) {
         *lock(&self.reservations) = state;
-        self.reservation_epoch.fetch_add(1, Ordering::Release);
+        let before = self.reservation_epoch.fetch_add(1, Ordering::Release);
+        self.reservations_were_kept(before + 1);
     }
 }
 
@@ -119,6 +141,8 @@ pub(super) struct Subsystem {
     allowed_hosts: Option<Vec<String>>,
     /// In the order of their NSIDs.
     pub(super) namespaces: Vec<Namespace>,
+    /// Changes of reservations, for the log.
+    pub(super) reservation_changes: Seldom,
     controllers: Mutex<Vec<Arc<Controller>>>,
     next_cntlid: AtomicU32,
     /// The high half of every CIRN of this process: it tells its controllers from those of others, or of its past.
@@ -212,8 +236,14 @@ impl Subsystem {
             .into_iter()
             .map(|NamespaceConfig { nsid, device, uuid: given }| {
                 let uuid = given.unwrap_or_else(|| uuid::of_namespace(nqn, nsid));
-                let (reservations, reservation_epoch) = (Mutex::default(), AtomicU64::new(0));
-                Namespace { nsid, device, uuid, reservations, reservation_epoch }
+                Namespace {
+                    nsid,
+                    device,
+                    uuid,
+                    reservations: Mutex::default(),
+                    reservation_epoch: AtomicU64::new(0),
+                    kept_epoch: AtomicU64::new(0),
+                }
             })
             .collect();
         namespaces.sort_by_key(|namespace| namespace.nsid);
@@ -223,6 +253,7 @@ impl Subsystem {
             ports,
             allowed_hosts,
             namespaces,
+            reservation_changes: Seldom::default(),
             controllers: Mutex::default(),
             next_cntlid: AtomicU32::new(0),
             // Keys from the kernel's random numbers.

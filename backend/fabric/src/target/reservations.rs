@@ -53,6 +53,19 @@ pub(super) struct Reservations {
     /// In the order in which they came.
     registrants: Vec<(HostId, u64)>,
     reservation: Option<Reservation>,
+    /// Preemptions whose hosts have not been told yet that they are done, at most one of each host.
+    unanswered: Vec<Preemption>,
+}
+
+/// A preemption that its host may ask for again: its first answer was an error, or never came. Nobody is left then to preempt,
+/// but whom it has preempted has still to be waited for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Preemption {
+    host: HostId,
+    command: ReservationCommand,
+    effect: Effect,
+    /// What it has led to.
+    reservation: Option<Reservation>,
 }
 
 impl Reservations {
@@ -71,21 +84,31 @@ impl Reservations {
     pub(super) fn apply(&mut self, host: &HostId, command: ReservationCommand) -> Result<Effect, StatusCode> {
         match command {
             ReservationCommand::Register { action, current, new, ignore_key, persist } => {
+                let key = self.key_of(host);
                 self.register(host, action, current, new, ignore_key)?;
-                self.persists = persist.unwrap_or(self.persists);
+                let persists = persist.unwrap_or(self.persists);
+                let changed = self.key_of(host) != key || self.persists != persists;
+                self.persists = persists;
+                // It counts every success (base 7.5), and alone is not worth keeping.
                 self.generation = self.generation.wrapping_add(1);
-                Ok(Effect { changed: true, ..Effect::default() })
+                Ok(Effect { changed, ..Effect::default() })
             }
             ReservationCommand::Acquire { action, current, preempted, kind } => {
                 self.check_key(host, current)?;
-                match action {
-                    AcquireAction::Acquire => self.acquire(host, kind),
-                    AcquireAction::Preempt => {
-                        let effect = self.preempt(host, preempted, kind)?;
-                        Ok(Effect { fenced: Vec::new(), ..effect })
-                    }
-                    AcquireAction::PreemptAndAbort => self.preempt(host, preempted, kind),
+                if action == AcquireAction::Acquire {
+                    return self.acquire(host, kind);
                 }
+                let mut effect = match self.preempt(host, preempted, kind) {
+                    Ok(effect) => effect,
+                    Err(code) => return self.preempted_before(host, command).ok_or(code),
+                };
+                if action == AcquireAction::Preempt {
+                    effect.fenced.clear();
+                }
+                self.answered(host);
+                let (effect_then, reservation) = (effect.clone(), self.reservation);
+                self.unanswered.push(Preemption { host: *host, command, effect: effect_then, reservation });
+                Ok(effect)
             }
             ReservationCommand::Release { action, current, kind } => {
                 self.check_key(host, current)?;
@@ -93,6 +116,7 @@ impl Reservations {
                     ReleaseAction::Release => self.release(host, kind),
                     ReleaseAction::Clear => {
                         self.registrants.clear();
+                        self.unanswered.clear();
                         self.reservation = None;
                         self.generation = self.generation.wrapping_add(1);
                         Ok(Effect { changed: true, ..Effect::default() })
@@ -100,6 +124,17 @@ impl Reservations {
                 }
             }
         }
+    }
+
+    /// What the same command of this host has done before, if its host does not know and nobody has changed it since.
+    fn preempted_before(&self, host: &HostId, command: ReservationCommand) -> Option<Effect> {
+        let then = self.unanswered.iter().find(|then| then.host == *host && then.command == command)?;
+        (then.reservation == self.reservation).then(|| then.effect.clone())
+    }
+
+    /// The host knows now how its preemption has ended.
+    pub(super) fn answered(&mut self, host: &HostId) {
+        self.unanswered.retain(|then| then.host != *host);
     }
 
     /// What there is, for Reservation Report.
@@ -171,6 +206,7 @@ impl Reservations {
             }
             !out
         });
+        self.unanswered.retain(|then| !gone.contains(&then.host));
         if let Some(Reservation { kind, holder }) = self.reservation {
             let released =
                 if kind.is_held_by_all() { self.registrants.is_empty() } else { gone.contains(&holder) };
@@ -437,6 +473,39 @@ mod tests {
         let mut state = held(ReservationType::WriteExclusiveRegistrantsOnly);
         state.apply(&A, unregister(1)).unwrap();
         assert_eq!((state.status().kind, state.access(&C)), (None, Access::ALL));
+    }
+
+    /// The first answer was an error, because the disk was full, or was lost with its connection. The host asked again, and got a
+    /// conflict, because the key that it preempted was gone: it could not learn whether the other's commands had ended.
+    #[test]
+    fn a_preemption_that_was_not_answered_can_be_asked_for_again() {
+        let mut state = held(ReservationType::WriteExclusive);
+        let kind = ReservationType::ExclusiveAccess;
+        let again = |state: &mut Reservations, action| acquire(state, &B, action, (2, 1), kind);
+        let first = again(&mut state, AcquireAction::PreemptAndAbort);
+        assert_eq!(first, Ok(Effect { changed: true, fenced: vec![A] }));
+        assert_eq!(again(&mut state, AcquireAction::PreemptAndAbort), first);
+        // Not another command, and not once it is answered.
+        assert_eq!(again(&mut state, AcquireAction::Preempt), Err(StatusCode::RESERVATION_CONFLICT));
+        state.answered(&B);
+        let conflict = Err(StatusCode::RESERVATION_CONFLICT);
+        assert_eq!(again(&mut state, AcquireAction::PreemptAndAbort), conflict);
+        // Nor when somebody has taken it away since.
+        let mut state = held(ReservationType::WriteExclusive);
+        again(&mut state, AcquireAction::PreemptAndAbort).unwrap();
+        register(&C, &mut state, 3).unwrap();
+        let more = ReservationType::WriteExclusiveRegistrantsOnly;
+        acquire(&mut state, &C, AcquireAction::Preempt, (3, 2), more).unwrap();
+        assert_eq!(again(&mut state, AcquireAction::PreemptAndAbort), conflict);
+    }
+
+    #[test]
+    fn registering_again_with_the_same_key_changes_nothing() {
+        let mut state = held(ReservationType::WriteExclusive);
+        let before = state.status();
+        assert_eq!(register(&A, &mut state, 1), Ok(Effect::default()));
+        let status = state.status();
+        assert_eq!((status.registrants, status.generation), (before.registrants, before.generation + 1));
     }
 
     #[test]

@@ -412,14 +412,21 @@ impl Connection {
         self.controller.is_some() && self.queue_id == 0
     }
 
-    /// Calls `tell` when all commands that devices have now have ended: perhaps at once.
-    pub(super) fn add_barrier(&mut self, tell: Box<dyn FnOnce() + Send>) {
+    /// Calls `tell` when all commands that devices have now have ended: perhaps at once. Else returns what names the barrier.
+    pub(super) fn add_barrier(&mut self, tell: Box<dyn FnOnce() + Send>) -> Option<u64> {
         if self.executing == 0 {
             tell();
-            return;
+            return None;
         }
-        self.barriers.push(Barrier { until: self.epoch, left: self.executing, tell });
+        let until = self.epoch;
+        self.barriers.push(Barrier { until, left: self.executing, tell });
         self.epoch += 1;
+        Some(until)
+    }
+
+    /// Whether commands of before this barrier are still at devices.
+    pub(super) fn is_waited_for(&self, barrier: u64) -> bool {
+        self.barriers.iter().any(|other| other.until == barrier)
     }
 
     /// A device is done with a command that it got in `epoch`.

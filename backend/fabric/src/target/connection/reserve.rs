@@ -7,6 +7,7 @@ use super::slots::Phase;
 use super::{Action, Connection};
 use crate::nvme::reservation::ReservationCommand;
 use crate::nvme::{NvmeStatus, Sqe, StatusCode, io_opcode};
+use crate::target::registry::Subsystem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -46,9 +47,15 @@ impl Connection {
         let Some((host, subsystem)) = subsystem else { return };
         match subsystem.namespaces[position].reserve(&host.id, command) {
             Err(code) => self.fail(index, NvmeStatus::fatal(code)),
-            Ok(effect) if !effect.changed => self.answer(index, NvmeStatus::SUCCESS, 0),
+            Ok(effect) if !effect.changed && self.is_kept(subsystem, position) => {
+                self.answer(index, NvmeStatus::SUCCESS, 0);
+            }
             Ok(effect) => {
-                log::info!("{}: namespace {}: {command:?} of {}", subsystem.nqn, sqe.nsid, host.nqn);
+                // Keys are their hosts' secrets.
+                if let Some(count) = subsystem.reservation_changes.add() {
+                    let (nqn, host) = (&subsystem.nqn, &host.nqn);
+                    log::info!("{nqn}: namespace {}: {host} changes reservations; {count} changes", sqe.nsid);
+                }
                 let fence = subsystem.connections_of(&effect.fenced);
                 let subsystem = Arc::clone(subsystem);
                 self.slots.at(index).phase = Phase::Awaiting;
@@ -57,10 +64,19 @@ impl Connection {
         }
     }
 
+    fn is_kept(&self, subsystem: &Subsystem, position: usize) -> bool {
+        self.shared.keeper.is_none() || subsystem.namespaces[position].reservations_are_kept()
+    }
+
     /// A change of reservations is on disk, or could not be put there.
     pub(in super::super) fn reserved(&mut self, index: usize, kept: bool) {
         if self.is_over() {
             return;
+        }
+        let position = self.slots.at(index).namespace;
+        let subsystem = self.controller.as_ref().and_then(|it| Some((&it.host, it.subsystem.as_ref()?)));
+        if let Some((host, subsystem)) = subsystem.filter(|_| kept) {
+            subsystem.namespaces[position].reservation_answered(&host.id);
         }
         let status =
             if kept { NvmeStatus::SUCCESS } else { NvmeStatus::retryable(StatusCode::INTERNAL_ERROR) };

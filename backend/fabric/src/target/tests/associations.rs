@@ -17,7 +17,7 @@ pub(super) struct Stuck {
     pub(super) held: AtomicUsize,
     pub(super) landed: AtomicUsize,
     /// How often a channel was told to give up.
-    aborts: AtomicUsize,
+    pub(super) aborts: AtomicUsize,
     users: Mutex<Vec<(ReactorHandle, hawser_runtime::SourceId)>>,
 }
 

@@ -122,6 +122,67 @@ fn preempt_and_abort_is_answered_when_the_others_commands_have_ended() {
     assert_eq!((code, landed), (StatusCode::SUCCESS, 1));
 }
 
+/// With a write of the other that its device did not end, and the other still connected, preempt and abort waited without limit;
+/// nor did the host learn more by asking again over a new association.
+#[test]
+fn preempt_and_abort_aborts_what_lasts_and_can_be_asked_for_again() {
+    let state = Arc::<Stuck>::default();
+    // So slow after an abort that it comes after a second.
+    let rig = Rig::new(vec![Arc::new(StuckDevice::quiescing(&state, Duration::from_secs(90)))]);
+    let (_admin_a, mut a) = host(rig.address, A);
+    let (admin_b, mut b) = host(rig.address, B);
+    let kind = ReservationType::WriteExclusive;
+    assert_eq!(ask(&mut a, register(1, None)), StatusCode::SUCCESS);
+    assert_eq!(ask(&mut a, acquire(AcquireAction::Acquire, 1, 0, kind)), StatusCode::SUCCESS);
+    assert_eq!(ask(&mut b, register(2, None)), StatusCode::SUCCESS);
+    a.send(write(0, 512, Sgl::in_capsule), &[0xaa; 512], &[]);
+    while state.held.load(Ordering::SeqCst) < 1 {
+        std::thread::yield_now();
+    }
+    let preempt = acquire(AcquireAction::PreemptAndAbort, 2, 1, kind);
+    let (sqe, data) = preempt.to_sqe(1);
+    b.send(sqe, &data, &[]);
+    while report(&mut a).registrants.len() > 1 {
+        std::thread::yield_now();
+    }
+    // The host gives up waiting, and comes again.
+    drop((admin_b, b));
+    let (_admin_b, mut b) = host(rig.address, B);
+    b.send(sqe, &data, &[]);
+    while state.aborts.load(Ordering::SeqCst) < 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(state.landed.load(Ordering::SeqCst), 0);
+    state.release();
+    assert_eq!(b.end().status.code, StatusCode::SUCCESS);
+    assert_eq!(state.landed.load(Ordering::SeqCst), 1);
+    assert_eq!(a.end().status.code, StatusCode::SUCCESS);
+    // Once it is answered it is as any other.
+    assert_eq!(ask(&mut b, preempt), StatusCode::RESERVATION_CONFLICT);
+}
+
+/// What could not be kept was in force, and the same command again was answered without a word on whether it is on disk now.
+#[test]
+fn what_could_not_be_kept_is_kept_when_it_is_asked_for_again() {
+    let folder = std::path::Path::new("/dev/shm").join(format!("hawser-unkept-{}", std::process::id()));
+    let rig = Rig::keeping(vec![fake()], &folder).unwrap();
+    // No folder can be made in its place.
+    std::fs::write(&folder, "").unwrap();
+    let (_admin, mut a) = host(rig.address, A);
+    let (first, again) = (ask(&mut a, register(1, None)), ask(&mut a, register(1, None)));
+    std::fs::remove_file(&folder).unwrap();
+    let kept = ask(&mut a, register(1, None));
+    let files = || std::fs::read_dir(&folder).map_or(0, Iterator::count);
+    let written = files();
+    // Now that it is there, the same once more is no reason to write.
+    let _ = std::fs::remove_dir_all(&folder);
+    let same = ask(&mut a, register(1, None));
+    let rewritten = files();
+    let _ = std::fs::remove_dir_all(&folder);
+    let (error, ok) = (StatusCode::INTERNAL_ERROR, StatusCode::SUCCESS);
+    assert_eq!((first, again, kept, same, written, rewritten), (error, error, ok, ok, 1, 0));
+}
+
 #[test]
 fn reservations_outlive_the_target() {
     let folder = std::path::Path::new("/dev/shm").join(format!("hawser-reserve-{}", std::process::id()));
