@@ -5,14 +5,14 @@ use super::queue::{Answer, Transfer};
 use super::signal::within;
 use super::socket::ConnectedQueue;
 use crate::nvme::ana::{self, AnaLog, AnaState};
-use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetLog, ResetState};
+use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetEntry, ResetLog};
 use crate::nvme::discovery::{Entry, Header};
 use crate::nvme::fabrics::Property;
 use crate::nvme::properties::{CC_SHUTDOWN_NORMAL, CC_START, CSTS_FATAL, CSTS_READY, Capabilities, offset};
-use crate::nvme::{Sqe, identify, log as log_page};
+use crate::nvme::{Sqe, StatusCode, identify, log as log_page};
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
-use hawser_runtime::{Event, Instant, Runtime, Slab, Source, SourceId};
+use hawser_runtime::{Event, Runtime, Slab, Source, SourceId};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -24,8 +24,16 @@ pub(crate) const ADMIN_ENTRIES: u16 = 32;
 /// How long an admin command may take; as Linux's admin_timeout.
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often the end of a Cross-Controller Reset is looked for, where it takes its time.
-const RESET_POLL: Duration = Duration::from_millis(50);
+/// What a controller says when it is asked to reset another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reset {
+    /// Nothing of the other is or will be executed.
+    Done,
+    /// The log of resets will tell.
+    UnderWay,
+    /// It knows no such controller: nothing is proved.
+    Unknown,
+}
 
 /// How a command ended, or why it will not.
 type CommandResult = Result<Answer, String>;
@@ -300,35 +308,29 @@ impl Admin {
         reset.unwrap_or_else(|| Err("the controller was not reset in time".to_owned()))
     }
 
-    /// Has another controller of the subsystem reset, until which nothing of it is known to be quiet.
+    /// Has another controller of the subsystem reset.
     ///
     /// # Errors
-    /// When the controller does not do it, or not until `until`.
-    pub(crate) async fn reset_other(&self, other: &ControllerInstance, until: Instant) -> Result<(), String> {
+    /// When the controller does not do it.
+    pub(crate) async fn reset_other(&self, other: &ControllerInstance) -> Result<Reset, String> {
         let what = "reset the lost controller";
-        let (result, _) = self.command(what, other.reset(), 0).await?;
-        if crate::nvme::bytes::low32(result) & IMMEDIATE_SUCCESS != 0 {
-            return Ok(());
+        let (answer, _) = self.answer(what, other.reset(), 0).await?;
+        let immediate = crate::nvme::bytes::low32(answer.result) & IMMEDIATE_SUCCESS != 0;
+        match answer.status.code {
+            StatusCode::SUCCESS if immediate => Ok(Reset::Done),
+            StatusCode::SUCCESS | StatusCode::CONTROLLER_RESET_IN_PROGRESS => Ok(Reset::UnderWay),
+            StatusCode::INVALID_FIELD => Ok(Reset::Unknown),
+            _ => Err(format!("{what}: {}", answer.status)),
         }
-        while self.runtime.now() < until {
-            self.runtime.sleep(RESET_POLL).await;
-            let (id, len) = (log_page::id::CROSS_CONTROLLER_RESET, ResetLog::LEN_MAX);
-            let sqe = Sqe::get_log_page(id, 0, 0, len, true, crate::nvme::Sgl::NONE);
-            let (_, data) = self.command(what, sqe, len).await?;
-            let log = ResetLog::from_bytes(&data);
-            let entry = log
-                .entries
-                .iter()
-                .rev()
-                .find(|entry| (entry.cntlid, entry.uniquifier) == (other.cntlid, other.uniquifier));
-            match entry.map(|entry| entry.state) {
-                Some(ResetState::InProgress) => {}
-                Some(ResetState::Succeeded) => return Ok(()),
-                Some(ResetState::Failed) => return Err(format!("{what}: it failed")),
-                None => return Err(format!("{what}: the controller does not say how it goes")),
-            }
-        }
-        Err(format!("{what}: not in time"))
+    }
+
+    /// How the resets go that are under way. Those that have ended are told once: the controller may forget them then.
+    pub(crate) async fn resets(&self) -> Result<Vec<ResetEntry>, String> {
+        let (id, len) = (log_page::id::CROSS_CONTROLLER_RESET, ResetLog::LEN_MAX);
+        let sqe = Sqe::get_log_page(id, 0, 0, len, true, crate::nvme::Sgl::NONE);
+        let sqe = sqe.with_log_specific(ResetLog::REMOVE_COMPLETED);
+        let (_, data) = self.command("read the log of resets", sqe, len).await?;
+        Ok(ResetLog::from_bytes(&data).entries)
     }
 
     /// The asymmetric access of the namespaces in group `group`; `None` when the log does not have it.

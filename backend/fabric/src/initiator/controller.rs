@@ -9,7 +9,7 @@
 //!              keep-alive, events, chores, losses ─────┴► tear the path down in all lanes (barrier)
 //! ```
 
-use super::admin::{ADMIN_ENTRIES, Admin};
+use super::admin::{ADMIN_ENTRIES, Admin, Reset};
 use super::config::PathTimers;
 use super::device::{Shared, lane_of};
 use super::geometry::{Identity, Known};
@@ -20,7 +20,7 @@ use super::signal::{Either, Mailbox, Seldom, first, within};
 use super::socket::{self, ConnectError, QueueRequest};
 use crate::nvme::ana::AnaState;
 use crate::nvme::bytes::{low16, low32};
-use crate::nvme::cross_reset::ControllerInstance;
+use crate::nvme::cross_reset::{ControllerInstance, ResetEntry, ResetState};
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
 use crate::nvme::identify::{IdentifyNamespace, OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK, cns};
@@ -29,6 +29,7 @@ use crate::nvme::vendor::Vendor;
 use crate::nvme::{Sgl, Sqe};
 use crate::uri::NvmeUri;
 use hawser_runtime::{Instant, Runtime};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,6 +37,8 @@ use std::time::Duration;
 
 /// How long a lost association is asked to prove that it is quiet, before a new one is made.
 const RESET_LIMIT: Duration = Duration::from_secs(1);
+/// How often the end of a Cross-Controller Reset is looked for, where it takes its time.
+const RESET_POLL: Duration = Duration::from_millis(50);
 /// How often events that we do nothing about are logged at most.
 const EVENT_LOG_EVERY: Duration = Duration::from_secs(60);
 /// How often asymmetric access that will be another soon is looked at.
@@ -69,6 +72,8 @@ struct Association {
     /// Its controller reports asymmetric access.
     has_ana: bool,
     record: Record,
+    /// When its Connect began, where that waits for what the target knows to be over.
+    connect_waits: Option<Instant>,
 }
 
 struct Task {
@@ -165,7 +170,8 @@ impl Task {
         let Association { number, admin, record, identity, .. } = association;
         if matches!(end, End::Closed) {
             self.shared.died(*number, None);
-            return self.shared.remember().await;
+            let _ = self.shared.remember().await;
+            return;
         }
         let unquiet = Unquiet {
             association: *number,
@@ -176,7 +182,8 @@ impl Task {
         };
         // Other paths' tasks hear of it, and may have it reset.
         self.shared.died(*number, Some(unquiet));
-        self.shared.remember().await;
+        // What is kept names it already.
+        let _ = self.shared.remember().await;
         let keeps_promises = identity.controller.vendor.starts_with(&VENDOR_MARK);
         if keeps_promises
             && !matches!(end, End::Silence(_))
@@ -337,12 +344,18 @@ impl Task {
         };
         // Before the first command, so that a process after us knows where it may be.
         self.shared.born(self.number, record.clone());
-        self.shared.remember().await;
+        if let Err(why) = self.shared.remember().await {
+            self.shared.died(self.number, None);
+            return Err(End::Trouble(why));
+        }
         let now = self.runtime.refresh_now();
         self.shared.predecessors_live(lives);
         let connect_waits = controller.vendor.starts_with(&VENDOR_MARK).then_some(connecting_since);
+        let resets = controller.cross_resets_max > 0;
         for unquiet in self.shared.unquiet(now) {
-            if unquiet.is_quiet(&address, connect_waits) {
+            // What can be reset is, as soon as the association serves.
+            let is_reset = resets && unquiet.resettable_in(&uri.subsystem_nqn).is_some();
+            if !is_reset && unquiet.is_quiet(&record, connect_waits) {
                 self.shared.quiet(unquiet.association);
             }
         }
@@ -371,6 +384,7 @@ impl Task {
             nsid: uri.nsid,
             has_ana: ana.is_some(),
             record,
+            connect_waits,
         })
     }
 
@@ -461,8 +475,10 @@ impl Task {
         let admin = &association.admin;
         let busy = first(self.keep_alive(admin), self.follow_events(association));
         let ended = first(lost(admin), self.notices(association.number));
-        match first(first(busy, self.chores(association)), ended).await {
-            Either::First(Either::First(Either::First(end) | Either::Second(end)) | Either::Second(end))
+        let jobs = first(self.chores(association), self.reset_lost(association));
+        match first(first(busy, jobs), ended).await {
+            Either::First(Either::First(Either::First(end) | Either::Second(end)))
+            | Either::First(Either::Second(Either::First(end) | Either::Second(end)))
             | Either::Second(Either::First(end) | Either::Second(end)) => end,
         }
     }
@@ -490,15 +506,14 @@ impl Task {
                 Notice::Closed => return End::Closed,
                 Notice::Lost { association, why } if association == number => return End::Trouble(why),
                 Notice::Lost { .. } => {}
-                Notice::Asymmetric => self.shared.chores[self.path].post(()),
+                Notice::Asymmetric => self.shared.chores[self.path].post_once(()),
             }
         }
     }
 
-    /// What is done when something happens: other paths' lost controllers are reset, asymmetric access is looked at.
+    /// What is done when something happens: asymmetric access is looked at.
     async fn chores(&self, association: &Association) -> End {
         loop {
-            self.reset_lost(association).await;
             let mut passing = false;
             if association.has_ana {
                 match identify::ana(&association.admin, &association.identity).await {
@@ -519,22 +534,71 @@ impl Task {
         }
     }
 
-    async fn reset_lost(&self, association: &Association) {
-        let Association { admin, identity, record, .. } = association;
-        if identity.controller.cross_resets_max == 0 {
-            return;
+    /// Has the controllers of lost associations reset through this one. A reset that lasts holds up no other, and nothing else.
+    async fn reset_lost(&self, association: &Association) -> End {
+        let Association { admin, identity, record, connect_waits, .. } = association;
+        let resets_max = usize::from(identity.controller.cross_resets_max);
+        if resets_max == 0 {
+            return std::future::pending().await;
         }
-        for unquiet in self.shared.unquiet(self.runtime.now()) {
-            let Some(instance) = unquiet.record.instance else { continue };
-            if unquiet.record.subsystem_nqn != record.subsystem_nqn {
+        let mut asked = BTreeSet::new();
+        let mut under_way: Vec<(u64, ControllerInstance)> = Vec::new();
+        loop {
+            let mut quiet = Vec::new();
+            for unquiet in self.shared.unquiet(self.runtime.now()) {
+                let Some(instance) = unquiet.resettable_in(&record.subsystem_nqn) else { continue };
+                if under_way.len() >= resets_max || !asked.insert(unquiet.association) {
+                    continue;
+                }
+                match admin.reset_other(&instance).await {
+                    Ok(Reset::Done) => quiet.push((unquiet.association, instance)),
+                    Ok(Reset::UnderWay) => under_way.push((unquiet.association, instance)),
+                    // The target itself is another one than before: what Connect promises is what is left.
+                    Ok(Reset::Unknown) if unquiet.is_quiet(record, *connect_waits) => {
+                        quiet.push((unquiet.association, instance));
+                    }
+                    Ok(Reset::Unknown) => {
+                        log::debug!("{}: controller {} is not known", self.label(), instance.cntlid);
+                    }
+                    Err(why) => log::debug!("{}: {why}", self.label()),
+                }
+            }
+            if !under_way.is_empty() {
+                let entries = admin.resets().await.unwrap_or_else(|why| {
+                    log::debug!("{}: {why}", self.label());
+                    Vec::new()
+                });
+                under_way.retain(|(number, instance)| {
+                    let names = |entry: &&ResetEntry| {
+                        (entry.cntlid, entry.uniquifier) == (instance.cntlid, instance.uniquifier)
+                    };
+                    let state = entries.iter().rev().find(names).map(|entry| entry.state);
+                    match state {
+                        Some(ResetState::InProgress) => return true,
+                        Some(ResetState::Succeeded) => quiet.push((*number, *instance)),
+                        // Its time will be over.
+                        Some(ResetState::Failed) | None => {
+                            let cntlid = instance.cntlid;
+                            log::debug!("{}: the reset of controller {cntlid} failed", self.label());
+                        }
+                    }
+                    false
+                });
+            }
+            if !quiet.is_empty() {
+                for (number, instance) in quiet {
+                    log::info!("{}: controller {}, which was lost, is quiet", self.label(), instance.cntlid);
+                    self.shared.quiet(number);
+                }
+                // A process after us has no need to wait for them. That it is not told costs no more than that.
+                let _ = self.shared.remember().await;
                 continue;
             }
-            match admin.reset_other(&instance, unquiet.until).await {
-                Ok(()) => {
-                    log::info!("{}: controller {}, which was lost, is reset", self.label(), instance.cntlid);
-                    self.shared.quiet(unquiet.association);
-                }
-                Err(why) => log::debug!("{}: {why}", self.label()),
+            let next = self.shared.losses[self.path].next();
+            if under_way.is_empty() {
+                next.await;
+            } else {
+                within(&self.runtime, RESET_POLL, next).await;
             }
         }
     }
@@ -566,7 +630,7 @@ impl Task {
             };
             if event == AsyncEvent::ANA_CHANGE && association.has_ana {
                 // Reads the log page.
-                self.shared.chores[self.path].post(());
+                self.shared.chores[self.path].post_once(());
                 continue;
             }
             // Reading the log page lets the next event of this kind come.

@@ -14,7 +14,6 @@ use crate::uri::NvmeUri;
 use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
 use hawser_runtime::{Instant, ReactorHandle, Runtime, SourceId};
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,8 +60,10 @@ pub(crate) struct Shared {
     pub(crate) reactors: Vec<ReactorHandle>,
     /// By path.
     pub(crate) notices: Vec<Arc<Mailbox<Notice>>>,
-    /// By path: there may be something to do for others.
+    /// By path: there may be something to look at.
     pub(crate) chores: Vec<Arc<Mailbox<()>>>,
+    /// By path: an association was lost.
+    pub(crate) losses: Vec<Arc<Mailbox<()>>>,
     /// Tasks of paths that have not ended.
     pub(crate) tasks: AtomicUsize,
     numbers: AtomicU64,
@@ -146,8 +147,8 @@ impl Shared {
             None => self.quiet(number),
             Some(unquiet) => {
                 lock(&self.unquiet).push(unquiet);
-                for chores in &self.chores {
-                    chores.post(());
+                for losses in &self.losses {
+                    losses.post_once(());
                 }
             }
         }
@@ -160,9 +161,25 @@ impl Shared {
         }
     }
 
-    /// Keeps what names our associations for a process after us, off the reactor's thread.
-    pub(crate) async fn remember(self: &Arc<Self>) {
-        let Some(file) = self.config.record.clone() else { return };
+    /// Keeps what names our associations for a process after us, off the reactor's thread. Where that cannot be done, nothing
+    /// is kept: a process after us would take what is out of date for all there is.
+    ///
+    /// # Errors
+    /// When what was kept before cannot be taken away either.
+    pub(crate) async fn remember(self: &Arc<Self>) -> Result<(), String> {
+        let Some(file) = self.config.record.clone() else { return Ok(()) };
+        let fails = |error: std::io::Error| format!("{}: cannot be written: {error}", file.display());
+        let is_kept = self.keep(file.clone()).await;
+        let Err(error) = is_kept else { return Ok(()) };
+        log::warn!("{}: {}; a process after this one will wait longer", self.config.name, fails(error));
+        let forget = || {
+            let _one = lock(&self.keeping);
+            quiet::forget(&file)
+        };
+        forget().map_err(fails)
+    }
+
+    async fn keep(self: &Arc<Self>, file: std::path::PathBuf) -> std::io::Result<()> {
         let (done, shared) = (Arc::new(Mailbox::default()), Arc::clone(self));
         let post = Arc::clone(&done);
         let keep = move || {
@@ -172,15 +189,10 @@ impl Shared {
             records.extend(lock(&shared.unquiet).iter().map(|unquiet| unquiet.record.clone()));
             let kept = quiet::keep(&file, &records);
             drop(one);
-            post.post(kept.map_err(|error| format!("{}: cannot be written: {error}", file.display())));
+            post.post(kept);
         };
-        let result = match std::thread::Builder::new().name("keep".into()).spawn(keep) {
-            Ok(_) => done.next().await,
-            Err(error) => Err(format!("no thread to keep associations: {error}")),
-        };
-        if let Err(why) = result {
-            log::warn!("{}: {why}", self.config.name);
-        }
+        std::thread::Builder::new().name("keep".into()).spawn(keep)?;
+        done.next().await
     }
 
     /// The associations that are not known to be quiet at `now`.
@@ -199,9 +211,11 @@ impl Shared {
     /// A controller has said how long the commands of a process before us may live, of which nothing else is known.
     pub(crate) fn predecessors_live(&self, lives: std::time::Duration) {
         for unquiet in lock(&self.unquiet).iter_mut() {
-            if unquiet.association < PREDECESSORS && unquiet.record.subsystem_nqn.is_empty() {
-                let began = unquiet.until.0.saturating_sub(duration_ns(unquiet.record.lives));
-                unquiet.until = Instant(began) + lives;
+            if unquiet.association < PREDECESSORS && unquiet.record.is_anybodys() {
+                // Whichever of them it was at; the first to speak ends the wait for any.
+                let spoken = unquiet.until != Instant::NEVER;
+                let lives = if spoken { lives.max(unquiet.record.lives) } else { lives };
+                unquiet.until = unquiet.since + lives;
                 unquiet.record.lives = lives;
                 let (number, until) = (unquiet.association, unquiet.until);
                 self.on_lanes(move |lane| lane.quiet_from(number, until));
@@ -272,6 +286,7 @@ impl NvmeDevice {
             reactors: distinct,
             notices: (0..paths).map(|_| Arc::default()).collect(),
             chores: (0..paths).map(|_| Arc::default()).collect(),
+            losses: (0..paths).map(|_| Arc::default()).collect(),
             tasks: AtomicUsize::new(paths),
             numbers: AtomicU64::new(PREDECESSORS),
             live: Mutex::default(),
@@ -290,8 +305,8 @@ impl NvmeDevice {
                 let config = &shared.config;
                 let stats = shared.stats.writer(runtime);
                 let now = runtime.now();
-                let until: Vec<_> =
-                    predecessors.iter().map(|(number, record)| (*number, now + record.lives)).collect();
+                let until = |(number, record): &(u64, Record)| (*number, predecessor_until(record, now));
+                let until: Vec<_> = predecessors.iter().map(until).collect();
                 let lane = Lane::add(runtime, shared.notices.clone(), stats, cache, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
@@ -300,8 +315,9 @@ impl NvmeDevice {
         owner.run(move |runtime| {
             let now = runtime.now();
             lock(&task.unquiet).extend(predecessors.into_iter().map(|(association, record)| {
-                // Its death has closed its sockets.
-                Unquiet { association, since: now, until: now + record.lives, record, target_knows: true }
+                let until = predecessor_until(&record, now);
+                // Its death has closed its sockets; whether the target has heard of that is not known.
+                Unquiet { association, since: now, until, record, target_knows: false }
             }));
             for path in 0..paths {
                 runtime.spawn(controller::run(runtime.clone(), Arc::clone(&task), path));
@@ -321,21 +337,15 @@ fn predecessors(config: &NvmeConfig) -> Vec<(u64, Record)> {
     }
     let kept = config.record.as_deref().and_then(quiet::kept);
     let records = kept.unwrap_or_else(|| {
-        // It was on one of the paths, at one of its addresses. With several we do not know which.
-        let address = match config.paths.as_slice() {
-            [NvmeUri { address, .. }] => {
-                address.host.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, address.port))
-            }
-            _ => None,
-        };
         let lives = quiet::lives(&config.timers, 0);
-        vec![Record { address, subsystem_nqn: String::new(), instance: None, lives }]
+        vec![Record { address: None, subsystem_nqn: String::new(), instance: None, lives }]
     });
     (0..).zip(records).collect()
 }
 
-fn duration_ns(duration: std::time::Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+/// Until when the commands of a predecessor's association may live. Of one of which we know nothing, a controller says.
+fn predecessor_until(record: &Record, now: Instant) -> Instant {
+    if record.is_anybodys() { Instant::NEVER } else { now + record.lives }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -51,6 +51,7 @@ const TRIES_MAX: u8 = 5;
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// What a lane tells a path's task.
+#[derive(PartialEq, Eq)]
 pub(crate) enum Notice {
     /// The association with this number cannot go on.
     Lost { association: u64, why: String },
@@ -537,7 +538,7 @@ impl Lane {
             let way = &mut self.ways[path];
             if let Some(start) = way.started.as_mut().filter(|start| start.ana.is_some()) {
                 start.ana = Some(state);
-                way.notices.post(Notice::Asymmetric);
+                way.notices.post_once(Notice::Asymmetric);
             }
             return Some(RETRY_DELAY * u32::from(held.tries.min(10)));
         }

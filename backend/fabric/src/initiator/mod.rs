@@ -7,7 +7,7 @@
 //!   device ──────────── what all threads see; its paths        discover ── the discovery log, for people
 //!     │   ├ cache ───── what volatile caches hold of us
 //!     │   └ quiet ───── associations that are over, and may still write
-//!   controller ──────── each path's task on the owner reactor: connect, identify, keep alive, follow, reconnect
+//!   controller ──────── each path's task on the owner reactor: connect, identify, keep alive, follow, reset the lost, reconnect
 //!     │      └ admin ── admin commands, one future each
 //!   lane (one per reactor) ── requests of its channels: which path they take, resent after a loss, no ghost writes
 //!     │   ├ way ─────── a path's connection here
@@ -21,17 +21,19 @@
 //! operations are awaited, commands taken back. Reads take another path at once, or wait for one. A write of unknown outcome,
 //! and writes to the same blocks after it, wait until the lost association is quiet. What proves that:
 //!
-//! - The target resets the lost controller when asked through another path (Cross-Controller Reset). A process after us
-//!   does the same with what we left behind: what names our associations is kept in a file.
+//! - The target resets the lost controller when asked through another association, on another path or the same one
+//!   (Cross-Controller Reset). A process after us does the same with what we left behind: what names our associations is kept
+//!   in a file. Where the target can, this is asked for, and the promise below is not relied upon.
 //! - With our own target ([`crate::nvme::identify::VENDOR_MARK`]): the lost controller was reset through its own admin
 //!   queue, where that is still there; CSTS.RDY clears when its I/O queues have no command any more.
-//! - With our own target: it ended the admin queue itself, and has answered a Connect at the same address since. That waits
-//!   for the commands of our earlier associations of which it knows that they are over. For a process before us, its death
-//!   has closed its sockets, which is a reset that throws away what was not sent yet, and comes before the new Connect.
+//! - With our own target, which was started again and knows nothing of the lost controller: its connection's end came from
+//!   the other side, and a Connect to the same subsystem at the same address was answered since.
 //!
-//! An end that only we know of (a time-out, a breach of the protocol, silence) proves nothing: our reset may be lost on the
-//! way. Without proof, twice `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss. A middle box that
-//! keeps what it took from us, and delivers it after it let a new Connect pass, is beyond this.
+//! Nothing else proves anything. An end that only we know of (a time-out, a breach of the protocol, silence, the death of a
+//! process before us) closes our sockets, but the reset that they send may be lost on the way. An end that we were told of may
+//! be a middle box's, which keeps the target's side open, with bytes in it that nobody has read. Without proof, twice
+//! `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss; for a process before us that has kept nothing, the
+//! longest that a controller says.
 
 mod admin;
 mod batch;

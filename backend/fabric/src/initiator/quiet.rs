@@ -25,6 +25,13 @@ pub(crate) struct Record {
     pub(crate) lives: Duration,
 }
 
+impl Record {
+    /// It stands for whatever a process before us had, which kept nothing.
+    pub(crate) fn is_anybodys(&self) -> bool {
+        self.subsystem_nqn.is_empty()
+    }
+}
+
 /// An association that is over, and whose commands may still be executed.
 #[derive(Clone, Debug)]
 pub(crate) struct Unquiet {
@@ -39,11 +46,18 @@ pub(crate) struct Unquiet {
 }
 
 impl Unquiet {
-    /// Whether it is quiet after a Connect to `address`, of a target where Connect waits for what it knows to be over, since
-    /// this one began; `None`: of another.
-    pub(crate) fn is_quiet(&self, address: &SocketAddr, connect_waits: Option<Instant>) -> bool {
+    /// Whether it is quiet after a Connect to where `now` is, of a target where Connect waits for what the subsystem knows to be
+    /// over, since this one began; `None`: of another.
+    pub(crate) fn is_quiet(&self, now: &Record, connect_waits: Option<Instant>) -> bool {
         let knew = self.target_knows && connect_waits.is_some_and(|began| self.since <= began);
-        knew && self.record.address == Some(*address)
+        let there = self.record.address.is_some() && self.record.address == now.address;
+        knew && there && self.record.subsystem_nqn == now.subsystem_nqn
+    }
+
+    /// What a controller of this subsystem can be asked to reset. Where that is so, and it resets others, its word is better
+    /// than [`Unquiet::is_quiet`]: what we took for the target's end of a connection may have been a middle box's.
+    pub(crate) fn resettable_in(&self, subsystem_nqn: &str) -> Option<ControllerInstance> {
+        self.record.instance.filter(|_| self.record.subsystem_nqn == subsystem_nqn)
     }
 }
 
@@ -65,6 +79,14 @@ pub(crate) fn keep(file: &Path, records: &[Record]) -> std::io::Result<()> {
     // Not synced: it is for a process after us, not for a boot after this one.
     std::fs::write(&new, text)?;
     std::fs::rename(&new, file)
+}
+
+/// Takes away what is kept: a process after us then knows nothing, and waits. What is out of date it would trust.
+pub(crate) fn forget(file: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// What a process before us has kept; `None` when it is not there or not to be understood.
@@ -105,7 +127,8 @@ mod tests {
     }
 
     /// A name had two addresses, with a target at each. After the first was lost, the second's promise about its own earlier
-    /// associations was taken for one about the first's, because both were the same URI.
+    /// associations was taken for one about the first's, because both were the same URI. And one address may have several
+    /// subsystems, of which each waits for its own.
     #[test]
     fn a_target_speaks_for_its_own_address_and_for_what_it_has_seen() {
         let (here, there): (SocketAddr, SocketAddr) =
@@ -122,8 +145,11 @@ mod tests {
             (lost(Some(here), false), here, Some(Instant(500)), false),
             (lost(None, true), here, Some(Instant(500)), false),
         ] {
-            assert_eq!(unquiet.is_quiet(&address, connect_waits), quiet);
+            assert_eq!(unquiet.is_quiet(&record(Some(address)), connect_waits), quiet);
+            let other = Record { subsystem_nqn: "nqn.y".into(), ..record(Some(address)) };
+            assert!(!unquiet.is_quiet(&other, connect_waits));
         }
+        assert!(!lost(None, true).is_quiet(&record(None), Some(Instant(500))));
     }
 
     #[test]

@@ -40,6 +40,16 @@ impl<T> Mailbox<T> {
         }
     }
 
+    /// Posts a message, unless one that says the same waits already: so many cost no more memory than one.
+    pub(crate) fn post_once(&self, message: T)
+    where
+        T: PartialEq,
+    {
+        if !self.lock().messages.contains(&message) {
+            self.post(message);
+        }
+    }
+
     /// Awaits the next message. One reader at a time.
     pub(crate) async fn next(&self) -> T {
         poll_fn(|cx| {
@@ -112,6 +122,15 @@ impl Seldom {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_waits_already_is_not_posted_again() {
+        let mailbox = Mailbox::default();
+        for message in [1, 2, 1, 2, 2] {
+            mailbox.post_once(message);
+        }
+        assert_eq!(mailbox.lock().messages, [1, 2]);
+    }
 
     #[test]
     fn a_flood_is_said_once_in_a_while() {

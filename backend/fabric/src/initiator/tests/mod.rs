@@ -2,6 +2,7 @@
 //! scripted target that does what ours does not.
 
 mod client;
+mod lost_controllers;
 mod middle_box;
 mod scripted;
 mod several_paths;
@@ -50,4 +51,29 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
 
 fn wait_ready(device: &Arc<NvmeDevice>) {
     wait_until("the device is ready", || device.state() == DeviceState::Ready && device.geometry().is_some());
+}
+
+/// A folder of a test's own for what is kept of associations; it goes with this.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let folder = std::env::temp_dir().join(format!("hawser-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        Folder(folder)
+    }
+
+    fn file(&self) -> std::path::PathBuf {
+        self.0.join("n0")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // A device that is on its way out may be writing there.
+        let begun = Instant::now();
+        while std::fs::remove_dir_all(&self.0).is_err() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::command::io_opcode;
-use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS};
+use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetEntry, ResetLog, ResetState};
 use crate::nvme::fabrics::{self, Connect, Property, fctype};
 use crate::nvme::identify::{IdentifyController, IdentifyNamespace, NamespaceIds, cns};
 use crate::nvme::log::{AsyncEvent, id};
@@ -41,8 +41,14 @@ pub(super) struct State {
     pub(super) disables: usize,
     /// What the ANA log page says of the one group.
     pub(super) ana: AnaState,
-    /// The other controllers that it was asked to reset. It says that it did.
+    /// The other controllers that it was asked to reset.
     pub(super) resets_of_others: Vec<ControllerInstance>,
+    /// What its log says of them; `None`: they are reset at once.
+    pub(super) reset_state: Option<ResetState>,
+    /// Its log of them.
+    pub(super) reset_log: Vec<ControllerInstance>,
+    /// It knows no other controllers.
+    pub(super) knows_none: bool,
     /// Of its own controllers.
     pub(super) cntlid: u16,
     /// Admin connections so far.
@@ -59,6 +65,22 @@ pub(super) struct Scripted {
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn read_reset_log(&mut self, sqe: &Sqe) -> Vec<u8> {
+        let state = self.reset_state.unwrap_or(ResetState::Succeeded);
+        let entry = |instance: &ControllerInstance| ResetEntry {
+            cntlid: instance.cntlid,
+            uniquifier: instance.uniquifier,
+            state,
+        };
+        let log = ResetLog { entries: self.reset_log.iter().map(entry).collect() };
+        if sqe.log_specific() & ResetLog::REMOVE_COMPLETED != 0 && state != ResetState::InProgress {
+            self.reset_log.clear();
+        }
+        log.to_bytes()
+    }
 }
 
 impl Scripted {
@@ -88,6 +110,9 @@ impl Scripted {
             disables: 0,
             ana: AnaState::Optimized,
             resets_of_others: Vec::new(),
+            reset_state: None,
+            reset_log: Vec::new(),
+            knows_none: false,
             cntlid: 5,
             associations: 0,
             event: None,
@@ -295,8 +320,19 @@ impl Connection<'_> {
             }
             admin_opcode::KEEP_ALIVE if lock(self.state).deaf => Ok(()),
             admin_opcode::CROSS_CONTROLLER_RESET => {
-                lock(self.state).resets_of_others.push(ControllerInstance::from_sqe(sqe));
-                self.success(sqe, u64::from(IMMEDIATE_SUCCESS))
+                let instance = ControllerInstance::from_sqe(sqe);
+                let mut state = lock(self.state);
+                state.resets_of_others.push(instance);
+                if state.knows_none {
+                    drop(state);
+                    return self.fail(sqe, NvmeStatus::fatal(StatusCode::INVALID_FIELD));
+                }
+                let immediate = if state.reset_state.is_none() { IMMEDIATE_SUCCESS } else { 0 };
+                if immediate == 0 {
+                    state.reset_log.push(instance);
+                }
+                drop(state);
+                self.success(sqe, u64::from(immediate))
             }
             admin_opcode::GET_LOG_PAGE => {
                 let len = sqe.log_len().expect("a length") as usize;
@@ -312,6 +348,10 @@ impl Connection<'_> {
                         }
                     };
                     let bytes = AnaLog { changes: 1, groups: vec![group] }.to_bytes();
+                    log[..bytes.len()].copy_from_slice(&bytes);
+                }
+                if sqe.log_id() == id::CROSS_CONTROLLER_RESET {
+                    let bytes = lock(self.state).read_reset_log(sqe);
                     log[..bytes.len()].copy_from_slice(&bytes);
                 }
                 self.data(sqe, &log)

@@ -130,9 +130,8 @@ fn a_lost_controller_is_reset_through_the_other_path_and_writes_go_on() {
 
 #[test]
 fn what_a_killed_process_left_behind_is_reset_by_the_one_after_it() {
-    let folder = std::env::temp_dir().join(format!("hawser-record-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let file = folder.join("n0");
+    let folder = Folder::new("record");
+    let file = folder.file();
     let targets = targets();
     with_cross_resets(&targets[0], 100);
     with_cross_resets(&targets[1], 101);
@@ -155,7 +154,6 @@ fn what_a_killed_process_left_behind_is_reset_by_the_one_after_it() {
         config.timers.quiesce_tmo = HOUR;
     });
     let outcome = second.client.run(Ask::write(0, 8, data(1, 8))).outcome;
-    std::fs::remove_dir_all(&folder).unwrap();
     assert_eq!(outcome, Ok(()));
     let reset: Vec<_> =
         second.targets.iter().flat_map(|target| target.state().resets_of_others.clone()).collect();

@@ -120,39 +120,6 @@ fn an_end_of_our_own_making_proves_nothing_unless_the_controller_can_be_reset() 
     }
 }
 
-/// With a name for a path, whichever of its addresses was reached passed for the one where the predecessor had been.
-#[test]
-fn where_a_predecessor_was_is_not_known_from_a_name() {
-    for (name, waits) in [("localhost", true), ("127.0.0.1", false)] {
-        let target = Scripted::start(NQN);
-        target.state().controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
-        let begun = Instant::now();
-        let mut bench = bench(target, |config| {
-            config.had_predecessor = true;
-            config.paths[0].address.host = name.into();
-            config.timers.keep_alive_tmo = Duration::from_millis(1000);
-            config.timers.quiesce_tmo = Duration::from_secs(if waits { 0 } else { 3600 });
-        });
-        assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
-        assert!(!waits || begun.elapsed() >= Duration::from_secs(2));
-    }
-}
-
-/// The time that the controller said (CQT) was not used for a predecessor's commands, only for our own.
-#[test]
-fn a_controller_says_how_long_a_predecessors_commands_may_live() {
-    let target = Scripted::start(NQN);
-    target.state().controller.quiesce_time_ms = 300;
-    let begun = Instant::now();
-    let mut bench = bench(target, |config| {
-        config.had_predecessor = true;
-        config.timers.keep_alive_tmo = Duration::from_millis(500);
-        config.timers.quiesce_tmo = Duration::from_secs(3600);
-    });
-    assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
-    assert!(begun.elapsed() >= Duration::from_millis(1300));
-}
-
 /// A target came back without a cache, and the flush of what its cache had held before was answered without asking it.
 #[test]
 fn a_flush_is_owed_also_to_a_controller_that_has_no_cache_any_more() {
