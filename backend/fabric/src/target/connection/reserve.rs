@@ -73,9 +73,10 @@ impl Connection {
         if self.is_over() {
             return;
         }
-        let position = self.slots.at(index).namespace;
+        let slot = self.slots.at(index);
+        let (position, acquires) = (slot.namespace, slot.sqe.opcode == io_opcode::RESERVATION_ACQUIRE);
         let subsystem = self.controller.as_ref().and_then(|it| Some((&it.host, it.subsystem.as_ref()?)));
-        if let Some((host, subsystem)) = subsystem.filter(|_| kept) {
+        if let Some((host, subsystem)) = subsystem.filter(|_| kept && acquires) {
             subsystem.namespaces[position].reservation_answered(&host.id);
         }
         let status =

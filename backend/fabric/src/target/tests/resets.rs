@@ -1,6 +1,6 @@
 //! Cross-Controller Reset: what a host may take for quiet.
 
-use super::associations::StuckDevice;
+use super::associations::{StuckDevice, drain, fill_with_unread_writes};
 use super::*;
 use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetLog, ResetState};
 use crate::nvme::log::AsyncEvent;
@@ -18,14 +18,16 @@ fn a_reset_ends_the_other_association_and_says_that_it_is_quiet() {
     let (mut lost, cntlid) = Peer::admin(rig.address, NQN);
     let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
     let instance = instance_of(&mut lost);
-    let (mut admin, _) = Peer::admin(rig.address, NQN);
+    let (mut admin, next_cntlid) = Peer::admin(rig.address, NQN);
+    fill_with_unread_writes(&mut peer, 0xee);
     assert_ne!(instance_of(&mut admin), instance);
     let cqe = admin.call(instance.reset(), &[], &[]).0;
     assert_eq!((cqe.status.code, cqe.dword0()), (StatusCode::SUCCESS, IMMEDIATE_SUCCESS));
     // What was sent there and not read yet is never executed.
-    let late = peer.capsule(&write(0, 512, Sgl::in_capsule), &[0xee; 512]);
-    let _ = std::io::Write::write_all(&mut peer.stream, &late);
-    assert!(matches!(peer.hear(), Heard::End));
+    let mut next = Peer::io(rig.address, NQN, next_cntlid, 1, Digests::NONE, true);
+    assert!(next.call(write(0, 512, Sgl::in_capsule), &[0x11; 512], &[]).0.status.is_success());
+    drain(&mut peer);
+    assert!(next.call(read(0, 512), &[], &[]).1 == [0x11; 512], "a write of the past has come after");
     assert!(matches!(lost.hear(), Heard::End));
     // Again: it is gone, which is what was asked for.
     let cqe = admin.call(instance.reset(), &[], &[]).0;
