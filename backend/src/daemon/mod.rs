@@ -384,7 +384,8 @@ impl Daemon {
             match save::save_disk(&Machine, &self.config, &disk.config) {
                 Ok(file) => disk.set_saved_in(Some(file)),
                 Err(what) => {
-                    disk.stop(Duration::ZERO);
+                    // A front end may have been faster.
+                    self.end_disk(&disk, Duration::ZERO);
                     return Err(ChangeError::Failed(what));
                 }
             }
@@ -408,18 +409,22 @@ impl Daemon {
             disk.set_saved_in(None);
         }
         let view = disk.view();
-        let left = disk.stop(self.drain());
+        self.end_disk(&disk, self.drain());
         self.lock_disks().retain(|other| !Arc::ptr_eq(other, &disk));
-        if let Some(left) = left {
-            let device = disk.config.device.clone();
-            log::warn!(
-                "disk {name}: removed; device {device} still has requests of it, and cannot be used before they end"
-            );
-            self.lock_left_behind().push((device, left));
-        } else {
-            log::info!("disk {name}: removed");
-        }
         Ok(view)
+    }
+
+    /// Stops a disk, and remembers what it leaves at its device.
+    fn end_disk(&self, disk: &Disk, drain: Duration) {
+        let DiskConfig { name, device, .. } = &disk.config;
+        let Some(left) = disk.stop(drain) else {
+            log::info!("disk {name}: removed");
+            return;
+        };
+        log::warn!(
+            "disk {name}: removed; device {device} still has requests of it, and cannot be used before they end"
+        );
+        self.lock_left_behind().push((device.clone(), left));
     }
 
     /// Whether `device` still has requests of a disk that was removed.
