@@ -304,7 +304,6 @@ impl Daemon {
     fn run(&self, inbox: &Receiver<News>) {
         if let Ok(News::Stop(why)) = inbox.recv() {
             log::info!("{why}: draining for up to {} s", self.config.daemon.drain_timeout);
-            notify::stopping(self.drain());
         }
         if !self.stop(self.drain()) {
             // The next process waits until what we leave behind is over, as after a death.
@@ -317,8 +316,11 @@ impl Daemon {
 
     /// Ends all disks at the same time, then the target, then the devices. Returns whether every request has ended.
     fn stop(&self, drain: Duration) -> bool {
-        let since = Instant::now();
+        // A disk that is being removed right now takes its own time to drain, as long as that of all disks.
+        notify::stopping(drain);
         let _change = self.lock_changes();
+        notify::stopping(drain);
+        let since = Instant::now();
         let disks = std::mem::take(&mut *self.lock_disks());
         let mut all_ended = std::thread::scope(|scope| {
             let ends: Vec<_> = disks.iter().map(|disk| scope.spawn(|| disk.stop(drain))).collect();
@@ -327,7 +329,9 @@ impl Daemon {
         drop(disks);
         all_ended &= std::mem::take(&mut *self.lock_left_behind()).iter().all(|(_, left)| left.has_ended());
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if target.is_some_and(|target| !target.stop(drain.saturating_sub(since.elapsed()))) {
+        let drain_left = drain.saturating_sub(since.elapsed());
+        notify::stopping(drain_left);
+        if target.is_some_and(|target| !target.stop(drain_left)) {
             log::warn!("targets: commands were still under way after {} s", drain.as_secs());
             all_ended = false;
         }

@@ -18,7 +18,7 @@ pub(super) fn waiting(at_most: Duration) {
     send(&format!("STATUS=Starting\nEXTEND_TIMEOUT_USEC={}\n", at_most.as_micros()));
 }
 
-/// The end has begun, and takes up to `drain`.
+/// The end has begun, and takes up to `drain` from now on, and a bit for what was given up.
 pub(super) fn stopping(drain: Duration) {
     let patience = drain + Duration::from_secs(10);
     send(&format!(
