@@ -71,6 +71,12 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Whether a read leaves its payload as it was (`null:`): whoever reads into memory that held somebody else's data must
+    /// clear it first.
+    fn leaves_payload(&self) -> bool {
+        false
+    }
+
     /// How long after [`Channel::abort`] a request that is under way may go on at most, as far as is known now. 0: it ends at
     /// once, or with the operation that the system has begun.
     fn quiesce_time(&self) -> Duration {

@@ -49,6 +49,10 @@ impl Device for NullDevice {
         [0; 16]
     }
 
+    fn leaves_payload(&self) -> bool {
+        true
+    }
+
     /// There is nothing to lose.
     fn cache_identity(&self) -> Option<[u8; 16]> {
         Some(*b"null\0\0\0\0\0\0\0\0\0\0\0\0")

@@ -73,6 +73,10 @@ impl Device for Volume {
         self.member.uuid()
     }
 
+    fn leaves_payload(&self) -> bool {
+        self.member.leaves_payload()
+    }
+
     fn cache_identity(&self) -> Option<[u8; 16]> {
         self.member.cache_identity()
     }

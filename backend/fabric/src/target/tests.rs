@@ -10,6 +10,7 @@ mod resets;
 use super::peer::{HOST, Heard, Peer};
 use super::*;
 use crate::mem::MemDevice;
+use crate::null::NullDevice;
 use crate::nvme::command::DsmRange;
 use crate::nvme::fabrics::{CNTLID_DYNAMIC, Connect, Property};
 use crate::nvme::identify::{
@@ -138,6 +139,23 @@ fn blocks_written_in_every_way_read_back_with_every_digest() {
             }
         }
     }
+}
+
+/// `null:` leaves the buffer as it is, and the buffer went to the host with whatever it had held before.
+#[test]
+fn a_device_that_fills_nothing_is_read_as_zeroes() {
+    let device = NullDevice::new("n", 1 << 20, BlockSize::B512).unwrap();
+    let rig = Rig::new(vec![Arc::new(device)]);
+    let (_admin, cntlid) = Peer::admin(rig.address, NQN);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    let bytes = pattern(64 << 10, 7);
+    assert_eq!(
+        peer.call(write(0, bytes.len(), Sgl::transport), &[], &bytes).0.status.code,
+        StatusCode::SUCCESS
+    );
+    let (cqe, back) = peer.call(read(0, bytes.len()), &[], &[]);
+    assert_eq!(cqe.status.code, StatusCode::SUCCESS);
+    assert!(back == vec![0; bytes.len()]);
 }
 
 /// Answers to a host that sends without reading grew until memory was gone.

@@ -200,7 +200,12 @@ impl Connection {
         self.submitting = true;
         let blocks = BlockCount(u32::try_from(run.blocks).expect("pieces and transfers are bounded"));
         let request = Request { operation, lba: Lba(run.lba), blocks, buffers, token: Token(index as u64) };
-        self.lanes[slot.namespace].batch.push(request);
+        let lane = &mut self.lanes[slot.namespace];
+        if lane.cleared && operation == Operation::Read {
+            // SAFETY: the request is a read that has not begun.
+            unsafe { buffers.zero() };
+        }
+        lane.batch.push(request);
     }
 
     fn geometry(&mut self, index: usize) -> Option<Geometry> {
@@ -367,6 +372,7 @@ impl Connection {
             .map(|namespace| Lane {
                 device: Arc::clone(&namespace.device),
                 shift: None,
+                cleared: namespace.device.leaves_payload(),
                 access: Access::ALL,
                 access_epoch: 0,
                 batch: Vec::new(),

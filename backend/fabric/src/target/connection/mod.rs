@@ -118,6 +118,8 @@ pub(super) struct Lane {
     pub(super) device: Arc<dyn Device>,
     /// log2 of the block size; `None` until the geometry is known.
     shift: Option<u32>,
+    /// Reads must find zeroes in the buffer, which may have held another host's data.
+    cleared: bool,
     /// What reservations let the host do, as of `access_epoch`.
     access: Access,
     access_epoch: u64,
