@@ -36,7 +36,7 @@ pub(super) struct ImportArgs {
     /// Write even where a running daemon lets others write to the device
     #[arg(long)]
     force: bool,
-    /// The API socket of the daemon that is asked for that, instead of the file's [daemon] api
+    /// The API socket of the daemon that is asked for that, instead of the file's `[daemon] api`
     #[arg(long, value_name = "SOCK", env = "HAWSER_API")]
     api: Option<PathBuf>,
 }

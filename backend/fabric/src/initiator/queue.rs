@@ -304,7 +304,7 @@ impl<T: Copy> QueuePair<T> {
         !self.commands.is_empty() || !self.data.is_empty()
     }
 
-    /// Puts together the next send: fills `iovecs` (at most [`SEND_IOVECS_MAX`]) and returns its length in bytes; 0 when
+    /// Puts together the next send: fills `iovecs` (at most [`super::batch::SEND_IOVECS_MAX`]) and returns its length in bytes; 0 when
     /// there is nothing to send. What the iovecs name stays in place until [`QueuePair::transmitted`].
     ///
     /// # Panics
