@@ -75,7 +75,9 @@ impl Channel for FileChannel {
 
     fn is_working(&self) -> bool {
         let core = self.core.borrow();
-        core.shared.backing.in_memory && !core.waiting.is_empty()
+        // A wake-up for each large request would cost as much as half of its copy.
+        core.shared.backing.in_memory
+            && core.waiting.front().is_some_and(|(request, _)| request.buffers.len() < PASS_BYTES)
     }
 
     fn abort(&mut self) {
