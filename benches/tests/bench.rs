@@ -73,22 +73,7 @@ fn a_fio_with_the_engine_is_taken_and_asked_for_the_same_load() {
     let Some(hawser) = both_servers() else {
         return;
     };
-    let folder = TempDir::new(None).expect("a temporary folder");
-    let fio = folder.path().join("fio");
-    std::fs::write(&fio, FIO).expect("written");
-    std::fs::set_permissions(&fio, std::fs::Permissions::from_mode(0o755)).expect("made a program");
-    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").expect("PATH"));
-    let report = folder.path().join("report.md");
-    let output = Command::new(env!("CARGO_BIN_EXE_bench"))
-        .args(["--quick", "--only", "null/randread-4k/qd32/poll100", "--out"])
-        .arg(&report)
-        .arg("--hawser")
-        .arg(hawser)
-        .env("PATH", path)
-        .output()
-        .expect("the bench runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let report = std::fs::read_to_string(report).expect("a report");
+    let (folder, report) = bench_beside_fio(&hawser, FIO, "null/randread-4k/qd32/poll100");
     assert!(report.contains("- load: fio-3.40 with the engine libblkio, completions by eventfd"), "{report}");
     assert!(report.contains("| 123k ±0%") && report.contains("7.0 / 8.0 / 9.0"), "{report}");
 
@@ -120,17 +105,16 @@ fn a_fio_with_the_engine_is_taken_and_asked_for_the_same_load() {
     }
 }
 
-#[test]
-fn a_fio_without_the_engine_is_left_alone() {
-    let Some(hawser) = both_servers() else { return };
+/// Runs a moment of one case with this script as the `fio` on PATH; its folder, and the report.
+fn bench_beside_fio(hawser: &Path, script: &str, case: &str) -> (TempDir, String) {
     let folder = TempDir::new(None).expect("a temporary folder");
     let fio = folder.path().join("fio");
-    std::fs::write(&fio, FIO.replace("\\tlibblkio", "\\tlibaio")).expect("written");
+    std::fs::write(&fio, script).expect("written");
     std::fs::set_permissions(&fio, std::fs::Permissions::from_mode(0o755)).expect("made a program");
-    let report = folder.path().join("report.md");
     let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").expect("PATH"));
+    let report = folder.path().join("report.md");
     let output = Command::new(env!("CARGO_BIN_EXE_bench"))
-        .args(["--quick", "--only", "null/randread-4k/qd1/poll0", "--out"])
+        .args(["--quick", "--only", case, "--out"])
         .arg(&report)
         .arg("--hawser")
         .arg(hawser)
@@ -139,6 +123,14 @@ fn a_fio_without_the_engine_is_left_alone() {
         .expect("the bench runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report = std::fs::read_to_string(report).expect("a report");
+    (folder, report)
+}
+
+#[test]
+fn a_fio_without_the_engine_is_left_alone() {
+    let Some(hawser) = both_servers() else { return };
+    let without = FIO.replace("\\tlibblkio", "\\tlibaio");
+    let (folder, report) = bench_beside_fio(&hawser, &without, "null/randread-4k/qd1/poll0");
     assert!(report.contains("- load: blkclient (crate blkio)"), "{report}");
     assert!(!folder.path().join("fio.calls").exists());
 }

@@ -1,0 +1,161 @@
+//! What leaves a lane: which requests may go now, on which way, as which commands.
+//!
+//! Owns: the order of sending and the choice of a path. Must not know: connections from the inside, tasks.
+
+use super::Lane;
+use crate::initiator::config::IoPolicy;
+use crate::initiator::held::{Fit, Held, fit};
+use crate::initiator::queue::Transfer;
+use crate::initiator::way::Way;
+use crate::nvme::ana::AnaState;
+use crate::nvme::command::DsmRange;
+use crate::nvme::{Sgl, Sqe};
+use hawser_block::{Geometry, Operation, Request, Status};
+use std::ops::Range;
+
+impl Lane {
+    /// The way that the next command takes, if there is one that has room.
+    fn choose(&mut self) -> Option<usize> {
+        let best = if self.ways.iter().any(|way| way.ana() == Some(AnaState::Optimized)) {
+            AnaState::Optimized
+        } else {
+            AnaState::NonOptimized
+        };
+        let good = |way: &Way| way.ana() == Some(best);
+        let count = self.ways.len();
+        let others = |from: usize| (0..count).map(move |step| (from + step) % count);
+        let chosen = match self.policy {
+            IoPolicy::Numa => others(self.current).find(|index| good(&self.ways[*index])),
+            IoPolicy::RoundRobin => {
+                let mut order = others(self.current + 1);
+                order.find(|index| good(&self.ways[*index]) && self.ways[*index].room() > 0)
+            }
+            IoPolicy::QueueDepth => {
+                let with_room = others(self.current);
+                let with_room = with_room.filter(|at| good(&self.ways[*at]) && self.ways[*at].room() > 0);
+                with_room.min_by_key(|index| self.ways[*index].outstanding())
+            }
+        };
+        self.current = chosen?;
+        (self.ways[self.current].room() > 0).then_some(self.current)
+    }
+
+    /// Sends what may be sent.
+    pub(super) fn pump(&mut self) {
+        // Blocks that writes of unknown outcome may still change.
+        let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() {
+            true => Vec::new(),
+            false => self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of).collect(),
+        };
+        let anywhere = self.ghosts.iter().any(|ghosts| ghosts.anywhere);
+        let waits = |held: &Held| {
+            let blocks = blocks_of(held);
+            let overlaps = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
+            held.request.operation.is_write() && (anywhere || held_back.iter().any(overlaps))
+        };
+        let now = self.runtime.now();
+        let mut at = 0;
+        while at < self.pending.len() {
+            if !self.ghosts.is_empty() && waits(&self.pending[at]) {
+                at += 1;
+                continue;
+            }
+            let path = match self.pending[at].only {
+                None => match self.choose() {
+                    Some(path) => path,
+                    None => break,
+                },
+                Some((path, association)) if self.ways[path].is_started(association) => path,
+                Some(_) => {
+                    // That one was lost before it was flushed.
+                    self.pending[at].only = None;
+                    continue;
+                }
+            };
+            if self.ways[path].room() == 0 {
+                at += 1;
+                continue;
+            }
+            let Some(mut held) = self.pending.remove(at) else { break };
+            if held.request.operation == Operation::Flush {
+                if held.only.is_none() && !self.caches.may_flush(|path| self.ways[path].started.is_some()) {
+                    log::error!(
+                        "a FLUSH fails: writes before it were lost with a volatile cache, or may have been"
+                    );
+                    self.end(&held, Err(Status::Media));
+                    continue;
+                }
+                if held.only.is_none() {
+                    // To each controller that may have unflushed writes; without one, to whichever answers.
+                    let mut cached = self.ways.iter().enumerate().filter_map(Way::cached);
+                    match (cached.next(), cached.next()) {
+                        (None, _) => {}
+                        (Some((one, _)), None) if one == path => {}
+                        (only, None) => {
+                            self.pending.insert(at, Held { only, ..held });
+                            continue;
+                        }
+                        (_, Some(_)) => {
+                            let all: Vec<_> = self.ways.iter().enumerate().filter_map(Way::cached).collect();
+                            let pieces = self.wholes.split_flush(&held, &all);
+                            for (index, piece) in pieces.enumerate() {
+                                self.pending.insert(at + index, piece);
+                            }
+                            continue;
+                        }
+                    }
+                }
+                held.written = self.caches.written(path);
+            }
+            let Some(start) = self.ways[path].started else { unreachable!("only such a way is chosen") };
+            held.sent = now;
+            held.unknown = None;
+            match fit(&held.request, &start.limits) {
+                Fit::Whole => {}
+                Fit::Pieces(blocks_max) => {
+                    let pieces = self.wholes.split(&held, blocks_max, start.limits.block_size.shift());
+                    for (index, piece) in pieces.enumerate() {
+                        self.pending.insert(at + index, piece);
+                    }
+                    continue;
+                }
+                Fit::Never(status) => {
+                    self.end(&held, Err(status));
+                    continue;
+                }
+            }
+            let (sqe, transfer) = command(&held.request, start.nsid, &start.limits, self.write_through);
+            let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
+            connection.submit(sqe, transfer, held);
+            self.runtime.add_outstanding(1);
+        }
+        for connection in self.ways.iter_mut().filter_map(|way| way.connection.as_mut()) {
+            connection.flush();
+        }
+    }
+}
+
+fn blocks_of(held: &Held) -> Range<u64> {
+    let first = held.request.lba.0;
+    first..first + u64::from(held.request.blocks.0)
+}
+
+/// A request as a command.
+fn command(request: &Request, nsid: u32, geometry: &Geometry, durable: bool) -> (Sqe, Transfer) {
+    let (lba, blocks) = (request.lba.0, request.blocks.0);
+    match request.operation {
+        Operation::Read => (Sqe::read(nsid, lba, blocks, Sgl::NONE), Transfer::ToHost(request.buffers)),
+        Operation::Write { fua } => {
+            (Sqe::write(nsid, lba, blocks, fua || durable, Sgl::NONE), Transfer::FromHost(request.buffers))
+        }
+        Operation::Flush => (Sqe::flush(nsid), Transfer::None),
+        Operation::Discard => {
+            let range = DsmRange { attributes: 0, blocks, lba };
+            (Sqe::deallocate(nsid, 1, Sgl::NONE), Transfer::Inline(range.to_bytes()))
+        }
+        Operation::WriteZeroes { unmap, fua } => {
+            let deallocate = unmap && geometry.write_zeroes.is_some_and(|limits| limits.may_unmap);
+            (Sqe::write_zeroes(nsid, lba, blocks, deallocate, fua || durable), Transfer::None)
+        }
+    }
+}
