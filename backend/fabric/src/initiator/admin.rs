@@ -9,7 +9,7 @@ use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetEntry
 use crate::nvme::discovery::{Entry, Header};
 use crate::nvme::fabrics::Property;
 use crate::nvme::properties::{CC_SHUTDOWN_NORMAL, CC_START, CSTS_FATAL, CSTS_READY, Capabilities, offset};
-use crate::nvme::{Sqe, StatusCode, identify, log as log_page};
+use crate::nvme::{Sqe, StatusCode, features, identify, log as log_page};
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Event, Runtime, Slab, Source, SourceId};
@@ -33,6 +33,26 @@ pub(crate) enum Reset {
     UnderWay,
     /// It knows no such controller: nothing is proved.
     Unknown,
+}
+
+/// The data of a command.
+#[derive(Clone, Copy)]
+enum Moves<'a> {
+    /// So many bytes come.
+    ToHost(u32),
+    /// These go.
+    ToController(&'a [u8]),
+}
+
+impl Moves<'_> {
+    const NOTHING: Moves<'static> = Moves::ToHost(0);
+
+    fn len(self) -> u32 {
+        match self {
+            Moves::ToHost(len) => len,
+            Moves::ToController(bytes) => crate::nvme::bytes::low32(bytes.len() as u64),
+        }
+    }
 }
 
 /// How a command ended, or why it will not.
@@ -141,7 +161,7 @@ impl Admin {
     }
 
     /// Sends a command, for whose answer there is no limit.
-    async fn command_unlimited(&self, sqe: Sqe, read_len: u32) -> Result<(Answer, Vec<u8>), String> {
+    async fn command_unlimited(&self, sqe: Sqe, moves: Moves<'_>) -> Result<(Answer, Vec<u8>), String> {
         let key = {
             let mut inner = self.inner.borrow_mut();
             if let Some(lost) = &inner.lost {
@@ -150,18 +170,23 @@ impl Admin {
             if inner.connection().room() == 0 {
                 return Err("too many admin commands".to_owned());
             }
-            let data = (read_len > 0).then(|| {
-                let memory = AlignedBuffer::new(read_len as usize);
+            let len = moves.len();
+            let data = (len > 0).then(|| {
+                let memory = AlignedBuffer::new(len as usize);
+                if let Moves::ToController(bytes) = moves {
+                    // SAFETY: the buffer is new, and as long as `bytes`, which is elsewhere.
+                    unsafe { memory.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+                }
                 let iovec = Box::new(libc::iovec { iov_base: memory.as_ptr().cast(), iov_len: memory.len() });
                 (memory, iovec)
             });
-            let transfer = match &data {
-                None => Transfer::None,
-                Some((_, iovec)) => {
-                    // SAFETY: memory and iovec are on the heap, kept in the slab until the command has ended or was
-                    // drained; the iovec names `read_len` bytes of it.
-                    Transfer::ToHost(unsafe { Buffers::new(&raw const **iovec, 1, read_len) })
-                }
+            // SAFETY: memory and iovec are on the heap, kept in the slab until the command has ended or was drained; the
+            // iovec names `len` bytes of it.
+            let buffers = data.as_ref().map(|(_, iovec)| unsafe { Buffers::new(&raw const **iovec, 1, len) });
+            let transfer = match (buffers, moves) {
+                (None, _) => Transfer::None,
+                (Some(buffers), Moves::ToHost(_)) => Transfer::ToHost(buffers),
+                (Some(buffers), Moves::ToController(_)) => Transfer::FromHost(buffers),
             };
             let key = inner.waits.insert(Wait { answer: None, waker: None, data, abandoned: false });
             inner.connection().submit(sqe, transfer, key);
@@ -200,7 +225,7 @@ impl Admin {
         sqe: Sqe,
         read_len: u32,
     ) -> Result<(u64, Vec<u8>), String> {
-        let (answer, data) = self.answer(what, sqe, read_len).await?;
+        let (answer, data) = self.answer(what, sqe, Moves::ToHost(read_len)).await?;
         if answer.status.is_success() {
             Ok((answer.result, data))
         } else {
@@ -208,15 +233,28 @@ impl Admin {
         }
     }
 
+    /// Tells the controller what this host can do with its answers: wait as they say (ACRE).
+    ///
+    /// # Errors
+    /// As [`Admin::command`].
+    pub(crate) async fn set_host_behavior(&self) -> Result<(), String> {
+        let what = "say that retry delays are waited for";
+        let sqe = Sqe::set_features(features::id::HOST_BEHAVIOR, 0);
+        let mut data = [0; features::HOST_BEHAVIOR_LEN];
+        data[0] = features::RETRY_DELAYS_ENABLED;
+        let (answer, _) = self.answer(what, sqe, Moves::ToController(&data)).await?;
+        if answer.status.is_success() { Ok(()) } else { Err(format!("{what}: {}", answer.status)) }
+    }
+
     /// Sends a command and awaits the controller's answer, whatever it is.
-    async fn answer(&self, what: &str, sqe: Sqe, read_len: u32) -> Result<(Answer, Vec<u8>), String> {
-        let answered = within(&self.runtime, ADMIN_TIMEOUT, self.command_unlimited(sqe, read_len)).await;
+    async fn answer(&self, what: &str, sqe: Sqe, moves: Moves<'_>) -> Result<(Answer, Vec<u8>), String> {
+        let answered = within(&self.runtime, ADMIN_TIMEOUT, self.command_unlimited(sqe, moves)).await;
         answered.ok_or_else(|| format!("{what}: no answer in time"))?
     }
 
     /// Awaits the next asynchronous event; `None` when the controller takes no such request.
     pub(crate) async fn event(&self) -> Result<Option<log_page::AsyncEvent>, String> {
-        let (answer, _) = self.command_unlimited(Sqe::async_event_request(), 0).await?;
+        let (answer, _) = self.command_unlimited(Sqe::async_event_request(), Moves::NOTHING).await?;
         let dword = crate::nvme::bytes::low32(answer.result);
         Ok(answer.status.is_success().then(|| log_page::AsyncEvent::from_dword(dword)))
     }
@@ -260,7 +298,7 @@ impl Admin {
         cns: u8,
         nsid: u32,
     ) -> Result<Option<Box<[u8; identify::LEN]>>, String> {
-        let (answer, data) = self.answer(what, identify_sqe(cns, nsid), IDENTIFY_LEN).await?;
+        let (answer, data) = self.answer(what, identify_sqe(cns, nsid), Moves::ToHost(IDENTIFY_LEN)).await?;
         if answer.status.is_success() { whole(what, data).map(Some) } else { Ok(None) }
     }
 
@@ -314,7 +352,7 @@ impl Admin {
     /// When the controller does not do it.
     pub(crate) async fn reset_other(&self, other: &ControllerInstance) -> Result<Reset, String> {
         let what = "reset the lost controller";
-        let (answer, _) = self.answer(what, other.reset(), 0).await?;
+        let (answer, _) = self.answer(what, other.reset(), Moves::NOTHING).await?;
         let immediate = crate::nvme::bytes::low32(answer.result) & IMMEDIATE_SUCCESS != 0;
         match answer.status.code {
             StatusCode::SUCCESS if immediate => Ok(Reset::Done),
@@ -346,7 +384,8 @@ impl Admin {
     pub(crate) async fn shut_down(&self) {
         let cc = u64::from(CC_START | CC_SHUTDOWN_NORMAL);
         let sqe = Property::set(offset::CC, false, cc);
-        let _ = within(&self.runtime, Duration::from_secs(1), self.command_unlimited(sqe, 0)).await;
+        let _ =
+            within(&self.runtime, Duration::from_secs(1), self.command_unlimited(sqe, Moves::NOTHING)).await;
     }
 
     /// The discovery log, read until it did not change in between.

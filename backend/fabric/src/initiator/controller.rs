@@ -322,6 +322,12 @@ impl Task {
         let known = identify::known(&identity, uri)?;
         let ana = identify::ana(&admin, &identity).await?;
 
+        // Without it the controller never says how long to wait (CRD).
+        if identity.controller.retry_delays[0] > 0
+            && let Err(why) = admin.set_host_behavior().await
+        {
+            log::debug!("{}: {why}", self.label());
+        }
         let lanes = self.shared.reactors.len();
         self.ask_for_queues(&admin, lanes).await?;
         self.ask_for_events(&admin, &identity).await;

@@ -21,7 +21,7 @@ pub fn fuzz(data: &[u8]) {
     // SAFETY: memory and iovecs outlive the queue pair, which is the last thing made and the first dropped.
     let buffers = unsafe { Buffers::new(iovecs.as_ptr(), 2, len) };
     let blocks = len / 512;
-    let limits = Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests };
+    let limits = Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests, flow: None };
     let mut pair = QueuePair::new(4, limits);
     pair.submit(Sqe::read(1, 0, blocks, Sgl::NONE), Transfer::ToHost(buffers), 1u8);
     pair.submit(Sqe::write(1, 0, blocks, false, Sgl::NONE), Transfer::FromHost(buffers), 2);

@@ -16,7 +16,12 @@ pub(super) struct Held {
     pub(super) sequence: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
+    /// How often a controller refused it for now.
     pub(super) tries: u8,
+    /// How often it was refused because the namespace moves between controllers.
+    pub(super) moves: u8,
+    /// Where it should not go next, if there is another way as good.
+    pub(super) avoid: Option<usize>,
     /// It may have reached the controller of this association, which was lost since.
     pub(super) unknown: Option<u64>,
     /// Its channel wants it back.
@@ -168,9 +173,23 @@ mod tests {
             token: Token(5),
         };
         let (submitted, sent) = (Instant(0), Instant(0));
-        let (tries, unknown, aborted) = (0, None, false);
+        let (tries, moves, avoid, unknown, aborted) = (0, 0, None, None, false);
         let (channel, sequence, only, written, whole) = (0, 3, None, 0, None);
-        Held { request, channel, sequence, submitted, sent, tries, unknown, aborted, only, written, whole }
+        Held {
+            request,
+            channel,
+            sequence,
+            submitted,
+            sent,
+            tries,
+            moves,
+            avoid,
+            unknown,
+            aborted,
+            only,
+            written,
+            whole,
+        }
     }
 
     #[test]

@@ -49,6 +49,8 @@ const TIMEOUT_CHECK: Duration = Duration::from_secs(1);
 const TRIES_MAX: u8 = 5;
 /// How long to wait before that, times the number of the try, where the controller does not say.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
+/// SCT of statuses that are about the way to the namespace.
+const CODE_TYPE_PATH: u8 = 3;
 
 /// What a lane tells a path's task.
 #[derive(PartialEq, Eq)]
@@ -330,6 +332,8 @@ impl Lane {
                 submitted: now,
                 sent: now,
                 tries: 0,
+                moves: 0,
+                avoid: None,
                 unknown: None,
                 aborted: false,
                 only: None,
@@ -397,11 +401,8 @@ impl Lane {
         if held.aborted {
             return self.end(&held, Err(Status::Aborted));
         }
-        match self.retry_after(path, &held, ended.answer) {
-            Some(delay) => {
-                held.tries = held.tries.saturating_add(1);
-                self.delayed.push((self.runtime.now() + delay, held));
-            }
+        match self.retry_after(path, &mut held, ended.answer) {
+            Some(delay) => self.delayed.push((self.runtime.now() + delay, held)),
             None => {
                 let status = ended.answer.status.to_block_status().unwrap_or(Status::Media);
                 self.end(&held, Err(status));
@@ -410,8 +411,12 @@ impl Lane {
     }
 
     /// How long to wait before a refused command is tried again, if it makes sense.
-    fn retry_after(&mut self, path: usize, held: &Held, answer: Answer) -> Option<Duration> {
+    fn retry_after(&mut self, path: usize, held: &mut Held, answer: Answer) -> Option<Duration> {
         let NvmeStatus { code, retry_delay, do_not_retry, .. } = answer.status;
+        if do_not_retry {
+            // Nor would another controller of the subsystem do it (base 3.3.3.2.1).
+            return None;
+        }
         // A namespace that moves between controllers is not a failure: another path is taken, or it is waited for.
         let ana = AnaState::ALL.into_iter().find(|state| state.refusal() == Some(code));
         if let Some(state) = ana {
@@ -420,16 +425,25 @@ impl Lane {
                 start.ana = Some(state);
                 way.notices.post_once(Notice::Asymmetric);
             }
-            return Some(RETRY_DELAY * u32::from(held.tries.min(10)));
+            held.moves = held.moves.saturating_add(1);
+            return Some(RETRY_DELAY * u32::from(held.moves.min(11) - 1));
         }
-        if do_not_retry || held.tries >= TRIES_MAX {
+        if held.tries >= TRIES_MAX {
             return None;
+        }
+        held.tries += 1;
+        // It may be the way and not the namespace: another way is taken at once, and each once before it is waited.
+        held.avoid = (code.code_type() == CODE_TYPE_PATH).then_some(path);
+        if held.avoid.is_some()
+            && usize::from(held.tries) < self.ways.iter().filter(|way| way.is_good()).count()
+        {
+            return Some(Duration::ZERO);
         }
         let delays = self.ways[path].started.map_or([0; 3], |start| start.retry_delays);
         let said = retry_delay.checked_sub(1).and_then(|index| delays.get(usize::from(index)));
         match said {
             Some(delay) if *delay > 0 => Some(Duration::from_millis(100) * u32::from(*delay)),
-            _ => Some(RETRY_DELAY * u32::from(held.tries + 1)),
+            _ => Some(RETRY_DELAY * u32::from(held.tries)),
         }
     }
 

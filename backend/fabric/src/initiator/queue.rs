@@ -17,14 +17,20 @@
 //! - Data with a digest is sent from, and checked in, memory of our own.
 //! - Data arrives in order and whole: a read succeeds only with every byte, a write only when every byte was asked for.
 //! - After an error the pair does nothing more; what is in its slots is taken out with `drain`.
+//! - With SQ flow control no more commands are sent than the controller says that its queue has room for.
+
+mod flow;
+mod receive;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use flow::SqFlow;
 
 use super::batch::{Batch, COPIES_LEN, HEADERS_LEN, SEND_BYTES_MAX};
-use crate::nvme::bytes::{get_array, low32};
-use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe};
-use crate::tcp::pdu::{self, FLAG_HEADER_DIGEST, PduKind};
-use crate::tcp::{
-    CommonHeader, DataPdu, Digests, FatalStatus, PduError, ReadyToTransfer, Receiver, TermRequest,
-};
+use crate::nvme::bytes::low32;
+use crate::nvme::{NvmeStatus, Sgl, Sqe};
+use crate::tcp::pdu;
+use crate::tcp::{DataPdu, Digests, PduError, Receiver, TermRequest};
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
 use std::collections::VecDeque;
@@ -35,10 +41,6 @@ use std::fmt;
 /// 16 KiB 7.4 and 3.7, 64 KiB 14.8 and 12.9, 128 KiB 28.5 and 27.0, 256 KiB 46 and 53, 512 KiB 103 and 270. Small receives
 /// cost more than copying what is still in the second-level cache.
 pub(crate) const IN_PLACE_MIN: u32 = 256 << 10;
-/// A rest below this is not worth a receive of its own.
-const IN_PLACE_REST_MIN: u32 = 32 << 10;
-/// How much is staged at once while such reads are outstanding: a few headers, so that little of their data is copied.
-const STAGING_SHORT: usize = 8 << 10;
 /// A write in more segments than this does not go into the capsule, so that one command always fits into a send.
 const IN_CAPSULE_SEGMENTS_MAX: usize = 256;
 /// Bits of a command identifier that name the slot; the rest is the generation.
@@ -58,22 +60,22 @@ pub(crate) enum Transfer {
     ToHost(Buffers),
     /// We send it, in the capsule or when asked.
     FromHost(Buffers),
-    /// We send these 16 bytes, which need no memory of the caller's: in the capsule or when asked.
-    Inline([u8; 16]),
+    /// We send the first so many of these bytes, which need no memory of the caller's: in the capsule or when asked.
+    Inline([u8; 16], u8),
 }
 
 /// Data that we send.
 #[derive(Clone, Copy)]
 enum Outgoing {
     Buffers(Buffers),
-    Inline([u8; 16]),
+    Inline([u8; 16], u8),
 }
 
 impl Outgoing {
     fn len(&self) -> u32 {
         match self {
             Outgoing::Buffers(buffers) => length(buffers),
-            Outgoing::Inline(bytes) => low32(bytes.len() as u64),
+            Outgoing::Inline(_, len) => u32::from(*len),
         }
     }
 }
@@ -82,7 +84,7 @@ impl Transfer {
     fn outgoing(&self) -> Option<Outgoing> {
         match self {
             Transfer::FromHost(buffers) => Some(Outgoing::Buffers(*buffers)),
-            Transfer::Inline(bytes) => Some(Outgoing::Inline(*bytes)),
+            Transfer::Inline(bytes, len) => Some(Outgoing::Inline(*bytes, *len)),
             Transfer::None | Transfer::ToHost(_) => None,
         }
     }
@@ -99,6 +101,8 @@ pub(crate) struct Limits {
     pub(crate) alignment: u32,
     /// Which digests there are in both directions.
     pub(crate) digests: Digests,
+    /// `None`: the target has switched SQ flow control off.
+    pub(crate) flow: Option<SqFlow>,
 }
 
 /// What a command ended with.
@@ -248,7 +252,10 @@ impl<T: Copy> QueuePair<T> {
 
     /// How many more commands can be taken.
     pub(crate) fn room(&self) -> usize {
-        self.free.len()
+        match &self.limits.flow {
+            None => self.free.len(),
+            Some(flow) => self.free.len().min(flow.room()),
+        }
     }
 
     /// How many commands are under way.
@@ -263,6 +270,9 @@ impl<T: Copy> QueuePair<T> {
     /// Without room.
     pub(crate) fn submit(&mut self, mut sqe: Sqe, transfer: Transfer, user: T) {
         let index = self.free.pop().expect("the caller looked for room");
+        if let Some(flow) = &mut self.limits.flow {
+            flow.submitted();
+        }
         let slot = &mut self.slots[usize::from(index)];
         slot.generation = slot.generation.wrapping_add(1) & (u16::MAX >> SLOT_BITS);
         sqe.cid = slot.generation << SLOT_BITS | index;
@@ -280,8 +290,8 @@ impl<T: Copy> QueuePair<T> {
                     && buffers.segments().nth(IN_CAPSULE_SEGMENTS_MAX).is_none();
                 if slot.in_capsule { Sgl::in_capsule(len) } else { Sgl::transport(len) }
             }
-            Transfer::Inline(bytes) => {
-                let len = low32(bytes.len() as u64);
+            Transfer::Inline(_, len) => {
+                let len = u32::from(*len);
                 slot.in_capsule = len <= self.limits.in_capsule_max;
                 if slot.in_capsule { Sgl::in_capsule(len) } else { Sgl::transport(len) }
             }
@@ -334,7 +344,7 @@ impl<T: Copy> QueuePair<T> {
             let len = slot.wanted.min(self.limits.host_data_max);
             let len = match outgoing {
                 Outgoing::Buffers(buffers) => batch.fitting(&buffers, slot.moved, len),
-                Outgoing::Inline(_) => len,
+                Outgoing::Inline(..) => len,
             };
             if len == 0 {
                 break;
@@ -347,7 +357,7 @@ impl<T: Copy> QueuePair<T> {
             let (from, to) = (slot.moved as usize, (slot.moved + len) as usize);
             match outgoing {
                 Outgoing::Buffers(buffers) => batch.push_buffers(&buffers.slice(from, len as usize)),
-                Outgoing::Inline(bytes) => batch.push_data(&bytes[from..to]),
+                Outgoing::Inline(bytes, _) => batch.push_data(&bytes[from..to]),
             }
             slot.moved += len;
             slot.wanted -= len;
@@ -377,8 +387,8 @@ impl<T: Copy> QueuePair<T> {
                     batch.push_buffers(buffers);
                     slot.moved = data_len;
                 }
-                Transfer::Inline(bytes) if slot.in_capsule => {
-                    batch.push_data(bytes);
+                Transfer::Inline(bytes, len) if slot.in_capsule => {
+                    batch.push_data(&bytes[..usize::from(*len)]);
                     slot.moved = data_len;
                 }
                 _ => {}
@@ -399,106 +409,6 @@ impl<T: Copy> QueuePair<T> {
                 self.end(index);
             }
         }
-    }
-
-    /// Where the kernel may put the next bytes itself: when they are the rest of large data. Whatever comes after those is
-    /// for the staging buffer. To be followed by [`QueuePair::handle_in_place`].
-    pub(crate) fn receive_into(&self) -> Option<Buffers> {
-        let Receive::Data(Data { slot, left, .. }) = self.receive else { return None };
-        let slot = &self.slots[usize::from(slot)];
-        let Transfer::ToHost(buffers) = slot.transfer else { return None };
-        // A digest is computed before the guest can change what it covers.
-        if left < IN_PLACE_REST_MIN || length(&buffers) < IN_PLACE_MIN || self.limits.digests.data {
-            return None;
-        }
-        Some(buffers.slice(slot.moved as usize, left as usize))
-    }
-
-    /// How much of the staging buffer the next receive should use.
-    pub(crate) fn staging_len(&self, staging: usize) -> usize {
-        if self.large_reads > 0 { staging.min(STAGING_SHORT) } else { staging }
-    }
-
-    /// `len` bytes were received to where `receive_into` said.
-    pub(crate) fn handle_in_place(&mut self, len: u32) -> Result<(), QueueError> {
-        let Receive::Data(data) = self.receive else { unreachable!("only data is received in place") };
-        self.data_arrived(data, len)
-    }
-
-    /// Takes received bytes, as many as there are.
-    ///
-    /// # Errors
-    /// When the connection cannot go on.
-    pub(crate) fn handle_bytes(&mut self, mut bytes: &[u8]) -> Result<(), QueueError> {
-        while !bytes.is_empty() {
-            match self.receive {
-                Receive::Header { have: 0 } if bytes.len() >= self.header_len() => {
-                    let mut header = [0; HEADER_LEN_MAX];
-                    let len = self.header_len();
-                    header[..len].copy_from_slice(&bytes[..len]);
-                    let len = self.handle_header(&header)?;
-                    bytes = &bytes[len..];
-                }
-                Receive::Header { have } => {
-                    // Garbage is told from a header without waiting for more of it.
-                    let want = if have < CommonHeader::LEN {
-                        CommonHeader::LEN
-                    } else {
-                        // An ICResp has a longer one; it is refused for what it is.
-                        self.common_header(&get_array(&self.header, 0))?.header_len().min(HEADER_LEN_MAX)
-                    };
-                    let take = bytes.len().min(want - have);
-                    self.header[have..have + take].copy_from_slice(&bytes[..take]);
-                    bytes = &bytes[take..];
-                    let have = have + take;
-                    self.receive = Receive::Header { have };
-                    if have == CommonHeader::LEN {
-                        self.common_header(&get_array(&self.header, 0))?;
-                    } else if have == want && want > CommonHeader::LEN {
-                        self.handle_header(&{ self.header })?;
-                    }
-                }
-                Receive::Padding { left, data } => {
-                    let take = low32(bytes.len() as u64).min(left);
-                    bytes = &bytes[take as usize..];
-                    let left = left - take;
-                    self.receive =
-                        if left == 0 { Receive::Data(data) } else { Receive::Padding { left, data } };
-                }
-                Receive::Digest { have, data } => {
-                    let take = bytes.len().min(Digests::LEN as usize - have);
-                    self.header[have..have + take].copy_from_slice(&bytes[..take]);
-                    bytes = &bytes[take..];
-                    let have = have + take;
-                    self.receive = Receive::Digest { have, data };
-                    if have == Digests::LEN as usize {
-                        let received = u32::from_le_bytes(get_array(&self.header, 0));
-                        if received != data.crc {
-                            return Err(QueueError::Corrupted { received, computed: data.crc });
-                        }
-                        self.data_over(data)?;
-                    }
-                }
-                Receive::Data(mut data) => {
-                    let take = low32(bytes.len() as u64).min(data.left);
-                    if self.limits.digests.data {
-                        data.crc = crc32c::crc32c_append(data.crc, &bytes[..take as usize]);
-                    }
-                    let slot = &self.slots[usize::from(data.slot)];
-                    let Transfer::ToHost(buffers) = &slot.transfer else {
-                        unreachable!("data is taken for reads only")
-                    };
-                    let place = buffers.slice(slot.moved as usize, take as usize);
-                    // SAFETY: the slot is taken, so its request has not ended and its buffers are valid; it is a read;
-                    // `bytes` has `take` bytes, and our staging memory is apart from the request's.
-                    unsafe { place.copy_from(bytes.as_ptr()) };
-                    bytes = &bytes[take as usize..];
-                    self.data_arrived(data, take)?;
-                }
-                Receive::Over => return Ok(()),
-            }
-        }
-        Ok(())
     }
 
     /// Moves out the commands that have ended.
@@ -527,172 +437,6 @@ impl<T: Copy> QueuePair<T> {
         self.slots.iter_mut().filter_map(|slot| slot.user.as_mut())
     }
 
-    /// How long headers are, but those that never have a digest.
-    fn header_len(&self) -> usize {
-        if self.limits.digests.header { HEADER_LEN_MAX } else { HEADER_LEN }
-    }
-
-    /// The first bytes of a PDU.
-    fn common_header(&self, bytes: &[u8; 8]) -> Result<CommonHeader, QueueError> {
-        CommonHeader::decode(bytes, Receiver::Host, self.limits.digests).map_err(QueueError::Protocol)
-    }
-
-    /// Takes a whole header, with its digest if it has one. Returns how long it was.
-    fn handle_header(&mut self, whole: &[u8; HEADER_LEN_MAX]) -> Result<usize, QueueError> {
-        let header = self.common_header(&get_array(whole, 0))?;
-        let bytes: &[u8; HEADER_LEN] = &get_array(whole, 0);
-        let header_len = header.header_len().min(HEADER_LEN_MAX);
-        if header.flags & FLAG_HEADER_DIGEST != 0 && pdu::digest(bytes) != get_array::<4>(whole, HEADER_LEN) {
-            let received = u32::from_le_bytes(get_array(whole, HEADER_LEN));
-            let status = FatalStatus::HEADER_DIGEST_ERROR;
-            return Err(with_status(wrong(header.kind, received, "HDGST", received, "the header's"), status));
-        }
-        self.receive = Receive::Header { have: 0 };
-        match header.kind {
-            PduKind::ControllerData => {
-                let data = DataPdu::decode(&header, bytes).map_err(QueueError::Protocol)?;
-                let index = self.find(header.kind, 8, data.cid)?;
-                let slot = &self.slots[usize::from(index)];
-                let Transfer::ToHost(buffers) = &slot.transfer else {
-                    return Err(wrong(header.kind, 8, "CCCID", data.cid, "a command that reads"));
-                };
-                // In order (TCP 3.3.2: a controller sends the data of one command in order), and not more than asked.
-                if data.offset != slot.moved {
-                    let error = wrong(header.kind, 12, "DATAO", data.offset, "where the last data ended");
-                    return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
-                }
-                if data.len > length(buffers) - slot.moved {
-                    let error = wrong(header.kind, 16, "DATAL", data.len, "within the command's data");
-                    return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
-                }
-                let padding = u32::from(header.data_offset).saturating_sub(low32(header_len as u64));
-                let DataPdu { len, last, success, .. } = data;
-                let state = Data { slot: index, left: len, last, success, crc: 0 };
-                self.receive = match (len, padding) {
-                    // A C2HData without data has no digest: only its flags count.
-                    (0, _) => {
-                        self.data_over(state)?;
-                        return Ok(header_len);
-                    }
-                    (_, 0) => Receive::Data(state),
-                    (_, left) => Receive::Padding { left, data: state },
-                };
-            }
-            PduKind::Response => {
-                let cqe = Cqe::from_bytes(&get_array(bytes, 8));
-                let index = self.find(header.kind, 20, cqe.cid)?;
-                self.answer(index, Answer { status: cqe.status, result: cqe.result })?;
-            }
-            PduKind::ReadyToTransfer => {
-                let ready = ReadyToTransfer::decode(bytes).map_err(QueueError::Protocol)?;
-                let index = self.find(header.kind, 8, ready.cid)?;
-                self.ready_to_transfer(index, &ready)?;
-            }
-            PduKind::ControllerTerm => {
-                self.receive = Receive::Over;
-                return Err(QueueError::Terminated(TermRequest::decode(bytes)));
-            }
-            _ => {
-                let error = wrong(header.kind, 0, "PDU-Type", header.kind as u8, "a type that may come now");
-                return Err(with_status(error, FatalStatus::SEQUENCE_ERROR));
-            }
-        }
-        Ok(header_len)
-    }
-
-    /// The slot of a command that is not answered yet.
-    fn find(&self, kind: PduKind, offset: u32, cid: u16) -> Result<u16, QueueError> {
-        let index = cid & (SLOTS_MAX - 1);
-        let field = if kind == PduKind::Response { "CID" } else { "CCCID" };
-        match self.slots.get(usize::from(index)) {
-            Some(slot)
-                if slot.sqe.cid == cid && slot.begun && slot.user.is_some() && slot.answer.is_none() =>
-            {
-                Ok(index)
-            }
-            _ => Err(wrong(kind, offset, field, cid, "a command that is outstanding")),
-        }
-    }
-
-    fn ready_to_transfer(&mut self, index: u16, ready: &ReadyToTransfer) -> Result<(), QueueError> {
-        let kind = PduKind::ReadyToTransfer;
-        let slot = &mut self.slots[usize::from(index)];
-        let Some(outgoing) = slot.transfer.outgoing() else {
-            return Err(wrong(kind, 8, "CCCID", ready.cid, "a command that writes"));
-        };
-        if slot.in_capsule {
-            return Err(wrong(kind, 8, "CCCID", ready.cid, "a command whose data was not in the capsule"));
-        }
-        if slot.wanted > 0 {
-            let error = wrong(kind, 10, "TTAG", ready.tag, "the only R2T of its command");
-            return Err(with_status(error, FatalStatus::LIMIT_EXCEEDED));
-        }
-        if ready.offset != slot.moved {
-            let error = wrong(kind, 12, "R2TO", ready.offset, "where the last data ended");
-            return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
-        }
-        if ready.len > outgoing.len() - slot.moved {
-            let error = wrong(kind, 16, "R2TL", ready.len, "within the command's data");
-            return Err(with_status(error, FatalStatus::DATA_OUT_OF_RANGE));
-        }
-        slot.tag = ready.tag;
-        slot.wanted = ready.len;
-        self.data.push_back(index);
-        Ok(())
-    }
-
-    fn data_arrived(&mut self, mut data: Data, len: u32) -> Result<(), QueueError> {
-        self.slots[usize::from(data.slot)].moved += len;
-        data.left -= len;
-        if data.left > 0 {
-            self.receive = Receive::Data(data);
-            return Ok(());
-        }
-        if self.limits.digests.data {
-            self.receive = Receive::Digest { have: 0, data };
-            return Ok(());
-        }
-        self.data_over(data)
-    }
-
-    /// All data of a PDU is there, and is what was sent.
-    fn data_over(&mut self, data: Data) -> Result<(), QueueError> {
-        self.receive = Receive::Header { have: 0 };
-        if data.success {
-            self.answer(data.slot, Answer { status: NvmeStatus::SUCCESS, result: 0 })?;
-        } else if data.last {
-            self.whole(data.slot, PduKind::ControllerData, 1, "FLAGS.LAST_PDU")?;
-        }
-        Ok(())
-    }
-
-    /// All data of the command has moved.
-    fn whole(&self, index: u16, kind: PduKind, offset: u32, field: &'static str) -> Result<(), QueueError> {
-        let slot = &self.slots[usize::from(index)];
-        let all = match &slot.transfer {
-            Transfer::ToHost(buffers) | Transfer::FromHost(buffers) => length(buffers),
-            Transfer::Inline(bytes) => low32(bytes.len() as u64),
-            Transfer::None => return Ok(()),
-        };
-        if slot.moved == all && slot.wanted == 0 {
-            return Ok(());
-        }
-        Err(wrong(kind, offset, field, slot.moved, "after all data of the command"))
-    }
-
-    fn answer(&mut self, index: u16, answer: Answer) -> Result<(), QueueError> {
-        if answer.status.is_success() {
-            self.whole(index, PduKind::Response, 22, "success, bytes moved")?;
-        }
-        let slot = &mut self.slots[usize::from(index)];
-        slot.answer = Some(answer);
-        if slot.sending {
-            return Ok(());
-        }
-        self.end(index);
-        Ok(())
-    }
-
     fn end(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
         let (Some(user), Some(answer)) = (slot.user.take(), slot.answer.take()) else {
@@ -703,6 +447,11 @@ impl<T: Copy> QueuePair<T> {
         }
         self.ended.push(Ended { user, answer });
         self.free.push(index);
+        if let Some(flow) = &mut self.limits.flow
+            && self.free.len() == self.slots.len()
+        {
+            flow.all_answered();
+        }
     }
 }
 
@@ -710,30 +459,8 @@ fn length(buffers: &Buffers) -> u32 {
     low32(buffers.len() as u64)
 }
 
-fn wrong(
-    kind: PduKind,
-    offset: u32,
-    field: &'static str,
-    value: impl Into<u64>,
-    expected: &'static str,
-) -> QueueError {
-    let status = FatalStatus::INVALID_HEADER_FIELD;
-    QueueError::Protocol(PduError { status, offset, pdu: kind.name(), field, value: value.into(), expected })
-}
-
-fn with_status(error: QueueError, status: FatalStatus) -> QueueError {
-    match error {
-        QueueError::Protocol(error) => QueueError::Protocol(PduError { status, ..error }),
-        other => other,
-    }
-}
-
 /// The slot bits of an identifier, for tests that play the controller.
 #[cfg(test)]
 pub(crate) fn slot_of(cid: u16) -> u16 {
     cid & (SLOTS_MAX - 1)
 }
-
-#[cfg(test)]
-#[path = "queue_tests.rs"]
-mod tests;

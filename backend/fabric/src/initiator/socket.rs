@@ -3,10 +3,10 @@
 //! Nothing here blocks a reactor: names are resolved on a thread of their own, everything else is awaited.
 
 use super::config::HostIdentity;
-use super::queue::Limits;
+use super::queue::{Limits, SqFlow};
 use super::signal::{Mailbox, within};
 use crate::nvme::bytes::get_array;
-use crate::nvme::fabrics::{self, CATTR_NO_FLOW_CONTROL, Connect, ConnectData};
+use crate::nvme::fabrics::{self, CATTR_NO_FLOW_CONTROL, Connect, ConnectData, NO_SQ_HEAD};
 use crate::nvme::{Cqe, Sgl, StatusCode};
 use crate::tcp::{
     CommonHeader, Digests, InitRequest, InitResponse, PduError, PduKind, Receiver, TermRequest, pdu,
@@ -276,12 +276,13 @@ async fn try_connect_queue(
     .ok_or("no ICResp in time")??;
     let response = check_init_response(&response, digests)?;
 
-    let limits = Limits {
+    let mut limits = Limits {
         in_capsule_max: if request.queue_id == 0 { ADMIN_IN_CAPSULE } else { request.in_capsule_max },
         // A multiple of 4 keeps the next DATAO one.
         host_data_max: response.host_data_max & !3,
         alignment: pdu::alignment(response.data_alignment),
         digests,
+        flow: None,
     };
     let command = Connect {
         record_format: 0,
@@ -338,6 +339,9 @@ async fn try_connect_queue(
     if authentication != 0 {
         return Err("the target wants authentication, which is not supported".into());
     }
+    // SQHD FFFFh: flow control is off, as we have asked (base 6.3). Who does not say so counts.
+    let switched_off = attributes & CATTR_NO_FLOW_CONTROL != 0 && cqe.sq_head == NO_SQ_HEAD;
+    limits.flow = (!switched_off).then(|| SqFlow::new(request.entries, cqe.sq_head));
     Ok(Ok(ConnectedQueue { socket, limits, cntlid }))
 }
 

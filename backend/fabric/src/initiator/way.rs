@@ -59,6 +59,11 @@ impl Way {
         self.started.map(|start| start.ana.unwrap_or(AnaState::Optimized))
     }
 
+    /// Whether commands may be sent, and the namespace can be reached there.
+    pub(super) fn is_good(&self) -> bool {
+        self.ana().is_some_and(|ana| ana.refusal().is_none())
+    }
+
     /// Whether commands of this association may be sent.
     pub(super) fn is_started(&self, association: u64) -> bool {
         self.started.is_some_and(|start| start.association == association)

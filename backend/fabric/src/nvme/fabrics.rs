@@ -23,6 +23,8 @@ pub const CNTLID_STATIC: u16 = 0xFFFE;
 
 /// CATTR bit 2: SQ flow control is off; SQHD in completions means nothing.
 pub const CATTR_NO_FLOW_CONTROL: u8 = 1 << 2;
+/// SQHD of a Connect's answer: SQ flow control is off, as the host has asked.
+pub const NO_SQ_HEAD: u16 = 0xFFFF;
 
 /// FCTYPE of a Fabrics command.
 #[must_use]

@@ -31,6 +31,11 @@ pub fn queues_from_value(value: u32) -> u32 {
     u32::from(low16(value)).min(u32::from(low16(value >> 16))) + 1
 }
 
+/// The data of Host Behavior Support (base 5.27.1.18).
+pub const HOST_BEHAVIOR_LEN: usize = 512;
+/// ACRE, its first byte: the host waits as long as CRD says before it tries again.
+pub const RETRY_DELAYS_ENABLED: u8 = 1;
+
 /// Asynchronous Event Configuration (base 5.27.1.8): tell when a namespace changes.
 pub const EVENT_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
 /// Asynchronous Event Configuration: tell when asymmetric access changes.

@@ -46,6 +46,9 @@ use std::time::{Duration, Instant};
 
 /// The specification that we follow: VS and VER.
 const VERSION: u32 = properties::version(2, 0, 0);
+/// CRDT1, in 100 ms: for what passes with a device's way back. A host that tries again at once is done with its five tries
+/// before that.
+const RETRY_DELAY: u16 = 10;
 /// Entries of a queue: what CAP.MQES says, counted from 1.
 const QUEUE_ENTRIES_MAX: u16 = 128;
 /// I/O queues of one association.

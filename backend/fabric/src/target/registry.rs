@@ -184,6 +184,8 @@ pub(super) struct Controller {
     pub(super) event_mask: AtomicU32,
     /// WCE of the Volatile Write Cache feature: unset, each write is durable when it ends.
     pub(super) write_cache: AtomicBool,
+    /// ACRE: the host waits as long as CRD says.
+    pub(super) retry_delays: AtomicBool,
     state: Mutex<ControllerState>,
 }
 
@@ -476,6 +478,7 @@ impl Controller {
             io_queues_max: AtomicU32::new(0),
             event_mask: AtomicU32::new(0),
             write_cache: AtomicBool::new(true),
+            retry_delays: AtomicBool::new(false),
             state: Mutex::default(),
         }
     }

@@ -396,6 +396,45 @@ fn identify_features_and_logs_say_what_there_is() {
     assert_eq!(cqe.dword0(), CSTS_READY | CSTS_SHUTDOWN_COMPLETE);
 }
 
+/// A host tries again at once, five times, where it is not told how long to wait.
+#[test]
+fn a_host_that_waits_as_it_is_told_is_told_how_long() {
+    let device = fake();
+    let rig = Rig::new(vec![device.clone()]);
+    let (mut admin, cntlid) = Peer::admin(rig.address, NQN);
+    let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
+    let controller = IdentifyController::from_bytes(&bytes.try_into().unwrap());
+    assert_eq!(controller.retry_delays, [10, 0, 0]);
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 1, Digests::NONE, true);
+    let mut interrupted = || {
+        device.state().outcomes.push_back(Err(hawser_block::Status::Timeout));
+        let status = peer.call(read(0, 512), &[], &[]).0.status;
+        assert_eq!((status.code, status.do_not_retry), (StatusCode::COMMAND_INTERRUPTED, false));
+        status.retry_delay
+    };
+    assert_eq!(interrupted(), 0);
+    let behavior = |sgl: fn(u32) -> Sgl| {
+        let mut sqe = Sqe::set_features(features::id::HOST_BEHAVIOR, 0);
+        sqe.sgl = sgl(512);
+        sqe
+    };
+    let mut data = [0; features::HOST_BEHAVIOR_LEN];
+    data[0] = 1;
+    assert_eq!(admin.call(behavior(Sgl::in_capsule), &data, &[]).0.status.code, StatusCode::SUCCESS);
+    assert_eq!(interrupted(), 1);
+    let mut get = behavior(Sgl::transport);
+    get.opcode = crate::nvme::admin_opcode::GET_FEATURES;
+    assert_eq!(admin.call(get, &[], &[]).1, data);
+    // Not in the capsule, but asked for.
+    data[0] = 0;
+    assert_eq!(admin.call(behavior(Sgl::transport), &[], &data).0.status.code, StatusCode::SUCCESS);
+    assert_eq!(interrupted(), 0);
+    data[0] = 2;
+    let wrong = admin.call(behavior(Sgl::in_capsule), &data, &[]).0.status.code;
+    assert_eq!(wrong, StatusCode::INVALID_FIELD);
+    assert_eq!(admin.status(behavior(Sgl::in_capsule)), StatusCode::INVALID_SGL_LENGTH);
+}
+
 /// A target that lost its cache between a write and the FLUSH passed for healthy.
 #[test]
 fn the_cache_identity_tells_a_restart_that_lost_writes_from_one_that_did_not() {

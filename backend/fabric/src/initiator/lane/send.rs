@@ -14,25 +14,31 @@ use hawser_block::{Geometry, Operation, Request, Status};
 use std::ops::Range;
 
 impl Lane {
-    /// The way that the next command takes, if there is one that has room.
-    fn choose(&mut self) -> Option<usize> {
-        let best = if self.ways.iter().any(|way| way.ana() == Some(AnaState::Optimized)) {
+    /// The way that the next command takes, if there is one that has room; another one than `avoid`, if there is one.
+    fn choose(&mut self, avoid: Option<usize>) -> Option<usize> {
+        // One of its ways has failed it: what is left of the others counts, non-optimized ones too.
+        let avoid = avoid.filter(|avoid| {
+            self.ways.iter().enumerate().any(|(index, way)| index != *avoid && way.is_good())
+        });
+        let mut ways = self.ways.iter().enumerate();
+        let best = if ways.any(|(at, way)| Some(at) != avoid && way.ana() == Some(AnaState::Optimized)) {
             AnaState::Optimized
         } else {
             AnaState::NonOptimized
         };
-        let good = |way: &Way| way.ana() == Some(best);
+        let good = |at: usize, way: &Way| Some(at) != avoid && way.ana() == Some(best);
         let count = self.ways.len();
         let others = |from: usize| (0..count).map(move |step| (from + step) % count);
         let chosen = match self.policy {
-            IoPolicy::Numa => others(self.current).find(|index| good(&self.ways[*index])),
+            IoPolicy::Numa => others(self.current).find(|index| good(*index, &self.ways[*index])),
             IoPolicy::RoundRobin => {
                 let mut order = others(self.current + 1);
-                order.find(|index| good(&self.ways[*index]) && self.ways[*index].room() > 0)
+                order.find(|index| good(*index, &self.ways[*index]) && self.ways[*index].room() > 0)
             }
             IoPolicy::QueueDepth => {
                 let with_room = others(self.current);
-                let with_room = with_room.filter(|at| good(&self.ways[*at]) && self.ways[*at].room() > 0);
+                let with_room =
+                    with_room.filter(|at| good(*at, &self.ways[*at]) && self.ways[*at].room() > 0);
                 with_room.min_by_key(|index| self.ways[*index].outstanding())
             }
         };
@@ -61,7 +67,7 @@ impl Lane {
                 continue;
             }
             let path = match self.pending[at].only {
-                None => match self.choose() {
+                None => match self.choose(self.pending[at].avoid) {
                     Some(path) => path,
                     None => break,
                 },
@@ -110,6 +116,7 @@ impl Lane {
             let Some(start) = self.ways[path].started else { unreachable!("only such a way is chosen") };
             held.sent = now;
             held.unknown = None;
+            held.avoid = None;
             match fit(&held.request, &start.limits) {
                 Fit::Whole => {}
                 Fit::Pieces(blocks_max) => {
@@ -151,7 +158,7 @@ fn command(request: &Request, nsid: u32, geometry: &Geometry, durable: bool) -> 
         Operation::Flush => (Sqe::flush(nsid), Transfer::None),
         Operation::Discard => {
             let range = DsmRange { attributes: 0, blocks, lba };
-            (Sqe::deallocate(nsid, 1, Sgl::NONE), Transfer::Inline(range.to_bytes()))
+            (Sqe::deallocate(nsid, 1, Sgl::NONE), Transfer::Inline(range.to_bytes(), 16))
         }
         Operation::WriteZeroes { unmap, fua } => {
             let deallocate = unmap && geometry.write_zeroes.is_some_and(|limits| limits.may_unmap);

@@ -33,6 +33,8 @@ pub(super) struct State {
     pub(super) statuses: VecDeque<NvmeStatus>,
     /// Sent once instead of the answer to the next I/O command.
     pub(super) garbage: Option<Vec<u8>>,
+    /// What the host has said that it can do (feature 16h).
+    pub(super) host_behavior: Option<Vec<u8>>,
     /// I/O commands with the time of their arrival.
     pub(super) log: Vec<(Instant, Sqe)>,
     /// Connections that the host ended with a reset.
@@ -105,6 +107,7 @@ impl Scripted {
             deaf: false,
             statuses: VecDeque::new(),
             garbage: None,
+            host_behavior: None,
             log: Vec::new(),
             resets: 0,
             disables: 0,
@@ -250,7 +253,7 @@ impl Connection<'_> {
         if sqe.opcode == admin_opcode::FABRICS {
             return self.fabrics(sqe);
         }
-        if self.admin { self.admin_command(sqe) } else { self.io_command(sqe, data) }
+        if self.admin { self.admin_command(sqe, data) } else { self.io_command(sqe, data) }
     }
 
     fn fabrics(&mut self, sqe: &Sqe) -> io::Result<()> {
@@ -263,7 +266,8 @@ impl Connection<'_> {
                 self.admin = connect.queue_id == 0;
                 lock(self.state).associations += usize::from(self.admin);
                 let cntlid = lock(self.state).cntlid;
-                self.success(sqe, u64::from(cntlid))
+                let sq_head = if connect.attributes == 0 { 0 } else { fabrics::NO_SQ_HEAD };
+                self.end(&Cqe { result: u64::from(cntlid), sq_head, ..Cqe::success(sqe.cid) })
             }
             fctype::PROPERTY_SET => {
                 let property = Property::from_sqe(sqe).expect("a size");
@@ -294,7 +298,7 @@ impl Connection<'_> {
         }
     }
 
-    fn admin_command(&mut self, sqe: &Sqe) -> io::Result<()> {
+    fn admin_command(&mut self, sqe: &Sqe, data: &[u8]) -> io::Result<()> {
         match sqe.opcode {
             admin_opcode::IDENTIFY => {
                 let state = lock(self.state);
@@ -313,6 +317,10 @@ impl Connection<'_> {
             admin_opcode::SET_FEATURES if sqe.feature_id() == features::id::NUMBER_OF_QUEUES => {
                 let value = features::queues_to_value(lock(self.state).queues);
                 self.success(sqe, u64::from(value))
+            }
+            admin_opcode::SET_FEATURES if sqe.feature_id() == features::id::HOST_BEHAVIOR => {
+                lock(self.state).host_behavior = Some(data.to_vec());
+                self.success(sqe, 0)
             }
             admin_opcode::ASYNC_EVENT_REQUEST => {
                 lock(self.state).event = Some((self.stream.try_clone()?, sqe.cid));

@@ -9,6 +9,7 @@ use crate::nvme::command::io_opcode;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::identify::{OAES_ANA_CHANGE, VENDOR_MARK};
 use crate::nvme::vendor::Vendor;
+use crate::nvme::{NvmeStatus, StatusCode};
 use hawser_block::{Operation, Status};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -370,5 +371,27 @@ fn for_other_targets_the_configuration_says_what_a_new_association_means_for_a_c
         wait_all_live(&bench.device);
         assert_eq!(bench.client.run(flush()).outcome, outcome, "{doubt:?}");
         assert_eq!(bench.client.run(flush()).outcome, Ok(()));
+    }
+}
+
+/// A command that failed for its path was tried five times on the same one, and failed, with a good path beside it.
+#[test]
+fn a_path_error_moves_the_command_to_another_path_at_once() {
+    for policy in [IoPolicy::Numa, IoPolicy::RoundRobin, IoPolicy::QueueDepth] {
+        let mut bench = bench(targets(), |config| config.policy = policy);
+        let trouble = NvmeStatus::retryable(StatusCode::INTERNAL_PATH_ERROR);
+        // Whichever is taken first.
+        bench.targets[0].state().statuses.extend([trouble; 20]);
+        for _ in 0..4 {
+            assert_eq!(bench.client.run(Ask::write(0, 8, data(1, 8))).outcome, Ok(()));
+        }
+        let [bad, good] = bench.commands();
+        assert!(good == 4 && bad <= 4, "{policy:?}: {bad} and {good}");
+        // When both fail it, each is tried in turn, for a while.
+        bench.targets[0].state().statuses = [trouble; 20].into();
+        bench.targets[1].state().statuses = [trouble; 20].into();
+        assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Err(Status::Path));
+        let [bad_after, good_after] = bench.commands();
+        assert_eq!((bad_after - bad, good_after - good), (3, 3), "{policy:?}");
     }
 }

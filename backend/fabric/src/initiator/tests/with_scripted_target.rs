@@ -262,6 +262,9 @@ fn a_refusal_that_may_pass_is_tried_again_and_one_that_does_not_is_told() {
     let target = Scripted::start(NQN);
     target.state().controller.retry_delays = [1, 0, 0];
     let mut bench = bench(target, |_| {});
+    let behavior =
+        bench.target.state().host_behavior.clone().expect("it was told that delays are waited for");
+    assert_eq!((behavior.len(), behavior[0]), (512, 1));
     let passing = NvmeStatus { retry_delay: 1, ..NvmeStatus::retryable(StatusCode::COMMAND_INTERRUPTED) };
     bench.target.state().statuses.extend([passing, NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY)]);
     assert_eq!(bench.client.run(Ask::write(0, 1, data(1, 1))).outcome, Ok(()));
@@ -270,11 +273,15 @@ fn a_refusal_that_may_pass_is_tried_again_and_one_that_does_not_is_told() {
     bench.target.state().statuses.push_back(NvmeStatus::fatal(StatusCode::UNRECOVERED_READ_ERROR));
     assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Media));
     assert_eq!(bench.target.state().log.len(), 4);
+    let final_word = NvmeStatus { retry_delay: 1, ..NvmeStatus::fatal(StatusCode::INTERNAL_PATH_ERROR) };
+    bench.target.state().statuses.push_back(final_word);
+    assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Path));
+    assert_eq!(bench.target.state().log.len(), 5);
 
     let never = NvmeStatus { retry_delay: 1, ..NvmeStatus::retryable(StatusCode::INTERNAL_ERROR) };
     bench.target.state().statuses.extend([never; 6]);
     assert_eq!(bench.client.run(Ask::read(0, 1, 512)).outcome, Err(Status::Media));
-    assert_eq!(bench.target.state().log.len(), 10, "once, and five times more");
+    assert_eq!(bench.target.state().log.len(), 11, "once, and five times more");
     assert_eq!(bench.device.stats().failures(Status::Media), 2);
 }
 
@@ -341,6 +348,10 @@ fn a_target_that_insists_on_flow_control_gets_it() {
     target.state().refuse_attributes = true;
     let mut bench = bench(target, |_| {});
     assert_eq!(bench.client.run(Ask::write(0, 1, data(3, 1))).outcome, Ok(()));
+    // It never moves SQHD: it is not waited for, or the queue would be full for ever.
+    bench.client.submit((0..200).map(|at| Ask::read(at, 1, 512)).collect());
+    assert!((0..200).all(|_| bench.client.next().outcome == Ok(())));
+    assert_eq!(bench.target.state().associations, 1);
 }
 
 #[test]

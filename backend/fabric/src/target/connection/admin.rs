@@ -31,6 +31,19 @@ impl Connection {
             }
             // Best effort (base 5.1): commands end soon by themselves, and an association that hangs is given up whole.
             admin_opcode::ABORT if !discovery => self.answer(index, NvmeStatus::SUCCESS, NOT_ABORTED),
+            admin_opcode::SET_FEATURES if !discovery && self.has_behavior(index) => {
+                let len = u32::try_from(features::HOST_BEHAVIOR_LEN).unwrap_or(0);
+                if let Err(status) = self.take_host_data(index, len) {
+                    self.fail(index, status);
+                }
+            }
+            admin_opcode::GET_FEATURES if !discovery && self.has_behavior(index) => {
+                let controller = self.controller.as_ref();
+                let on = controller.is_some_and(|controller| controller.retry_delays.load(Ordering::Relaxed));
+                let mut data = vec![0; features::HOST_BEHAVIOR_LEN];
+                data[0] = if on { features::RETRY_DELAYS_ENABLED } else { 0 };
+                self.answer_read(index, Ok(data));
+            }
             admin_opcode::SET_FEATURES => match self.set_feature(index, discovery) {
                 Ok(result) => self.answer(index, NvmeStatus::SUCCESS, result),
                 Err(code) => self.fail(index, NvmeStatus::fatal(code)),
@@ -52,6 +65,26 @@ impl Connection {
             admin_opcode::KEEP_ALIVE => self.answer(index, NvmeStatus::SUCCESS, 0),
             _ => self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_OPCODE)),
         }
+    }
+
+    /// Whether a Set or Get Features is about Host Behavior Support as it is now: that feature alone has data.
+    fn has_behavior(&mut self, index: usize) -> bool {
+        let sqe = self.slots.at(index).sqe;
+        // SV of Set Features, SEL of Get Features.
+        let now = sqe.cdw[0] & (1 << 31 | 7 << 8) == 0;
+        sqe.feature_id() == features::id::HOST_BEHAVIOR && now
+    }
+
+    /// The data of an admin command is there: Set Features, Host Behavior Support.
+    pub(super) fn execute_admin(&mut self, index: usize) {
+        let buffer = self.slots.at(index).buffer.as_ref().expect("its data came into it");
+        // SAFETY: the buffer holds the command's data, whose length was checked, and nobody writes to it any more.
+        let retry_delays = unsafe { buffer.slice(0, 1) }[0];
+        let Some(controller) = self.controller.as_ref().filter(|_| retry_delays <= 1) else {
+            return self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_FIELD));
+        };
+        controller.retry_delays.store(retry_delays == features::RETRY_DELAYS_ENABLED, Ordering::Relaxed);
+        self.answer(index, NvmeStatus::SUCCESS, 0);
     }
 
     /// Ends a command that reads with its data, of which the host wants at most as much as its SGL says.

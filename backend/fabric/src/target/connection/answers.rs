@@ -18,7 +18,7 @@ use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::target::{
     ANA_GROUP, ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX,
-    QUEUE_ENTRIES_MAX, Shared, VERSION,
+    QUEUE_ENTRIES_MAX, RETRY_DELAY, Shared, VERSION,
 };
 use hawser_block::Geometry;
 use std::collections::BTreeSet;
@@ -146,6 +146,7 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         instance_uniquifier: controller.instance.uniquifier,
         instance_random: controller.instance.random,
         cross_resets_max: CROSS_RESETS_MAX,
+        retry_delays: [RETRY_DELAY, 0, 0],
         quiesce_time_ms: subsystem.quiescing().to_ms(),
         controller_type: CNTRLTYPE_IO,
         abort_limit: 3,

@@ -5,8 +5,8 @@ use super::slots::{Phase, Place, place_of};
 use super::{Action, Connection, OWN_BYTES, Queue};
 use crate::nvme::bytes::{get_array, low32};
 use crate::nvme::fabrics::{
-    CATTR_NO_FLOW_CONTROL, CNTLID_DYNAMIC, Connect, ConnectData, Property, command_type, connect_invalid,
-    fctype,
+    CATTR_NO_FLOW_CONTROL, CNTLID_DYNAMIC, Connect, ConnectData, NO_SQ_HEAD, Property, command_type,
+    connect_invalid, fctype,
 };
 use crate::nvme::properties::{Capabilities, offset};
 use crate::nvme::{DISCOVERY_NQN, NvmeStatus, StatusCode, admin_opcode, nqn_is_valid};
@@ -184,7 +184,7 @@ impl Connection {
             log::info!("{}: {} is connected, controller {cntlid}", subsystem.nqn, controller.host.nqn);
         }
         // FFFFh says that flow control is off, as the host asked (base 6.3).
-        self.sq_head = if self.flow_control { 0 } else { 0xffff };
+        self.sq_head = if self.flow_control { 0 } else { NO_SQ_HEAD };
         self.answer(index, NvmeStatus::SUCCESS, u64::from(cntlid));
         if !self.flow_control {
             self.sq_head = 0;

@@ -2,7 +2,7 @@
 
 use super::Access;
 use super::slots::{Phase, Place, Run, place_of};
-use super::{Connection, Lane};
+use super::{Connection, Lane, Queue};
 use crate::nvme::bytes::get_array;
 use crate::nvme::command::DsmRange;
 use crate::nvme::reservation::ReservationCommand;
@@ -109,7 +109,7 @@ impl Connection {
     }
 
     /// The host has `bytes` bytes for this command: here already, or to be asked for.
-    fn take_host_data(&mut self, index: usize, bytes: u32) -> Result<(), NvmeStatus> {
+    pub(super) fn take_host_data(&mut self, index: usize, bytes: u32) -> Result<(), NvmeStatus> {
         match place_of(self.slots.at(index), bytes)? {
             Place::Capsule => self.execute_write(index),
             Place::Transport => {
@@ -123,6 +123,9 @@ impl Connection {
 
     /// A read, or a command whose data is to be asked for, has its buffer.
     pub(super) fn begin_with_buffer(&mut self, index: usize) {
+        if self.queue == Queue::Admin {
+            return self.ask_for_data(index);
+        }
         let slot = self.slots.at(index);
         let (opcode, namespace) = (slot.sqe.opcode, slot.namespace);
         if let Err(status) = self.check_reservation(namespace, opcode) {
@@ -140,6 +143,9 @@ impl Connection {
 
     /// All data of a Write, Compare or Dataset Management is there.
     pub(super) fn execute_write(&mut self, index: usize) {
+        if self.queue == Queue::Admin {
+            return self.execute_admin(index);
+        }
         let slot = self.slots.at(index);
         let (sqe, namespace) = (slot.sqe, slot.namespace);
         if ReservationCommand::data_len(sqe.opcode).is_some() {

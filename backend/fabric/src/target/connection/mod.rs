@@ -40,6 +40,7 @@ use resets::Reset;
 use slots::{Phase, Slots};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use transmit::Batch;
 
 /// Bytes that are received at once.
@@ -310,7 +311,12 @@ impl Connection {
         self.slots.release(index);
     }
 
-    fn completion(&mut self, index: usize, status: NvmeStatus, result: u64) -> Cqe {
+    fn completion(&mut self, index: usize, mut status: NvmeStatus, result: u64) -> Cqe {
+        let passes = matches!(status.code, StatusCode::NAMESPACE_NOT_READY | StatusCode::COMMAND_INTERRUPTED);
+        if passes && self.controller.as_ref().is_some_and(|it| it.retry_delays.load(Ordering::Relaxed)) {
+            // CRDT1.
+            status.retry_delay = 1;
+        }
         if self.flow_control && self.entries > 0 {
             self.sq_head = (self.sq_head + 1) % self.entries;
         }

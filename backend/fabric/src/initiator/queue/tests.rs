@@ -3,12 +3,15 @@
 use super::*;
 use crate::initiator::batch::SEND_IOVECS_MAX;
 use crate::initiator::fuzz::fuzz;
-use crate::nvme::StatusCode;
+use crate::nvme::bytes::get_array;
 use crate::nvme::command::io_opcode;
+use crate::nvme::{Cqe, StatusCode};
+use crate::tcp::pdu::PduKind;
+use crate::tcp::{CommonHeader, FatalStatus, ReadyToTransfer};
 use proptest::prelude::*;
 
 const LIMITS: Limits =
-    Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests: Digests::NONE };
+    Limits { in_capsule_max: 4096, host_data_max: 8192, alignment: 4, digests: Digests::NONE, flow: None };
 
 /// Memory of one request: some segments, and the iovecs that name them.
 struct Memory {
@@ -280,7 +283,7 @@ fn a_write_in_very_many_segments_is_sent_in_pieces_that_a_send_can_hold() {
 #[test]
 fn inline_data_follows_its_command() {
     let mut pair = QueuePair::new(2, LIMITS);
-    pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline([0xab; 16]), 1);
+    pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline([0xab; 16], 16), 1);
     let heard = listen(&transmit(&mut pair));
     let [Heard::Command(sqe, data)] = heard.as_slice() else { panic!() };
     assert_eq!((sqe.sgl, data.as_slice()), (Sgl::in_capsule(16), [0xab; 16].as_slice()));
@@ -330,6 +333,29 @@ fn what_a_controller_may_not_send_is_named() {
     check(&|cid| [ready(cid, 0, 8192), ready(cid, 0, 8192)].concat(), ("TTAG", 5));
     check(&answer_bytes, ("success, bytes moved", 1));
     check(&|cid| data_bytes(cid, 0, &zeroes[..512], false, false), ("CCCID", 1));
+}
+
+/// A target that insists on flow control answers commands before it says that their entries may be used again.
+#[test]
+fn a_controllers_queue_is_never_filled_beyond_what_it_says_of_it() {
+    let flow = Some(SqFlow::new(4, 1));
+    let mut pair = QueuePair::<u32>::new(3, Limits { flow, ..LIMITS });
+    let mut cids = Vec::new();
+    for user in 0..3 {
+        pair.submit(Sqe::flush(1), Transfer::None, user);
+        cids.push(only_command(&transmit(&mut pair)).cid);
+    }
+    assert_eq!(pair.room(), 0);
+    let answer = |cid, sq_head| {
+        let cqe = Cqe { sq_head, ..Cqe::success(cid) };
+        pdu::response_to_bytes(&cqe, Digests::NONE)
+    };
+    pair.handle_bytes(&answer(cids[0], 1)).unwrap();
+    assert_eq!((ends(&mut pair), pair.room()), (vec![(0, true)], 0), "answered, and its entry is taken");
+    pair.handle_bytes(&answer(cids[2], 3)).unwrap();
+    assert_eq!((ends(&mut pair), pair.room()), (vec![(2, true)], 2), "two entries, and slots, are free");
+    pair.handle_bytes(&answer(cids[1], 3)).unwrap();
+    assert_eq!(pair.room(), 3, "all are answered");
 }
 
 #[test]
@@ -476,7 +502,7 @@ fn model(commands: &[(bool, usize)], seed: u64, cut: usize) {
 fn a_range_goes_when_asked_where_capsules_carry_no_data() {
     let mut pair = QueuePair::<u32>::new(4, Limits { in_capsule_max: 0, ..LIMITS });
     let range: [u8; 16] = std::array::from_fn(|at| at.to_le_bytes()[0]);
-    pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline(range), 7);
+    pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline(range, 16), 7);
     let heard = listen(&transmit(&mut pair));
     let [Heard::Command(sqe, data)] = &heard[..] else { panic!("{heard:?}") };
     assert_eq!((sqe.sgl.identifier, sqe.sgl.len, data.len()), (Sgl::TRANSPORT, 16, 0));
@@ -526,7 +552,7 @@ fn digests_go_with_headers_and_data_both_ways() {
         pair.submit(Sqe::write(1, 0, 2, false, Sgl::NONE), Transfer::FromHost(small.buffers()), 1);
         pair.submit(Sqe::write(1, 0, 24, false, Sgl::NONE), Transfer::FromHost(large.buffers()), 2);
         pair.submit(Sqe::read(1, 0, 586, Sgl::NONE), Transfer::ToHost(into.buffers()), 3);
-        pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline([3; 16]), 4);
+        pair.submit(Sqe::deallocate(1, 1, Sgl::NONE), Transfer::Inline([3; 16], 16), 4);
         let heard = listen_to(&transmit(&mut pair), digests);
         let [
             Heard::Command(first, in_capsule),
