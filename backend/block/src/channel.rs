@@ -2,6 +2,7 @@
 
 use crate::geometry::Geometry;
 use crate::request::{Completion, Request};
+use crate::reservation::{ReservationCommand, ReservationStatus, ReserveError};
 use crate::stats::StatsSet;
 use hawser_runtime::{Runtime, SourceId};
 use std::sync::Arc;
@@ -94,6 +95,23 @@ pub trait Device: Send + Sync {
 
     /// Counters and latencies of all its channels.
     fn stats(&self) -> Arc<StatsSet>;
+
+    /// Carries a reservation command out for this host, whatever the way. It takes as long as it takes (a minute at most): never on
+    /// a reactor.
+    ///
+    /// # Errors
+    /// Why it was not, or may not have been.
+    fn reserve(&self, _command: ReservationCommand) -> Result<(), ReserveError> {
+        Err(ReserveError::Unsupported)
+    }
+
+    /// Who is registered, and who has it. Never on a reactor.
+    ///
+    /// # Errors
+    /// Why that is not known.
+    fn reservations(&self) -> Result<ReservationStatus, ReserveError> {
+        Err(ReserveError::Unsupported)
+    }
 
     /// The ways to it, in the configuration's order; none where there is but the device itself.
     fn paths(&self) -> Vec<PathView> {

@@ -17,6 +17,8 @@ use std::time::Duration;
 const CHANGE_MAX: Duration = Duration::from_secs(2 * 3600);
 /// Looking takes no time: a daemon that does not answer is stuck.
 const LOOK_MAX: Duration = Duration::from_secs(20);
+/// What a daemon asks of a target has a minute, twice.
+const ASK_MAX: Duration = Duration::from_secs(150);
 /// A daemon that does not take the connection in this time is stuck.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
@@ -31,11 +33,21 @@ impl Client {
     }
 
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.call(Method::GET, path, None)
+        self.call(Method::GET, path, None, LOOK_MAX)
+    }
+
+    /// Looks at what the daemon has to ask others for.
+    pub(super) fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.call(Method::GET, path, None, ASK_MAX)
+    }
+
+    pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+        let body = serde_json::to_vec(body).map_err(|error| self.failed(&error))?;
+        self.call(Method::PUT, path, Some(body), CHANGE_MAX)
     }
 
     pub(super) fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.call(Method::DELETE, path, None)
+        self.call(Method::DELETE, path, None, CHANGE_MAX)
     }
 
     pub(super) fn post<T: DeserializeOwned>(
@@ -44,7 +56,7 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, Failure> {
         let body = body.map(serde_json::to_vec).transpose().map_err(|error| self.failed(&error))?;
-        self.call(Method::POST, path, body)
+        self.call(Method::POST, path, body, CHANGE_MAX)
     }
 
     fn failed(&self, what: &dyn std::fmt::Display) -> Failure {
@@ -56,12 +68,13 @@ impl Client {
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
+        limit: Duration,
     ) -> Result<T, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| self.failed(&error))?;
-        let (status, body) = runtime.block_on(self.exchange(method, path, body))?;
+        let (status, body) = runtime.block_on(self.exchange(method, path, body, limit))?;
         if status.is_success() {
             return serde_json::from_slice(&body)
                 .map_err(|error| self.failed(&format!("the daemon's answer is not understood: {error}")));
@@ -76,6 +89,7 @@ impl Client {
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
+        limit: Duration,
     ) -> Result<(StatusCode, Bytes), Failure> {
         let stream = tokio::time::timeout(CONNECT_MAX, tokio::net::UnixStream::connect(&self.api))
             .await
@@ -85,7 +99,6 @@ impl Client {
             .await
             .map_err(|error| self.failed(&error))?;
         tokio::spawn(connection);
-        let limit = if method == Method::GET { LOOK_MAX } else { CHANGE_MAX };
         let request = Request::builder()
             .method(method)
             .uri(path)

@@ -1,6 +1,7 @@
-//! `hawser device list|discover`
+//! `hawser device list|discover|reservation`
 
 use crate::assemble::host;
+use crate::cli::reservation::{self, ReservationCommand};
 use crate::cli::table::{self, Align, Table};
 use crate::cli::{ApiArgs, Failure, print_json, say};
 use crate::daemon::api::view::DeviceView;
@@ -17,6 +18,9 @@ pub(super) enum DeviceCommand {
     List(ApiArgs),
     /// Ask a discovery service what it offers
     Discover(DiscoverArgs),
+    /// Who may write to a device that several hosts share
+    #[command(subcommand)]
+    Reservation(ReservationCommand),
 }
 
 #[derive(Args)]
@@ -49,6 +53,7 @@ pub(super) fn run(command: &DeviceCommand) -> Result<(), Failure> {
             Ok(())
         }
         DeviceCommand::Discover(args) => discover(args),
+        DeviceCommand::Reservation(command) => reservation::run(command),
     }
 }
 

@@ -8,8 +8,10 @@ mod client;
 mod device;
 mod disk;
 mod image;
+mod reservation;
 mod serve;
 mod status;
+mod subsystem;
 mod table;
 
 use clap::{Args, Parser, Subcommand};
@@ -53,6 +55,9 @@ enum Command {
     /// Devices of a running daemon, and what a target offers
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Subsystems that a running daemon is the target of
+    #[command(subcommand)]
+    Subsystem(subsystem::SubsystemCommand),
     /// Disk images
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -84,6 +89,7 @@ pub fn run() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Disk(command) => disk::run(command),
         Command::Device(command) => device::run(command),
+        Command::Subsystem(command) => subsystem::run(command),
         Command::Image(command) => image::run(command),
     };
     let (line, code) = match done {

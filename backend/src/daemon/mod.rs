@@ -12,9 +12,11 @@ mod build_id;
 mod disk;
 mod lock;
 mod notify;
+mod reservation;
 pub(crate) mod run_state;
 mod save;
 mod signals;
+mod subsystem;
 mod view;
 
 use crate::assemble::device::{self, OpenError, Opening};
@@ -24,13 +26,12 @@ use crate::assemble::target as assemble_target;
 use crate::durable::{self, Machine};
 use crate::sandbox::{self, AllowedPaths};
 use api::ApiSocket;
-use api::view::{DeviceView, DiskState, DiskView, StatusView, SubsystemView};
+use api::view::{DeviceView, DiskState, DiskView, StatusView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
-use hawser_config::value::{Listen, Name, SocketPath};
-use hawser_config::{Config, ConfigError, DeviceConfig, DiscoveryConfig, DiskConfig};
-use hawser_fabric::nvme::ana::AnaState;
-use hawser_fabric::target::{ANA_GROUP, Target, TargetStats};
+use hawser_config::value::{Name, SocketPath};
+use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
+use hawser_fabric::target::{Target, TargetStats};
 use hawser_virtio::{LeftBehind, VhostDisk};
 use lock::Lock;
 use run_state::RunState;
@@ -500,67 +501,6 @@ impl Daemon {
             .iter()
             .map(|(config, device)| view::device_view(config, device.as_ref()))
             .collect()
-    }
-
-    /// All subsystems.
-    #[must_use]
-    pub fn subsystem_views(&self) -> Vec<SubsystemView> {
-        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        target.as_ref().map_or_else(Vec::new, |target| assemble_target::views(&self.config, target))
-    }
-
-    /// Sets how well a subsystem's namespaces can be reached at one of its addresses, and tells its hosts.
-    ///
-    /// # Errors
-    /// When there is no such subsystem, address or group, or no such state.
-    pub fn set_ana_state(
-        &self,
-        nqn: &str,
-        port: &str,
-        grpid: &str,
-        state: &str,
-    ) -> Result<SubsystemView, ChangeError> {
-        let state: AnaState = state.parse().map_err(ChangeError::Wrong)?;
-        let view = || self.subsystem_views().into_iter().find(|view| view.nqn == nqn);
-        let before = view().ok_or_else(|| ChangeError::Unknown(format!("there is no subsystem {nqn}")))?;
-        let index =
-            port.parse().ok().filter(|index: &usize| *index < before.ports.len()).ok_or_else(|| {
-                let last = before.ports.len() - 1;
-                ChangeError::Unknown(format!("{nqn} has no port {port}, want one from 0 to {last}"))
-            })?;
-        if grpid.parse() != Ok(ANA_GROUP) {
-            let what = format!("{nqn} has no ANA group {grpid}, want {ANA_GROUP}");
-            return Err(ChangeError::Unknown(what));
-        }
-        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        if !target.as_ref().is_some_and(|target| target.set_ana_state(nqn, index, state)) {
-            return Err(ChangeError::Failed("the target stops".to_owned()));
-        }
-        drop(target);
-        view().ok_or_else(|| ChangeError::Failed("the target stops".to_owned()))
-    }
-
-    /// Other discovery services that ours points to.
-    #[must_use]
-    pub fn discovery(&self) -> DiscoveryConfig {
-        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        let referrals = target.as_ref().map_or_else(Vec::new, Target::referrals);
-        DiscoveryConfig { referrals: referrals.into_iter().map(Listen).collect() }
-    }
-
-    /// Points to other discovery services from now on, and tells the hosts that stay connected to ours.
-    ///
-    /// # Errors
-    /// When there is no subsystem, and so nobody who could be told.
-    pub fn set_discovery(&self, discovery: &DiscoveryConfig) -> Result<DiscoveryConfig, ChangeError> {
-        {
-            let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-            let target = target.as_ref().ok_or_else(|| {
-                ChangeError::Conflict("there is no [[subsystem]], so nobody asks for referrals".to_owned())
-            })?;
-            target.set_referrals(discovery.referrals.iter().map(|listen| listen.0).collect());
-        }
-        Ok(self.discovery())
     }
 
     /// How the target is doing, if there is one.

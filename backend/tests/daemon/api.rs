@@ -164,6 +164,18 @@ fn every_answer_is_as_the_document_says() {
     ask(&daemon, "DELETE", "/v1/disks/new?save=true", one, "", 409);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 200);
     ask(&daemon, "DELETE", "/v1/disks/new", one, "", 404);
+    let reservation = "/v1/devices/{name}/reservation";
+    ask(&daemon, "GET", "/v1/devices/m0/reservation", reservation, "", 400);
+    ask(&daemon, "GET", "/v1/devices/none/reservation", reservation, "", 404);
+    ask(
+        &daemon,
+        "POST",
+        "/v1/devices/m0/reservation",
+        reservation,
+        r#"{"action": "clear", "crkey": "1"}"#,
+        400,
+    );
+    ask(&daemon, "POST", "/v1/devices/m0/reservation", reservation, r#"{"action": "acquire"}"#, 400);
     let discovery = "/v1/discovery";
     let referrals = json!({"referrals": ["tcp://192.0.2.1:8009"]});
     assert_eq!(ask(&daemon, "PUT", discovery, discovery, &referrals.to_string(), 200), referrals);

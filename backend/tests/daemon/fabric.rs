@@ -219,6 +219,66 @@ fn the_paths_of_a_device_are_listed_with_their_states() {
     assert_eq!(target.end(), Some(0));
 }
 
+#[test]
+fn a_device_is_reserved_and_taken_over_from_the_command_line() {
+    let storage = storage(0);
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    let hosts = [("one", 1), ("two", 2)].map(|(name, number)| {
+        let place = Place::new();
+        place.configure(&format!(
+            "[host]\nnqn = \"nqn.2026-11.io.hawser:{name}\"\nid = \"00000000-0000-4000-8000-{number:012}\"\n\
+             [[device]]\nname = \"r\"\n\
+             uri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
+             [[device]]\nname = \"m\"\nuri = \"mem:?size=16MiB\"\n"
+        ));
+        let daemon = place.serve();
+        until("it is reached", || daemon.status()["devices"][0]["state"] == "ready");
+        (place, daemon)
+    });
+    let [one, two] = [0, 1].map(|at| &hosts[at].0);
+    let reservation = |place: &Place, arguments: &[&str]| {
+        let (action, rest) = arguments.split_first().unwrap();
+        let all: Vec<&str> =
+            ["device", "reservation", action, "r"].into_iter().chain(rest.iter().copied()).collect();
+        place.ok(&all)
+    };
+    assert_eq!(reservation(one, &["report"]), "reservation: none; generation 0\n");
+    let text = reservation(one, &["register", "--nrkey", "0x1a", "--cptpl", "true"]);
+    assert!(text.starts_with("reservation: none, outlives a power loss; generation 1\n"), "{text}");
+    let text = reservation(one, &["acquire", "--crkey", "26", "--rtype", "write-exclusive"]);
+    assert!(text.contains("reservation: write-exclusive,") && text.contains(" 0x1a  yes\n"), "{text}");
+    let acquire = ["device", "reservation", "acquire", "r", "--crkey", "2", "--rtype", "1"];
+    let line = two.fails(&acquire, 1);
+    assert_eq!(line, "device r: Reservation Conflict: another key, or another host has it");
+    reservation(two, &["register", "--nrkey", "2"]);
+    let preempt = ["preempt", "--crkey", "2", "--prkey", "0x1a", "--rtype", "2", "--abort", "--json"];
+    let report: serde_json::Value = serde_json::from_str(&reservation(two, &preempt)).unwrap();
+    assert_eq!(report["rtype"], "exclusive-access");
+    assert_eq!(report["registrants"][0]["rkey"], "0x2");
+    assert_eq!(report["registrants"].as_array().unwrap().len(), 1);
+    reservation(two, &["register", "--nrkey", "3", "--crkey", "2"]);
+    reservation(two, &["release", "--crkey", "3", "--rtype", "exclusive-access"]);
+    let text = reservation(two, &["register", "--unregister", "--iekey"]);
+    assert!(text.starts_with("reservation: none") && text.lines().count() == 1, "{text}");
+
+    let line = one.fails(&["device", "reservation", "report", "m"], 2);
+    assert_eq!(line, "device m: the device knows no reservations, want an nvme+tcp: one");
+    let line = one.fails(&["device", "reservation", "report", "x"], 1);
+    assert_eq!(line, "device \"x\" is not there; there are r, m");
+    let odd = ["device", "reservation", "acquire", "r", "--crkey", "1", "--rtype", "7"];
+    assert!(
+        one.fails(&odd, 2).starts_with("\"7\" is no reservation type, want 1 to 6 or one of write-exclusive")
+    );
+    assert_eq!(target.end(), Some(0));
+    until("the loss is seen", || hosts[0].1.status()["devices"][0]["state"] == "reconnecting");
+    let line = one.fails(&["device", "reservation", "report", "r"], 1);
+    assert_eq!(line, "device r: not sent: no path is good");
+    for (_, daemon) in hosts {
+        assert_eq!(daemon.end(), Some(0));
+    }
+}
+
 /// An import wrote to the disk of a running VM without a word, where nothing locks the device.
 #[test]
 fn an_import_over_what_a_daemon_lets_others_write_to_is_refused() {

@@ -8,9 +8,11 @@ use super::controller;
 use super::geometry::Known;
 use super::lane::{Lane, LaneChannel, Lanes, Notice};
 use super::quiet::{self, Record, Unquiet};
+use super::reserve;
 use super::signal::Mailbox;
 use crate::nvme::ana::AnaState;
 use crate::uri::NvmeUri;
+use hawser_block::reservation::{ReservationCommand, ReservationStatus, ReserveError};
 use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
 use hawser_runtime::{Instant, ReactorHandle, Runtime, SourceId};
 use std::collections::BTreeMap;
@@ -393,6 +395,14 @@ impl Device for NvmeDevice {
         };
         // The next association may be with a target that says nothing.
         told.unwrap_or_default().max(quiet::lives(&self.shared.config.timers, 0))
+    }
+
+    fn reserve(&self, command: ReservationCommand) -> Result<(), ReserveError> {
+        reserve::reserve(&self.shared, command)
+    }
+
+    fn reservations(&self) -> Result<ReservationStatus, ReserveError> {
+        reserve::report(&self.shared)
     }
 
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {

@@ -35,6 +35,25 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// A request that has just come.
+    pub(super) fn new(request: Request, channel: usize, sequence: u64, now: Instant) -> Held {
+        Held {
+            request,
+            channel,
+            sequence,
+            submitted: now,
+            sent: now,
+            tries: 0,
+            moves: 0,
+            avoid: None,
+            unknown: None,
+            aborted: false,
+            only: None,
+            written: 0,
+            whole: None,
+        }
+    }
+
     /// Sending it again, or ending it, must wait until earlier associations are quiet.
     pub(super) fn is_unknown_write(&self) -> bool {
         self.unknown.is_some() && self.request.operation.is_write()
@@ -172,24 +191,7 @@ mod tests {
             buffers: Buffers::EMPTY,
             token: Token(5),
         };
-        let (submitted, sent) = (Instant(0), Instant(0));
-        let (tries, moves, avoid, unknown, aborted) = (0, 0, None, None, false);
-        let (channel, sequence, only, written, whole) = (0, 3, None, 0, None);
-        Held {
-            request,
-            channel,
-            sequence,
-            submitted,
-            sent,
-            tries,
-            moves,
-            avoid,
-            unknown,
-            aborted,
-            only,
-            written,
-            whole,
-        }
+        Held::new(request, 0, 3, Instant(0))
     }
 
     #[test]

@@ -18,6 +18,7 @@
 //!   known, so then all writes wait. Reads are sent again at once.
 //! - Nothing is given back to a channel while an operation names its buffers.
 
+mod control;
 mod send;
 
 use super::cache::Caches;
@@ -25,18 +26,21 @@ use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
 use super::connection::Connection;
 use super::held::{Held, Wholes, widest};
 use super::probe;
-use super::queue::{Answer, Ended};
+use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
 use super::socket::ConnectedQueue;
 pub(crate) use super::way::Start;
 use super::way::Way;
 use crate::leaf;
-use crate::nvme::NvmeStatus;
 use crate::nvme::ana::AnaState;
+use crate::nvme::{NvmeStatus, StatusCode};
+use control::Control;
+pub(crate) use control::{Ask, Reply};
+use hawser_block::reservation::ReserveError;
 use hawser_block::{Channel, Completion, Geometry, IoKind, IoStats, Operation, Outcome, Request, Status};
 use hawser_runtime::{Event, Instant, Runtime, Slab, Source, SourceId, TimerId};
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,6 +112,7 @@ pub(crate) struct Lane {
     sequence: u64,
     wholes: Wholes,
     channels: Slab<ChannelState>,
+    controls: BTreeMap<u64, Control>,
     tick: Option<(Instant, TimerId)>,
 }
 
@@ -148,6 +153,7 @@ impl Lane {
             sequence: 0,
             wholes: Wholes::default(),
             channels: Slab::default(),
+            controls: BTreeMap::new(),
             tick: None,
         }));
         let id = runtime.add_source(Rc::clone(&lane) as Rc<RefCell<dyn Source>>);
@@ -249,6 +255,12 @@ impl Lane {
             let may_be_fault = connection.may_be_fault();
             for (mut held, begun) in connection.drain() {
                 self.runtime.sub_outstanding(1);
+                if held.is_control() {
+                    if !begun || self.control_lost(&held) {
+                        self.pending.push_back(held);
+                    }
+                    continue;
+                }
                 held.unknown = begun.then_some(association);
                 // Sent again it would end the next association too, for all users of this lane.
                 held.aborted |= may_be_fault && !probe::is_there(&held.request.buffers);
@@ -325,21 +337,7 @@ impl Lane {
             channel.outstanding += batch.len();
         }
         for request in batch.drain(..) {
-            let held = Held {
-                request,
-                channel,
-                sequence: self.sequence,
-                submitted: now,
-                sent: now,
-                tries: 0,
-                moves: 0,
-                avoid: None,
-                unknown: None,
-                aborted: false,
-                only: None,
-                written: 0,
-                whole: None,
-            };
+            let held = Held::new(request, channel, self.sequence, now);
             self.sequence += 1;
             let checked = match &self.offered {
                 None => Err(Status::Path),
@@ -383,6 +381,9 @@ impl Lane {
 
     fn answered(&mut self, path: usize, ended: Ended<Held>) {
         let mut held = ended.user;
+        if held.is_control() {
+            return self.control_answered(path, held, ended.answer);
+        }
         if ended.answer.status.is_success() {
             let volatile = match held.request.operation {
                 Operation::Read => false,
@@ -413,7 +414,7 @@ impl Lane {
     /// How long to wait before a refused command is tried again, if it makes sense.
     fn retry_after(&mut self, path: usize, held: &mut Held, answer: Answer) -> Option<Duration> {
         let NvmeStatus { code, retry_delay, do_not_retry, .. } = answer.status;
-        if do_not_retry {
+        if do_not_retry || code == StatusCode::RESERVATION_CONFLICT {
             // Nor would another controller of the subsystem do it (base 3.3.3.2.1).
             return None;
         }
@@ -448,6 +449,9 @@ impl Lane {
     }
 
     fn end(&mut self, held: &Held, outcome: Outcome) {
+        if held.is_control() {
+            return self.control_failed(held, ReserveError::NotSent("no path is good".to_owned()));
+        }
         let (held, outcome) = match held.whole.map(|whole| self.wholes.piece_ended(whole, outcome)) {
             None => (*held, outcome),
             Some(None) => return,
@@ -510,7 +514,7 @@ impl Lane {
         let limit = self.timers.io_timeout;
         for way in &mut self.ways {
             let mut under_way = way.connection.iter_mut().flat_map(Connection::users_mut);
-            if under_way.any(|held| held.sent + limit <= now) {
+            if under_way.any(|held| !held.is_control() && held.sent + limit <= now) {
                 drop(under_way);
                 way.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
             }

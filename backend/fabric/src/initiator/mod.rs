@@ -11,7 +11,8 @@
 //!     │      └ admin ── admin commands, one future each
 //!   lane (one per reactor) ── requests of its channels: which path they take, resent after a loss, no ghost writes
 //!     │   ├ way ─────── a path's connection here
-//!     │   └ held ────── one request on its way, or several in the place of one
+//!     │   ├ held ────── one request on its way, or several in the place of one
+//!     │   └ control ─── reservations, on the way of requests; reserve ── for who may wait for them
 //!   connection ──────── one send and one receive under way: bytes between a socket and ...
 //!   queue ───────────── ... the queue pair, sans I/O; batch ── one send of it
 //! ```
@@ -51,6 +52,7 @@ mod lane;
 mod probe;
 mod queue;
 mod quiet;
+mod reserve;
 mod signal;
 mod socket;
 #[cfg(test)]

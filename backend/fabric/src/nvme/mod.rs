@@ -119,8 +119,8 @@ pub fn fuzz(data: &[u8]) {
     }
     let resets = cross_reset::ResetLog::from_bytes(data);
     assert_eq!(cross_reset::ResetLog::from_bytes(&resets.to_bytes()), resets);
-    let status = reservation::ReservationStatus::from_bytes(data);
-    let again = reservation::ReservationStatus::from_bytes(&status.to_bytes());
+    let status = reservation::status_from_bytes(data);
+    let again = reservation::status_from_bytes(&reservation::status_to_bytes(&status));
     assert_eq!(again, status);
     let _ = discovery::Header::from_bytes(&padded(data));
     let _ = log::AsyncEvent::from_dword(cqe.dword0());

@@ -186,6 +186,119 @@ pub struct LatencyView {
     pub count: u64,
 }
 
+/// A reservation key, as text: `0x` and hexadecimal digits, or a decimal number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key(pub u64);
+
+impl std::str::FromStr for Key {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Key, String> {
+        let number = match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16),
+            None => text.parse(),
+        };
+        number.map(Key).map_err(|_| format!("{text:?} is no key, want 64 bits, such as 0x1a2b"))
+    }
+}
+
+impl Serialize for Key {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:#x}", self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Key, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// `GET /v1/devices/{name}/reservation`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReservationView {
+    /// Counts changes of registrants.
+    pub generation: u32,
+    /// The type of the reservation there is; `None`: there is none.
+    pub rtype: Option<String>,
+    /// It outlives a power loss of the target.
+    pub ptpl: bool,
+    /// Who is registered.
+    pub registrants: Vec<RegistrantView>,
+}
+
+/// A host that is registered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RegistrantView {
+    /// Its identifier.
+    pub hostid: String,
+    /// Its key.
+    pub rkey: Key,
+    /// It holds the reservation.
+    pub holds: bool,
+}
+
+/// The body of `POST /v1/devices/{name}/reservation`. Keys have nvme-cli's names: `crkey` is our own, `nrkey` the one to register,
+/// `prkey` that of who is preempted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "lowercase", deny_unknown_fields)]
+#[expect(missing_docs, reason = "nvme-cli's names, said above and in docs/openapi.json")]
+pub enum ChangeReservation {
+    /// This host becomes a registrant.
+    Register {
+        nrkey: Key,
+        #[serde(default)]
+        cptpl: Option<bool>,
+    },
+    /// Its key becomes another.
+    Replace {
+        nrkey: Key,
+        #[serde(default)]
+        crkey: Option<Key>,
+        #[serde(default)]
+        iekey: bool,
+        #[serde(default)]
+        cptpl: Option<bool>,
+    },
+    /// It is none any more.
+    Unregister {
+        #[serde(default)]
+        crkey: Option<Key>,
+        #[serde(default)]
+        iekey: bool,
+    },
+    /// It takes the reservation, if nobody has it.
+    Acquire { crkey: Key, rtype: String },
+    /// It takes it from the registrants with `prkey`.
+    Preempt {
+        crkey: Key,
+        prkey: Key,
+        rtype: String,
+        #[serde(default)]
+        abort: bool,
+    },
+    /// It gives it back.
+    Release { crkey: Key, rtype: String },
+    /// Nobody has it, and nobody is registered.
+    Clear { crkey: Key },
+}
+
+impl ChangeReservation {
+    /// The action's word.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            ChangeReservation::Register { .. } => "register",
+            ChangeReservation::Replace { .. } => "replace",
+            ChangeReservation::Unregister { .. } => "unregister",
+            ChangeReservation::Acquire { .. } => "acquire",
+            ChangeReservation::Preempt { .. } => "preempt",
+            ChangeReservation::Release { .. } => "release",
+            ChangeReservation::Clear { .. } => "clear",
+        }
+    }
+}
+
 /// One subsystem.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SubsystemView {

@@ -83,6 +83,10 @@ impl Lane {
                 continue;
             }
             let Some(mut held) = self.pending.remove(at) else { break };
+            if held.is_control() {
+                self.send_control(path, held);
+                continue;
+            }
             if held.request.operation == Operation::Flush {
                 if held.only.is_none() && !self.caches.may_flush(|path| self.ways[path].started.is_some()) {
                     log::error!(

@@ -4,6 +4,7 @@
 mod client;
 mod lost_controllers;
 mod middle_box;
+mod reservations;
 mod scripted;
 mod several_paths;
 mod with_our_target;

@@ -398,6 +398,10 @@ impl Connection<'_> {
                 drop(state);
                 self.success(sqe, 0)
             }
+            io_opcode::RESERVATION_REPORT => {
+                drop(state);
+                self.data(sqe, &vec![0; (sqe.cdw[0] as usize + 1) * 4])
+            }
             _ => {
                 drop(state);
                 self.success(sqe, 0)

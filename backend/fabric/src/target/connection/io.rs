@@ -5,7 +5,7 @@ use super::slots::{Phase, Place, Run, place_of};
 use super::{Connection, Lane, Queue};
 use crate::nvme::bytes::get_array;
 use crate::nvme::command::DsmRange;
-use crate::nvme::reservation::ReservationCommand;
+use crate::nvme::reservation;
 use crate::nvme::{NvmeStatus, StatusCode, io_opcode};
 use hawser_block::{
     BlockCount, Buffers, Completion, Geometry, Lba, Operation, Outcome, Request, Status, Token,
@@ -80,7 +80,7 @@ impl Connection {
             io_opcode::RESERVATION_REGISTER
             | io_opcode::RESERVATION_ACQUIRE
             | io_opcode::RESERVATION_RELEASE => {
-                self.take_host_data(index, ReservationCommand::data_len(sqe.opcode).unwrap_or(0))?;
+                self.take_host_data(index, reservation::data_len(sqe.opcode).unwrap_or(0))?;
             }
             io_opcode::RESERVATION_REPORT => self.report_reservations(index, &sqe),
             io_opcode::DATASET_MANAGEMENT => {
@@ -148,7 +148,7 @@ impl Connection {
         }
         let slot = self.slots.at(index);
         let (sqe, namespace) = (slot.sqe, slot.namespace);
-        if ReservationCommand::data_len(sqe.opcode).is_some() {
+        if reservation::data_len(sqe.opcode).is_some() {
             self.execute_reservation(index);
             return;
         }

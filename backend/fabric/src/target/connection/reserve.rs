@@ -5,7 +5,7 @@
 
 use super::slots::Phase;
 use super::{Action, Connection};
-use crate::nvme::reservation::ReservationCommand;
+use crate::nvme::reservation;
 use crate::nvme::{NvmeStatus, Sqe, StatusCode, io_opcode};
 use crate::target::registry::Subsystem;
 use std::sync::Arc;
@@ -36,10 +36,10 @@ impl Connection {
     pub(super) fn execute_reservation(&mut self, index: usize) {
         let slot = self.slots.at(index);
         let (sqe, position) = (slot.sqe, slot.namespace);
-        let len = ReservationCommand::data_len(sqe.opcode).unwrap_or(0) as usize;
+        let len = reservation::data_len(sqe.opcode).unwrap_or(0) as usize;
         let buffer = slot.buffer.as_ref().expect("its data came into it");
         // SAFETY: the buffer holds the command's data, whose length was checked, and nobody writes to it any more.
-        let command = ReservationCommand::from_sqe(&sqe, unsafe { buffer.slice(0, len) });
+        let command = reservation::from_sqe(&sqe, unsafe { buffer.slice(0, len) });
         let Ok(command) = command else {
             return self.fail(index, NvmeStatus::fatal(StatusCode::INVALID_FIELD));
         };
@@ -95,7 +95,8 @@ impl Connection {
             _ if sqe.cdw[1] & 1 == 0 => Err(StatusCode::HOST_ID_INCONSISTENT),
             None => Err(StatusCode::INVALID_FIELD),
             Some(len) => {
-                let mut data = subsystem.namespaces[position].reservation_status().to_bytes();
+                let status = subsystem.namespaces[position].reservation_status();
+                let mut data = reservation::status_to_bytes(&status);
                 data.resize(len as usize, 0);
                 Ok(data)
             }

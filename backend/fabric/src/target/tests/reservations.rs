@@ -20,7 +20,7 @@ fn host(address: SocketAddr, id: [u8; 16]) -> (Peer, Peer) {
 }
 
 fn ask(peer: &mut Peer, command: ReservationCommand) -> StatusCode {
-    let (sqe, data) = command.to_sqe(1);
+    let (sqe, data) = reservation::to_sqe(&command, 1);
     peer.call(sqe, &data, &[]).0.status.code
 }
 
@@ -36,7 +36,7 @@ fn acquire(action: AcquireAction, current: u64, preempted: u64, kind: Reservatio
 fn report(peer: &mut Peer) -> ReservationStatus {
     let (cqe, data) = peer.call(reservation::report(1, 256), &[], &[]);
     assert_eq!(cqe.status.code, StatusCode::SUCCESS);
-    ReservationStatus::from_bytes(&data)
+    reservation::status_from_bytes(&data)
 }
 
 fn read_and_write(peer: &mut Peer) -> (StatusCode, StatusCode) {
@@ -101,7 +101,7 @@ fn preempt_and_abort_is_answered_when_the_others_commands_have_ended() {
     while state.held.load(Ordering::SeqCst) < 1 {
         std::thread::yield_now();
     }
-    let (sqe, data) = acquire(AcquireAction::PreemptAndAbort, 2, 1, kind).to_sqe(1);
+    let (sqe, data) = reservation::to_sqe(&acquire(AcquireAction::PreemptAndAbort, 2, 1, kind), 1);
     let preempting = Arc::clone(&state);
     let preemptor = std::thread::spawn(move || {
         let code = b.call(sqe, &data, &[]).0.status.code;
@@ -140,7 +140,7 @@ fn preempt_and_abort_aborts_what_lasts_and_can_be_asked_for_again() {
         std::thread::yield_now();
     }
     let preempt = acquire(AcquireAction::PreemptAndAbort, 2, 1, kind);
-    let (sqe, data) = preempt.to_sqe(1);
+    let (sqe, data) = reservation::to_sqe(&preempt, 1);
     b.send(sqe, &data, &[]);
     while report(&mut a).registrants.len() > 1 {
         std::thread::yield_now();
