@@ -1,7 +1,7 @@
 //! One disk: its description, and whether it is served now.
 
 use super::api::view::{DiskState, DiskView};
-use super::view::{device_trouble, io_view, rings_view};
+use super::view::{device_trouble, front_ends_view, io_view, rings_view};
 use hawser_block::{Device, StatsSet};
 use hawser_config::DiskConfig;
 use hawser_virtio::{LeftBehind, VhostDisk};
@@ -100,9 +100,9 @@ impl Disk {
                 (state, some(server.trouble()).or_else(|| device_trouble(self.device.as_ref())))
             }
         };
-        let rings = match &now.service {
-            Service::Serving(server) => Some(rings_view(server)),
-            Service::Suspended(_) | Service::Stopped => None,
+        let (rings, front_ends) = match &now.service {
+            Service::Serving(server) => (Some(rings_view(server)), front_ends_view(server)),
+            Service::Suspended(_) | Service::Stopped => (None, Vec::new()),
         };
         let saved_in = now.saved_in.as_ref().map(|file| file.display().to_string());
         drop(now);
@@ -118,6 +118,7 @@ impl Disk {
             block_size: geometry.map(|geometry| geometry.block_size.bytes()),
             read_only: config.read_only || geometry.is_some_and(|geometry| geometry.read_only),
             saved_in,
+            front_ends,
             rings,
             io: io_view(&self.stats()),
         }

@@ -1,10 +1,10 @@
 //! From the daemon's parts to what the API shows of them.
 
-use super::api::view::{DeviceView, IoView, LatencyView, PathView, RingsView};
+use super::api::view::{DeviceView, FrontEndView, IoView, LatencyView, PathView, RingsView};
 use hawser_block::{Device, IoKind, StatsSet, Status};
 use hawser_config::DeviceConfig;
 use hawser_config::value::Uuid;
-use hawser_virtio::VhostDisk;
+use hawser_virtio::{SessionView, VhostDisk};
 use std::sync::atomic::Ordering;
 
 pub(super) fn io_view(stats: &StatsSet) -> IoView {
@@ -32,11 +32,17 @@ pub(super) fn io_view(stats: &StatsSet) -> IoView {
     }
 }
 
+pub(super) fn front_ends_view(server: &VhostDisk) -> Vec<FrontEndView> {
+    let sessions = server.sessions().into_iter();
+    sessions.map(|SessionView { serving, logging }| FrontEndView { serving, logging }).collect()
+}
+
 pub(super) fn rings_view(server: &VhostDisk) -> RingsView {
     let counters = server.counters();
     let mut view = RingsView {
         sessions: counters.sessions.load(Ordering::Relaxed),
         sessions_failed: counters.sessions_failed.load(Ordering::Relaxed),
+        sessions_refused: counters.sessions_refused.load(Ordering::Relaxed),
         ..RingsView::default()
     };
     for queue in server.queue_counters() {

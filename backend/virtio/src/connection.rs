@@ -6,7 +6,7 @@
 use crate::message::{self, HEADER_BYTES, Header, MessageError};
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 /// A message as it came: header, payload, descriptors.
@@ -63,12 +63,9 @@ impl Connection {
         self.socket.as_raw_fd()
     }
 
-    /// Whether the front end has closed its side, or is dead. What it may have sent before is not looked at.
+    /// [`is_closed`].
     pub(crate) fn is_closed(&self) -> bool {
-        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
-        // SAFETY: one valid entry.
-        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
-        ready == 1 && poll.revents != 0
+        is_closed(self.socket.as_fd())
     }
 
     /// Takes what has come; the next whole message, or `None` when more must come first.
@@ -170,6 +167,14 @@ impl Connection {
     }
 }
 
+/// Whether a front end has closed its side, or is dead. What it may have sent before is not looked at.
+pub(crate) fn is_closed(socket: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one valid entry.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready == 1 && poll.revents != 0
+}
+
 /// Sends a whole message without waiting. A front end that leaves a socket's worth of replies unread is broken.
 pub(crate) fn send(socket: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut control = [0u64; 3];
@@ -202,7 +207,7 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], descriptor: Option<Borrowe
     }
 }
 
-/// Waits until one of the descriptors is readable (or broken), or the time is over; says which are.
+/// Waits until one of the descriptors (-1: none) is readable (or broken), or the time is over; says which are.
 pub(crate) fn wait_readable<const N: usize>(fds: [RawFd; N], timeout_ms: i32) -> [bool; N] {
     let mut polls = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     // SAFETY: `polls` is an array of N entries.

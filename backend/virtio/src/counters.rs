@@ -29,4 +29,6 @@ pub struct DiskCounters {
     pub sessions: AtomicU64,
     /// Sessions that ended for a fault of the guest or its front end.
     pub sessions_failed: AtomicU64,
+    /// Front ends that were refused, because two were connected.
+    pub sessions_refused: AtomicU64,
 }

@@ -4,13 +4,15 @@ use crate::blk::{ID_BYTES, Limits};
 use crate::connection;
 use crate::counters::{DiskCounters, QueueCounters};
 use crate::crash::CrashFile;
-use crate::session::Session;
+use crate::session::{Session, SessionShared};
+use crate::sessions::{SESSIONS_MAX, SessionView, Sessions};
 use crate::socket::{BoundSocket, SocketAccess, SocketError, SocketLock};
 use hawser_block::{Device, Geometry, StatsSet};
 use hawser_runtime::ReactorHandle;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -119,6 +121,7 @@ pub(crate) struct DiskShared {
     stop: Mutex<Option<Duration>>,
     /// Queues whose session has ended while requests of theirs were at the device, and that have not ended since.
     pub(crate) queues_left: AtomicUsize,
+    pub(crate) sessions: Sessions,
 }
 
 impl DiskShared {
@@ -135,6 +138,7 @@ impl DiskShared {
             wake: connection::eventfd()?,
             stop: Mutex::default(),
             queues_left: AtomicUsize::new(0),
+            sessions: Sessions::default(),
             config,
             device,
         })
@@ -231,7 +235,8 @@ impl VhostDisk {
             socket = Some(lock.listen(&shared.config.access).map_err(DiskError::Socket)?);
             shared.set_state(DiskState::Listening);
         }
-        let server = Server { disk: Arc::clone(&shared), reactors, lock, socket };
+        let reactors = Arc::from(reactors);
+        let server = Server { disk: Arc::clone(&shared), reactors, lock, socket, guests: Vec::new() };
         let thread = std::thread::Builder::new()
             .name(format!("disk {}", shared.config.name))
             .spawn(move || server.run())
@@ -254,6 +259,12 @@ impl VhostDisk {
             2 => DiskState::Connected,
             _ => DiskState::Stopped,
         }
+    }
+
+    /// Its sessions now: two while a VM migrates from one front end to another.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<SessionView> {
+        self.shared.sessions.view()
     }
 
     /// What the front end sees of the device: `None` until its size is known. The size is the device's now.
@@ -326,12 +337,21 @@ impl LeftBehind {
     }
 }
 
-/// The disk's thread.
+/// The disk's thread: lets front ends in. Each session has a thread of its own.
 struct Server {
     disk: Arc<DiskShared>,
-    reactors: Vec<ReactorHandle>,
+    reactors: Arc<[ReactorHandle]>,
     lock: SocketLock,
     socket: Option<BoundSocket>,
+    guests: Vec<Guest>,
+}
+
+/// A front end that was let in.
+struct Guest {
+    session: Arc<SessionShared>,
+    /// The session's connection, to see whether its other end is still there.
+    stream: UnixStream,
+    thread: JoinHandle<()>,
 }
 
 /// How long a socket that could not be had is left alone.
@@ -340,26 +360,29 @@ const RETRY: Duration = Duration::from_secs(1);
 impl Server {
     fn run(mut self) {
         while self.disk.stopping().is_none() {
+            self.see_off();
             let Some(socket) = &self.socket else {
                 self.wait_for_geometry();
                 continue;
             };
-            self.disk.set_state(DiskState::Listening);
-            let fds = [socket.listener().as_raw_fd(), self.disk.wake_fd().as_raw_fd()];
-            let [readable, woken] = connection::wait_readable(fds, -1);
+            let state = if self.guests.is_empty() { DiskState::Listening } else { DiskState::Connected };
+            self.disk.set_state(state);
+            // Who comes while one that has gone is being seen off is the same front end again, most likely: it waits for that.
+            let full = self.guests.len() >= SESSIONS_MAX;
+            let waits = full && self.guests.iter().any(|guest| connection::is_closed(guest.stream.as_fd()));
+            let listener = if waits { -1 } else { socket.listener().as_raw_fd() };
+            let [readable, woken] =
+                connection::wait_readable([listener, self.disk.wake_fd().as_raw_fd()], -1);
             if woken {
                 connection::clear(self.disk.wake_fd());
                 self.disk.refresh_geometry();
+                self.disk.sessions.wake();
             }
             if !readable || self.disk.stopping().is_some() {
                 continue;
             }
             match socket.listener().accept() {
-                Ok((stream, _)) => {
-                    self.disk.set_state(DiskState::Connected);
-                    self.disk.disk_counters.sessions.fetch_add(1, Ordering::Relaxed);
-                    Session::new(&self.disk, &self.reactors, stream).run();
-                }
+                Ok((stream, _)) => self.let_in(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     // Out of descriptors, most likely.
@@ -368,10 +391,59 @@ impl Server {
                 }
             }
         }
+        self.disk.sessions.wake();
+        for guest in std::mem::take(&mut self.guests) {
+            let _ = guest.thread.join();
+        }
         // The socket first: whoever finds it gone does not find it locked.
         self.socket = None;
         drop(self.lock);
         self.disk.set_state(DiskState::Stopped);
+    }
+
+    /// Begins a session, if there is room for one.
+    fn let_in(&mut self, stream: UnixStream) {
+        let name = &self.disk.config.name;
+        let connected = |guest: &Guest| !connection::is_closed(guest.stream.as_fd());
+        if self.guests.len() >= SESSIONS_MAX && self.guests.iter().all(connected) {
+            log::warn!("disk {name}: a third front end was refused: two are connected");
+            self.disk.disk_counters.sessions_refused.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.disk.set_state(DiskState::Connected);
+        let begun = stream.try_clone().and_then(|other_end| {
+            let session = Session::new(Arc::clone(&self.disk), Arc::clone(&self.reactors), stream)?;
+            let shared = Arc::clone(session.shared());
+            self.disk.sessions.enter(&shared);
+            let thread =
+                std::thread::Builder::new().name(format!("disk {name}")).spawn(move || session.run());
+            match thread {
+                Ok(thread) => Ok(Guest { session: shared, stream: other_end, thread }),
+                Err(error) => {
+                    self.disk.sessions.leave(&shared);
+                    Err(error)
+                }
+            }
+        });
+        match begun {
+            Ok(guest) => {
+                self.disk.disk_counters.sessions.fetch_add(1, Ordering::Relaxed);
+                self.guests.push(guest);
+            }
+            Err(error) => log::warn!("disk {name}: a front end was let go: {error}"),
+        }
+    }
+
+    /// Waits for the threads of sessions that are over.
+    fn see_off(&mut self) {
+        let mut index = 0;
+        while index < self.guests.len() {
+            if self.guests[index].session.is_over() {
+                let _ = self.guests.swap_remove(index).thread.join();
+            } else {
+                index += 1;
+            }
+        }
     }
 
     fn wait_for_geometry(&mut self) {

@@ -18,6 +18,8 @@ pub(crate) const CONFIG_WCE: u64 = 1 << 11;
 pub(crate) const MQ: u64 = 1 << 12;
 pub(crate) const DISCARD: u64 = 1 << 13;
 pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
+/// vhost's own: what we write into guest memory is logged.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 /// vhost-user's own: there are protocol features to negotiate.
@@ -35,6 +37,7 @@ pub(crate) fn offered(limits: &Limits, queues: u16) -> u64 {
         | TOPOLOGY
         | FLUSH
         | CONFIG_WCE
+        | LOG_ALL
         | INDIRECT_DESC
         | EVENT_IDX
         | PROTOCOL_FEATURES

@@ -157,7 +157,7 @@ impl Harness {
             None => Vec::new(),
         };
         let begun = u16::try_from(unfinished.len()).unwrap_or(0);
-        let session = Arc::new(SessionShared::new(&self.disk));
+        let session = Arc::new(SessionShared::new().expect("eventfd"));
         let gate = Arc::new(Gate::default());
         gate.set_unfinished(0, !unfinished.is_empty());
         let setup = QueueSetup {
@@ -170,6 +170,7 @@ impl Harness {
             indirect: true,
             flush: true,
             log,
+            marks: None,
             unfinished,
             next_available: next_used.wrapping_add(begun),
             next_used,
@@ -264,10 +265,10 @@ pub fn fuzz_messages(data: &[u8]) {
     }
     DISK.with(|(reactor, disk)| {
         let (ours, theirs) = UnixStream::pair().expect("socketpair");
-        let reactors = vec![reactor.handle().clone()];
+        let reactors: Arc<[_]> = Arc::from([reactor.handle().clone()]);
         std::thread::scope(|scope| {
-            let reactors = &reactors;
-            let session = scope.spawn(move || Session::new(disk, reactors, theirs).run());
+            let session = Session::new(Arc::clone(disk), reactors, theirs).expect("eventfd");
+            let session = scope.spawn(move || session.run());
             // A frame: which descriptor goes along (0: none), the length of what follows.
             let mut rest = data;
             while let Some((&[kind, len], more)) = rest.split_first_chunk::<2>() {

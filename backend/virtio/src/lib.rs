@@ -22,6 +22,7 @@ mod chain;
 mod connection;
 mod counters;
 mod crash;
+mod dirty;
 mod disk;
 mod fault;
 mod features;
@@ -36,6 +37,7 @@ mod message;
 mod queue;
 mod ring;
 mod session;
+mod sessions;
 mod shared;
 mod socket;
 
@@ -43,6 +45,7 @@ pub use chain::ChainError;
 pub use counters::{DiskCounters, QueueCounters};
 pub use crash::{Crash, CrashError, CrashFile, CrashedRequest, NAME_BYTES_MAX};
 pub use disk::{DiskConfig, DiskError, DiskState, LeftBehind, QUEUES_MAX, VhostDisk};
+pub use sessions::SessionView;
 pub use socket::{BoundSocket, SocketAccess, SocketError, remove_stale};
 
 #[cfg(test)]

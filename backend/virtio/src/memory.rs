@@ -205,6 +205,20 @@ impl GuestMemory {
         true
     }
 
+    /// The guest address of `len` bytes at a place of ours that came from this epoch, so that they lie in one region.
+    pub(crate) fn guest_address(&self, host: usize, len: usize) -> Option<u64> {
+        let span = self.spans.iter().find(|span| {
+            (host.wrapping_sub(span.host) as u64) < span.bytes
+                && len as u64 <= span.bytes - host.wrapping_sub(span.host) as u64
+        })?;
+        Some(span.start + host.wrapping_sub(span.host) as u64)
+    }
+
+    /// The first guest address behind all regions.
+    pub(crate) fn end(&self) -> u64 {
+        self.spans.last().map_or(0, |span| span.start + span.bytes)
+    }
+
     /// Copies bytes at a guest address out, also across regions.
     pub(crate) fn read<const N: usize>(&self, address: u64) -> Option<[u8; N]> {
         let mut bytes = [0u8; N];

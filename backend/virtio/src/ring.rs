@@ -147,6 +147,23 @@ impl Ring {
         }
     }
 
+    /// Where the elements from index `from` up to `to` (not the same) lie in the used ring: offsets and lengths in bytes; two
+    /// pieces where they wrap around.
+    pub(crate) fn used_elements(&self, from: u16, to: u16) -> [Option<(u64, u64)>; 2] {
+        let piece = |slot: u64, count: u64| (count > 0).then_some((4 + 8 * slot, 8 * count));
+        let (slot, count) = (self.slot(from) as u64, u64::from(to.wrapping_sub(from).min(self.size)));
+        let first = count.min(u64::from(self.size) - slot);
+        [piece(slot, first), piece(0, count - first)]
+    }
+
+    /// Where `avail_event` lies in the used ring, or the flags without EVENT_IDX: what asks for kicks. Offset and length.
+    pub(crate) fn used_wish(&self, event_idx: bool) -> (u64, u64) {
+        (if event_idx { 4 + 8 * u64::from(self.size) } else { 0 }, 2)
+    }
+
+    /// Where `used.idx` lies in the used ring: offset and length.
+    pub(crate) const USED_IDX: (u64, u64) = (2, 2);
+
     /// Shows the driver all elements below `index`.
     #[inline]
     pub(crate) fn publish_used(&self, index: u16) {

@@ -42,6 +42,20 @@ access!(load_u16, store_u16, u16, AtomicU16);
 access!(load_u32, store_u32, u32, AtomicU32);
 access!(load_u64, store_u64, u64, AtomicU64);
 
+/// Sets bits of a byte that others change too; what was stored before is seen by whoever sees them.
+///
+/// # Safety
+/// `to` is mapped and writable.
+#[inline]
+pub(crate) unsafe fn or_u8(to: *mut u8, bits: u8) {
+    #[cfg(test)]
+    if test::dead() {
+        return;
+    }
+    // SAFETY: the caller's promise; a byte is always aligned; atomics allow for others' accesses.
+    unsafe { AtomicU8::from_ptr(to) }.fetch_or(bits, Ordering::AcqRel);
+}
+
 /// Death at any store, for tests: what comes after the last store that is allowed does not reach memory.
 #[cfg(test)]
 pub(crate) mod test {

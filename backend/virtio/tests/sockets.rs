@@ -232,7 +232,7 @@ fn a_second_front_end_waits_for_the_first_and_half_a_message_stops_nobody() {
 /// device answered at last, the old queue wrote a second used element for requests that the new one had executed.
 #[test]
 fn what_a_removed_disk_left_at_its_device_does_not_touch_its_successors_ring() {
-    let Served { disk, reactor, device, socket, folder } =
+    let Served { disk, reactor, device, socket, folder, .. } =
         Served::with(small(), |config| config.drain_timeout = Duration::from_millis(100));
     let wish = Wish { inflight: true, ..Wish::default() };
     device.deaf.store(true, Ordering::Release);

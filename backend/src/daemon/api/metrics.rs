@@ -43,10 +43,13 @@ const BOUNDS_NS: [u64; 20] = [
 /// A counter: its name, what it means, where it comes from.
 type RingsCounter = (&'static str, &'static str, fn(&RingsView) -> u64);
 
-const RINGS: [RingsCounter; 7] = [
+const RINGS: [RingsCounter; 8] = [
     ("disk_sessions", "Front ends that connected", |rings| rings.sessions),
     ("disk_sessions_failed", "Sessions that ended for a fault of the guest or its front end", |rings| {
         rings.sessions_failed
+    }),
+    ("disk_sessions_refused", "Front ends that were refused, because two were connected", |rings| {
+        rings.sessions_refused
     }),
     ("disk_batches", "Times that a ring was drained and something was in it", |rings| rings.batches),
     ("disk_kicks", "Notifications from the guest", |rings| rings.kicks),

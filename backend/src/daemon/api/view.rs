@@ -67,11 +67,22 @@ pub struct DiskView {
     pub read_only: bool,
     /// The file that brings it back at the next start; `None`: it was added without `--save`.
     pub saved_in: Option<String>,
+    /// Who is connected: two front ends while a VM migrates from one to the other.
+    pub front_ends: Vec<FrontEndView>,
     /// How its rings and sessions went; `None` while it is suspended.
     pub rings: Option<RingsView>,
     /// What the VM asked for.
     #[serde(flatten)]
     pub io: IoView,
+}
+
+/// A front end that is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrontEndView {
+    /// Its rings run, or may; those of another one wait.
+    pub serving: bool,
+    /// It logs what is written into the VM's memory: the VM migrates.
+    pub logging: bool,
 }
 
 /// What a disk's queues and sessions have seen since the daemon started, all queues added up.
@@ -81,6 +92,8 @@ pub struct RingsView {
     pub sessions: u64,
     /// Sessions that ended for a fault of the guest or its front end.
     pub sessions_failed: u64,
+    /// Front ends that were refused, because two were connected.
+    pub sessions_refused: u64,
     /// Times that a ring was drained and something was in it.
     pub batches: u64,
     /// Notifications from the guest.

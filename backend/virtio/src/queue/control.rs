@@ -2,6 +2,7 @@
 
 use super::{KEY_KICK, OldMemory, PIECES_INLINE, Queue, Queues, Stopped};
 use crate::chain::PIECES_MAX;
+use crate::connection;
 use crate::memory::{GuestMemory, Region};
 use crate::ring::Ring;
 use hawser_runtime::Runtime;
@@ -38,7 +39,13 @@ impl Queue {
         } else {
             self.session.retire(old);
         }
-        let Some(removed) = removed else { return };
+        if let Some(removed) = removed {
+            self.await_region(removed, free);
+        }
+    }
+
+    /// `free` hears when no request names `removed` any more.
+    pub(crate) fn await_region(&mut self, removed: &Region, free: Sender<()>) {
         for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| slot.busy) {
             let pieces = if usize::from(slot.pieces) <= PIECES_INLINE {
                 &slot.inline[..usize::from(slot.pieces)]
@@ -87,18 +94,22 @@ impl Queue {
         }
     }
 
-    /// The session goes away though requests are in flight that do not end. From now on the ring, the in-flight log and the
-    /// interrupt are a successor's, who finds those requests in the log: what ends here later is not shown. The memory that
-    /// it names stays mapped until then.
-    pub(crate) fn disown(&mut self) {
+    /// The session goes on, or away, though requests are in flight that do not end. From now on the ring, the in-flight log, the
+    /// interrupt and the log of dirty pages are a successor's, who finds those requests in the log: what ends here later is not
+    /// shown. The memory that it names stays mapped until then, and the disk starts no ring ([`crate::sessions`]).
+    ///
+    /// Returns where the driver's next chain will be.
+    pub(crate) fn disown(&mut self) -> u16 {
         self.disowned = true;
         self.log = None;
+        self.marks = None;
         self.signalled = self.published;
         self.held_since = None;
         self.owes_interrupt = false;
         // It is closed whatever the kernel says.
         let _ = self.interrupt.set(None);
         self.disk.queues_left.fetch_add(1, Ordering::AcqRel);
+        self.next_available
     }
 
     pub(super) fn finish_if_idle(&mut self, runtime: &Runtime) {
@@ -111,7 +122,7 @@ impl Queue {
         runtime.remove_source(self.id());
         runtime.local::<Queues>().0.borrow_mut().remove(&self.key);
         if self.disowned {
-            // The session's thread, which would do it, has gone.
+            // The session's thread, which would do it, may have gone.
             let session = Arc::clone(&self.session);
             let name = "unmap".to_owned();
             if std::thread::Builder::new().name(name).spawn(move || session.drop_retired()).is_err() {
@@ -119,6 +130,8 @@ impl Queue {
                 self.session.drop_retired();
             }
             self.disk.queues_left.fetch_sub(1, Ordering::AcqRel);
+            // A ring may have waited for that.
+            connection::signal(self.disk.wake_fd());
             log::info!(
                 "disk {}: queue {}: the requests that were left have ended",
                 self.disk.config.name,

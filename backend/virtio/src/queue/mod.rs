@@ -11,6 +11,7 @@
 //! - Nothing is allocated per request. The order of stores is the in-flight log's ([`crate::inflight`]).
 
 mod control;
+mod marks;
 mod requests;
 mod setup;
 
@@ -20,6 +21,7 @@ use crate::blk::VirtioStatus;
 use crate::chain::Chain;
 use crate::counters::QueueCounters;
 use crate::crash::{Recorder, Replay};
+use crate::dirty::Marks;
 use crate::disk::DiskShared;
 use crate::fault;
 use crate::gate::Gate;
@@ -127,6 +129,8 @@ pub(crate) struct Queue {
     /// The driver was told not to kick.
     silent: bool,
     log: Option<QueueLog>,
+    /// While the front end logs what is written.
+    marks: Option<Marks>,
     replay: VecDeque<Unfinished>,
     replaying: bool,
     open: bool,
@@ -252,6 +256,8 @@ impl Queue {
             self.fail("the front end truncated its memory under us");
         } else if self.log.as_ref().is_some_and(QueueLog::faulted) {
             self.fail("the front end truncated the in-flight log under us");
+        } else if self.marks.as_ref().is_some_and(|marks| marks.log.faulted()) {
+            self.fail("the front end truncated the log of dirty pages under us");
         }
     }
 
@@ -395,7 +401,8 @@ impl Queue {
             if self.disowned {
                 self.release(head);
             } else if self.aborting && outcome == Err(Status::Aborted) && self.log.is_some() {
-                // Stays in the log, for the next session to execute it again.
+                // Stays in the log, for the next session to execute it again. Part of its data may have come.
+                self.mark_request(head);
                 self.left_in_log = true;
                 self.release(head);
             } else {
@@ -411,7 +418,11 @@ impl Queue {
         let slot = &self.slots[usize::from(head)];
         // SAFETY: one byte in mapped guest memory of an epoch that is owned while the slot is busy.
         unsafe { shared::store_u8(slot.status, status as u8) };
-        self.ring.put_used(self.next_used, head, slot.used_len);
+        let used_len = slot.used_len;
+        if self.marks.is_some() {
+            self.mark_request(head);
+        }
+        self.ring.put_used(self.next_used, head, used_len);
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(log) = &self.log {
             log.end(head);
@@ -443,8 +454,7 @@ impl Queue {
     #[inline]
     fn publish(&mut self, runtime: &Runtime) {
         if self.published != self.next_used {
-            self.published = self.next_used;
-            self.ring.publish_used(self.published);
+            self.show_used();
             if let Some(log) = &self.log {
                 log.published(&self.batch, self.published);
                 self.batch.clear();
@@ -509,6 +519,9 @@ impl Source for Queue {
         if !self.silent {
             self.silent = true;
             self.ring.ask_for_silence(self.event_idx);
+            if !self.event_idx {
+                self.mark_used(self.ring.used_wish(false));
+            }
         }
         self.work(runtime);
     }
@@ -527,6 +540,8 @@ impl Source for Queue {
             return false;
         }
         self.silent = false;
-        self.ring.ask_for_kick(self.event_idx, self.next_available) || self.kick.is_none()
+        let more = self.ring.ask_for_kick(self.event_idx, self.next_available);
+        self.mark_used(self.ring.used_wish(self.event_idx));
+        more || self.kick.is_none()
     }
 }

@@ -172,6 +172,9 @@ impl Queue {
         if done == 0 {
             return self.answer(head, VirtioStatus::IoErr);
         }
+        if self.marks.is_some() {
+            self.mark_writable(done);
+        }
         self.slots[usize::from(head)].used_len = u32::try_from(done + 1).unwrap_or(1);
         self.show(head, VirtioStatus::Ok);
     }

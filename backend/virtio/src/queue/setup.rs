@@ -4,6 +4,7 @@ use super::{KEY_KICK, NO_PIECE, PIECES_INLINE, Queue, Queues, Slot, with_queue};
 use crate::blk::RANGES_MAX;
 use crate::chain::{Chain, PIECES_MAX};
 use crate::crash::Recorder;
+use crate::dirty::Marks;
 use crate::disk::DiskShared;
 use crate::gate::Gate;
 use crate::inflight::{QueueLog, Unfinished};
@@ -33,6 +34,8 @@ pub(crate) struct QueueSetup {
     /// FLUSH was negotiated: without it every write is durable.
     pub(crate) flush: bool,
     pub(crate) log: Option<QueueLog>,
+    /// Where what is written is marked.
+    pub(crate) marks: Option<Marks>,
     /// What is to be executed again, in order.
     pub(crate) unfinished: Vec<Unfinished>,
     pub(crate) next_available: u16,
@@ -80,6 +83,7 @@ impl Queue {
             // With a log, an index of 0 may be one that has wrapped.
             owes_interrupt: setup.next_used != 0 || setup.log.is_some(),
             log: setup.log,
+            marks: None,
             replaying: !setup.unfinished.is_empty(),
             replay: setup.unfinished.into(),
             open: false,
@@ -124,6 +128,7 @@ impl Queue {
             queue.id = Some(id);
             queue.channel = Some(queue.disk.device.channel(runtime, id));
             queue.recorder.adopt_thread();
+            queue.set_marks(setup.marks);
             if let Some(kick) = &queue.kick {
                 runtime.poll_readable(id, KEY_KICK, Fd(kick.as_raw_fd()));
             }

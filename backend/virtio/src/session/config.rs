@@ -14,9 +14,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
-impl Session<'_> {
+impl Session {
     /// The one thing that a driver may write is `writeback`.
     pub(super) fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Failure> {
+        if self.disk.sessions.is_anothers_turn(&self.shared) {
+            return Err(Failure::Refused("SET_CONFIG: another front end's rings run".into()));
+        }
         let place =
             features::WRITEBACK_OFFSET.checked_sub(offset).and_then(|place| usize::try_from(place).ok());
         match place.and_then(|place| data.get(place)) {
@@ -58,7 +61,7 @@ impl Session<'_> {
 
     fn make_durable(&self) -> Result<(), Failure> {
         let (ended, all_ended) = mpsc::channel();
-        for Running { key, reactor } in self.vrings.iter().filter_map(|vring| vring.running) {
+        for Running { key, reactor, .. } in self.vrings.iter().filter_map(|vring| vring.running) {
             let ended = ended.clone();
             self.reactors[reactor]
                 .run(move |runtime| with_queue(runtime, key, |queue, _| queue.await_in_flight(ended)));
@@ -66,7 +69,7 @@ impl Session<'_> {
         drop(ended);
         self.wait_for_all(&all_ended)?;
         let (flushed, is_flushed) = mpsc::channel();
-        let disk = Arc::clone(self.disk);
+        let disk = Arc::clone(&self.disk);
         self.reactors[self.disk.config.index % self.reactors.len()]
             .run(move |runtime| Flush::start(runtime, disk.device.as_ref(), flushed));
         match self.wait_for(&is_flushed)? {

@@ -7,7 +7,7 @@ use crate::ring;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-impl Session<'_> {
+impl Session {
     pub(super) fn get_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, Failure> {
         if self.vrings.iter().any(|vring| vring.running.is_some()) {
             return end("GET_INFLIGHT_FD: a ring is running");
@@ -52,16 +52,25 @@ impl Session<'_> {
         }
         let area = InflightArea::map(description, file).map_err(|error| Failure::End(error.to_string()))?;
         match area.write_through() {
-            Some(write_through) => self.disk.set_writeback(!write_through),
-            None => area.set_write_through(!self.disk.writeback()),
+            // While another front end's rings run, its driver is the one who says.
+            Some(write_through) if !self.disk.sessions.is_anothers_turn(&self.shared) => {
+                self.disk.set_writeback(!write_through);
+            }
+            _ => area.set_write_through(!self.disk.writeback()),
         }
+        self.inflight = Some(area);
+        self.look_for_unfinished();
+        Ok(())
+    }
+
+    /// Closes the gate for all queues that may have unfinished requests in the log. No ring runs.
+    pub(super) fn look_for_unfinished(&mut self) {
         self.gate = Arc::default();
+        let Some(area) = &self.inflight else { return };
         for queue in 0..area.queues() {
             if area.queue(queue).is_some_and(|log| log.may_have_unfinished()) {
                 self.gate.set_unfinished(queue, true);
             }
         }
-        self.inflight = Some(area);
-        Ok(())
     }
 }

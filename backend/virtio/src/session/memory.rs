@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-impl Session<'_> {
+impl Session {
     pub(super) fn set_mem_table(
         &mut self,
         regions: &[RegionDescription],
@@ -83,12 +83,24 @@ impl Session<'_> {
                 rings.push((running, ring));
             }
         }
+        if !rings.is_empty() {
+            self.check_log(&memory).map_err(Failure::Refused)?;
+        }
         let (free, freed) = mpsc::channel();
-        for (Running { key, reactor }, ring) in rings {
+        for (Running { key, reactor, .. }, ring) in rings {
             let (memory, removed, free) = (Arc::clone(&memory), removed.clone(), free.clone());
             self.reactors[reactor].run(move |runtime| {
                 with_queue(runtime, key, |queue, _| queue.set_memory(memory, ring, removed.as_deref(), free));
             });
+        }
+        if let Some(removed) = &removed {
+            // Queues that were stopped with requests that did not end may name it too.
+            for Running { key, reactor, .. } in &self.left {
+                let (key, removed, free) = (*key, Arc::clone(removed), free.clone());
+                self.reactors[*reactor].run(move |runtime| {
+                    with_queue(runtime, key, |queue, _| queue.await_region(&removed, free));
+                });
+            }
         }
         self.memory = memory;
         drop(free);

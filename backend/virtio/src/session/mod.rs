@@ -1,15 +1,17 @@
-//! One front end's session: its messages, in order, on the disk's own thread.
+//! One front end's session: its messages, in order, on a thread of its own.
 //!
-//! Owns the negotiated features, the current epoch of memory, the configuration of the rings, the in-flight log. Tells the
-//! queues on their reactors what to do by message, and waits for them where the protocol wants that: a stopped ring is
-//! drained, a removed region is not named by anything any more.
+//! Owns the negotiated features, the current epoch of memory, the configuration of the rings, the in-flight log, the log of dirty
+//! pages. Tells the queues on their reactors what to do by message, and waits for them where the protocol wants that: a stopped
+//! ring is drained, a removed region is not named by anything any more. Its rings run when it is its turn ([`crate::sessions`]).
 
 mod config;
+mod dirty;
 mod inflight;
 mod memory;
 mod rings;
 
 use crate::connection::{self, Connection, RawMessage, ReceiveError};
+use crate::dirty::DirtyLog;
 use crate::disk::DiskShared;
 use crate::features;
 use crate::gate::Gate;
@@ -20,10 +22,11 @@ use crate::message::{self, FrontendMessage, MessageError, RingAddresses, protoco
 use crate::queue::with_queue;
 use crate::ring;
 use hawser_runtime::ReactorHandle;
+use rings::Patience;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Why a session is over.
@@ -36,28 +39,53 @@ pub(crate) struct SessionError {
 
 /// What a session and its queues share.
 pub(crate) struct SessionShared {
-    disk: Arc<DiskShared>,
+    /// Its own in this process.
+    pub(crate) number: u64,
+    /// What is written into guest memory is logged.
+    pub(crate) logging: AtomicBool,
+    /// Wakes the session's thread.
+    wake: OwnedFd,
+    /// The session's thread ends.
+    over: AtomicBool,
     error: Mutex<Option<SessionError>>,
     retired: Mutex<Vec<Arc<GuestMemory>>>,
 }
 
 impl SessionShared {
-    pub(crate) fn new(disk: &Arc<DiskShared>) -> SessionShared {
-        SessionShared { disk: Arc::clone(disk), error: Mutex::default(), retired: Mutex::default() }
+    pub(crate) fn new() -> io::Result<SessionShared> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        Ok(SessionShared {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            logging: AtomicBool::new(false),
+            wake: connection::eventfd()?,
+            over: AtomicBool::new(false),
+            error: Mutex::default(),
+            retired: Mutex::default(),
+        })
+    }
+
+    /// Wakes the session's thread to look at what has changed.
+    pub(crate) fn wake(&self) {
+        connection::signal(self.wake.as_fd());
+    }
+
+    /// Whether the session's thread ends.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Ends the session, for this reason. Called on reactors.
     pub(crate) fn end(&self, queue: u16, what: &str) {
         let error = SessionError { queue, what: format!("queue {queue}: {what}") };
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        connection::signal(self.disk.wake_fd());
+        self.wake();
     }
 
     /// Takes memory that a queue does not use any more: the session's thread lets it go, for unmapping a large guest takes
     /// longer than a reactor has. Called on reactors.
     pub(crate) fn retire(&self, memory: Arc<GuestMemory>) {
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
-        connection::signal(self.disk.wake_fd());
+        self.wake();
     }
 
     /// Lets go of what was retired.
@@ -113,6 +141,8 @@ impl From<String> for Over {
 struct Vring {
     size: u16,
     addresses: Option<RingAddresses>,
+    /// Where writes to its used ring are logged, if they are.
+    log_address: Option<u64>,
     base: u16,
     /// A kick was set since the ring was stopped: `Some(None)` without a descriptor.
     kick: Option<Option<OwnedFd>>,
@@ -126,12 +156,14 @@ struct Vring {
 struct Running {
     key: u64,
     reactor: usize,
+    /// It has an in-flight log, which remembers what it does not end.
+    logged: bool,
 }
 
 /// One connection.
-pub(crate) struct Session<'a> {
-    disk: &'a Arc<DiskShared>,
-    reactors: &'a [ReactorHandle],
+pub(crate) struct Session {
+    disk: Arc<DiskShared>,
+    reactors: Arc<[ReactorHandle]>,
     connection: Connection,
     shared: Arc<SessionShared>,
     features: u64,
@@ -140,39 +172,57 @@ pub(crate) struct Session<'a> {
     share: Share,
     vrings: Vec<Vring>,
     inflight: Option<Arc<InflightArea>>,
+    /// Where dirty pages are marked while that is negotiated.
+    dirty_log: Option<Arc<DirtyLog>>,
+    /// The one before, which queues may still have.
+    dirty_log_before: Option<Arc<DirtyLog>>,
+    /// Queues that were stopped with requests that did not end, and may still be there.
+    left: Vec<Running>,
     gate: Arc<Gate>,
     backend_requests: Option<UnixStream>,
     /// The capacity that the front end has read in this session.
     told_capacity: Option<u64>,
 }
 
-impl<'a> Session<'a> {
+impl Session {
     pub(crate) fn new(
-        disk: &'a Arc<DiskShared>,
-        reactors: &'a [ReactorHandle],
+        disk: Arc<DiskShared>,
+        reactors: Arc<[ReactorHandle]>,
         stream: UnixStream,
-    ) -> Session<'a> {
-        Session {
-            disk,
-            reactors,
+    ) -> io::Result<Session> {
+        Ok(Session {
             connection: Connection::new(stream),
-            shared: Arc::new(SessionShared::new(disk)),
+            shared: Arc::new(SessionShared::new()?),
             features: 0,
             protocol: 0,
             memory: Arc::default(),
             share: Share::default(),
             vrings: std::iter::repeat_with(Vring::default).take(usize::from(disk.config.queues)).collect(),
             inflight: None,
+            dirty_log: None,
+            dirty_log_before: None,
+            left: Vec::new(),
             gate: Arc::default(),
             backend_requests: None,
             told_capacity: None,
-        }
+            disk,
+            reactors,
+        })
+    }
+
+    /// What others see of it.
+    pub(crate) fn shared(&self) -> &Arc<SessionShared> {
+        &self.shared
     }
 
     /// Serves the connection until it is over; then its queues have ended.
     pub(crate) fn run(mut self) {
-        let name = &self.disk.config.name;
-        log::info!("disk {name}: front end connected");
+        let disk = Arc::clone(&self.disk);
+        let name = &disk.config.name;
+        match disk.sessions.is_anothers_turn(&self.shared) {
+            false => log::info!("disk {name}: front end connected"),
+            true => log::info!("disk {name}: second front end connected; its rings wait for the first one's"),
+        }
         let over = self.serve();
         match over {
             Over::Closed => log::info!("disk {name}: front end disconnected"),
@@ -185,16 +235,21 @@ impl<'a> Session<'a> {
         }
         // The requests in flight end, and are shown in the rings, which are still mapped; then the connection closes.
         let all: Vec<usize> = (0..self.vrings.len()).collect();
-        self.stop_queues(&all);
+        self.stop_queues(&all, Patience::Bounded);
         self.shared.drop_retired();
+        disk.sessions.leave(&self.shared);
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        shared.over.store(true, Ordering::Release);
+        connection::signal(disk.wake_fd());
     }
 
     fn serve(&mut self) -> Over {
         loop {
-            let fds = [self.connection.as_raw_fd(), self.disk.wake_fd().as_raw_fd()];
+            let fds = [self.connection.as_raw_fd(), self.shared.wake.as_raw_fd()];
             let [readable, woken] = connection::wait_readable(fds, -1);
             if woken {
-                connection::clear(self.disk.wake_fd());
+                connection::clear(self.shared.wake.as_fd());
                 self.shared.drop_retired();
                 self.disk.refresh_geometry();
                 self.tell_capacity();
@@ -205,6 +260,9 @@ impl<'a> Session<'a> {
             if let Some(SessionError { queue, what }) = self.shared.error() {
                 self.signal_error(queue);
                 return Over::Failed(what);
+            }
+            if woken && let Err(over) = self.start_waiting() {
+                return over;
             }
             if !readable {
                 continue;
@@ -303,6 +361,7 @@ impl<'a> Session<'a> {
                     return end(format!("SET_FEATURES: bits {unknown:#x} were not offered"));
                 }
                 self.features = wanted;
+                self.log_changed("SET_FEATURES")?;
             }
             M::GetProtocolFeatures => {
                 return number(message::request::GET_PROTOCOL_FEATURES, protocol::OFFERED);
@@ -338,9 +397,21 @@ impl<'a> Session<'a> {
                         ))
                     })?;
             }
-            M::SetVringAddr { queue, addresses } => {
-                let vring = self.stopped_vring(queue, "SET_VRING_ADDR")?;
-                vring.addresses = Some(addresses);
+            M::SetLogBase(description) => return self.set_log_base(description, &descriptors),
+            M::SetLogFd => match descriptors.pop() {
+                // We may signal it when the log has changed, and do not: front ends look at the log when they need it.
+                Some(fd) if connection::is_eventfd(fd.as_fd()) => {}
+                Some(_) => return end("SET_LOG_FD: the descriptor is not an eventfd"),
+                None => return end("SET_LOG_FD: no descriptor"),
+            },
+            M::SetVringAddr { queue, addresses, log } => {
+                let index = self.index(queue, "SET_VRING_ADDR")?;
+                // Of a running ring only the logging may change.
+                if self.vrings[index].addresses != Some(addresses) {
+                    self.stopped_vring(queue, "SET_VRING_ADDR")?.addresses = Some(addresses);
+                }
+                self.vrings[index].log_address = log;
+                self.log_changed("SET_VRING_ADDR")?;
             }
             M::SetVringBase { queue, base } => {
                 let vring = self.stopped_vring(queue, "SET_VRING_BASE")?;
@@ -349,16 +420,18 @@ impl<'a> Session<'a> {
             }
             M::GetVringBase { queue } => {
                 let index = self.index(queue, "GET_VRING_BASE")?;
-                self.stop_queues(&[index]);
-                let vring = &mut self.vrings[index];
-                vring.kick = None;
+                self.look_at_base(index);
+                self.stop_queues(&[index], Patience::UnlessLogging);
+                self.vrings[index].kick = None;
+                self.give_turn();
+                let vring = &self.vrings[index];
                 return Ok(Reply::Bytes(message::reply_vring_base(queue, u32::from(vring.base))));
             }
             M::SetVringKick { queue, has_descriptor } => {
                 let fd = ring_descriptor("SET_VRING_KICK", has_descriptor, &mut descriptors)?;
                 let index = self.index(queue, "SET_VRING_KICK")?;
                 if self.vrings[index].running.is_some() {
-                    self.stop_queues(&[index]);
+                    self.stop_queues(&[index], Patience::UnlessLogging);
                 }
                 self.vrings[index].kick = Some(fd);
                 self.start_if_ready(index)?;
@@ -368,7 +441,7 @@ impl<'a> Session<'a> {
                 let index = self.index(queue, "SET_VRING_CALL")?;
                 let clone = clone_fd(fd.as_ref())?;
                 self.vrings[index].call = fd;
-                if let Some(Running { key, reactor }) = self.vrings[index].running {
+                if let Some(Running { key, reactor, .. }) = self.vrings[index].running {
                     self.reactors[reactor].run(move |runtime| {
                         with_queue(runtime, key, |queue, _| queue.set_call(clone));
                     });
@@ -385,7 +458,7 @@ impl<'a> Session<'a> {
                 if enable {
                     self.start_if_ready(index)?;
                 } else {
-                    self.stop_queues(&[index]);
+                    self.stop_queues(&[index], Patience::UnlessLogging);
                 }
             }
             M::SetBackendReqFd => {

@@ -1,6 +1,6 @@
 //! The session's rings: started when the front end has said everything, stopped when all their requests have ended.
 
-use super::{Failure, Running, Session, Vring, clone_fd};
+use super::{Failure, Over, Running, Session, Vring, clone_fd};
 use crate::crash::Recorder;
 use crate::features;
 use crate::inflight::{self, QueueLog};
@@ -16,23 +16,97 @@ use std::time::{Duration, Instant};
 /// Queues' names in this process.
 static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
 
-/// A queue that is being stopped: index, key, reactor, and how it ended.
-type Stopping = (usize, u64, usize, mpsc::Receiver<Stopped>);
+/// A queue that is being stopped, and how it ended.
+struct Stopping {
+    index: usize,
+    running: Running,
+    is_done: mpsc::Receiver<Stopped>,
+}
 
-/// How long the end of a disk waits for requests that were given up.
+/// How long a stop waits for requests in flight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// For `drain_timeout`, and without end while the VM migrates.
+    UnlessLogging,
+    /// For `drain_timeout`: the session is over.
+    Bounded,
+}
+
+/// How long a stop waits for requests that were given up.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
-impl Session<'_> {
-    /// Starts a ring that has been kicked, and enabled where that is negotiated.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+
+impl Session {
+    /// Starts the rings that waited for this session's turn, or for what was left at the device.
+    pub(super) fn start_waiting(&mut self) -> Result<(), Over> {
+        for index in 0..self.vrings.len() {
+            self.start_if_ready(index).map_err(|failure| match failure {
+                Failure::Refused(what) | Failure::End(what) => Over::Failed(what),
+                Failure::Closed => Over::Closed,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// No other ring of the disk runs from now on, and nothing is left at the device of one that did. If not, the session is woken
+    /// when that may be so.
+    fn has_turn(&mut self) -> bool {
+        let disk = &self.disk;
+        let (has, had) =
+            disk.sessions.take_turn(&self.shared, || disk.queues_left.load(Ordering::Acquire) == 0);
+        if has && !had {
+            // Its log may have been another session's until now: a front end that connects again is there before its old session
+            // has ended.
+            self.look_for_unfinished();
+            if let Some(inflight) = &self.inflight {
+                inflight.set_write_through(!self.disk.writeback());
+            }
+        }
+        has
+    }
+
+    /// A ring that waits to start may have gone on meanwhile: in an older session of the same front end that is still ending. Its
+    /// base is what the ring says then, as if it had started, unless its log holds anything.
+    pub(super) fn look_at_base(&mut self, index: usize) {
+        let vring = &self.vrings[index];
+        if vring.running.is_some() || vring.kick.is_none() {
+            return;
+        }
+        let queue = u16::try_from(index).unwrap_or(u16::MAX);
+        let log = self.inflight.as_ref().and_then(|inflight| inflight.queue(queue));
+        if log.is_none_or(|log| !log.may_have_unfinished())
+            && let Ok(ring) = ring_in(&self.memory, vring)
+        {
+            self.vrings[index].base = ring.used_idx();
+        }
+    }
+
+    /// Lets another session's rings run, if all rings of this one are stopped.
+    pub(super) fn give_turn(&mut self) {
+        if self.vrings.iter().all(|vring| vring.running.is_none() && vring.kick.is_none()) {
+            self.disk.sessions.give_turn(&self.shared);
+        }
+    }
+
+    /// Starts a ring that has been kicked, and enabled where that is negotiated, unless it must wait.
     pub(super) fn start_if_ready(&mut self, index: usize) -> Result<(), Failure> {
         let needs_enable = self.features & features::PROTOCOL_FEATURES != 0;
         let vring = &self.vrings[index];
-        let Some(kick) = &vring.kick else { return Ok(()) };
+        if vring.kick.is_none() {
+            return Ok(());
+        }
         if vring.running.is_some() || (needs_enable && !vring.enabled) {
             return Ok(());
         }
+        if !self.has_turn() {
+            return Ok(());
+        }
+        self.left.clear();
+        let vring = &self.vrings[index];
         let wrong = |what: String| Failure::End(format!("queue {index}: {what}"));
         let ring = ring_in(&self.memory, vring).map_err(wrong)?;
+        self.check_log(&self.memory).map_err(wrong)?;
         let queue = u16::try_from(index).unwrap_or(u16::MAX);
         let (used_idx, available_idx) = (ring.used_idx(), ring.available_idx());
         let mut log = self.inflight.as_ref().and_then(|inflight| inflight.queue(queue));
@@ -72,27 +146,29 @@ impl Session<'_> {
             .map_err(|error| wrong(format!("SET_VRING_CALL: {error}")))?;
         let reactor_index = (self.disk.config.index + index) % self.reactors.len();
         let recorder = self.recorder(reactor_index, queue, log.as_ref());
+        let logged = log.is_some();
         let setup = QueueSetup {
             index: queue,
             ring,
             memory: Arc::clone(&self.memory),
-            kick: clone_fd(kick.as_ref())?,
+            kick: clone_fd(vring.kick.as_ref().and_then(Option::as_ref))?,
             interrupt,
             event_idx: self.features & features::EVENT_IDX != 0,
             indirect: self.features & features::INDIRECT_DESC != 0,
             flush: self.features & features::FLUSH != 0,
             log,
+            marks: self.marks(index),
             unfinished,
             next_available,
             next_used: used_idx,
             gate: Arc::clone(&self.gate),
-            disk: Arc::clone(self.disk),
+            disk: Arc::clone(&self.disk),
             session: Arc::clone(&self.shared),
             recorder,
         };
         let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
         self.reactors[reactor_index].run(move |runtime| Queue::start(runtime, key, setup));
-        self.vrings[index].running = Some(Running { key, reactor: reactor_index });
+        self.vrings[index].running = Some(Running { key, reactor: reactor_index, logged });
         self.tell_capacity();
         Ok(())
     }
@@ -108,11 +184,12 @@ impl Session<'_> {
 
     pub(super) fn stop_all(&mut self) {
         let all: Vec<usize> = (0..self.vrings.len()).collect();
-        self.stop_queues(&all);
+        self.stop_queues(&all, Patience::UnlessLogging);
         for vring in &mut self.vrings {
             vring.kick = None;
             vring.enabled = false;
         }
+        self.give_turn();
     }
 
     pub(super) fn reset_device(&mut self) {
@@ -130,30 +207,33 @@ impl Session<'_> {
         self.gate = Arc::default();
     }
 
-    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up, and still
-    /// waited for: a request ends once, at the end, and until then its memory stays mapped and its disk is not served again.
-    /// Only a disk that is removed, or whose process ends, does not wait for ever.
-    pub(super) fn stop_queues(&mut self, indices: &[usize]) {
-        let name = &self.disk.config.name;
+    /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up: devices tear
+    /// down what they must to end it. What does not end even so stays in the in-flight log, and its queue is left behind; without
+    /// a log there is nobody else to remember it, and it is waited for. Memory stays mapped for all of it, and the disk starts no
+    /// ring before it has ended.
+    ///
+    /// A VM that migrates takes its in-flight log nowhere: while dirty pages are logged, and the front end is there, nothing is
+    /// given up. A disk that is removed, or whose process ends, waits for nobody.
+    pub(super) fn stop_queues(&mut self, indices: &[usize], patience: Patience) {
+        let disk = Arc::clone(&self.disk);
+        let name = &disk.config.name;
         let mut stopping = Vec::<Stopping>::new();
         for index in indices {
-            let Some(Running { key, reactor }) = self.vrings[*index].running.take() else { continue };
+            let Some(running) = self.vrings[*index].running.take() else { continue };
+            let Running { key, reactor, .. } = running;
             let (done, is_done) = mpsc::channel::<Stopped>();
             self.reactors[reactor].run(move |runtime| {
                 with_queue(runtime, key, |queue, runtime| queue.stop(runtime, done));
             });
-            stopping.push((*index, key, reactor, is_done));
+            stopping.push(Stopping { index: *index, running, is_done });
         }
         let mut began = Instant::now();
         let mut given_up = false;
         let mut told = began;
-        while let Some((index, _, _, is_done)) = stopping.first() {
-            match is_done.recv_timeout(Duration::from_millis(20)) {
-                Ok(Stopped { next_available, left_in_log }) => {
-                    self.vrings[*index].base = next_available;
-                    if left_in_log {
-                        self.gate.set_unfinished(u16::try_from(*index).unwrap_or(u16::MAX), true);
-                    }
+        while let Some(first) = stopping.first() {
+            match first.is_done.recv_timeout(Duration::from_millis(20)) {
+                Ok(stopped) => {
+                    self.has_stopped(first.index, stopped);
                     stopping.remove(0);
                     continue;
                 }
@@ -164,44 +244,81 @@ impl Session<'_> {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let stop = self.disk.stopping();
-            if began.elapsed() < stop.unwrap_or(self.disk.config.drain_timeout) {
+            let stop = disk.stopping();
+            let migrates = patience == Patience::UnlessLogging
+                && self.is_logging()
+                && stop.is_none()
+                && !self.connection.is_closed();
+            if migrates && !given_up {
+                if told.elapsed() > TELL_EVERY {
+                    told = Instant::now();
+                    log::warn!("disk {name}: waiting for requests in flight: its VM migrates");
+                }
+                continue;
+            }
+            if began.elapsed()
+                < if given_up { ABORT_PATIENCE } else { stop.unwrap_or(disk.config.drain_timeout) }
+            {
                 continue;
             }
             if !given_up {
                 given_up = true;
                 began = Instant::now();
                 log::warn!("disk {name}: {} queues have requests in flight; giving them up", stopping.len());
-                for (_, key, reactor, _) in &stopping {
+                for Stopping { running: Running { key, reactor, .. }, .. } in &stopping {
                     let key = *key;
                     self.reactors[*reactor]
                         .run(move |runtime| with_queue(runtime, key, |queue, _| queue.abort()));
                 }
-            } else if stop.is_some() && began.elapsed() > ABORT_PATIENCE {
+                continue;
+            }
+            let (left, waited_for): (Vec<_>, Vec<_>) =
+                stopping.into_iter().partition(|one| stop.is_some() || one.running.logged);
+            if !left.is_empty() {
                 log::error!("disk {name}: the device does not end its requests; leaving them");
-                self.leave_behind(&stopping);
-                return;
-            } else if told.elapsed() > Duration::from_secs(10) {
+                self.leave_behind(left);
+            }
+            if told.elapsed() > TELL_EVERY {
                 told = Instant::now();
                 log::warn!("disk {name}: waiting for the device to end requests that were given up");
             }
+            stopping = waited_for;
         }
     }
 
-    /// Takes ring, log and interrupt from queues that still have requests in flight. When this returns, none of them touches
-    /// what a successor may own. They keep their memory; what is in the log is executed again by the next session.
-    fn leave_behind(&self, stopping: &[Stopping]) {
-        let (done, all_done) = mpsc::channel::<()>();
-        for (_, key, reactor, _) in stopping {
-            let (key, done) = (*key, done.clone());
+    /// A queue has ended, or is not ours any more.
+    fn has_stopped(&mut self, index: usize, Stopped { next_available, left_in_log }: Stopped) {
+        self.vrings[index].base = next_available;
+        if left_in_log {
+            self.gate.set_unfinished(u16::try_from(index).unwrap_or(u16::MAX), true);
+        }
+    }
+
+    /// Takes ring, logs and interrupt from queues that still have requests in flight. When this returns, none of them touches
+    /// what a successor may own. They keep their memory; what is in the log is executed again by the next start of the ring.
+    fn leave_behind(&mut self, left: Vec<Stopping>) {
+        let (disowned, all_disowned) = mpsc::channel();
+        for Stopping { index, running: Running { key, reactor, .. }, .. } in &left {
+            let (index, key, disowned) = (*index, *key, disowned.clone());
             self.reactors[*reactor].run(move |runtime| {
-                with_queue(runtime, key, |queue, _| queue.disown());
-                drop(done);
+                with_queue(runtime, key, |queue, _| {
+                    // The session waits below.
+                    let _ = disowned.send((index, queue.disown()));
+                });
             });
         }
-        drop(done);
+        drop(disowned);
         // Ends when every message was carried out, or its reactor has ended.
-        let _ = all_done.recv();
+        for (index, next_available) in all_disowned {
+            self.has_stopped(index, Stopped { next_available, left_in_log: true });
+        }
+        for Stopping { index, running, is_done } in left {
+            match is_done.try_recv() {
+                // It has ended just before.
+                Ok(stopped) => self.has_stopped(index, stopped),
+                Err(_) => self.left.push(running),
+            }
+        }
     }
 }
 

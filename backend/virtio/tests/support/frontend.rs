@@ -15,6 +15,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub const F_EVENT_IDX: u64 = 1 << 29;
+pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_PROTOCOL: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -372,6 +373,7 @@ impl Guest {
         let protocol = frontend.get_protocol_features().unwrap();
         let mut wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ

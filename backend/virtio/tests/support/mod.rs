@@ -165,6 +165,8 @@ impl Device for TestDevice {
 pub struct Served {
     pub disk: VhostDisk,
     pub reactor: ReactorThread,
+    /// Those that queues are on besides the first.
+    pub more_reactors: Vec<ReactorThread>,
     pub device: Arc<TestDevice>,
     pub socket: PathBuf,
     pub folder: Folder,
@@ -176,16 +178,22 @@ impl Served {
     }
 
     pub fn with(geometry: Geometry, change: impl FnOnce(&mut DiskConfig)) -> Served {
+        Served::on(1, geometry, change)
+    }
+
+    /// On so many reactors.
+    pub fn on(reactors: usize, geometry: Geometry, change: impl FnOnce(&mut DiskConfig)) -> Served {
         let folder = Folder::new();
         let socket = folder.path("s");
         let device = Arc::new(TestDevice::new(geometry));
         let reactor = reactor();
         let mut config = config(&socket);
         change(&mut config);
-        let disk =
-            VhostDisk::start(config, Arc::clone(&device) as Arc<dyn Device>, vec![reactor.handle().clone()])
-                .unwrap();
-        Served { disk, reactor, device, socket, folder }
+        let more_reactors: Vec<_> = std::iter::repeat_with(self::reactor).take(reactors - 1).collect();
+        let all =
+            std::iter::once(&reactor).chain(&more_reactors).map(|reactor| reactor.handle().clone()).collect();
+        let disk = VhostDisk::start(config, Arc::clone(&device) as Arc<dyn Device>, all).unwrap();
+        Served { disk, reactor, more_reactors, device, socket, folder }
     }
 
     pub fn reactor(&self) -> &ReactorHandle {
