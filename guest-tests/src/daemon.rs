@@ -19,6 +19,15 @@ pub struct Daemon {
     process: Option<Process>,
 }
 
+/// A front end that is connected to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrontEnd {
+    /// Its rings run.
+    pub serving: bool,
+    /// It logs dirty pages.
+    pub logging: bool,
+}
+
 /// What `hawser status` says about a disk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Disk {
@@ -28,6 +37,8 @@ pub struct Disk {
     pub reads: f64,
     /// Writes that this process has answered.
     pub writes: f64,
+    /// Who is connected.
+    pub front_ends: Vec<FrontEnd>,
 }
 
 impl Daemon {
@@ -141,7 +152,15 @@ impl Daemon {
             .iter()
             .find(|disk| disk.text("name").is_ok_and(|found| found == name))
             .ok_or_else(|| format!("hawser status knows no disk {name}"))?;
+        let front_end = |one: &Json| {
+            let flag = |name: &str| match one.get(name) {
+                Some(Json::Bool(flag)) => Ok(*flag),
+                other => Err(format!("hawser status: {name} of a front end is {other:?}")),
+            };
+            Ok(FrontEnd { serving: flag("serving")?, logging: flag("logging")? })
+        };
         Ok(Disk {
+            front_ends: disk.array("front_ends")?.iter().map(front_end).collect::<Result<_>>()?,
             state: disk.text("state")?.to_owned(),
             reads: disk.number("requests.read")?,
             writes: disk.number("requests.write")?,

@@ -6,12 +6,17 @@
 
 #![forbid(unsafe_code)]
 
+mod migration;
+
+pub use migration::{Cancelled, Moved};
+
 use crate::accel::{Accel, QEMU};
 use crate::image::Image;
 use crate::json::Json;
 use crate::process::{Deadline, Process, tail};
 use crate::shell::{Ready, Shell};
 use crate::{Result, progress};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -46,6 +51,11 @@ pub struct Qemu {
     shell: Shell,
     accel: Accel,
     started: Instant,
+    folder: PathBuf,
+    /// The arguments that a QEMU which takes the guest over is started with; none for a guest that was started from its kernel.
+    recipe: Vec<OsString>,
+    /// QEMUs that were started to take the guest over.
+    successors: u32,
 }
 
 impl Qemu {
@@ -57,10 +67,14 @@ impl Qemu {
         accel: Accel,
         more: &[&str],
     ) -> Result<Qemu> {
-        let mut command = Command::new(QEMU);
         // One CPU unless `more` says otherwise: two under TCG are no faster on a small machine.
-        command.args(["-smp", "1", "-readconfig"]).arg(config).args(more);
-        Qemu::start(name, command, folder, accel)
+        let mut recipe: Vec<OsString> = vec!["-smp".into(), "1".into(), "-readconfig".into(), config.into()];
+        recipe.extend(more.iter().map(OsString::from));
+        let mut command = Command::new(QEMU);
+        command.args(&recipe);
+        let mut guest = Qemu::start(name, command, folder, accel)?;
+        guest.recipe = recipe;
+        Ok(guest)
     }
 
     /// Starts a guest from its kernel, with the tools image as its read-only root on a disk of QEMU's own and with user
@@ -116,7 +130,18 @@ impl Qemu {
         let deadline = Deadline::new(30, format!("QEMU ({name}) to open its monitor"));
         let monitor = Monitor::connect(&monitor, &deadline, &mut process)?;
         let shell = Shell::connect(&shell, &deadline)?;
-        Ok(Qemu { process, name: name.to_owned(), console, monitor, shell, accel, started })
+        Ok(Qemu {
+            process,
+            name: name.to_owned(),
+            console,
+            monitor,
+            shell,
+            accel,
+            started,
+            folder: folder.to_owned(),
+            recipe: Vec::new(),
+            successors: 0,
+        })
     }
 
     /// Time since QEMU was started.
@@ -222,6 +247,10 @@ impl Qemu {
 
     /// Ends QEMU by its monitor, as a power cut does to the guest.
     pub fn quit(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
         let _ = self.monitor("quit", "{}");
         self.process.wait(20).map(drop)
     }

@@ -57,6 +57,24 @@ impl Shell {
         Ok(Self { stream, received: Vec::new(), last: 0 })
     }
 
+    /// The guest is in another QEMU now, whose socket `other` is connected to; ours has ended. What is on its way from the agent
+    /// comes in two pieces.
+    pub fn continue_at(&mut self, other: &mut Shell) -> Result<()> {
+        let deadline = Deadline::new(10, "the end of a QEMU's guest shell");
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                Err(e) if e.kind() == ErrorKind::ConnectionReset => break,
+                Err(_) => drop(deadline.left()?),
+            }
+        }
+        std::mem::swap(&mut self.stream, &mut other.stream);
+        self.received.append(&mut other.received);
+        Ok(())
+    }
+
     /// The next line, or `None` if there is none within a moment.
     fn line(&mut self) -> Result<Option<String>> {
         loop {

@@ -4,6 +4,7 @@
 
 mod boot;
 mod initiator;
+mod migration;
 mod other;
 mod pieces;
 mod reboot;
@@ -42,6 +43,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "two_disks_with_several_queues_are_told_apart", body: boot::two_disks },
     Test { name: "three_reboots_and_other_queue_sizes_come_up_again", body: reboot::reboots },
     Test { name: "a_disk_that_grows_is_seen_by_its_guest_without_a_reboot", body: resize::grows },
+    Test { name: "a_vm_migrates_to_and_fro_under_load_and_loses_nothing", body: migration::migrates },
     Test { name: "twenty_kills_under_load_lose_nothing", body: restart::kills },
     Test { name: "kills_of_a_file_s_owner_under_load_lose_nothing", body: restart::kills_of_file_owner },
     Test { name: "sigterm_and_newer_binary_under_load_lose_nothing", body: restart::upgrades },
