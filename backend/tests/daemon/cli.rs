@@ -194,7 +194,7 @@ fn a_daemon_that_is_stuck_is_given_up() {
     let place = Place::new();
     place.configure(CONFIG);
     let daemon = place.serve();
-    daemon.signal("STOP");
+    daemon.stop();
     let line = place.fails(&["status"], 1);
     assert!(line.ends_with("the daemon has not answered for 20 s"), "{line}");
     daemon.signal("CONT");

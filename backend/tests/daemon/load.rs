@@ -181,7 +181,7 @@ fn stuck(drain_timeout: u32, write: bool) -> Stuck {
     );
     let mut client = Client::connect(&host.path("d.sock"), false);
     assert_eq!(client.write(0, 1, 4096), 0);
-    target.signal("STOP");
+    target.stop();
     if write {
         client.queue.write(0, client.at(0), 4096, 0, ReqFlags::empty());
     } else {

@@ -153,6 +153,20 @@ impl Serving {
         assert!(sent.success());
     }
 
+    /// SIGSTOP, until every thread of it has stopped: one that has not may still answer.
+    pub(crate) fn stop(&self) {
+        self.signal("STOP");
+        let since = Instant::now();
+        let is_stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_none_or(|rest| rest.starts_with('T'))
+        };
+        while !std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().all(is_stopped) {
+            assert!(since.elapsed() < PATIENCE, "the daemon does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits for its end.
     pub(crate) fn wait(mut self) -> ExitStatus {
         let since = Instant::now();
