@@ -1,7 +1,7 @@
 //! The narrow waist: what a request is, what a device can do, how a request ends. Every layer speaks these types.
 //!
-//! Owns: [`Request`], [`Buffers`], [`Geometry`], [`Status`], the [`Device`] and [`Channel`] traits, statistics, and a
-//! fake device for tests. Must not know: rings, volumes, members, NVMe.
+//! Owns: [`Request`], [`Buffers`], [`Geometry`], [`Status`], the [`Device`] and [`Channel`] traits, statistics, and
+//! devices for tests. Must not know: rings, volumes, members, NVMe.
 //!
 //! A [`Device`] is shared by all threads; each user on each reactor opens a [`Channel`] of its own and talks to that
 //! without locks. virtio and the NVMe-oF target are users; `volume` is both a device and a user; `fabric` has the leaves.
@@ -15,6 +15,7 @@ pub mod buffers;
 pub mod channel;
 pub mod fake;
 pub mod geometry;
+pub mod held;
 pub mod request;
 pub mod reservation;
 pub mod stats;

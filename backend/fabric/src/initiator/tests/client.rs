@@ -44,12 +44,26 @@ pub(super) struct Told {
     pub(super) token: u64,
     pub(super) outcome: Outcome,
     pub(super) data: Vec<u8>,
+    /// It, to see whether it stays as it was.
+    pub(super) memory: Memory,
 }
 
-struct Memory {
+pub(super) struct Memory {
     buffer: AlignedBuffer,
     len: usize,
-    _iovecs: Vec<libc::iovec>,
+    iovecs: Vec<libc::iovec>,
+}
+
+// SAFETY: the iovecs point into the buffer, which is this one's own.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    /// What it holds now.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        assert!(self.iovecs.len() <= self.len);
+        // SAFETY: the request has ended: nothing writes to its memory.
+        unsafe { self.buffer.slice(0, self.len) }.to_vec()
+    }
 }
 
 struct User {
@@ -83,7 +97,7 @@ impl User {
                 Buffers::new(iovecs.as_ptr(), count, len)
             }
         };
-        self.memory.insert(token, Memory { buffer, len, _iovecs: iovecs });
+        self.memory.insert(token, Memory { buffer, len, iovecs });
         self.batch.push(Request {
             operation: ask.operation,
             lba: Lba(ask.lba),
@@ -100,9 +114,8 @@ impl Source for User {
         channel.reap(&mut self.ended);
         for end in self.ended.drain(..) {
             let memory = self.memory.remove(&end.token.0).expect("a request ends once");
-            // SAFETY: the request has ended: nothing writes to its memory.
-            let data = unsafe { memory.buffer.slice(0, memory.len) }.to_vec();
-            let _ = self.tell.send(Told { token: end.token.0, outcome: end.outcome, data });
+            let data = memory.bytes();
+            let _ = self.tell.send(Told { token: end.token.0, outcome: end.outcome, data, memory });
         }
     }
 }

@@ -2,6 +2,9 @@
 //! scripted target that does what ours does not.
 
 mod client;
+mod ghosts;
+mod lab;
+mod links;
 mod lost_controllers;
 mod middle_box;
 mod reservations;
