@@ -6,7 +6,7 @@ use crate::daemon::api::view::{AnaGroupView, NamespaceView, PortView, SubsystemV
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Listen, Name, Nqn};
-use hawser_fabric::target::{ANA_GROUP, NamespaceConfig, SubsystemConfig, Target};
+use hawser_fabric::target::{ANA_GROUP, Lineage, NamespaceConfig, SubsystemConfig, Target};
 use hawser_volume::Volume;
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ use std::sync::Arc;
 pub fn start(
     config: &Config,
     reactors: &Reactors,
+    lineage: &Lineage,
     device: impl Fn(&Name) -> Option<Arc<dyn Device>> + Copy,
 ) -> Result<Option<Target>, String> {
     if config.subsystems.is_empty() {
@@ -46,7 +47,7 @@ pub fn start(
         });
     }
     let folder = config.daemon.state_dir.join("reservations");
-    let target = Target::start_keeping(subsystems, reactors.handles(), &folder).map_err(|what| {
+    let target = Target::start_keeping(subsystems, reactors.handles(), &folder, lineage).map_err(|what| {
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })?;

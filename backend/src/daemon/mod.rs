@@ -190,9 +190,11 @@ impl Daemon {
         let find = |name: &Name| {
             devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
         };
-        run_state.begin()?;
-        let target = patiently(had_predecessor, || assemble_target::start(&config, &reactors, find))
-            .inspect_err(|_| run_state.never_begun())?;
+        // With the lock and all devices ours, nothing is left of the processes before us.
+        let lineage = run_state.begin()?;
+        let target =
+            patiently(had_predecessor, || assemble_target::start(&config, &reactors, &lineage, find))
+                .inspect_err(|_| run_state.never_begun())?;
         let daemon = Daemon {
             allowed,
             build_id,

@@ -7,10 +7,12 @@
 //! Invariant: a folder of a version that we do not know is never changed.
 
 use crate::durable::{self, Machine};
+use hawser_fabric::target::Lineage;
 use hawser_virtio::{Crash, CrashFile};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,7 +56,21 @@ struct Data {
     crashes: u64,
     /// Why disks were set aside.
     suspended: BTreeMap<String, String>,
+    /// What this process and those before it are known by to hosts: not there before there was a target.
+    #[serde(default)]
+    targets: Targets,
 }
+
+/// Numbers of processes, the newest last.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Targets {
+    /// The kernel's boot that they ran in: in another one, this may be a copy of another machine's.
+    boot: String,
+    processes: Vec<u32>,
+}
+
+/// A host that comes back after more restarts than this waits as for a stranger's.
+const TARGETS_MAX: usize = 64;
 
 #[derive(Deserialize)]
 struct VersionOnly {
@@ -79,6 +95,7 @@ impl RunState {
             ended: true,
             crashes: 0,
             suspended: BTreeMap::new(),
+            targets: Targets::default(),
         });
         let had_predecessor = !data.ended;
         build_id.clone_into(&mut data.build_id);
@@ -90,10 +107,13 @@ impl RunState {
         Ok(state)
     }
 
-    /// Takes down that from now on we ask things of devices.
-    pub(super) fn begin(&mut self) -> Result<(), String> {
+    /// Takes down that from now on we ask things of devices, and by what our target's controllers are known. Called with the
+    /// lock held, which the process before us had as long as it ran.
+    pub(super) fn begin(&mut self) -> Result<Lineage, String> {
         self.data.ended = false;
-        self.write()
+        let lineage = self.data.targets.next(&boot());
+        self.write()?;
+        Ok(lineage)
     }
 
     /// Takes down that we never did: the start failed.
@@ -135,6 +155,29 @@ impl RunState {
         let text = serde_json::to_vec_pretty(&self.data).map_err(|error| error.to_string())?;
         durable::replace(&Machine, &self.file, &text, 0o600)
             .map_err(|error| format!("{}: cannot be written: {error}", self.file.display()))
+    }
+}
+
+/// The kernel's boot; empty where it does not say.
+fn boot() -> String {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}
+
+impl Targets {
+    /// A new process in this boot, after those that are there.
+    fn next(&mut self, boot: &str) -> Lineage {
+        if boot.is_empty() || self.boot != boot {
+            self.processes.clear();
+        }
+        boot.clone_into(&mut self.boot);
+        let ended = self.processes.clone();
+        let random = || u32::try_from(RandomState::new().hash_one(boot) >> 32).unwrap_or(0);
+        let own = std::iter::repeat_with(random).find(|own| !ended.contains(own)).unwrap_or(0);
+        self.processes.push(own);
+        let over = self.processes.len().saturating_sub(TARGETS_MAX);
+        self.processes.drain(..over);
+        Lineage { own, ended }
     }
 }
 
@@ -243,9 +286,26 @@ mod tests {
     }
 
     #[test]
+    fn processes_before_this_one_are_known_in_the_same_boot_only() {
+        let mut targets = Targets::default();
+        let first = targets.next("b1");
+        let second = targets.next("b1");
+        assert_eq!((first.ended.len(), &second.ended), (0, &vec![first.own]));
+        assert_ne!(first.own, second.own);
+        for _ in 0..2 * TARGETS_MAX {
+            targets.next("b1");
+        }
+        assert_eq!(targets.next("b1").ended.len(), TARGETS_MAX);
+        assert!(targets.next("b2").ended.is_empty());
+        assert!(targets.next("").ended.is_empty());
+        assert!(targets.next("").ended.is_empty(), "no boot, no proof");
+    }
+
+    #[test]
     fn the_second_crash_on_a_request_says_why() {
+        let (suspended, targets) = (BTreeMap::new(), Targets::default());
         let mut data =
-            Data { version: 1, build_id: String::new(), ended: true, crashes: 0, suspended: BTreeMap::new() };
+            Data { version: 1, build_id: String::new(), ended: true, crashes: 0, suspended, targets };
         data.note(&crash(false));
         assert!(data.suspended.is_empty());
         data.note(&crash(true));

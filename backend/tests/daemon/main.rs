@@ -4,6 +4,10 @@ mod api;
 mod cli;
 mod common;
 mod fabric;
+#[allow(dead_code, unreachable_pub, reason = "virtio's tests use all of it")]
+#[path = "../../virtio/tests/support/frontend.rs"]
+mod frontend;
+mod ghosts;
 mod import;
 mod load;
 mod permissions;

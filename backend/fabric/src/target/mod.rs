@@ -143,6 +143,16 @@ pub struct SubsystemConfig {
     pub namespaces: Vec<NamespaceConfig>,
 }
 
+/// By what the controllers of this process are told from those of processes before it, when a host has one of them reset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// This process: random, and known to the processes after it before anything is asked of it.
+    pub own: u32,
+    /// Processes that served the same subsystems before it. Whoever says so has seen that none of them runs any more, and has
+    /// opened all devices: what they had begun there has ended, or is waited for by the device.
+    pub ended: Vec<u32>,
+}
+
 /// A reactor that connections live on.
 struct Place {
     reactor: ReactorHandle,
@@ -332,10 +342,10 @@ impl Target {
     /// # Panics
     /// Without reactors.
     pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, None, bind)
+        Target::start_with(subsystems, reactors, None, None, bind)
     }
 
-    /// As [`Target::start`], with reservations that are kept in `folder` over restarts.
+    /// As [`Target::start`], with reservations that are kept in `folder` over restarts, and with what is known of processes before.
     ///
     /// # Errors
     /// As [`Target::start`], and when what is in the folder cannot be read or understood.
@@ -343,8 +353,9 @@ impl Target {
         subsystems: Vec<SubsystemConfig>,
         reactors: &[ReactorHandle],
         folder: &Path,
+        lineage: &Lineage,
     ) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, Some(folder), bind)
+        Target::start_with(subsystems, reactors, Some(folder), Some(lineage), bind)
     }
 
     /// As [`Target::start`], with listening sockets that `listen` makes: for a simulated network.
@@ -356,7 +367,7 @@ impl Target {
         reactors: &[ReactorHandle],
         mut listen: impl FnMut(SocketAddr) -> Fd,
     ) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, None, |address| {
+        Target::start_with(subsystems, reactors, None, None, |address| {
             Ok((address, Listening::Simulated(listen(address))))
         })
     }
@@ -365,6 +376,7 @@ impl Target {
         subsystems: Vec<SubsystemConfig>,
         reactors: &[ReactorHandle],
         folder: Option<&Path>,
+        lineage: Option<&Lineage>,
         mut listen: impl FnMut(SocketAddr) -> std::io::Result<(SocketAddr, Listening)>,
     ) -> Result<Target, String> {
         assert!(!reactors.is_empty(), "a target runs on at least one reactor");
@@ -392,7 +404,11 @@ impl Target {
                 ports.push(Port::new(at, bound[at].0));
             }
             let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
-            made.push(Arc::new(Subsystem::new(&nqn, &serial, ports, allowed_hosts, namespaces)));
+            let mut subsystem = Subsystem::new(&nqn, &serial, ports, allowed_hosts, namespaces);
+            if let Some(lineage) = lineage {
+                subsystem.known_as(lineage);
+            }
+            made.push(Arc::new(subsystem));
         }
         let keeper = folder.map(|folder| Keeper::start(folder, &made)).transpose()?;
         let shared = Arc::new(Shared {

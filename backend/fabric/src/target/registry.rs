@@ -9,7 +9,7 @@
 
 use super::reservations::{Access, Effect, HostId, Reservations};
 use super::uuid;
-use super::{ANA_GROUP, NamespaceConfig, Quiescing, Seldom};
+use super::{ANA_GROUP, Lineage, NamespaceConfig, Quiescing, Seldom};
 use crate::nvme::StatusCode;
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
 use crate::nvme::bytes::low32;
@@ -147,6 +147,8 @@ pub(super) struct Subsystem {
     next_cntlid: AtomicU32,
     /// The high half of every CIRN of this process: it tells its controllers from those of others, or of its past.
     process: u32,
+    /// Those of processes before this one, of which nothing is left.
+    processes_ended: Vec<u32>,
     /// The low half of the next.
     next_instance: AtomicU32,
 }
@@ -260,8 +262,15 @@ impl Subsystem {
             next_cntlid: AtomicU32::new(0),
             // Keys from the kernel's random numbers.
             process: low32(RandomState::new().hash_one(nqn)),
+            processes_ended: Vec::new(),
             next_instance: AtomicU32::new(1),
         }
+    }
+
+    /// This process is known by a number, and so are some before it.
+    pub(super) fn known_as(&mut self, lineage: &Lineage) {
+        self.process = lineage.own;
+        self.processes_ended.clone_from(&lineage.ended);
     }
 
     pub(super) fn allows(&self, host_nqn: &str) -> bool {
@@ -388,8 +397,15 @@ impl Subsystem {
 
     /// The controller that `host` wants to have reset.
     pub(super) fn impacted(&self, instance: &ControllerInstance, host: &Host) -> Impacted {
-        // Of another process, or of one before this one, we know nothing: not that it is quiet either.
-        if instance.random >> 32 != u64::from(self.process) || instance.uniquifier == 0 {
+        let process = low32(instance.random >> 32);
+        if instance.uniquifier == 0 {
+            return Impacted::Unknown;
+        }
+        if self.processes_ended.contains(&process) {
+            return Impacted::Gone;
+        }
+        // Of others we know nothing: not that they are quiet either.
+        if process != self.process {
             return Impacted::Unknown;
         }
         let controllers = lock(&self.controllers);

@@ -73,7 +73,7 @@ impl Rig {
             namespaces,
         };
         let target = match folder {
-            Some(folder) => Target::start_keeping(vec![config], &handles, folder)?,
+            Some(folder) => Target::start_keeping(vec![config], &handles, folder, &Lineage::default())?,
             None => Target::start(vec![config], &handles)?,
         };
         let address = target.addresses()[0].1[0];

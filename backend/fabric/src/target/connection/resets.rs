@@ -40,9 +40,6 @@ impl Connection {
         let instance = ControllerInstance::from_sqe(&self.slots.at(index).sqe);
         let controller = self.controller.as_ref().ok_or(StatusCode::INTERNAL_ERROR)?;
         let subsystem = controller.subsystem.as_ref().ok_or(StatusCode::INVALID_OPCODE)?;
-        if instance.cntlid == controller.cntlid {
-            return Err(StatusCode::INVALID_FIELD);
-        }
         let under_way = || self.resets.iter().filter(|reset| reset.state == ResetState::InProgress);
         if under_way().any(|reset| reset.instance == instance) {
             return Err(StatusCode::CONTROLLER_RESET_IN_PROGRESS);
@@ -56,6 +53,10 @@ impl Connection {
         let impacted = match subsystem.impacted(&instance, &controller.host) {
             Impacted::Unknown => return Err(StatusCode::INVALID_FIELD),
             Impacted::Gone => return Ok(true),
+            // A process before this one may have had one of the same ID.
+            Impacted::Found(impacted) if impacted.cntlid == controller.cntlid => {
+                return Err(StatusCode::INVALID_FIELD);
+            }
             Impacted::Found(impacted) => impacted,
         };
         log::info!(

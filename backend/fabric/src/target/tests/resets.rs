@@ -4,6 +4,8 @@ use super::associations::{StuckDevice, drain, fill_with_unread_writes};
 use super::*;
 use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetLog, ResetState};
 use crate::nvme::log::AsyncEvent;
+use crate::target::Lineage;
+use crate::target::registry::{Host, Impacted, Subsystem};
 
 fn instance_of(admin: &mut Peer) -> ControllerInstance {
     let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
@@ -33,6 +35,23 @@ fn a_reset_ends_the_other_association_and_says_that_it_is_quiet() {
     let cqe = admin.call(instance.reset(), &[], &[]).0;
     assert_eq!((cqe.status.code, cqe.dword0()), (StatusCode::SUCCESS, IMMEDIATE_SUCCESS));
     assert_eq!(rig.target.as_ref().unwrap().hosts(NQN), [HOST]);
+}
+
+/// A target that had been killed and started again knew nothing of its controllers of before, and hosts waited for 41 s and more.
+#[test]
+fn controllers_of_a_process_that_has_ended_are_quiet_and_those_of_a_stranger_are_not_known() {
+    let mut subsystem = Subsystem::new(NQN, "S-1", Vec::new(), None, Vec::new());
+    subsystem.known_as(&Lineage { own: 7, ended: vec![5, 6] });
+    let host = Host { nqn: HOST.to_owned(), id: [1; 16] };
+    let found = |process: u64, uniquifier| {
+        let instance = ControllerInstance { cntlid: 1, uniquifier, random: process << 32 | 9 };
+        subsystem.impacted(&instance, &host)
+    };
+    assert!(matches!(found(5, 1), Impacted::Gone) && matches!(found(6, 1), Impacted::Gone));
+    // Our own that we never made, a stranger's, and what is no instance at all.
+    for (process, uniquifier) in [(7, 1), (8, 1), (0, 1), (5, 0)] {
+        assert!(matches!(found(process, uniquifier), Impacted::Unknown), "{process} {uniquifier}");
+    }
 }
 
 /// CQT was 31 s whatever the devices were. One behind NVMe/TCP keeps a write of unknown outcome until its own association is
