@@ -103,6 +103,8 @@ const POLL_US_MAX: u32 = 1_000_000;
 const DRAIN_TIMEOUT_MAX: u32 = 3600;
 /// A day; above it somebody meant milliseconds.
 const TIMER_MAX: u32 = 86400;
+/// As nvmet's NVMET_MAX_ANAGRPS.
+const ANA_GROUP_MAX: u32 = 128;
 /// The most queues of a disk.
 pub const QUEUES_MAX: u16 = 64;
 
@@ -266,6 +268,13 @@ pub struct NamespaceConfig {
     pub device: Name,
     /// Its UUID, where the device's own is not wanted.
     pub uuid: Option<Uuid>,
+    /// The ANA group that it is in.
+    #[serde(default = "ana_group")]
+    pub ana_group: u32,
+}
+
+fn ana_group() -> u32 {
+    1
 }
 
 /// One file as it is written.
@@ -381,6 +390,10 @@ impl Config {
             if namespace.nsid == 0 || namespace.nsid == u32::MAX {
                 let what = format!("{} is no namespace number, want 1 or more", namespace.nsid);
                 return Err(subsystem.error("nsid", what));
+            }
+            if namespace.ana_group == 0 || namespace.ana_group > ANA_GROUP_MAX {
+                let what = format!("{} is out of range, want 1 to {ANA_GROUP_MAX}", namespace.ana_group);
+                return Err(subsystem.error("ana_group", what));
             }
             if namespaces[..index].iter().any(|other| other.nsid == namespace.nsid) {
                 let what = format!(

@@ -189,6 +189,12 @@ fn mistakes_in_one_file_are_named_line_by_line() {
         ),
         (
             with_device(
+                "[[subsystem]]\nnqn = \"nqn.a\"\nlisten = [\"tcp://127.0.0.1:0\"]\n[[subsystem.namespace]]\nnsid = 1\ndevice = \"n0\"\nana_group = 129\n",
+            ),
+            "h.toml:10:13: [[subsystem]] ana_group: 129 is out of range, want 1 to 128",
+        ),
+        (
+            with_device(
                 "[[subsystem]]\nnqn = \"nqn.a\"\nlisten = [\"tcp://127.0.0.1:0\"]\n[[subsystem.namespace]]\nnsid = 1\ndevice = \"x\"\n",
             ),
             "h.toml:9:10: [[subsystem]] device: \"x\" is no [[device]], want n0",

@@ -2,6 +2,7 @@
 //!
 //! Owns: the only place where the layers meet. Must not know: requests.
 
+pub(crate) mod ana;
 pub mod device;
 pub mod disk;
 pub mod host;

@@ -1,12 +1,13 @@
 //! From `[[subsystem]]`s to the target that other hosts connect to.
 
+use super::ana;
 use super::device::Kind;
 use super::reactors::Reactors;
 use crate::daemon::api::view::{AnaGroupView, NamespaceView, PortView, SubsystemView};
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Listen, Name, Nqn};
-use hawser_fabric::target::{ANA_GROUP, Lineage, NamespaceConfig, SubsystemConfig, Target};
+use hawser_fabric::target::{AnaConfig, Lineage, NamespaceConfig, SubsystemConfig, Target};
 use hawser_volume::Volume;
 use std::sync::Arc;
 
@@ -47,12 +48,24 @@ pub fn start(
         });
     }
     let folder = config.daemon.state_dir.join("reservations");
-    let target = Target::start_keeping(subsystems, reactors.handles(), &folder, lineage).map_err(|what| {
+    let ana = AnaConfig { groups: ana_groups(config), states: ana::read(config)? };
+    let target = Target::start_keeping(subsystems, reactors.handles(), &folder, lineage, &ana);
+    let target = target.map_err(|what| {
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })?;
     target.set_referrals(config.discovery.referrals.iter().map(|listen| listen.0).collect());
     Ok(Some(target))
+}
+
+fn ana_groups(config: &Config) -> Vec<(String, u32, u32)> {
+    let subsystems = config.subsystems.iter().map(|placed| &placed.value);
+    let of = |it: &hawser_config::SubsystemConfig| {
+        let nqn = it.nqn.to_string();
+        let groups = it.namespaces.iter().map(|namespace| (nqn.clone(), namespace.nsid, namespace.ana_group));
+        groups.collect::<Vec<_>>()
+    };
+    subsystems.flat_map(of).collect()
 }
 
 /// A device as hosts see it: what they may send in one command stays the same while the device's own limits change with the
@@ -73,7 +86,7 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
     let addresses = target.addresses();
     let view = |placed: &hawser_config::Placed<hawser_config::SubsystemConfig>| {
         let subsystem = &placed.value;
-        let states = target.ana_states(subsystem.nqn.as_str());
+        let groups = target.ana_groups(subsystem.nqn.as_str());
         let bound = addresses.iter().find(|(nqn, _)| nqn == subsystem.nqn.as_str());
         let listen: Vec<String> = bound.map_or_else(Vec::new, |(_, bound)| {
             bound.iter().map(|address| Listen(*address).to_string()).collect()
@@ -82,17 +95,17 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
             nqn: subsystem.nqn.to_string(),
             ports: listen
                 .iter()
-                .zip(states)
-                .map(|(listen, state)| PortView {
+                .zip(groups)
+                .map(|(listen, groups)| PortView {
                     listen: listen.clone(),
-                    ana_groups: vec![AnaGroupView { grpid: ANA_GROUP, ana_state: state.to_string() }],
+                    ana_groups: groups
+                        .into_iter()
+                        .map(|(grpid, state)| AnaGroupView { grpid, ana_state: state.to_string() })
+                        .collect(),
                 })
                 .collect(),
             listen,
-            allowed_hosts: subsystem
-                .allowed_hosts
-                .as_ref()
-                .map(|hosts| hosts.iter().map(Nqn::to_string).collect()),
+            allowed_hosts: target.allowed_hosts(subsystem.nqn.as_str()),
             hosts: target.hosts(subsystem.nqn.as_str()),
             namespaces: subsystem
                 .namespaces

@@ -41,9 +41,13 @@ impl Client {
         self.call(Method::GET, path, None, ASK_MAX)
     }
 
-    pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
-        let body = serde_json::to_vec(body).map_err(|error| self.failed(&error))?;
-        self.call(Method::PUT, path, Some(body), CHANGE_MAX)
+    pub(super) fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Failure> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(|error| self.failed(&error))?;
+        self.call(Method::PUT, path, body, CHANGE_MAX)
     }
 
     pub(super) fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {

@@ -1,4 +1,4 @@
-//! `hawser subsystem list|ana`: the target's side of a daemon.
+//! `hawser subsystem list|ana|host`: the target's side of a daemon.
 
 use crate::cli::table::{Align, Table};
 use crate::cli::{ApiArgs, Failure, print_json, say};
@@ -11,6 +11,27 @@ pub(super) enum SubsystemCommand {
     List(ApiArgs),
     /// Set how well the namespaces can be reached at an address; hosts that came in there are told
     Ana(AnaArgs),
+    /// Who may connect, where `allowed_hosts` names them
+    #[command(subcommand)]
+    Host(HostCommand),
+}
+
+#[derive(Subcommand)]
+pub(super) enum HostCommand {
+    /// Let a host connect, until the next start: then the configuration counts again
+    Add(HostArgs),
+    /// Let a host connect no more, and end its associations, until the next start
+    Remove(HostArgs),
+}
+
+#[derive(Args)]
+pub(super) struct HostArgs {
+    /// The subsystem
+    nqn: String,
+    /// The host's NQN
+    host: String,
+    #[command(flatten)]
+    api: ApiArgs,
 }
 
 #[derive(Args)]
@@ -40,6 +61,20 @@ pub(super) fn run(command: &SubsystemCommand) -> Result<(), Failure> {
             Ok(())
         }
         SubsystemCommand::Ana(args) => set_ana(args),
+        SubsystemCommand::Host(command) => {
+            let (HostCommand::Add(args) | HostCommand::Remove(args)) = command;
+            let HostArgs { nqn, host, api } = args;
+            let path = format!("/v1/subsystems/{nqn}/hosts/{host}");
+            let subsystem: SubsystemView = match command {
+                HostCommand::Add(_) => api.client().put(&path, None::<&()>)?,
+                HostCommand::Remove(_) => api.client().delete(&path)?,
+            };
+            if api.json {
+                return print_json(&subsystem);
+            }
+            say(&text_of(&[subsystem]));
+            Ok(())
+        }
     }
 }
 
@@ -71,7 +106,7 @@ fn set_ana(args: &AnaArgs) -> Result<(), Failure> {
             groups.filter(|grpid| group.is_none_or(|group| group == *grpid)).chain(unknown(&port, *group))
         {
             let path = format!("/v1/subsystems/{nqn}/ports/{index}/ana_groups/{grpid}");
-            subsystem = api.client().put(&path, &SetAnaState { ana_state: state.clone() })?;
+            subsystem = api.client().put(&path, Some(&SetAnaState { ana_state: state.clone() }))?;
         }
     }
     if api.json {

@@ -2,11 +2,11 @@
 
 use super::api::view::SubsystemView;
 use super::{ChangeError, Daemon};
-use crate::assemble::target as assemble_target;
+use crate::assemble::{ana, target as assemble_target};
 use hawser_config::DiscoveryConfig;
-use hawser_config::value::Listen;
+use hawser_config::value::{Listen, Nqn};
 use hawser_fabric::nvme::ana::AnaState;
-use hawser_fabric::target::{ANA_GROUP, Target};
+use hawser_fabric::target::{AnaSetting, Target};
 use std::sync::PoisonError;
 
 impl Daemon {
@@ -36,16 +36,47 @@ impl Daemon {
                 let last = before.ports.len() - 1;
                 ChangeError::Unknown(format!("{nqn} has no port {port}, want one from 0 to {last}"))
             })?;
-        if grpid.parse() != Ok(ANA_GROUP) {
-            let what = format!("{nqn} has no ANA group {grpid}, want {ANA_GROUP}");
-            return Err(ChangeError::Unknown(what));
-        }
+        let there = &before.ports[index].ana_groups;
+        let group = grpid.parse().ok().filter(|group: &u32| there.iter().any(|it| it.grpid == *group));
+        let group = group.ok_or_else(|| {
+            let groups = there.iter().map(|group| group.grpid.to_string()).collect::<Vec<_>>().join(", ");
+            ChangeError::Unknown(format!("{nqn} has no ANA group {grpid}, want one of {groups}"))
+        })?;
+        // One after the other, so that what is kept is what is in force.
+        let _change = self.lock_changes();
+        let setting = AnaSetting { nqn: nqn.to_owned(), port: index, group, state };
+        ana::write(&self.config, &self.subsystem_views(), &setting).map_err(ChangeError::Failed)?;
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        if !target.as_ref().is_some_and(|target| target.set_ana_state(nqn, index, state)) {
+        if !target.as_ref().is_some_and(|target| target.set_ana_group_state(nqn, index, group, state)) {
             return Err(ChangeError::Failed("the target stops".to_owned()));
         }
         drop(target);
         view().ok_or_else(|| ChangeError::Failed("the target stops".to_owned()))
+    }
+
+    /// Lets a host connect to a subsystem from now on, or no more, until the next start: then the configuration counts again.
+    ///
+    /// # Errors
+    /// When there is no such subsystem, or it lets any host in, or it is so already.
+    pub fn set_allowed(&self, nqn: &str, host: &str, allowed: bool) -> Result<SubsystemView, ChangeError> {
+        let host: Nqn = host.parse().map_err(|what: String| ChangeError::Wrong(format!("host: {what}")))?;
+        let view = || self.subsystem_views().into_iter().find(|view| view.nqn == nqn);
+        let before = view().ok_or_else(|| ChangeError::Unknown(format!("there is no subsystem {nqn}")))?;
+        if before.allowed_hosts.is_none() {
+            let what = format!("{nqn} lets any host in, want allowed_hosts in its [[subsystem]]");
+            return Err(ChangeError::Conflict(what));
+        }
+        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = target.as_ref().is_some_and(|target| match allowed {
+            true => target.allow_host(nqn, host.as_str()),
+            false => target.forbid_host(nqn, host.as_str()),
+        });
+        drop(target);
+        match (changed, allowed) {
+            (true, _) => view().ok_or_else(|| ChangeError::Failed("the target stops".to_owned())),
+            (false, true) => Err(ChangeError::Conflict(format!("{host} may connect to {nqn} already"))),
+            (false, false) => Err(ChangeError::Unknown(format!("{host} is not among {nqn}'s allowed hosts"))),
+        }
     }
 
     /// Other discovery services that ours points to.

@@ -197,6 +197,19 @@ fn every_answer_is_as_the_document_says() {
     ] {
         set(nqn, port, group, state, code);
     }
+    let hosts = "/v1/subsystems/{nqn}/hosts/{host}";
+    for (method, nqn, host, code) in [
+        ("PUT", "t", "nqn.host", 200),
+        ("PUT", "t", "nqn.host", 409),
+        ("PUT", "none", "nqn.host", 404),
+        ("PUT", "t", "host", 400),
+        ("DELETE", "t", "nqn.host", 200),
+        ("DELETE", "t", "nqn.host", 404),
+        ("DELETE", "none", "nqn.host", 404),
+    ] {
+        let path = format!("/v1/subsystems/nqn.2026-11.io.hawser:{nqn}/hosts/{host}");
+        ask(&daemon, method, &path, hosts, "", code);
+    }
     assert_eq!(daemon.end(), Some(0));
 }
 

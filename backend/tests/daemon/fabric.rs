@@ -219,6 +219,79 @@ fn the_paths_of_a_device_are_listed_with_their_states() {
     assert_eq!(target.end(), Some(0));
 }
 
+/// An address that was made inaccessible was optimized again when the daemon had been started again.
+#[test]
+fn an_ana_state_that_was_set_holds_over_a_restart() {
+    let storage = Place::new();
+    let port = free_port();
+    storage.configure(&format!(
+        "[[device]]\nname = \"m\"\nuri = \"mem:?size=16MiB\"\n[[device]]\nname = \"o\"\nuri = \"mem:?size=16MiB\"\n\
+         [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t\"\nlisten = [\"tcp://127.0.0.1:{port}\"]\n\
+         [[subsystem.namespace]]\nnsid = 1\ndevice = \"m\"\n\
+         [[subsystem.namespace]]\nnsid = 2\ndevice = \"o\"\nana_group = 9\n"
+    ));
+    let target = storage.serve();
+    let nqn = "nqn.2026-11.io.hawser:t";
+    let groups = |target: &crate::common::Serving| {
+        target.status()["subsystems"][0]["ports"][0]["ana_groups"].to_string()
+    };
+    let text = storage.ok(&["subsystem", "ana", nqn, "inaccessible", "--group", "9"]);
+    assert!(text.contains("group 1: optimized, group 9: inaccessible"), "{text}");
+    let set = groups(&target);
+    target.kill();
+    let target = storage.serve();
+    assert_eq!(groups(&target), set);
+    // Both at once, and what is as at the start is not kept.
+    let text = storage.ok(&["subsystem", "ana", nqn, "optimized"]);
+    assert!(text.contains("group 1: optimized, group 9: optimized"), "{text}");
+    let kept = std::fs::read_to_string(storage.path("lib/ana.toml")).unwrap();
+    assert!(!kept.contains(nqn), "{kept}");
+    let line = storage.fails(&["subsystem", "ana", nqn, "optimized", "--group", "3"], 1);
+    assert_eq!(line, "nqn.2026-11.io.hawser:t has no ANA group 3, want one of 1, 9");
+    let line = storage.fails(&["subsystem", "ana", nqn, "good"], 2);
+    assert!(line.starts_with("\"good\" is no ANA state"), "{line}");
+    let line = storage.fails(&["subsystem", "ana", nqn, "change", "--listen", "tcp://1.2.3.4:5"], 1);
+    assert_eq!(line, format!("{nqn} is not reached at tcp://1.2.3.4:5; want one of tcp://127.0.0.1:{port}"));
+    assert_eq!(target.end(), Some(0));
+    std::fs::write(storage.path("lib/ana.toml"), "[[status]]\n").unwrap();
+    let file = storage.text("lib/ana.toml");
+    let config = storage.text("hawser.toml");
+    let line = storage.fails(&["serve", "--config", &config], 1);
+    assert!(line.starts_with(&format!("{file}: unknown field `status`")), "{line}");
+}
+
+#[test]
+fn a_host_is_let_in_and_thrown_out_from_the_command_line() {
+    let storage = storage(0);
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][1]["listen"][0].as_str().unwrap().to_owned();
+    let (nqn, me) = ("nqn.2026-11.io.hawser:guarded", "nqn.2026-11.io.hawser:me");
+    let place = Place::new();
+    place.configure(&format!(
+        "[host]\nnqn = \"{me}\"\n[[device]]\nname = \"r\"\nuri = \"nvme+{listen}/{nqn}\"\nreconnect_delay = 1\n"
+    ));
+    let daemon = place.serve();
+    let trouble = || daemon.status()["devices"][0]["trouble"].as_str().unwrap_or_default().to_owned();
+    until("it is refused", || trouble().contains("Connect Invalid Host"));
+    assert!(
+        storage.log().contains(&format!("{nqn}: {me} is not among the allowed hosts")),
+        "{}",
+        storage.log()
+    );
+    let text = storage.ok(&["subsystem", "host", "add", nqn, me]);
+    assert!(text.contains(&format!("allowed hosts  nqn.2026-11.io.hawser:nobody, {me}\n")), "{text}");
+    // It has no namespace, but is let in.
+    until("it is let in", || trouble().contains("namespace"));
+    assert!(storage.ok(&["subsystem", "list"]).contains("nqn.2026-11.io.hawser:guarded\n"));
+    storage.ok(&["subsystem", "host", "remove", nqn, me]);
+    until("it is refused again", || trouble().contains("Connect Invalid Host"));
+    let line = storage.fails(&["subsystem", "host", "remove", nqn, me], 1);
+    assert_eq!(line, format!("{me} is not among {nqn}'s allowed hosts"));
+    let line = storage.fails(&["subsystem", "host", "add", "nqn.2026-11.io.hawser:t", me], 1);
+    assert!(line.ends_with("lets any host in, want allowed_hosts in its [[subsystem]]"), "{line}");
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}
+
 #[test]
 fn a_device_is_reserved_and_taken_over_from_the_command_line() {
     let storage = storage(0);

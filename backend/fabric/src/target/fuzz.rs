@@ -5,8 +5,11 @@
 
 use super::Shared;
 use super::connection::{Action, Connection};
-use super::registry::{ConnectionRef, Port, Subsystem};
-use super::{NamespaceConfig, TRANSFER_BYTES_MAX};
+use super::namespace::Namespace;
+use super::port::Port;
+use super::registry::{ConnectionRef, Subsystem};
+use super::{ANA_GROUP, NamespaceConfig, TRANSFER_BYTES_MAX};
+use crate::nvme::ana::AnaState;
 use crate::nvme::fabrics::{CNTLID_DYNAMIC, Connect, ConnectData, Property};
 use crate::nvme::properties::{CC_START, offset};
 use crate::nvme::{Sgl, Sqe, features};
@@ -25,8 +28,9 @@ const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:fuzz";
 /// One subsystem with one namespace, without sockets.
 pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
     let device = Arc::new(FakeDevice::new(geometry));
-    let namespaces = vec![NamespaceConfig { nsid: 1, device, uuid: None }];
-    let port = Port::new(0, ([127, 0, 0, 1], 4420).into());
+    let config = NamespaceConfig { nsid: 1, device, uuid: None };
+    let namespaces = vec![Namespace::new(config, NQN, ANA_GROUP)];
+    let port = Port::new(0, ([127, 0, 0, 1], 4420).into(), &[(ANA_GROUP, AnaState::Optimized)]);
     let subsystem = Subsystem::new(NQN, "fuzz", vec![port], None, namespaces);
     Arc::new(Shared {
         subsystems: vec![Arc::new(subsystem)],
@@ -40,6 +44,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         gone: Condvar::new(),
         memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
         refusals: super::Seldom::default(),
+        forbidden: super::Seldom::default(),
         referrals: Mutex::default(),
         keeper: None,
     })

@@ -15,7 +15,8 @@
 //! What is written is the state at that time, so that files never go back, and one write does for all commands that wait for it.
 //! A command that changes nothing is answered at once, unless what it found is not on disk yet.
 
-use super::registry::{Namespace, Subsystem};
+use super::namespace::Namespace;
+use super::registry::Subsystem;
 use super::reservations::Reservations;
 use super::uuid;
 use std::fs::{self, File};

@@ -15,12 +15,15 @@
 //! - Nothing that a peer sends ends more than its own association, or takes more memory than the limits below.
 //! - The discovery service answers at every listener.
 
+mod access;
 mod connection;
 mod driver;
 pub mod fuzz;
 mod keeper;
+mod namespace;
 #[cfg(test)]
 mod peer;
+mod port;
 mod registry;
 mod reservations;
 #[cfg(test)]
@@ -28,14 +31,15 @@ mod tests;
 mod uuid;
 
 use crate::nvme::ana::AnaState;
-use crate::nvme::features::EVENT_ANA_CHANGE;
 use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
 use crate::pool::{Budget, BufferPool};
 use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
 use keeper::Keeper;
-use registry::{ConnectionRef, Port, Subsystem};
+use namespace::Namespace;
+use port::Port;
+use registry::{ConnectionRef, Subsystem};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -89,10 +93,44 @@ const LOGGED_EVERY: Duration = Duration::from_secs(10);
 /// for hosts that ask for no keep-alive.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The ANA group that all namespaces of a subsystem are in: nvmet's default.
+/// The ANA group of namespaces that are in no other: nvmet's default.
 pub const ANA_GROUP: u32 = 1;
 /// ANATT: how long an address may stay in the ANA state `change`, in seconds.
 const ANA_TRANSITION_SECONDS: u8 = 10;
+
+/// How well namespaces can be reached where, as far as it is not group [`ANA_GROUP`] and `optimized`.
+#[derive(Clone, Debug, Default)]
+pub struct AnaConfig {
+    /// NQN, NSID, and the group that this namespace is in: not 0.
+    pub groups: Vec<(String, u32, u32)>,
+    /// The states that groups begin with.
+    pub states: Vec<AnaSetting>,
+}
+
+/// The state of one group at one address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnaSetting {
+    /// The subsystem.
+    pub nqn: String,
+    /// Which of its addresses, counted from 0.
+    pub port: usize,
+    /// The group.
+    pub group: u32,
+    /// Its state.
+    pub state: AnaState,
+}
+
+impl AnaConfig {
+    fn group_of(&self, nqn: &str, nsid: u32) -> u32 {
+        let it = self.groups.iter().find(|(other, number, _)| other == nqn && *number == nsid);
+        it.map_or(ANA_GROUP, |(_, _, group)| *group)
+    }
+
+    fn state_of(&self, nqn: &str, port: usize, group: u32) -> AnaState {
+        let here = |it: &&AnaSetting| it.nqn == nqn && it.port == port && it.group == group;
+        self.states.iter().find(here).map(|it| it.state).unwrap_or_default()
+    }
+}
 
 /// How commands of an association that is lost come to an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +216,8 @@ struct Shared {
     memory: Arc<Budget>,
     /// Connections that were not taken in.
     refusals: Seldom,
+    /// Connects of hosts that are not allowed.
+    forbidden: Seldom,
     /// Other discovery services, which ours points to.
     referrals: Mutex<Vec<SocketAddr>>,
     /// `None`: reservations end with us.
@@ -214,6 +254,8 @@ pub struct TargetStats {
     pub connections: usize,
     /// Connections that were not taken in, since the start.
     pub connections_refused: u64,
+    /// Connects of hosts that were not among the allowed ones, since the start.
+    pub hosts_refused: u64,
     /// What the connections have in memory.
     pub memory_bytes: usize,
 }
@@ -342,10 +384,11 @@ impl Target {
     /// # Panics
     /// Without reactors.
     pub fn start(subsystems: Vec<SubsystemConfig>, reactors: &[ReactorHandle]) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, None, None, bind)
+        Target::start_with(subsystems, reactors, None, None, &AnaConfig::default(), bind)
     }
 
-    /// As [`Target::start`], with reservations that are kept in `folder` over restarts, and with what is known of processes before.
+    /// As [`Target::start`], with reservations that are kept in `folder` over restarts, with what is known of processes before, and
+    /// with ANA groups.
     ///
     /// # Errors
     /// As [`Target::start`], and when what is in the folder cannot be read or understood.
@@ -354,8 +397,9 @@ impl Target {
         reactors: &[ReactorHandle],
         folder: &Path,
         lineage: &Lineage,
+        ana: &AnaConfig,
     ) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, Some(folder), Some(lineage), bind)
+        Target::start_with(subsystems, reactors, Some(folder), Some(lineage), ana, bind)
     }
 
     /// As [`Target::start`], with listening sockets that `listen` makes: for a simulated network.
@@ -367,7 +411,8 @@ impl Target {
         reactors: &[ReactorHandle],
         mut listen: impl FnMut(SocketAddr) -> Fd,
     ) -> Result<Target, String> {
-        Target::start_with(subsystems, reactors, None, None, |address| {
+        let ana = AnaConfig::default();
+        Target::start_with(subsystems, reactors, None, None, &ana, |address| {
             Ok((address, Listening::Simulated(listen(address))))
         })
     }
@@ -377,6 +422,7 @@ impl Target {
         reactors: &[ReactorHandle],
         folder: Option<&Path>,
         lineage: Option<&Lineage>,
+        ana: &AnaConfig,
         mut listen: impl FnMut(SocketAddr) -> std::io::Result<(SocketAddr, Listening)>,
     ) -> Result<Target, String> {
         assert!(!reactors.is_empty(), "a target runs on at least one reactor");
@@ -385,8 +431,16 @@ impl Target {
         let mut made: Vec<Arc<Subsystem>> = Vec::new();
         for config in subsystems {
             check(&config, &made)?;
+            let nqn = &config.nqn;
+            let mut groups: Vec<u32> =
+                config.namespaces.iter().map(|it| ana.group_of(nqn, it.nsid)).collect();
+            groups.sort_unstable();
+            groups.dedup();
+            if groups.is_empty() {
+                groups.push(ANA_GROUP);
+            }
             let mut ports = Vec::new();
-            for address in &config.listen {
+            for (port, address) in config.listen.iter().enumerate() {
                 // Port 0 is a port of its own each time; else subsystems may share a listener.
                 let known = bound.iter().position(|(other, _)| address.port() != 0 && other == address);
                 let at = match known {
@@ -401,9 +455,16 @@ impl Target {
                     }
                 };
                 listeners[at].push(made.len());
-                ports.push(Port::new(at, bound[at].0));
+                let states: Vec<_> =
+                    groups.iter().map(|group| (*group, ana.state_of(nqn, port, *group))).collect();
+                ports.push(Port::new(at, bound[at].0, &states));
             }
             let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
+            let namespace = |config: NamespaceConfig| {
+                let group = ana.group_of(&nqn, config.nsid);
+                Namespace::new(config, &nqn, group)
+            };
+            let namespaces = namespaces.into_iter().map(namespace).collect();
             let mut subsystem = Subsystem::new(&nqn, &serial, ports, allowed_hosts, namespaces);
             if let Some(lineage) = lineage {
                 subsystem.known_as(lineage);
@@ -426,6 +487,7 @@ impl Target {
             gone: Condvar::new(),
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
             refusals: Seldom::default(),
+            forbidden: Seldom::default(),
             referrals: Mutex::default(),
             keeper,
         });
@@ -493,42 +555,8 @@ impl Target {
         subsystem.map(|subsystem| subsystem.hosts()).unwrap_or_default()
     }
 
-    /// Other discovery services that ours points to. Hosts that stay connected to it (persistent discovery) are told.
-    pub fn set_referrals(&self, referrals: Vec<SocketAddr>) {
-        *self.shared.referrals() = referrals;
-        for connection in self.shared.connection_refs() {
-            driver::tell(&connection, Driver::discovery_changed);
-        }
-    }
-
-    /// What [`Target::set_referrals`] was told.
-    #[must_use]
-    pub fn referrals(&self) -> Vec<SocketAddr> {
-        self.shared.referrals().clone()
-    }
-
-    /// The ANA state of each of a subsystem's addresses, in the order of [`Target::addresses`]. All namespaces are in one ANA
-    /// group, [`ANA_GROUP`].
-    #[must_use]
-    pub fn ana_states(&self, nqn: &str) -> Vec<AnaState> {
-        let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
-        let ports = subsystem.map_or(&[][..], |subsystem| &subsystem.ports);
-        ports.iter().map(|port| port.ana_state()).collect()
-    }
-
-    /// Sets the ANA state of one of a subsystem's addresses, counted from 0, and tells the hosts that came in there. False
-    /// when there is no such subsystem or address.
-    #[must_use]
-    pub fn set_ana_state(&self, nqn: &str, port: usize, state: AnaState) -> bool {
-        let subsystem = self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn);
-        let Some((subsystem, port)) = subsystem.and_then(|it| Some((it, it.ports.get(port)?))) else {
-            return false;
-        };
-        log::info!("{nqn}: {} is {state} now", port.address);
-        for admin in subsystem.set_ana_state(port, state) {
-            driver::tell(&admin, |driver, runtime| driver.notify(runtime, EVENT_ANA_CHANGE));
-        }
-        true
+    fn subsystem(&self, nqn: &str) -> Option<&Arc<Subsystem>> {
+        self.shared.subsystems.iter().find(|subsystem| subsystem.nqn == nqn)
     }
 
     /// How it is doing.
@@ -537,6 +565,7 @@ impl Target {
         TargetStats {
             connections: self.shared.connections().len(),
             connections_refused: self.shared.refusals.count.load(Ordering::Relaxed),
+            hosts_refused: self.shared.forbidden.count.load(Ordering::Relaxed),
             memory_bytes: self.shared.memory.used(),
         }
     }

@@ -7,22 +7,22 @@
 //! Written by connections on any reactor, never on the way of an I/O command: locks here are for connecting, closing and
 //! namespace changes; what commands read are atomics.
 
-use super::reservations::{Access, Effect, HostId, Reservations};
+use super::namespace::Namespace;
+use super::port::{Port, PortGroup};
+use super::reservations::HostId;
 use super::uuid;
-use super::{ANA_GROUP, Lineage, NamespaceConfig, Quiescing, Seldom};
+use super::{Lineage, Quiescing, Seldom};
 use crate::nvme::StatusCode;
-use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
+use crate::nvme::ana::{AnaLog, AnaState};
 use crate::nvme::bytes::low32;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
-use crate::nvme::reservation::{ReservationCommand, ReservationStatus};
 use crate::nvme::vendor::CacheIdentity;
-use hawser_block::{Device, Geometry};
+use hawser_block::Geometry;
 use hawser_runtime::{Instant, ReactorHandle};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Associations with one subsystem.
@@ -37,108 +37,14 @@ pub(super) struct ConnectionRef {
     pub(super) id: u64,
 }
 
-/// One namespace of a subsystem.
-pub(super) struct Namespace {
-    pub(super) nsid: u32,
-    pub(super) device: Arc<dyn Device>,
-    pub(super) uuid: [u8; 16],
-    reservations: Mutex<Reservations>,
-    /// Counts changes of reservations: what connections know of them holds while it is the same. 0: there never was any.
-    pub(super) reservation_epoch: AtomicU64,
-    /// The epoch whose reservations are on disk.
-    kept_epoch: AtomicU64,
-}
-
-impl Namespace {
-    /// Carries a reservation command of `host` out.
-    ///
-    /// # Errors
-    /// The status to answer with.
-    pub(super) fn reserve(&self, host: &HostId, command: ReservationCommand) -> Result<Effect, StatusCode> {
-        let mut reservations = lock(&self.reservations);
-        let effect = reservations.apply(host, command)?;
-        if effect.changed {
-            self.reservation_epoch.fetch_add(1, Ordering::Release);
-        }
-        Ok(effect)
-    }
-
-    /// A preemption of `host` is done, and it is told so.
-    pub(super) fn reservation_answered(&self, host: &HostId) {
-        lock(&self.reservations).answered(host);
-    }
-
-    /// Whether what is in force is on disk, where it is kept at all.
-    pub(super) fn reservations_are_kept(&self) -> bool {
-        self.kept_epoch.load(Ordering::Acquire) == self.reservation_epoch.load(Ordering::Acquire)
-    }
-
-    /// What reservations let `host` do.
-    pub(super) fn access(&self, host: &HostId) -> Access {
-        lock(&self.reservations).access(host)
-    }
-
-    pub(super) fn reservation_status(&self) -> ReservationStatus {
-        lock(&self.reservations).status()
-    }
-
-    /// What is in force, to be kept, with its epoch.
-    pub(super) fn reservations_as_text(&self, boot: &str) -> (u64, String) {
-        let reservations = lock(&self.reservations);
-        (self.reservation_epoch.load(Ordering::Relaxed), reservations.to_text(boot))
-    }
-
-    /// What was in force at this epoch is on disk.
-    pub(super) fn reservations_were_kept(&self, epoch: u64) {
-        self.kept_epoch.store(epoch, Ordering::Release);
-    }
-
-    /// Takes over what was kept.
-    pub(super) fn restore_reservations(&self, state: Reservations) {
-        *lock(&self.reservations) = state;
-        let before = self.reservation_epoch.fetch_add(1, Ordering::Release);
-        self.reservations_were_kept(before + 1);
-    }
-}
-
-/// One address that a subsystem can be reached at, and how well its namespaces can be reached there.
-pub(super) struct Port {
-    /// The listener, as the target counts them.
-    listener: usize,
-    pub(super) address: SocketAddr,
-    /// The ANA state of group [`ANA_GROUP`], which all namespaces are in, as in the log page.
-    ana_state: AtomicU8,
-    /// How often it has changed.
-    ana_changes: AtomicU64,
-}
-
-impl Port {
-    pub(super) fn new(listener: usize, address: SocketAddr) -> Arc<Port> {
-        let ana_state = AtomicU8::new(AnaState::Optimized.to_u8());
-        Arc::new(Port { listener, address, ana_state, ana_changes: AtomicU64::new(1) })
-    }
-
-    pub(super) fn ana_state(&self) -> AnaState {
-        AnaState::from_u8(self.ana_state.load(Ordering::Relaxed)).unwrap_or_default()
-    }
-
-    fn ana_log(&self, namespaces: &[Namespace], groups_only: bool) -> AnaLog {
-        let changes = self.ana_changes.load(Ordering::Acquire);
-        let namespaces = if groups_only { &[][..] } else { namespaces };
-        let namespaces = namespaces.iter().map(|namespace| namespace.nsid).collect();
-        let group = AnaGroup { id: ANA_GROUP, changes, state: self.ana_state(), namespaces };
-        AnaLog { changes, groups: vec![group] }
-    }
-}
-
 /// An NVM subsystem.
 pub(super) struct Subsystem {
     pub(super) nqn: String,
     pub(super) serial: String,
     /// Where it can be reached, in the order of its configuration.
     pub(super) ports: Vec<Arc<Port>>,
-    /// `None`: any host.
-    allowed_hosts: Option<Vec<String>>,
+    /// `None`: any host. Changed while `controllers` is locked, so that nobody comes in who is not allowed any more.
+    allowed_hosts: Mutex<Option<Vec<String>>>,
     /// In the order of their NSIDs.
     pub(super) namespaces: Vec<Namespace>,
     /// Changes of reservations, for the log.
@@ -234,28 +140,14 @@ impl Subsystem {
         serial: &str,
         ports: Vec<Arc<Port>>,
         allowed_hosts: Option<Vec<String>>,
-        namespaces: Vec<NamespaceConfig>,
+        mut namespaces: Vec<Namespace>,
     ) -> Subsystem {
-        let mut namespaces: Vec<Namespace> = namespaces
-            .into_iter()
-            .map(|NamespaceConfig { nsid, device, uuid: given }| {
-                let uuid = given.unwrap_or_else(|| uuid::of_namespace(nqn, nsid));
-                Namespace {
-                    nsid,
-                    device,
-                    uuid,
-                    reservations: Mutex::default(),
-                    reservation_epoch: AtomicU64::new(0),
-                    kept_epoch: AtomicU64::new(0),
-                }
-            })
-            .collect();
         namespaces.sort_by_key(|namespace| namespace.nsid);
         Subsystem {
             nqn: nqn.to_owned(),
             serial: serial.to_owned(),
             ports,
-            allowed_hosts,
+            allowed_hosts: Mutex::new(allowed_hosts),
             namespaces,
             reservation_changes: Seldom::default(),
             controllers: Mutex::default(),
@@ -274,7 +166,39 @@ impl Subsystem {
     }
 
     pub(super) fn allows(&self, host_nqn: &str) -> bool {
-        self.allowed_hosts.as_ref().is_none_or(|hosts| hosts.iter().any(|host| host == host_nqn))
+        lock(&self.allowed_hosts).as_ref().is_none_or(|hosts| hosts.iter().any(|host| host == host_nqn))
+    }
+
+    /// The hosts that may connect; `None`: any.
+    pub(super) fn allowed_hosts(&self) -> Option<Vec<String>> {
+        lock(&self.allowed_hosts).clone()
+    }
+
+    /// Lets a host in from now on. False when it may come in already.
+    pub(super) fn allow(&self, host_nqn: &str) -> bool {
+        match lock(&self.allowed_hosts).as_mut() {
+            Some(hosts) if !hosts.iter().any(|host| host == host_nqn) => {
+                hosts.push(host_nqn.to_owned());
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Lets a host in no more. Returns the connections of its associations, which are over; `None` when it was not among those
+    /// that are named.
+    pub(super) fn forbid(&self, host_nqn: &str) -> Option<Vec<ConnectionRef>> {
+        let controllers = lock(&self.controllers);
+        {
+            let mut allowed = lock(&self.allowed_hosts);
+            let hosts = allowed.as_mut()?;
+            let at = hosts.iter().position(|host| host == host_nqn)?;
+            hosts.remove(at);
+        }
+        let theirs: Vec<_> =
+            controllers.iter().filter(|controller| controller.host.nqn == host_nqn).cloned().collect();
+        theirs.iter().for_each(|controller| drop(controller.close()));
+        Some(theirs.iter().flat_map(|controller| controller.connections()).collect())
     }
 
     /// The position of a namespace.
@@ -314,12 +238,16 @@ impl Subsystem {
         listener: usize,
         keep_alive_ms: u32,
         now: Instant,
-    ) -> Option<(Arc<Controller>, Vec<ConnectionRef>)> {
-        let port = Arc::clone(self.ports.iter().find(|port| port.listener == listener)?);
+    ) -> Result<(Arc<Controller>, Vec<ConnectionRef>), StatusCode> {
+        let port = self.ports.iter().find(|port| port.listener == listener);
+        let port = Arc::clone(port.ok_or(StatusCode::CONNECT_CONTROLLER_BUSY)?);
         let known = self.geometries();
         let mut controllers = lock(&self.controllers);
+        if !self.allows(&host.nqn) {
+            return Err(StatusCode::CONNECT_INVALID_HOST);
+        }
         if controllers.len() >= CONTROLLERS_MAX {
-            return None;
+            return Err(StatusCode::CONNECT_CONTROLLER_BUSY);
         }
         let earlier = controllers
             .iter()
@@ -351,7 +279,7 @@ impl Subsystem {
         }
         let controller = Arc::new(controller);
         controllers.push(Arc::clone(&controller));
-        Some((controller, earlier))
+        Ok((controller, earlier))
     }
 
     /// The most data that one command may have on every namespace: a power of two, at least a page.
@@ -419,12 +347,16 @@ impl Subsystem {
         }
     }
 
-    /// Sets the ANA state of a port. Returns the admin connections of the hosts that came in there.
-    pub(super) fn set_ana_state(&self, port: &Arc<Port>, state: AnaState) -> Vec<ConnectionRef> {
-        if port.ana_state.swap(state.to_u8(), Ordering::Relaxed) == state.to_u8() {
+    /// Sets the ANA state of a group at a port. Returns the admin connections of the hosts that came in there.
+    pub(super) fn set_ana_state(
+        &self,
+        port: &Arc<Port>,
+        group: &PortGroup,
+        state: AnaState,
+    ) -> Vec<ConnectionRef> {
+        if !port.set_state(group, state) {
             return Vec::new();
         }
-        port.ana_changes.fetch_add(1, Ordering::Release);
         let controllers = lock(&self.controllers);
         let here = |controller: &&Arc<Controller>| {
             controller.port.as_ref().is_some_and(|other| Arc::ptr_eq(other, port))
@@ -515,15 +447,21 @@ impl Controller {
         Arc::new(controller)
     }
 
-    /// How well its namespaces can be reached through it.
-    pub(super) fn ana_state(&self) -> AnaState {
-        self.port.as_ref().map_or(AnaState::Optimized, |port| port.ana_state())
+    /// How well the namespaces of an ANA group can be reached through it.
+    pub(super) fn ana_group(&self, id: u32) -> Option<Arc<PortGroup>> {
+        self.port.as_ref()?.group(id).cloned()
+    }
+
+    /// The IDs of its ANA groups: how many there are, and the largest.
+    pub(super) fn ana_group_count(&self) -> (u32, u32) {
+        let groups = self.port.as_ref().map_or(&[][..], |port| &port.groups);
+        (u32::try_from(groups.len()).unwrap_or(u32::MAX), groups.last().map_or(0, |group| group.id))
     }
 
     /// The ANA log page; `None` for a discovery controller.
     pub(super) fn ana_log(&self, groups_only: bool) -> Option<AnaLog> {
         let subsystem = self.subsystem.as_ref()?;
-        self.port.as_ref().map(|port| port.ana_log(&subsystem.namespaces, groups_only))
+        self.port.as_ref().map(|port| port.log(&subsystem.namespaces, groups_only))
     }
 
     /// The host gave a sign of life.

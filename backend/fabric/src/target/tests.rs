@@ -3,6 +3,7 @@
 mod ana;
 mod associations;
 mod discovery;
+mod hosts;
 mod limits;
 mod reservations;
 mod resets;
@@ -45,12 +46,12 @@ impl Rig {
 
     /// At so many addresses.
     fn listening(devices: Vec<Arc<dyn Device>>, allowed_hosts: Option<Vec<String>>, addresses: usize) -> Rig {
-        Rig::start(devices, allowed_hosts, addresses, None).unwrap()
+        Rig::start(devices, allowed_hosts, addresses, None, &AnaConfig::default()).unwrap()
     }
 
     /// With reservations that are kept in `folder`.
     fn keeping(devices: Vec<Arc<dyn Device>>, folder: &Path) -> Result<Rig, String> {
-        Rig::start(devices, None, 1, Some(folder))
+        Rig::start(devices, None, 1, Some(folder), &AnaConfig::default())
     }
 
     fn start(
@@ -58,6 +59,7 @@ impl Rig {
         allowed_hosts: Option<Vec<String>>,
         addresses: usize,
         folder: Option<&Path>,
+        ana: &AnaConfig,
     ) -> Result<Rig, String> {
         let reactors: Vec<_> = (0..2)
             .map(|_| ReactorThread::spawn("target", ReactorConfig { cpu: None, poll_us: 0 }).unwrap())
@@ -73,8 +75,8 @@ impl Rig {
             namespaces,
         };
         let target = match folder {
-            Some(folder) => Target::start_keeping(vec![config], &handles, folder, &Lineage::default())?,
-            None => Target::start(vec![config], &handles)?,
+            Some(folder) => Target::start_keeping(vec![config], &handles, folder, &Lineage::default(), ana)?,
+            None => Target::start_with(vec![config], &handles, None, None, ana, bind)?,
         };
         let address = target.addresses()[0].1[0];
         Ok(Rig { target: Some(target), address, _reactors: reactors })

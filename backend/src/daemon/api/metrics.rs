@@ -178,6 +178,10 @@ impl Collector for Numbers {
             counter(&mut encoder, "target_connections_refused", help, |metric| {
                 one(metric, &[], target.connections_refused)
             })?;
+            let help = "Connects of hosts that are not among the allowed ones";
+            counter(&mut encoder, "target_hosts_refused", help, |metric| {
+                one(metric, &[], target.hosts_refused)
+            })?;
         }
         let names: BTreeSet<&str> = self
             .device_counters

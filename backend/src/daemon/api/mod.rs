@@ -187,7 +187,16 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
             let set = move || daemon.set_ana_state(&nqn, &port, &grpid, &ana_state);
             Ok(json(StatusCode::OK, &change(set).await?))
         }
+        ["v1", "subsystems", nqn, "hosts", host]
+            if request.method() == Method::PUT || request.method() == Method::DELETE =>
+        {
+            let [nqn, host] = [*nqn, *host].map(str::to_owned);
+            let allowed = request.method() == Method::PUT;
+            let set = move || daemon.set_allowed(&nqn, &host, allowed);
+            Ok(json(StatusCode::OK, &change(set).await?))
+        }
         ["metrics"]
+        | ["v1", "subsystems", _, "hosts", _]
         | ["v1", "subsystems", _, "ports", _, "ana_groups", _]
         | ["v1", "openapi.json" | "status" | "devices" | "discovery" | "subsystems" | "disks"]
         | ["v1", "disks", _]

@@ -1,6 +1,7 @@
 //! What Identify and Get Log Page answer.
 
-use super::super::registry::{Controller, Namespace, Subsystem};
+use super::super::namespace::Namespace;
+use super::super::registry::{Controller, Subsystem};
 use crate::nvme::ana::{ANACAP_ALL_STATES, ANACAP_GROUP_IS_FIXED, CMIC_ANA};
 use crate::nvme::discovery::{
     Entry, FAMILY_IPV4, FAMILY_IPV6, Header, SUBTYPE_NVM, SUBTYPE_REFERRAL, TREQ_NO_FLOW_CONTROL,
@@ -17,8 +18,8 @@ use crate::nvme::identify::{
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::target::{
-    ANA_GROUP, ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX,
-    QUEUE_ENTRIES_MAX, RETRY_DELAY, Shared, VERSION,
+    ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX,
+    RETRY_DELAY, Shared, VERSION,
 };
 use hawser_block::Geometry;
 use std::collections::BTreeSet;
@@ -49,7 +50,7 @@ pub(super) fn identify(controller: &Controller, sqe: &Sqe) -> Result<Vec<u8>, St
     let bytes = match sqe.identify_cns() {
         cns::CONTROLLER => io_controller(controller, subsystem).to_bytes(),
         cns::NAMESPACE => match active(subsystem, sqe.nsid)? {
-            Some((_, geometry)) => namespace(&geometry).to_bytes(),
+            Some((there, geometry)) => namespace(&geometry, there.ana_group).to_bytes(),
             None => [0; LEN],
         },
         cns::ACTIVE_NAMESPACES => {
@@ -77,7 +78,7 @@ pub(super) fn identify(controller: &Controller, sqe: &Sqe) -> Result<Vec<u8>, St
             IdentifyNvmController::default().to_bytes()
         }
         cns::INDEPENDENT_NAMESPACE => match active(subsystem, sqe.nsid)? {
-            Some((_, geometry)) => independent(&geometry),
+            Some((there, geometry)) => independent(&geometry, there.ana_group),
             None => [0; LEN],
         },
         _ => return Err(StatusCode::INVALID_FIELD),
@@ -128,6 +129,7 @@ fn discovery_controller(controller: &Controller) -> IdentifyController {
 fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyController {
     let geometries: Vec<Geometry> = subsystem.geometries().into_values().flatten().collect();
     let any = |able: fn(&Geometry) -> bool| geometries.iter().any(able);
+    let (ana_groups, ana_group_max) = controller.ana_group_count();
     let mut io_commands = ONCS_COMPARE | ONCS_RESERVATIONS;
     if any(|geometry| geometry.discard.is_some()) {
         io_commands |= ONCS_DATASET_MANAGEMENT;
@@ -140,8 +142,8 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         multipath: MULTIPATH_CONTROLLERS | CMIC_ANA,
         ana_transition_time: ANA_TRANSITION_SECONDS,
         ana_capabilities: ANACAP_ALL_STATES | ANACAP_GROUP_IS_FIXED,
-        ana_group_max: ANA_GROUP,
-        ana_groups: 1,
+        ana_group_max,
+        ana_groups,
         async_events: OAES_NAMESPACE_ATTRIBUTE | OAES_ANA_CHANGE | OAES_CROSS_CONTROLLER_RESET,
         instance_uniquifier: controller.instance.uniquifier,
         instance_random: controller.instance.random,
@@ -174,7 +176,7 @@ pub(super) fn has_volatile_cache(controller: &Controller) -> bool {
         .is_some_and(|subsystem| subsystem.geometries().into_values().flatten().any(|g| g.volatile_cache))
 }
 
-fn namespace(geometry: &Geometry) -> IdentifyNamespace {
+fn namespace(geometry: &Geometry, ana_group: u32) -> IdentifyNamespace {
     let shift = geometry.block_size.shift();
     let mut namespace = IdentifyNamespace::plain(geometry.blocks, u8::try_from(shift).unwrap_or(9));
     // Counts from 0, of blocks.
@@ -186,7 +188,7 @@ fn namespace(geometry: &Geometry) -> IdentifyNamespace {
     namespace.optimal_write_size = zero_based(geometry.optimal_io_bytes >> shift);
     namespace.sharing = 1;
     namespace.reservations = RESCAP_ALL;
-    namespace.ana_group = ANA_GROUP;
+    namespace.ana_group = ana_group;
     if let Some(discard) = &geometry.discard {
         let granularity = zero_based(discard.granularity_blocks);
         namespace.deallocate_granularity = granularity;
@@ -205,12 +207,12 @@ fn namespace(geometry: &Geometry) -> IdentifyNamespace {
 }
 
 /// The I/O Command Set Independent Identify Namespace data (base figure of CNS 08h).
-fn independent(geometry: &Geometry) -> [u8; LEN] {
+fn independent(geometry: &Geometry, ana_group: u32) -> [u8; LEN] {
     let mut bytes = [0; LEN];
     bytes[0] = NSFEAT_OPTIMAL_PERFORMANCE;
     bytes[1] = 1; // NMIC: shared
     bytes[2] = RESCAP_ALL;
-    bytes[4..8].copy_from_slice(&ANA_GROUP.to_le_bytes());
+    bytes[4..8].copy_from_slice(&ana_group.to_le_bytes());
     bytes[8] = if geometry.read_only { NSATTR_WRITE_PROTECTED } else { 0 };
     bytes[14] = 1; // NSTAT: ready
     bytes

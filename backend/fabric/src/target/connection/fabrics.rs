@@ -92,7 +92,11 @@ impl Connection {
         if !discovery && subsystem.is_none() {
             return Err(parameter(true, 256));
         }
-        if subsystem.as_ref().is_some_and(|subsystem| !subsystem.allows(&data.host_nqn)) {
+        if let Some(subsystem) = subsystem.as_ref().filter(|subsystem| !subsystem.allows(&data.host_nqn)) {
+            if let Some(count) = self.shared.forbidden.add() {
+                let (nqn, host) = (&subsystem.nqn, &data.host_nqn);
+                log::warn!("{nqn}: {host} is not among the allowed hosts; {count} such connections");
+            }
             return Err(StatusCode::CONNECT_INVALID_HOST.into());
         }
         self.entries = connect.queue_size + 1;
@@ -126,9 +130,8 @@ impl Connection {
             self.connected();
             return Ok(());
         };
-        let (controller, earlier) = subsystem
-            .create(host, me, self.listener, keep_alive_ms, self.now)
-            .ok_or(Refusal::from(StatusCode::CONNECT_CONTROLLER_BUSY))?;
+        let (controller, earlier) =
+            subsystem.create(host, me, self.listener, keep_alive_ms, self.now).map_err(Refusal::from)?;
         self.belong(controller);
         self.queue = Queue::Connecting(index);
         self.slots.at(index).phase = Phase::Awaiting;

@@ -45,14 +45,14 @@ impl Connection {
             // Connect came already; Disconnect is not offered (OFCS), and properties belong to the admin queue.
             return Err(NvmeStatus::fatal(StatusCode::COMMAND_SEQUENCE_ERROR));
         }
-        if let Some(code) = controller.ana_state().refusal() {
-            return Err(NvmeStatus::retryable(code));
-        }
         let subsystem = controller.subsystem.as_ref();
         let namespace = subsystem
             .and_then(|subsystem| subsystem.position(sqe.nsid))
             .ok_or(NvmeStatus::fatal(StatusCode::INVALID_NAMESPACE))?;
         let transfer_bytes_max = controller.transfer_bytes_max;
+        if let Some(code) = self.lanes[namespace].ana.as_ref().and_then(|group| group.state().refusal()) {
+            return Err(NvmeStatus::retryable(code));
+        }
         let shift = self.lanes[namespace].shift();
         let shift = shift.ok_or(NvmeStatus::retryable(StatusCode::NAMESPACE_NOT_READY))?;
         self.check_reservation(namespace, sqe.opcode)?;
@@ -377,6 +377,7 @@ impl Connection {
             .iter()
             .map(|namespace| Lane {
                 device: Arc::clone(&namespace.device),
+                ana: self.controller.as_ref().and_then(|it| it.ana_group(namespace.ana_group)),
                 shift: None,
                 cleared: namespace.device.leaves_payload(),
                 access: Access::ALL,

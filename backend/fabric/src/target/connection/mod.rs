@@ -26,6 +26,7 @@ mod slots;
 mod tests;
 mod transmit;
 
+use super::port::PortGroup;
 use super::registry::{ConnectionRef, Controller, Subsystem};
 use super::reservations::Access;
 use super::{BufferPool, IN_CAPSULE_BYTES_MAX, Shared, TRANSFER_BYTES_MAX};
@@ -117,6 +118,8 @@ struct Barrier {
 /// A namespace as this connection uses it.
 pub(super) struct Lane {
     pub(super) device: Arc<dyn Device>,
+    /// How well it can be reached where the host came in.
+    ana: Option<Arc<PortGroup>>,
     /// log2 of the block size; `None` until the geometry is known.
     shift: Option<u32>,
     /// Reads must find zeroes in the buffer, which may have held another host's data.

@@ -54,7 +54,7 @@ fn each_address_has_a_state_of_its_own_that_its_hosts_are_told_of() {
     assert_eq!(after.state_of(ANA_GROUP), Some(AnaState::Inaccessible));
     // The other address goes on, and its host was told nothing.
     assert_eq!(read_log(&mut admins[1], 0), before);
-    assert_eq!(target.ana_states(NQN), [AnaState::Inaccessible, AnaState::Optimized]);
+    assert_eq!(target.ana_groups(NQN), [[(1, AnaState::Inaccessible)], [(1, AnaState::Optimized)]]);
     let cases = [
         (AnaState::Inaccessible, StatusCode::ANA_INACCESSIBLE),
         (AnaState::Change, StatusCode::ANA_TRANSITION),
@@ -72,4 +72,43 @@ fn each_address_has_a_state_of_its_own_that_its_hosts_are_told_of() {
     }
     assert!(!target.set_ana_state(NQN, 2, AnaState::Change));
     assert!(!target.set_ana_state("nqn.other", 0, AnaState::Change));
+}
+
+#[test]
+fn each_group_at_each_address_has_a_state_of_its_own_from_the_start() {
+    let devices: Vec<Arc<dyn Device>> = (0..3).map(|_| fake() as Arc<dyn Device>).collect();
+    let groups = [(1, 7), (3, 2)].map(|(nsid, group)| (NQN.to_owned(), nsid, group)).to_vec();
+    let state = AnaState::Inaccessible;
+    let states = vec![AnaSetting { nqn: NQN.to_owned(), port: 1, group: 7, state }];
+    let rig = Rig::start(devices, None, 2, None, &AnaConfig { groups, states }).unwrap();
+    let target = rig.target.as_ref().unwrap();
+    let addresses = target.addresses()[0].1.clone();
+    let (mut admin, cntlid) = Peer::admin(addresses[1], NQN);
+    let (_, bytes) = admin.call(Sqe::identify(cns::CONTROLLER, 0, Sgl::transport(4096)), &[], &[]);
+    let controller = IdentifyController::from_bytes(&bytes.try_into().unwrap());
+    assert_eq!((controller.ana_group_max, controller.ana_groups), (7, 3));
+    for (nsid, group) in [(1, 7), (2, ANA_GROUP), (3, 2)] {
+        let (_, bytes) = admin.call(Sqe::identify(cns::NAMESPACE, nsid, Sgl::transport(4096)), &[], &[]);
+        assert_eq!(IdentifyNamespace::from_bytes(&bytes.try_into().unwrap()).ana_group, group);
+    }
+    let len = 16 + 3 * (32 + 4) + 4;
+    let sqe = Sqe::get_log_page(log::id::ANA, 0, 0, len, false, Sgl::transport(len));
+    let before = AnaLog::from_bytes(&admin.call(sqe, &[], &[]).1).unwrap();
+    let seen: Vec<_> = before.groups.iter().map(|it| (it.id, it.state, it.namespaces.clone())).collect();
+    let optimized = AnaState::Optimized;
+    assert_eq!(seen, [(1, optimized, vec![2]), (2, optimized, vec![3]), (7, state, vec![1])]);
+
+    let mut io = Peer::io(addresses[1], NQN, cntlid, 1, Digests::NONE, true);
+    let mut codes = || [1, 2, 3].map(|nsid| io.status(Sqe::flush(nsid)));
+    let (ok, inaccessible) = (StatusCode::SUCCESS, StatusCode::ANA_INACCESSIBLE);
+    assert_eq!(codes(), [inaccessible, ok, ok]);
+    assert!(target.set_ana_group_state(NQN, 1, 2, state) && target.set_ana_group_state(NQN, 1, 7, optimized));
+    assert_eq!(codes(), [ok, ok, inaccessible]);
+    let after = AnaLog::from_bytes(&admin.call(sqe, &[], &[]).1).unwrap();
+    let changed: Vec<_> =
+        before.groups.iter().zip(&after.groups).map(|(a, b)| a.changes < b.changes).collect();
+    assert_eq!((changed, before.changes < after.changes), (vec![false, true, true], true));
+    let at_first = vec![(1, optimized), (2, optimized), (7, optimized)];
+    assert_eq!(target.ana_groups(NQN), [at_first, vec![(1, optimized), (2, state), (7, optimized)]]);
+    assert!(!target.set_ana_group_state(NQN, 1, 3, optimized), "there is no such group");
 }

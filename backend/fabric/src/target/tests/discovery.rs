@@ -30,7 +30,7 @@ fn discovery_lists_the_subsystems_that_the_host_may_use() {
 }
 
 /// A host that stays connected: GENCTR and the entries.
-fn read_log(peer: &mut Peer) -> (u64, Vec<Entry>) {
+pub(super) fn read_log(peer: &mut Peer) -> (u64, Vec<Entry>) {
     let sqe = Sqe::get_log_page(log::id::DISCOVERY, 0, 0, 4096, false, Sgl::transport(4096));
     let (cqe, page) = peer.call(sqe, &[], &[]);
     assert_eq!(cqe.status.code, StatusCode::SUCCESS);
@@ -39,11 +39,9 @@ fn read_log(peer: &mut Peer) -> (u64, Vec<Entry>) {
     (header.generation, entries.map(|entry| Entry::from_bytes(entry.try_into().unwrap()).unwrap()).collect())
 }
 
-#[test]
-fn a_persistent_discovery_controller_is_told_of_referrals() {
-    let rig = Rig::mem();
-    let target = rig.target.as_ref().unwrap();
-    let mut peer = Peer::open(rig.address, Digests::NONE);
+/// A host that stays connected to the discovery service and wants to be told.
+pub(super) fn persistent(address: SocketAddr) -> Peer {
+    let mut peer = Peer::open(address, Digests::NONE);
     let connect =
         Connect { record_format: 0, queue_id: 0, queue_size: 31, attributes: 0, keep_alive_ms: 30_000 };
     assert!(peer.connect_with(&connect, DISCOVERY_NQN, CNTLID_DYNAMIC, HOST).status.is_success());
@@ -51,6 +49,14 @@ fn a_persistent_discovery_controller_is_told_of_referrals() {
     let events = features::EVENT_DISCOVERY_CHANGE;
     let configuration = Sqe::set_features(features::id::ASYNC_EVENT_CONFIGURATION, events);
     assert_eq!(peer.status(configuration), StatusCode::SUCCESS);
+    peer
+}
+
+#[test]
+fn a_persistent_discovery_controller_is_told_of_referrals() {
+    let rig = Rig::mem();
+    let target = rig.target.as_ref().unwrap();
+    let mut peer = persistent(rig.address);
     let (before, entries) = read_log(&mut peer);
     assert_eq!(entries.len(), 1);
     // An I/O controller is not concerned.
