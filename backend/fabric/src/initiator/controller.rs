@@ -9,24 +9,25 @@
 //!              keep-alive, events, chores, losses ─────┴► tear the path down in all lanes (barrier)
 //! ```
 
+mod events;
+
 use super::admin::{ADMIN_ENTRIES, Admin, Reset};
 use super::config::PathTimers;
 use super::device::{Shared, lane_of};
-use super::geometry::{Identity, Known};
+use super::geometry::Identity;
 use super::identify;
 use super::lane::{Lane, Notice, Start};
 use super::quiet::{self, Record, Unquiet};
-use super::signal::{Either, Mailbox, Seldom, first, within};
+use super::signal::{Either, Mailbox, first, within};
 use super::socket::{self, ConnectError, QueueRequest};
+use crate::nvme::Sqe;
 use crate::nvme::ana::AnaState;
 use crate::nvme::bytes::{low16, low32};
 use crate::nvme::cross_reset::{ControllerInstance, ResetEntry, ResetState};
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
-use crate::nvme::identify::{IdentifyNamespace, OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK, cns};
-use crate::nvme::log::AsyncEvent;
+use crate::nvme::identify::{OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK};
 use crate::nvme::vendor::Vendor;
-use crate::nvme::{Sgl, Sqe};
 use crate::uri::NvmeUri;
 use hawser_runtime::{Instant, Runtime};
 use std::collections::BTreeSet;
@@ -39,8 +40,6 @@ use std::time::Duration;
 const RESET_LIMIT: Duration = Duration::from_secs(1);
 /// How often the end of a Cross-Controller Reset is looked for, where it takes its time.
 const RESET_POLL: Duration = Duration::from_millis(50);
-/// How often events that we do nothing about are logged at most.
-const EVENT_LOG_EVERY: Duration = Duration::from_secs(60);
 /// How often asymmetric access that will be another soon is looked at.
 const ANA_POLL: Duration = Duration::from_millis(500);
 /// The first wait before reconnecting; it doubles up to `reconnect_delay`.
@@ -622,61 +621,6 @@ impl Task {
         if self.shared.is_hopeless() {
             self.shared.on_lanes(Lane::fail_waiting);
         }
-    }
-
-    async fn follow_events(&self, association: &Association) -> End {
-        let admin = &association.admin;
-        let mut log = Seldom::new(EVENT_LOG_EVERY);
-        loop {
-            let event = match admin.event().await {
-                Err(why) => return End::Trouble(why),
-                // No such requests here: nothing to follow.
-                Ok(None) => return std::future::pending().await,
-                Ok(Some(event)) => event,
-            };
-            if event == AsyncEvent::ANA_CHANGE && association.has_ana {
-                // Reads the log page.
-                self.shared.chores[self.path].post_once(());
-                continue;
-            }
-            // Reading the log page lets the next event of this kind come.
-            let (len, nsid) =
-                if event == AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED { (4096, 0) } else { (512, u32::MAX) };
-            let sqe = Sqe::get_log_page(event.log_page, nsid, 0, len, false, Sgl::NONE);
-            if let Err(why) = admin.command("read a log page", sqe, len).await {
-                log::debug!("{}: {why}", self.label());
-            }
-            if event != AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED {
-                if log.may(self.runtime.now()) {
-                    log::info!("{}: the controller reports {event:?}", self.label());
-                }
-                continue;
-            }
-            if let Err(end) = self.namespace_changed(association).await {
-                return end;
-            }
-        }
-    }
-
-    async fn namespace_changed(&self, association: &Association) -> Result<(), End> {
-        let what = "identify the namespace";
-        let data = association.admin.identify(what, cns::NAMESPACE, association.nsid).await?;
-        let before = &association.identity;
-        let identity = Identity {
-            capabilities: before.capabilities,
-            controller: before.controller.clone(),
-            nvm: before.nvm,
-            namespace: IdentifyNamespace::from_bytes(&data),
-            ids: before.ids,
-        };
-        let found = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
-        let Some(known) = self.shared.status().known else { return Ok(()) };
-        let now = self.shared.adopt(&found).map_err(End::Refused)?;
-        if now != known {
-            let (old, new) = (known.geometry.size_bytes(), now.geometry.size_bytes());
-            log::info!("{}: the device changed, {old} bytes before, {new} now", self.shared.config.name);
-        }
-        Ok(())
     }
 }
 

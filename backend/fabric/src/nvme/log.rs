@@ -14,6 +14,7 @@ pub mod id {
     pub const ANA: u8 = 0x0C;
     pub const CROSS_CONTROLLER_RESET: u8 = 0x1E;
     pub const DISCOVERY: u8 = 0x70;
+    pub const RESERVATION_NOTIFICATION: u8 = 0x80;
 }
 
 /// What an Asynchronous Event Request ends with (base figure "Asynchronous Event Request - Completion Queue Entry
@@ -40,6 +41,10 @@ impl AsyncEvent {
     /// Notice: the discovery log changed.
     pub const DISCOVERY_CHANGED: AsyncEvent =
         AsyncEvent { event_type: 2, information: 0xF0, log_page: id::DISCOVERY };
+
+    /// I/O command set: there is something in the Reservation Notification log.
+    pub const RESERVATION_NOTICE: AsyncEvent =
+        AsyncEvent { event_type: 6, information: 0x00, log_page: id::RESERVATION_NOTIFICATION };
 
     /// As dword 0 of the completion.
     #[must_use]

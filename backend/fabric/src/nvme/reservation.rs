@@ -116,6 +116,70 @@ pub fn from_sqe(sqe: &Sqe, data: &[u8]) -> Result<ReservationCommand, FieldError
     }
 }
 
+/// What a registrant is told that another host has done to it (base 8.19, Reservation Notifications).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReservationNotice {
+    /// Its registration was taken away.
+    RegistrationPreempted,
+    /// Nobody holds what registrants shared any more, or it is of another type.
+    Released,
+    /// The reservation and all registrations were cleared.
+    Preempted,
+}
+
+impl ReservationNotice {
+    /// All, in the order of their numbers from 1.
+    pub const ALL: [ReservationNotice; 3] =
+        [ReservationNotice::RegistrationPreempted, ReservationNotice::Released, ReservationNotice::Preempted];
+
+    /// RNLPT: its number in the log page. Its bit in feature 82h has the same.
+    #[must_use]
+    pub fn to_u8(self) -> u8 {
+        match self {
+            ReservationNotice::RegistrationPreempted => 1,
+            ReservationNotice::Released => 2,
+            ReservationNotice::Preempted => 3,
+        }
+    }
+}
+
+/// The Reservation Notification log page (80h, base figure of it).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoticeLog {
+    /// LPC: counts notices; 0 in an empty page.
+    pub count: u64,
+    /// RNLPT and NSID; `None`: there is nothing to tell.
+    pub notice: Option<(ReservationNotice, u32)>,
+    /// NALP: how many more there are.
+    pub more: u8,
+}
+
+impl NoticeLog {
+    /// Its size in bytes.
+    pub const LEN: usize = 64;
+
+    /// As on the wire.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; NoticeLog::LEN] {
+        let mut bytes = [0; NoticeLog::LEN];
+        if let Some((notice, nsid)) = self.notice {
+            put_u64(&mut bytes, 0, self.count);
+            bytes[8] = notice.to_u8();
+            bytes[9] = self.more;
+            put_u32(&mut bytes, 12, nsid);
+        }
+        bytes
+    }
+
+    /// From the wire.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; NoticeLog::LEN]) -> NoticeLog {
+        let kind = ReservationNotice::ALL.into_iter().find(|notice| notice.to_u8() == bytes[8]);
+        let notice = kind.map(|kind| (kind, get_u32(bytes, 12)));
+        NoticeLog { count: get_u64(bytes, 0), notice, more: bytes[9] }
+    }
+}
+
 /// Reservation Report (base 7.5) of `len` bytes with host identifiers of 128 bits (EDS), as Fabrics demands.
 #[must_use]
 pub fn report(nsid: u32, len: u32) -> Sqe {
@@ -208,6 +272,15 @@ mod tests {
         assert_eq!(from_sqe(&sqe, &data), Ok(release));
         let sqe = report(1, 4096);
         assert_eq!((sqe.opcode, sqe.cdw[0], sqe.cdw[1]), (0x0e, 1023, 1));
+    }
+
+    #[test]
+    fn a_notice_is_the_bytes_that_the_specification_says() {
+        let log = NoticeLog { count: 0x0102, notice: Some((ReservationNotice::Released, 7)), more: 3 };
+        let bytes = log.to_bytes();
+        assert_eq!(bytes[..16], [2, 1, 0, 0, 0, 0, 0, 0, 2, 3, 0, 0, 7, 0, 0, 0]);
+        assert_eq!(NoticeLog::from_bytes(&bytes), log);
+        assert_eq!(NoticeLog::from_bytes(&[0; 64]).notice, None);
     }
 
     #[test]

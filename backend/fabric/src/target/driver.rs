@@ -219,6 +219,14 @@ impl Driver {
                     None => done(true),
                 }
             }
+            Action::Notify { connections, notice, nsid } => {
+                for connection in connections {
+                    tell(&connection, move |driver, runtime| {
+                        driver.connection.reservation_notice(notice, nsid);
+                        driver.go_on(runtime);
+                    });
+                }
+            }
             Action::Reset { id, connections } => {
                 let why = Until::Closed("its host had it reset through another controller");
                 self.when_quiet(runtime, connections, why, id, |driver, _, id| {

@@ -5,7 +5,7 @@ use super::{NamespaceConfig, uuid};
 use crate::nvme::StatusCode;
 use crate::nvme::reservation::{ReservationCommand, ReservationStatus};
 use hawser_block::Device;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One namespace of a subsystem.
@@ -13,6 +13,8 @@ pub(super) struct Namespace {
     pub(super) nsid: u32,
     pub(super) device: Arc<dyn Device>,
     pub(super) uuid: [u8; 16],
+    /// Bits of feature 82h: of which notices nobody is told.
+    pub(super) notice_mask: AtomicU32,
     /// The ANA group that it is in.
     pub(super) ana_group: u32,
     reservations: Mutex<Reservations>,
@@ -29,6 +31,7 @@ impl Namespace {
             nsid,
             device,
             uuid: uuid.unwrap_or_else(|| uuid::of_namespace(nqn, nsid)),
+            notice_mask: AtomicU32::new(0),
             ana_group,
             reservations: Mutex::default(),
             reservation_epoch: AtomicU64::new(0),
@@ -52,6 +55,15 @@ impl Namespace {
             self.reservation_epoch.fetch_add(1, Ordering::Release);
         }
         Ok(effect)
+    }
+
+    /// Sets whether reservations outlive a reboot; whether that is new.
+    pub(super) fn set_reservations_persist(&self, persist: bool) -> bool {
+        let changed = self.lock().set_persists(persist);
+        if changed {
+            self.reservation_epoch.fetch_add(1, Ordering::Release);
+        }
+        changed
     }
 
     /// A preemption of `host` is done, and it is told so.

@@ -370,6 +370,13 @@ impl Subsystem {
         controllers.iter().filter_map(|controller| controller.admin_connection()).collect()
     }
 
+    /// The connections of this host's admin queues.
+    pub(super) fn admin_connections_of(&self, host: &HostId) -> Vec<ConnectionRef> {
+        let controllers = lock(&self.controllers);
+        let theirs = controllers.iter().filter(|controller| controller.host.id == *host);
+        theirs.filter_map(|controller| controller.admin_connection()).collect()
+    }
+
     /// All connections of these hosts that are not quiet.
     pub(super) fn connections_of(&self, hosts: &[HostId]) -> Vec<ConnectionRef> {
         if hosts.is_empty() {

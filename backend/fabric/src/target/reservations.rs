@@ -5,8 +5,8 @@
 
 use crate::nvme::StatusCode;
 use crate::nvme::reservation::{
-    AcquireAction, RegisterAction, Registrant, ReleaseAction, ReservationCommand, ReservationStatus,
-    ReservationType,
+    AcquireAction, RegisterAction, Registrant, ReleaseAction, ReservationCommand, ReservationNotice,
+    ReservationStatus, ReservationType,
 };
 use std::fmt::Write;
 
@@ -36,6 +36,8 @@ pub(super) struct Effect {
     pub(super) changed: bool,
     /// The hosts whose commands have to end before the command is answered.
     pub(super) fenced: Vec<HostId>,
+    /// Who is to be told what.
+    pub(super) notices: Vec<(HostId, ReservationNotice)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,13 +87,21 @@ impl Reservations {
         match command {
             ReservationCommand::Register { action, current, new, ignore_key, persist } => {
                 let key = self.key_of(host);
+                let before = self.reservation;
                 self.register(host, action, current, new, ignore_key)?;
                 let persists = persist.unwrap_or(self.persists);
                 let changed = self.key_of(host) != key || self.persists != persists;
                 self.persists = persists;
                 // It counts every success (base 7.5), and alone is not worth keeping.
                 self.generation = self.generation.wrapping_add(1);
-                Ok(Effect { changed, ..Effect::default() })
+                // What registrants shared, and its one holder has left.
+                let was_shared = before.is_some_and(|before| before.kind.includes_registrants());
+                let notices = if was_shared && self.reservation.is_none() {
+                    self.others(host, ReservationNotice::Released)
+                } else {
+                    Vec::new()
+                };
+                Ok(Effect { changed, notices, ..Effect::default() })
             }
             ReservationCommand::Acquire { action, current, preempted, kind } => {
                 self.check_key(host, current)?;
@@ -106,7 +116,9 @@ impl Reservations {
                     effect.fenced.clear();
                 }
                 self.answered(host);
-                let (effect_then, reservation) = (effect.clone(), self.reservation);
+                // Who asks again wants to know how it has ended; nobody is told again.
+                let effect_then = Effect { notices: Vec::new(), ..effect.clone() };
+                let reservation = self.reservation;
                 self.unanswered.push(Preemption { host: *host, command, effect: effect_then, reservation });
                 Ok(effect)
             }
@@ -115,15 +127,27 @@ impl Reservations {
                 match action {
                     ReleaseAction::Release => self.release(host, kind),
                     ReleaseAction::Clear => {
+                        let notices = self.others(host, ReservationNotice::Preempted);
                         self.registrants.clear();
                         self.unanswered.clear();
                         self.reservation = None;
                         self.generation = self.generation.wrapping_add(1);
-                        Ok(Effect { changed: true, ..Effect::default() })
+                        Ok(Effect { changed: true, notices, ..Effect::default() })
                     }
                 }
             }
         }
+    }
+
+    /// A notice for all registrants but `host`.
+    fn others(&self, host: &HostId, notice: ReservationNotice) -> Vec<(HostId, ReservationNotice)> {
+        let others = self.registrants.iter().map(|(other, _)| *other).filter(|other| other != host);
+        others.map(|other| (other, notice)).collect()
+    }
+
+    /// Whether it outlives a reboot, from now on; whether that is new.
+    pub(super) fn set_persists(&mut self, persists: bool) -> bool {
+        std::mem::replace(&mut self.persists, persists) != persists
     }
 
     /// What the same command of this host has done before, if its host does not know and nobody has changed it since.
@@ -252,7 +276,11 @@ impl Reservations {
         let fenced = self.unregister(|other, theirs| other != host && (all || theirs == key));
         self.reservation = Some(Reservation { kind, holder: *host });
         self.generation = self.generation.wrapping_add(1);
-        Ok(Effect { changed: true, fenced })
+        let mut notices = preempted(&fenced);
+        if there.kind != kind {
+            notices.extend(self.others(host, ReservationNotice::Released));
+        }
+        Ok(Effect { changed: true, fenced, notices })
     }
 
     /// Takes out the other registrants with `key`, of which there is one at least.
@@ -262,7 +290,8 @@ impl Reservations {
         }
         let fenced = self.unregister(|other, theirs| other != host && theirs == key);
         self.generation = self.generation.wrapping_add(1);
-        Ok(Effect { changed: true, fenced })
+        let notices = preempted(&fenced);
+        Ok(Effect { changed: true, fenced, notices })
     }
 
     fn release(&mut self, host: &HostId, kind: Option<ReservationType>) -> Result<Effect, StatusCode> {
@@ -272,7 +301,12 @@ impl Reservations {
                     return Err(StatusCode::INVALID_FIELD);
                 }
                 self.reservation = None;
-                Ok(Effect { changed: true, ..Effect::default() })
+                let notices = if there.kind.includes_registrants() {
+                    self.others(host, ReservationNotice::Released)
+                } else {
+                    Vec::new()
+                };
+                Ok(Effect { changed: true, notices, ..Effect::default() })
             }
             // A registrant that does not hold it, or nothing to release: no effect.
             _ => Ok(Effect::default()),
@@ -343,6 +377,10 @@ impl Reservations {
         }
         Ok(if same_boot || state.persists { state } else { Reservations::default() })
     }
+}
+
+fn preempted(hosts: &[HostId]) -> Vec<(HostId, ReservationNotice)> {
+    hosts.iter().map(|host| (*host, ReservationNotice::RegistrationPreempted)).collect()
 }
 
 #[cfg(test)]
@@ -435,7 +473,8 @@ mod tests {
         let mut state = held(ReservationType::WriteExclusive);
         let kind = ReservationType::ExclusiveAccess;
         let effect = acquire(&mut state, &B, AcquireAction::PreemptAndAbort, (2, 1), kind).unwrap();
-        assert_eq!(effect, Effect { changed: true, fenced: vec![A] });
+        assert_eq!((effect.changed, effect.fenced), (true, vec![A]));
+        assert_eq!(effect.notices, [(A, ReservationNotice::RegistrationPreempted)]);
         assert_eq!((state.access(&A).read, state.access(&B)), (false, Access::ALL));
         assert_eq!(state.status().registrants, [Registrant { host: B, key: 2, holds: true }]);
         // Registrants without the reservation lose their registration only; nobody is waited for.
@@ -483,8 +522,9 @@ mod tests {
         let kind = ReservationType::ExclusiveAccess;
         let again = |state: &mut Reservations, action| acquire(state, &B, action, (2, 1), kind);
         let first = again(&mut state, AcquireAction::PreemptAndAbort);
-        assert_eq!(first, Ok(Effect { changed: true, fenced: vec![A] }));
-        assert_eq!(again(&mut state, AcquireAction::PreemptAndAbort), first);
+        assert_eq!(first.unwrap().fenced, [A]);
+        let second = again(&mut state, AcquireAction::PreemptAndAbort).unwrap();
+        assert_eq!((second.fenced, second.notices), (vec![A], vec![]));
         // Not another command, and not once it is answered.
         assert_eq!(again(&mut state, AcquireAction::Preempt), Err(StatusCode::RESERVATION_CONFLICT));
         state.answered(&B);
@@ -497,6 +537,36 @@ mod tests {
         let more = ReservationType::WriteExclusiveRegistrantsOnly;
         acquire(&mut state, &C, AcquireAction::Preempt, (3, 2), more).unwrap();
         assert_eq!(again(&mut state, AcquireAction::PreemptAndAbort), conflict);
+    }
+
+    #[test]
+    fn registrants_are_told_what_others_do_to_what_they_share() {
+        use ReservationNotice::{Preempted, RegistrationPreempted, Released};
+        let shared = ReservationType::WriteExclusiveRegistrantsOnly;
+        let release = |state: &mut Reservations, action, kind| {
+            let command = ReservationCommand::Release { action, current: 1, kind: Some(kind) };
+            state.apply(&A, command).unwrap().notices
+        };
+        assert_eq!(release(&mut held(shared), ReleaseAction::Release, shared), [(B, Released)]);
+        let alone = ReservationType::WriteExclusive;
+        assert_eq!(release(&mut held(alone), ReleaseAction::Release, alone), []);
+        assert_eq!(release(&mut held(alone), ReleaseAction::Clear, alone), [(B, Preempted)]);
+        let leave = ReservationCommand::Register {
+            action: RegisterAction::Unregister,
+            current: 1,
+            new: 0,
+            ignore_key: false,
+            persist: None,
+        };
+        assert_eq!(held(shared).apply(&A, leave).unwrap().notices, [(B, Released)]);
+        assert_eq!(held(alone).apply(&A, leave).unwrap().notices, []);
+        let all = ReservationType::WriteExclusiveAllRegistrants;
+        assert_eq!(held(all).apply(&A, leave).unwrap().notices, [], "the others hold it");
+        // Taken over with another type: whoever is still registered is told of that, too.
+        let mut state = held(shared);
+        register(&C, &mut state, 3).unwrap();
+        let told = acquire(&mut state, &B, AcquireAction::Preempt, (2, 1), alone).unwrap().notices;
+        assert_eq!(told, [(A, RegistrationPreempted), (C, Released)]);
     }
 
     #[test]

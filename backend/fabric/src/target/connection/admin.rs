@@ -9,15 +9,21 @@ use crate::nvme::features::{
 };
 use crate::nvme::log;
 use crate::nvme::{NvmeStatus, StatusCode, admin_opcode};
+use crate::target::namespace::Namespace;
 use crate::target::{ASYNC_EVENTS_MAX, IO_QUEUES_MAX};
 use std::sync::atomic::Ordering;
 
+/// Feature 82h: the bits of all notices.
+const NOTICE_BITS: u32 = 0b1110;
+/// "All namespaces".
+const NSID_ALL: u32 = 0xffff_ffff;
 /// Dword 0 of Abort's completion: the command was not aborted (base 5.1).
 const NOT_ABORTED: u64 = 1;
 
 impl Connection {
     pub(super) fn begin_admin(&mut self, index: usize) {
-        let opcode = self.slots.at(index).sqe.opcode;
+        let sqe = self.slots.at(index).sqe;
+        let opcode = sqe.opcode;
         let discovery = self.controller.as_ref().is_none_or(|controller| controller.subsystem.is_none());
         match opcode {
             admin_opcode::FABRICS => self.begin_fabrics(index),
@@ -43,6 +49,13 @@ impl Connection {
                 let mut data = vec![0; features::HOST_BEHAVIOR_LEN];
                 data[0] = if on { features::RETRY_DELAYS_ENABLED } else { 0 };
                 self.answer_read(index, Ok(data));
+            }
+            admin_opcode::SET_FEATURES
+                if !discovery && sqe.feature_id() == features::id::RESERVATION_PERSISTENCE =>
+            {
+                if let Err(code) = self.set_reservation_persistence(index) {
+                    self.fail(index, NvmeStatus::fatal(code));
+                }
             }
             admin_opcode::SET_FEATURES => match self.set_feature(index, discovery) {
                 Ok(result) => self.answer(index, NvmeStatus::SUCCESS, result),
@@ -149,6 +162,9 @@ impl Connection {
                 }
                 page
             }
+            (Some(_), log::id::RESERVATION_NOTIFICATION) => {
+                self.reservation_log_page(sqe.log_retains_event()).to_vec()
+            }
             (Some(_), log::id::CROSS_CONTROLLER_RESET) => {
                 let remove = sqe.log_specific() & ResetLog::REMOVE_COMPLETED != 0;
                 self.reset_log(remove, sqe.log_retains_event())
@@ -210,6 +226,19 @@ impl Connection {
                 controller.write_cache.store(value & 1 != 0, Ordering::Relaxed);
                 Ok(0)
             }
+            features::id::RESERVATION_NOTIFICATION_MASK if !discovery => {
+                if value & !NOTICE_BITS != 0 {
+                    return Err(StatusCode::INVALID_FIELD);
+                }
+                let subsystem = controller.subsystem.as_ref().ok_or(StatusCode::INVALID_FIELD)?;
+                let named = |it: &&Namespace| sqe.nsid == NSID_ALL || it.nsid == sqe.nsid;
+                let namespaces: Vec<_> = subsystem.namespaces.iter().filter(named).collect();
+                if namespaces.is_empty() {
+                    return Err(StatusCode::INVALID_NAMESPACE);
+                }
+                namespaces.iter().for_each(|it| it.notice_mask.store(value, Ordering::Relaxed));
+                Ok(0)
+            }
             features::id::HOST_IDENTIFIER => Err(StatusCode::COMMAND_SEQUENCE_ERROR),
             _ => Err(StatusCode::INVALID_FIELD),
         }
@@ -231,6 +260,19 @@ impl Connection {
             features::id::ASYNC_EVENT_CONFIGURATION => controller.event_mask.load(Ordering::Relaxed),
             features::id::VOLATILE_WRITE_CACHE if !discovery && answers::has_volatile_cache(controller) => {
                 u32::from(controller.write_cache.load(Ordering::Relaxed))
+            }
+            id @ (features::id::RESERVATION_NOTIFICATION_MASK | features::id::RESERVATION_PERSISTENCE)
+                if !discovery =>
+            {
+                let subsystem = controller.subsystem.as_ref().ok_or(StatusCode::INVALID_FIELD)?;
+                let position = subsystem.position(sqe.nsid).ok_or(StatusCode::INVALID_NAMESPACE)?;
+                let namespace = &subsystem.namespaces[position];
+                match id {
+                    features::id::RESERVATION_PERSISTENCE => {
+                        u32::from(namespace.reservation_status().persists)
+                    }
+                    _ => namespace.notice_mask.load(Ordering::Relaxed),
+                }
             }
             _ => return Err(StatusCode::INVALID_FIELD),
         };

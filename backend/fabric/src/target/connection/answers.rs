@@ -221,7 +221,7 @@ fn independent(geometry: &Geometry, ana_group: u32) -> [u8; LEN] {
 /// A log page that needs no state.
 pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> {
     use log::id::{COMMANDS_AND_EFFECTS, ERROR_INFORMATION, FIRMWARE_SLOTS, SMART, SUPPORTED_LOG_PAGES};
-    const IO: [u8; 8] = [
+    const IO: [u8; 9] = [
         SUPPORTED_LOG_PAGES,
         ERROR_INFORMATION,
         SMART,
@@ -229,6 +229,7 @@ pub(super) fn plain_log(id: u8, discovery: bool) -> Result<Vec<u8>, StatusCode> 
         log::id::CHANGED_NAMESPACES,
         COMMANDS_AND_EFFECTS,
         log::id::ANA,
+        log::id::RESERVATION_NOTIFICATION,
         log::id::CROSS_CONTROLLER_RESET,
     ];
     const DISCOVERY: [u8; 2] = [SUPPORTED_LOG_PAGES, log::id::DISCOVERY];

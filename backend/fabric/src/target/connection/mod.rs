@@ -30,6 +30,7 @@ use super::port::PortGroup;
 use super::registry::{ConnectionRef, Controller, Subsystem};
 use super::reservations::Access;
 use super::{BufferPool, IN_CAPSULE_BYTES_MAX, Shared, TRANSFER_BYTES_MAX};
+use crate::nvme::reservation::ReservationNotice;
 use crate::nvme::{Cqe, NvmeStatus, Sqe, StatusCode};
 use crate::tcp::pdu;
 use crate::tcp::{DataPdu, Digests, PduKind, ReadyToTransfer, Receiver};
@@ -37,6 +38,7 @@ use hawser_block::{Device, Request};
 use hawser_runtime::Instant;
 use hawser_runtime::buffers::AlignedBuffer;
 use notices::Notices;
+use reserve::ReservationLog;
 use resets::Reset;
 use slots::{Phase, Slots};
 use std::collections::VecDeque;
@@ -102,6 +104,8 @@ pub(super) enum Action {
     /// Keep the reservations of this namespace, wait until the commands that these connections have now have ended, then call
     /// [`Connection::reserved`].
     Keep { index: usize, subsystem: Arc<Subsystem>, position: usize, fence: Vec<ConnectionRef> },
+    /// Call [`Connection::reservation_notice`] of these connections.
+    Notify { connections: Vec<ConnectionRef>, notice: ReservationNotice, nsid: u32 },
     /// End these connections, then call [`Connection::reset_ended`]; [`Connection::reset_lasts`] when that takes long.
     Reset { id: u64, connections: Vec<ConnectionRef> },
 }
@@ -175,6 +179,7 @@ pub(super) struct Connection {
     resets: Vec<Reset>,
     next_reset: u64,
     changed_namespaces: std::collections::BTreeSet<u32>,
+    reservation_log: ReservationLog,
 
     next: Batch,
     sending: Batch,
@@ -221,6 +226,7 @@ impl Connection {
             resets: Vec::new(),
             next_reset: 0,
             changed_namespaces: std::collections::BTreeSet::new(),
+            reservation_log: ReservationLog::default(),
             next: Batch::new(),
             sending: Batch::new(),
             actions: Vec::new(),

@@ -18,8 +18,12 @@ pub(super) struct Notices {
     told: u32,
 }
 
+/// There is something in the Reservation Notification log. No bit of the feature, which does not speak of it: 82h does.
+pub(super) const RESERVATION_NOTICE: u32 = 1 << 30;
+
 /// In the order in which they are told: each with its bit.
-const EVENTS: [(u32, AsyncEvent); 4] = [
+const EVENTS: [(u32, AsyncEvent); 5] = [
+    (RESERVATION_NOTICE, AsyncEvent::RESERVATION_NOTICE),
     (EVENT_DISCOVERY_CHANGE, AsyncEvent::DISCOVERY_CHANGED),
     (EVENT_ANA_CHANGE, AsyncEvent::ANA_CHANGE),
     (EVENT_NAMESPACE_ATTRIBUTE, AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED),
@@ -45,7 +49,7 @@ impl Connection {
         if self.is_over() {
             return;
         }
-        let wanted = controller.event_mask.load(Ordering::Relaxed);
+        let wanted = controller.event_mask.load(Ordering::Relaxed) | RESERVATION_NOTICE;
         for (bit, event) in EVENTS {
             if self.notices.pending & !self.notices.told & wanted & bit == 0 {
                 continue;

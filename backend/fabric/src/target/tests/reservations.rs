@@ -210,3 +210,84 @@ fn reservations_outlive_the_target() {
     std::fs::remove_dir_all(&folder).unwrap();
     assert!(refused.contains("another version has written it"), "{refused}");
 }
+
+/// A host that was preempted learnt it from its next command.
+#[test]
+fn registrants_are_told_by_event_and_log() {
+    let rig = Rig::mem();
+    let (mut admin_a, mut a) = host(rig.address, A);
+    let (mut admin_b, mut b) = host(rig.address, B);
+    let (ok, kind) = (StatusCode::SUCCESS, ReservationType::WriteExclusiveRegistrantsOnly);
+    let read_log = |admin: &mut Peer, retain| {
+        let id = log::id::RESERVATION_NOTIFICATION;
+        let (cqe, data) = admin.call(Sqe::get_log_page(id, 0, 0, 64, retain, Sgl::transport(64)), &[], &[]);
+        assert_eq!(cqe.status.code, ok);
+        reservation::NoticeLog::from_bytes(&data.try_into().unwrap())
+    };
+    let page = |admin: &mut Peer| read_log(admin, false);
+    let look = |admin: &mut Peer| read_log(admin, true);
+    let take = |peer: &mut Peer, own, other| {
+        assert_eq!(ask(peer, register(own, None)), ok);
+        let action = if other == 0 { AcquireAction::Acquire } else { AcquireAction::Preempt };
+        assert_eq!(ask(peer, acquire(action, own, other, kind)), ok);
+    };
+    assert_eq!(page(&mut admin_a).notice, None);
+    take(&mut a, 1, 0);
+    admin_a.send(Sqe::async_event_request(), &[], &[]);
+    take(&mut b, 2, 1);
+    let event = crate::nvme::log::AsyncEvent::RESERVATION_NOTICE;
+    assert_eq!((admin_a.end().dword0(), event.to_dword()), (event.to_dword(), 0x0080_0006));
+    // It comes back; then the other releases, and clears. No event more, until the log is read.
+    assert_eq!(ask(&mut a, register(1, None)), ok);
+    let release = |action, kind| ReservationCommand::Release { action, current: 2, kind };
+    assert_eq!(ask(&mut b, release(ReleaseAction::Release, Some(kind))), ok);
+    assert_eq!(ask(&mut b, release(ReleaseAction::Clear, None)), ok);
+    use reservation::ReservationNotice::{Preempted, RegistrationPreempted, Released};
+    // Notices come from the other connection's reactor.
+    while look(&mut admin_a).more < 2 {
+        std::thread::yield_now();
+    }
+    for (count, notice, more) in [(1, RegistrationPreempted, 2), (2, Released, 1), (3, Preempted, 0)] {
+        let log = page(&mut admin_a);
+        assert_eq!(log, reservation::NoticeLog { count, notice: Some((notice, 1)), more });
+        if count == 1 {
+            // There is more in it.
+            admin_a.send(Sqe::async_event_request(), &[], &[]);
+            assert_eq!(admin_a.end().dword0(), event.to_dword());
+        }
+    }
+    assert_eq!(page(&mut admin_a).notice, None);
+
+    // What is masked is not told.
+    let feature = |id, value| {
+        let mut sqe = Sqe::set_features(id, value);
+        sqe.nsid = 1;
+        sqe
+    };
+    let get = |admin: &mut Peer, id| {
+        let mut sqe = feature(id, 0);
+        sqe.opcode = crate::nvme::admin_opcode::GET_FEATURES;
+        admin.call(sqe, &[], &[]).0.dword0()
+    };
+    let (mask, persistence) =
+        (features::id::RESERVATION_NOTIFICATION_MASK, features::id::RESERVATION_PERSISTENCE);
+    assert_eq!(admin_b.status(feature(mask, 1)), StatusCode::INVALID_FIELD);
+    assert_eq!(admin_b.status(feature(mask, 0b10)), ok);
+    assert_eq!(get(&mut admin_a, mask), 0b10);
+    take(&mut a, 1, 0);
+    take(&mut b, 2, 1);
+    assert_eq!(ask(&mut a, register(1, None)), ok);
+    assert_eq!(ask(&mut b, release(ReleaseAction::Clear, None)), ok);
+    while look(&mut admin_a).notice.is_none() {
+        std::thread::yield_now();
+    }
+    assert_eq!(page(&mut admin_a).notice, Some((Preempted, 1)));
+
+    // PTPL is what CPTPL sets.
+    assert_eq!((get(&mut admin_a, persistence), admin_b.status(feature(persistence, 1))), (0, ok));
+    assert_eq!(get(&mut admin_a, persistence), 1);
+    assert!(report(&mut a).persists);
+    let mut all = feature(persistence, 0);
+    all.nsid = 0xffff_ffff;
+    assert_eq!(admin_b.status(all), StatusCode::INVALID_NAMESPACE);
+}
