@@ -158,7 +158,10 @@ pub(super) fn table_of(disks: &[DiskView]) -> String {
         table.row(vec![
             disk.name.clone(),
             disk.device.clone(),
-            disk.state.name().to_owned(),
+            match disk.front_ends.len() {
+                0 | 1 => disk.state.name().to_owned(),
+                count => format!("{} by {count}", disk.state.name()),
+            },
             disk.size_bytes.map_or("-".to_owned(), table::bytes),
             disk.queues.to_string(),
             requests("read"),

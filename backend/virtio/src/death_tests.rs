@@ -4,13 +4,16 @@
 //! The real queue runs on a reactor of the test's own thread. Its stores into shared memory end after the k-th
 //! ([`crate::shared::test`]): what then is in memory is what a kill at that moment leaves. A second queue recovers from it.
 
-use crate::harness::{AVAILABLE, BYTES, DATA, GUEST, Harness, USED};
+use crate::dirty::{DirtyLog, Marks};
+use crate::harness::{AVAILABLE, BYTES, DATA, GUEST, Harness, USED, memfd};
 use crate::inflight::{InflightArea, LogError};
-use crate::message::InflightDescription;
+use crate::message::{InflightDescription, LogDescription};
 use crate::shared::test::{die_after, left};
 use hawser_block::Operation;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 const SIZE: u16 = 8;
@@ -99,8 +102,61 @@ impl Log {
     }
 }
 
-/// A life with death after `stores` stores (`None`: none), then the next life. Returns how many stores were made.
-fn two_lives(harness: &mut Harness, stores: Option<u64>) -> u64 {
+/// The destination of a migration: gets every page that is marked, and what the driver writes.
+struct Destination {
+    log: Arc<DirtyLog>,
+    bits: File,
+    memory: Vec<u8>,
+}
+
+impl Destination {
+    fn new() -> Destination {
+        let file = memfd(4096);
+        let log = DirtyLog::map(LogDescription { bytes: 4096, file_offset: 0 }, &file).unwrap();
+        Destination { log, bits: file.into(), memory: vec![0; usize::try_from(BYTES).unwrap()] }
+    }
+
+    fn marks(&self) -> Marks {
+        Marks { log: Arc::clone(&self.log), used: Some(GUEST + USED) }
+    }
+
+    /// Takes the marks away and copies their pages.
+    fn copy(&mut self, harness: &Harness) {
+        let mut bits = [0u8; 4096];
+        self.bits.read_exact_at(&mut bits, 0).unwrap();
+        self.bits.write_all_at(&[0; 4096], 0).unwrap();
+        for page in 0..BYTES >> 12 {
+            let number = usize::try_from((GUEST >> 12) + page).unwrap();
+            if bits[number / 8] & 1 << (number % 8) != 0 {
+                let from = usize::try_from(page << 12).unwrap();
+                self.memory[from..from + 4096].copy_from_slice(&harness.read(page << 12, 4096));
+            }
+        }
+    }
+
+    /// What the driver writes where the device writes too: the status byte of a request that it offers.
+    fn offered(&mut self, head: u16) {
+        self.memory[usize::try_from(status_at(head)).unwrap()] = 0xff;
+    }
+
+    /// Everything that the device writes here is there too.
+    fn expect_all(&self, harness: &Harness, stores: Option<u64>) {
+        let there =
+            |at: u64, len: usize| self.memory[usize::try_from(at).unwrap()..][..len] == harness.read(at, len);
+        assert!(there(USED, 6 + 8 * usize::from(SIZE)), "death after {stores:?} stores: the used ring");
+        for head in 0..SIZE {
+            assert!(there(status_at(head), 1), "death after {stores:?} stores: the status at {head}");
+        }
+    }
+}
+
+fn status_at(head: u16) -> u64 {
+    DATA + 0x800 * u64::from(head) + 80
+}
+
+/// A life with death after `stores` stores (`None`: none), then the next life. Returns how many stores were made. With a
+/// destination, the VM migrates all the while.
+fn two_lives(harness: &mut Harness, stores: Option<u64>, mut destination: Option<Destination>) -> u64 {
     harness.write(0, &vec![0; usize::try_from(BYTES).unwrap()]);
     harness.device.state().content.fill(0);
     let log = Log::new();
@@ -108,17 +164,20 @@ fn two_lives(harness: &mut Harness, stores: Option<u64>) -> u64 {
 
     const MANY: u64 = 1 << 40;
     die_after(Some(stores.unwrap_or(MANY)));
-    let first = harness.start(SIZE, true, log.map().queue(0)).unwrap();
+    let marks = || destination.as_ref().map(Destination::marks);
+    let first = harness.start_marking(SIZE, true, log.map().queue(0), marks()).unwrap();
     // Batches of several sizes; some end while others are held, out of order.
     for round in 0..12u16 {
         harness.device.state().hold = round % 3 == 1;
         for _ in 0..=(round % 5) {
             if let Some(head) = driver.free_head() {
                 driver.offer(harness, head);
+                destination.iter_mut().for_each(|destination| destination.offered(head));
             }
         }
         harness.steps(3);
         driver.take_used(harness);
+        destination.iter_mut().for_each(|destination| destination.copy(harness));
     }
     harness.device.state().hold = false;
     let made = MANY - left().unwrap();
@@ -133,10 +192,17 @@ fn two_lives(harness: &mut Harness, stores: Option<u64>) -> u64 {
     driver.take_used(harness);
     let unfinished: Vec<u64> =
         driver.offered.iter().copied().filter(|one| !driver.done.contains(one)).collect();
-    let second = harness.start(SIZE, true, log.map().queue(0)).unwrap();
-    let fresh = driver.free_head().map(|head| driver.offer(harness, head));
+    let marks = destination.as_ref().map(Destination::marks);
+    let second = harness.start_marking(SIZE, true, log.map().queue(0), marks).unwrap();
+    // Nothing new while the VM migrates: what is marked is marked by the start alone, where nothing is unfinished.
+    let head = driver.free_head().filter(|_| destination.is_none());
+    let fresh = head.map(|head| driver.offer(harness, head));
     harness.steps(30);
     driver.take_used(harness);
+    if let Some(destination) = &mut destination {
+        destination.copy(harness);
+        destination.expect_all(harness, stores);
+    }
     assert_eq!(second.session.error(), None);
     let right: Vec<u64> = unfinished.iter().copied().chain(fresh).collect();
     let executed: Vec<u64> = harness
@@ -165,10 +231,23 @@ fn two_lives(harness: &mut Harness, stores: Option<u64>) -> u64 {
 #[test]
 fn death_at_every_store_loses_nothing_and_repeats_nothing() {
     let mut harness = Harness::new();
-    let stores = two_lives(&mut harness, None);
+    let stores = two_lives(&mut harness, None, None);
     assert!(stores > 200, "{stores} stores: does the script still do anything?");
     for k in 0..stores {
-        two_lives(&mut harness, Some(k));
+        two_lives(&mut harness, Some(k), None);
+    }
+}
+
+/// The front end keeps the log of dirty pages when we die, as it keeps the in-flight log: between them nothing is lost that the
+/// destination has to have.
+#[test]
+fn death_at_every_store_while_the_vm_migrates_loses_no_page() {
+    let mut harness = Harness::new();
+    let without = two_lives(&mut harness, None, None);
+    let stores = two_lives(&mut harness, None, Some(Destination::new()));
+    assert!(stores > without, "marks are stores too");
+    for k in 0..stores {
+        two_lives(&mut harness, Some(k), Some(Destination::new()));
     }
 }
 

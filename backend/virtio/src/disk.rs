@@ -236,7 +236,8 @@ impl VhostDisk {
             shared.set_state(DiskState::Listening);
         }
         let reactors = Arc::from(reactors);
-        let server = Server { disk: Arc::clone(&shared), reactors, lock, socket, guests: Vec::new() };
+        let server =
+            Server { disk: Arc::clone(&shared), reactors, lock, socket, guests: Vec::new(), refuses: false };
         let thread = std::thread::Builder::new()
             .name(format!("disk {}", shared.config.name))
             .spawn(move || server.run())
@@ -344,6 +345,8 @@ struct Server {
     lock: SocketLock,
     socket: Option<BoundSocket>,
     guests: Vec<Guest>,
+    /// It was said that there is no room for a third.
+    refuses: bool,
 }
 
 /// A front end that was let in.
@@ -406,7 +409,9 @@ impl Server {
         let name = &self.disk.config.name;
         let connected = |guest: &Guest| !connection::is_closed(guest.stream.as_fd());
         if self.guests.len() >= SESSIONS_MAX && self.guests.iter().all(connected) {
-            log::warn!("disk {name}: a third front end was refused: two are connected");
+            if !std::mem::replace(&mut self.refuses, true) {
+                log::warn!("disk {name}: a third front end was refused: two are connected");
+            }
             self.disk.disk_counters.sessions_refused.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -440,6 +445,7 @@ impl Server {
         while index < self.guests.len() {
             if self.guests[index].session.is_over() {
                 let _ = self.guests.swap_remove(index).thread.join();
+                self.refuses = false;
             } else {
                 index += 1;
             }

@@ -3,6 +3,7 @@
 
 use crate::connection;
 use crate::crash::Recorder;
+use crate::dirty::Marks;
 use crate::disk::{DiskConfig, DiskShared};
 use crate::gate::Gate;
 use crate::inflight::{LogError, QueueLog};
@@ -32,7 +33,8 @@ pub(crate) const BYTES: u64 = 0x8_0000;
 /// Where the three parts of the ring are, from the start of the memory.
 pub(crate) const DESCRIPTORS: u64 = 0;
 pub(crate) const AVAILABLE: u64 = 0x4000;
-pub(crate) const USED: u64 = 0x5000;
+/// `used.idx` is in a page apart from the elements.
+pub(crate) const USED: u64 = 0x4ffc;
 /// What is behind the rings.
 pub(crate) const DATA: u64 = 0x8000;
 
@@ -148,7 +150,18 @@ impl Harness {
         &mut self,
         size: u16,
         event_idx: bool,
+        log: Option<QueueLog>,
+    ) -> Result<Started, LogError> {
+        self.start_marking(size, event_idx, log, None)
+    }
+
+    /// The same, with a log of dirty pages.
+    pub(crate) fn start_marking(
+        &mut self,
+        size: u16,
+        event_idx: bool,
         mut log: Option<QueueLog>,
+        marks: Option<Marks>,
     ) -> Result<Started, LogError> {
         let ring = self.ring(size);
         let next_used = ring.used_idx();
@@ -170,7 +183,7 @@ impl Harness {
             indirect: true,
             flush: true,
             log,
-            marks: None,
+            marks,
             unfinished,
             next_available: next_used.wrapping_add(begun),
             next_used,

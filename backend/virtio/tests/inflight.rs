@@ -287,3 +287,23 @@ fn no_queue_waits_for_unfinished_requests_that_nobody_can_execute() {
         served.disk.trouble().contains("SET_INFLIGHT_FD: a log of 5 queues; the disk has 4")
     });
 }
+
+/// A front end that comes again at once is heard while its old session still ends what it has. That stands in the log when the
+/// log is handed in, and not any more when the rings start: a queue that is not started again held the others up for it.
+#[test]
+fn no_queue_waits_for_what_the_old_session_has_ended_meanwhile() {
+    let served = Served::new(small());
+    let wish = Wish { rings: 2, inflight: true, ..Wish::default() };
+    let mut guest = Guest::connect(&served.socket, &wish);
+    served.device.fake.state().hold = true;
+    let parts = guest.plain(T_OUT, 1, &[1; 512], 0, DATA + 4096);
+    guest.submit(1, &parts);
+    eventually("taken", || served.disk.queue_counters()[1].requests.get() == 1);
+    guest.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    let second_ring = guest.rings.pop().unwrap();
+    let mut guest = guest.reconnect(&served.socket, &wish);
+    assert_eq!(second_ring.used_idx(&guest.ram), 0, "the old session still has it");
+    served.device.release();
+    works(&mut guest);
+    assert_eq!(second_ring.used_idx(&guest.ram), 1);
+}

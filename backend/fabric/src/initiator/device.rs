@@ -2,7 +2,6 @@
 //!
 //! Owns: state, geometry and trouble as others see them. Must not know: queues, bytes.
 
-use super::breaches::Breaches;
 use super::cache::Caches;
 use super::config::NvmeConfig;
 use super::controller;
@@ -76,7 +75,6 @@ pub(crate) struct Shared {
     keeping: Mutex<()>,
     pub(crate) stats: Arc<StatsSet>,
     pub(crate) caches: Arc<Caches>,
-    pub(crate) breaches: Arc<Breaches>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -298,7 +296,6 @@ impl NvmeDevice {
             keeping: Mutex::default(),
             stats: Arc::default(),
             caches,
-            breaches: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
@@ -312,8 +309,7 @@ impl NvmeDevice {
                 let now = runtime.now();
                 let until = |(number, record): &(u64, Record)| (*number, predecessor_until(record, now));
                 let until: Vec<_> = predecessors.iter().map(until).collect();
-                let counts = (stats, Arc::clone(&shared.breaches));
-                let lane = Lane::add(runtime, shared.notices.clone(), counts, cache, config, &until);
+                let lane = Lane::add(runtime, shared.notices.clone(), stats, cache, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }
@@ -422,10 +418,6 @@ impl Device for NvmeDevice {
 
     fn stats(&self) -> Arc<StatsSet> {
         Arc::clone(&self.shared.stats)
-    }
-
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.shared.breaches.counters()
     }
 
     fn paths(&self) -> Vec<PathView> {

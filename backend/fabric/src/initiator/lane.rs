@@ -21,7 +21,6 @@
 mod control;
 mod send;
 
-use super::breaches::Breaches;
 use super::cache::Caches;
 use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
 use super::connection::Connection;
@@ -92,7 +91,6 @@ pub(crate) struct Lane {
     runtime: Runtime,
     id: Option<SourceId>,
     stats: Arc<IoStats>,
-    breaches: Arc<Breaches>,
     caches: Arc<Caches>,
     /// Which lane of the device this is.
     index: usize,
@@ -123,7 +121,7 @@ impl Lane {
     pub(crate) fn add(
         runtime: &Runtime,
         notices: Vec<Arc<Mailbox<Notice>>>,
-        (stats, breaches): (Arc<IoStats>, Arc<Breaches>),
+        stats: Arc<IoStats>,
         (caches, index): (Arc<Caches>, usize),
         config: &NvmeConfig,
         predecessors: &[(u64, Instant)],
@@ -139,7 +137,6 @@ impl Lane {
             runtime: runtime.clone(),
             id: None,
             stats,
-            breaches,
             caches,
             index,
             write_through: config.on_cache_doubt == CacheDoubt::WriteThrough,
@@ -550,7 +547,6 @@ impl Source for Lane {
                 self.answered(path, ended);
             }
             let error = connection.error().map(str::to_owned);
-            self.breaches.count(connection.take_breach());
             let way = &mut self.ways[path];
             way.connection = Some(connection);
             if let Some(error) = error {

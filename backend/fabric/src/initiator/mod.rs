@@ -38,7 +38,6 @@
 
 mod admin;
 mod batch;
-mod breaches;
 mod cache;
 pub mod config;
 mod connection;

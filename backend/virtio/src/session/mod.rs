@@ -178,6 +178,8 @@ pub(crate) struct Session {
     dirty_log_before: Option<Arc<DirtyLog>>,
     /// Queues that were stopped with requests that did not end, and may still be there.
     left: Vec<Running>,
+    /// It was said that rings wait to start.
+    told_to_wait: bool,
     gate: Arc<Gate>,
     backend_requests: Option<UnixStream>,
     /// The capacity that the front end has read in this session.
@@ -202,6 +204,7 @@ impl Session {
             dirty_log: None,
             dirty_log_before: None,
             left: Vec::new(),
+            told_to_wait: false,
             gate: Arc::default(),
             backend_requests: None,
             told_capacity: None,
@@ -221,7 +224,7 @@ impl Session {
         let name = &disk.config.name;
         match disk.sessions.is_anothers_turn(&self.shared) {
             false => log::info!("disk {name}: front end connected"),
-            true => log::info!("disk {name}: second front end connected; its rings wait for the first one's"),
+            true => log::info!("disk {name}: another front end connected"),
         }
         let over = self.serve();
         match over {
@@ -411,7 +414,9 @@ impl Session {
                     self.stopped_vring(queue, "SET_VRING_ADDR")?.addresses = Some(addresses);
                 }
                 self.vrings[index].log_address = log;
-                self.log_changed("SET_VRING_ADDR")?;
+                if self.vrings[index].running.is_some() {
+                    self.log_changed("SET_VRING_ADDR")?;
+                }
             }
             M::SetVringBase { queue, base } => {
                 let vring = self.stopped_vring(queue, "SET_VRING_BASE")?;

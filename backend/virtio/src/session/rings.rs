@@ -100,8 +100,18 @@ impl Session {
             return Ok(());
         }
         if !self.has_turn() {
+            if !std::mem::replace(&mut self.told_to_wait, true) {
+                let name = &self.disk.config.name;
+                match self.disk.sessions.is_anothers_turn(&self.shared) {
+                    true => log::info!("disk {name}: rings wait for those of the other front end to stop"),
+                    false => {
+                        log::info!("disk {name}: rings wait for what an earlier stop left at the device")
+                    }
+                }
+            }
             return Ok(());
         }
+        self.told_to_wait = false;
         self.left.clear();
         let vring = &self.vrings[index];
         let wrong = |what: String| Failure::End(format!("queue {index}: {what}"));

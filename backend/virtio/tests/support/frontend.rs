@@ -146,9 +146,10 @@ pub struct Ring {
 }
 
 /// Bytes that a ring of the largest size takes: descriptors, available, used.
-pub const RING_BYTES: u64 = 0x8000;
+pub const RING_BYTES: u64 = 0x9000;
 const AVAILABLE: u64 = 0x4000;
-const USED: u64 = 0x5000;
+/// `used.idx` is in a page apart from the elements.
+const USED: u64 = 0x5ffc;
 
 impl Ring {
     pub fn descriptor_at(&self, index: u16) -> u64 {
