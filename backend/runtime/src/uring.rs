@@ -206,3 +206,56 @@ impl Driver for Uring {
 const QUIESCE: std::time::Duration = std::time::Duration::from_secs(5);
 const QUIESCE_STEP: std::time::Duration = std::time::Duration::from_millis(20);
 const IORING_ENTER_GETEVENTS: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, OpenOptions};
+    use std::io::Write;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    /// Tries for an open-file-description lock on the whole file.
+    fn lock(fd: i32) -> bool {
+        // SAFETY: an all-zero flock is a lock from the start of the file to its end, with l_pid 0, as it must be.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        lock.l_type = libc::c_short::try_from(libc::F_WRLCK).unwrap();
+        // SAFETY: `lock` is a valid flock.
+        unsafe { libc::fcntl(fd, libc::F_OFD_SETLK, &raw const lock) == 0 }
+    }
+
+    /// What `file:` rests on when its process is killed: the kernel lets go of an open-file-description lock when the last
+    /// operation on that description has ended, whoever has closed it. Shown with an operation that lasts, on a FIFO.
+    #[test]
+    fn a_lock_lasts_as_long_as_the_last_operation_on_its_description() {
+        let path = std::env::temp_dir().join(format!("hawser-fifo-{}", std::process::id()));
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: plain system call with a C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let open = || -> File { OpenOptions::new().read(true).write(true).open(&path).unwrap() };
+        let (holder, mut other) = (open(), open());
+        std::fs::remove_file(&path).unwrap();
+        assert!(lock(holder.as_raw_fd()));
+        assert!(!lock(other.as_raw_fd()));
+        let mut uring = Uring::new().unwrap();
+        let mut byte = [0u8];
+        let iovec = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+        let fd = holder.into_raw_fd();
+        let read = Op::Readv { fd: Fd(fd), iovecs: &raw const iovec, count: 1, offset: u64::MAX };
+        // SAFETY: `byte` and `iovec` outlive the operation, which is reaped below.
+        unsafe { uring.submit(1, &read) };
+        uring.enter(Wait::No);
+        uring.close(Fd(fd));
+        assert!(!lock(other.as_raw_fd()), "the operation has not ended");
+        other.write_all(&[7]).unwrap();
+        let mut ended = Vec::new();
+        while ended.is_empty() {
+            uring.enter(Wait::Until(Instant::NEVER));
+            uring.reap(&mut ended);
+        }
+        assert_eq!((ended[0].1.result, byte), (1, [7]));
+        // The ring lets go of the description when it is entered again.
+        while !lock(other.as_raw_fd()) {
+            uring.enter(Wait::No);
+        }
+    }
+}

@@ -4,7 +4,13 @@
 use crate::common::{PATIENCE, Place, Serving, until};
 use crate::frontend::{DATA, Guest, T_IN, T_OUT, Wish};
 use faults::{Pdu, Proxy, kind};
+use hawser_block::held::HeldDevice;
+use hawser_block::{BlockSize, Device, IoKind};
+use hawser_fabric::MemDevice;
+use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
+use hawser_runtime::{ReactorConfig, ReactorThread};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A guest on a daemon's disk, whose device is a file behind another daemon and a fault proxy.
@@ -33,6 +39,15 @@ fn serve(host: &Place) -> Serving {
     daemon
 }
 
+/// A disk on a target. Who waited for time to prove that an association is quiet would wait for two hours.
+fn initiator(address: SocketAddr) -> String {
+    format!(
+        "[[device]]\nname = \"r\"\nuri = \"nvme+tcp://{address}/nqn.2026-11.io.hawser:t\"\n\
+         keep_alive_tmo = 3600\nreconnect_delay = 1\n\
+         [[disk]]\nname = \"d\"\ndevice = \"r\"\nsocket = \"@/d.sock\"\n"
+    )
+}
+
 fn rig() -> Rig {
     let storage = Place::new();
     std::fs::File::create(storage.path("store")).unwrap().set_len(16 << 20).unwrap();
@@ -44,13 +59,7 @@ fn rig() -> Rig {
     let target = storage.serve();
     let proxy = Proxy::start(address_of(&target)).unwrap();
     let host = Place::new();
-    // Who waited for time to prove that an association is quiet would wait for two hours.
-    host.configure(&format!(
-        "[[device]]\nname = \"r\"\nuri = \"nvme+tcp://{}/nqn.2026-11.io.hawser:t\"\n\
-         keep_alive_tmo = 3600\nreconnect_delay = 1\n\
-         [[disk]]\nname = \"d\"\ndevice = \"r\"\nsocket = \"@/d.sock\"\n",
-        proxy.address()
-    ));
+    host.configure(&initiator(proxy.address()));
     let daemon = serve(&host);
     let guest = Guest::connect(&host.path("d.sock"), &wish());
     Rig { guest, daemon, host, proxy, target, storage }
@@ -62,23 +71,27 @@ fn carries_the_data(bytes: usize) -> impl FnMut(&Pdu<'_>) -> bool + Send {
     move |pdu| pdu.writes(0) && pdu.kind() == kind
 }
 
+/// The next process carries out what the guest had asked of the one before; then the guest writes anew.
+fn replayed_and_overwritten(guest: &mut Guest, fill: u8, bytes: usize, log: impl Fn() -> String) {
+    let since = Instant::now();
+    while guest.rings[0].used_idx(&guest.ram) == guest.rings[0].last_used {
+        assert!(since.elapsed() < PATIENCE, "{}", log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    guest.rings[0].wait_used(&guest.ram);
+    assert_eq!(guest.ram.read(DATA + 16, 1), [0], "the guest sees no error");
+    assert_eq!(guest.request(T_OUT, 0, &vec![fill; bytes], 0).0, 0);
+}
+
 impl Rig {
     fn begin_write(&mut self, fill: u8, bytes: usize) {
         let parts = self.guest.plain(T_OUT, 0, &vec![fill; bytes], 0, DATA);
         self.guest.submit(0, &parts);
     }
 
-    /// The next process carries out what the guest had asked of the one before; then the guest writes anew.
     fn replayed_and_overwritten(&mut self, fill: u8, bytes: usize) {
-        let ring = &self.guest.rings[0];
-        let since = Instant::now();
-        while ring.used_idx(&self.guest.ram) == ring.last_used {
-            assert!(since.elapsed() < PATIENCE, "{}\n{}", self.host.log(), self.storage.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        self.guest.rings[0].wait_used(&self.guest.ram);
-        assert_eq!(self.guest.ram.read(DATA + 16, 1), [0], "the guest sees no error");
-        assert_eq!(self.guest.request(T_OUT, 0, &vec![fill; bytes], 0).0, 0);
+        let log = || format!("{}\n{}", self.host.log(), self.storage.log());
+        replayed_and_overwritten(&mut self.guest, fill, bytes, log);
     }
 
     fn content(&mut self, bytes: usize) -> Vec<u8> {
@@ -144,4 +157,43 @@ fn a_target_that_is_killed_with_its_host_keeps_nobody_waiting() {
     assert!(rig.content(4096) == [4; 4096]);
     assert_eq!(rig.daemon.end(), Some(0));
     assert_eq!(rig.target.end(), Some(0));
+}
+
+/// A target whose device hangs, with a write in it, while the daemon is killed: the next one gets no association before that has
+/// ended, and the guest's disk waits.
+#[test]
+fn what_a_killed_daemon_had_at_its_targets_device_is_waited_for() {
+    let reactor = ReactorThread::spawn("target", ReactorConfig::default()).unwrap();
+    let mem = MemDevice::new("m", 1 << 20, BlockSize::B512).unwrap();
+    let disk = Arc::new(HeldDevice::new(Arc::new(mem)));
+    let subsystem = SubsystemConfig {
+        nqn: "nqn.2026-11.io.hawser:t".into(),
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        allowed_hosts: None,
+        serial: "test".into(),
+        namespaces: vec![NamespaceConfig { nsid: 1, device: disk.clone(), uuid: None }],
+    };
+    let target = Target::start(vec![subsystem], &[reactor.handle().clone()]).unwrap();
+    let host = Place::new();
+    host.configure(&initiator(target.addresses()[0].1[0]));
+    let daemon = serve(&host);
+    let mut guest = Guest::connect(&host.path("d.sock"), &wish());
+    disk.hold_one(|request| request.operation.is_write());
+    let parts = guest.plain(T_OUT, 0, &[1; 4096], 0, DATA);
+    guest.submit(0, &parts);
+    until("it is at the device", || disk.held() == 1);
+    daemon.kill();
+    let daemon = host.serve();
+    // Longer than the target takes to answer a reset that is not done.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(daemon.disk("d").0, "waiting");
+    disk.release();
+    until("the disk listens", || daemon.disk("d").0 == "listening");
+    let mut guest = guest.reconnect(&host.path("d.sock"), &wish());
+    replayed_and_overwritten(&mut guest, 2, 4096, || host.log());
+    assert_eq!(guest.request(T_IN, 0, &[], 4096), (0, vec![2; 4096]));
+    assert_eq!(disk.stats().kind(IoKind::Write).requests, 3);
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    assert!(target.stop(PATIENCE));
 }

@@ -45,6 +45,7 @@ pub(super) fn lab(paths: usize, change: impl FnOnce(&mut NvmeConfig)) -> Lab {
         config.paths.push(super::config(proxy.address()).paths[0].clone());
     }
     // What is only waited for would take longer than the test has patience.
+    config.timers.keep_alive_tmo = HOUR;
     config.timers.quiesce_tmo = HOUR;
     change(&mut config);
     let device = NvmeDevice::open(config, &[host.handle().clone()]).unwrap();
