@@ -14,6 +14,7 @@ pub mod process;
 pub mod qemu;
 pub mod scratch;
 pub mod shell;
+pub mod soak;
 pub mod suite;
 
 use std::sync::OnceLock;

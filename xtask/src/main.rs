@@ -11,7 +11,7 @@ mod fresh;
 mod packages;
 mod tools;
 
-use guest_tests::{Result, lab, process};
+use guest_tests::{Result, lab, process, soak};
 use std::process::ExitCode;
 
 const HELP: &str = "\
@@ -20,6 +20,8 @@ cargo xtask COMMAND [--yes]
   demo                        boot a VM from a remote disk, kill its back end, print what happened
   test                        all tests: unit, documentation, guests
   guest [FILTER | list]       the guest tests whose names contain FILTER
+  soak [--minutes N] [--seed S]
+                              a VM and verifying clients under every fault that there is (2 minutes), then counts
   bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench
   fresh --suite SUITE [COMMAND]
                               demo, or another COMMAND, in a new minimal Debian (bookworm, trixie); needs root
@@ -77,6 +79,13 @@ fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool
             packages::ensure(&packages::GUESTS, yes)?;
             return Ok(count::guests(args.first().copied().unwrap_or_default())?);
         }
+        ("soak", args) => {
+            let (minutes, seed) = soak_options(args).map_err(Failure::Usage)?;
+            packages::ensure(&packages::GUESTS, yes)?;
+            let counts = soak::soak(&lab::Lab::open()?, minutes, seed)?;
+            println!("{counts}");
+            return Ok(counts.is_good());
+        }
         ("bench", args) => bench(args)?,
         ("fresh", ["--suite", suite @ ("bookworm" | "trixie"), what @ ..]) => {
             packages::ensure(&packages::FRESH, yes)?;
@@ -90,6 +99,20 @@ fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool
         (command, args) => return Err(Failure::Usage(format!("{command} {}: unknown", args.join(" ")))),
     }
     Ok(true)
+}
+
+/// Minutes and seed.
+fn soak_options(args: &[&str]) -> Result<(u32, u64)> {
+    let (mut minutes, mut seed) = (2, soak::seed_of_now());
+    for pair in args.chunks(2) {
+        let wrong = || format!("soak {}: want --minutes N, --seed S", pair.join(" "));
+        match pair {
+            ["--minutes", number] => minutes = number.parse().map_err(|_| wrong())?,
+            ["--seed", number] => seed = number.parse().map_err(|_| wrong())?,
+            _ => return Err(wrong()),
+        }
+    }
+    Ok((minutes, seed))
 }
 
 fn bench(args: &[&str]) -> Result<()> {

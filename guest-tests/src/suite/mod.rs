@@ -6,7 +6,7 @@ mod boot;
 mod initiator;
 mod migration;
 mod other;
-mod pieces;
+pub(crate) mod pieces;
 mod reboot;
 mod resize;
 mod restart;
@@ -50,6 +50,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "seabios_boots_from_kernel_target_that_restarts_under_load", body: boot::seabios_kernel },
     Test { name: "ovmf_boots_from_kernel_target", body: boot::ovmf_kernel },
     Test { name: "kernel_initiator_verifies_on_our_target_that_restarts", body: initiator::kernel_initiator },
+    Test { name: "a_minute_of_every_fault_loses_nothing", body: crate::soak::a_minute },
     Test { name: "cloud_hypervisor_boots_from_our_target", body: other::cloud_hypervisor },
 ];
 
