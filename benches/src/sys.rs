@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -25,6 +26,36 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
     // SAFETY: the pointer and size describe `set`, which lives through the call.
     let result = unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), &raw const set) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// TCP's congestion control, as the kernel names it, of connections that are made from here.
+pub fn congestion_control() -> String {
+    std::fs::read_to_string(CONGESTION_CONTROL)
+        .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+}
+
+const CONGESTION_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+
+/// Moves this thread, and all that it starts, to a network of their own: a loopback interface that nobody else uses, and
+/// the kernel's usual congestion control, whatever the machine's is set to (bbr paces: a reply of 128 KiB waits for a timer,
+/// or doesn't, for seconds at a time). Needs root.
+pub fn own_network() -> io::Result<()> {
+    // SAFETY: unshare has no preconditions; it changes only which network this thread sees.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: an all-zero ifreq is an empty request.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap_or(1);
+    // SAFETY: the request is a whole ifreq with a name that ends in a zero, and lives through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    std::fs::write(CONGESTION_CONTROL, "cubic")
 }
 
 /// Clock ticks per second of the times in `/proc`.

@@ -117,6 +117,10 @@ fn run(options: &Options) -> Result<bool, String> {
         plan.retries = 0;
         plan.scout = false;
     }
+    // After what may be built, which may need the machine's network.
+    if let Err(error) = sys::own_network() {
+        eprintln!("bench: no network of its own ({error}): the machine's settings are what is measured");
+    }
     let results = plan.run()?;
     println!("{}", results.tables());
     let report = report(&plan, &results);
@@ -203,11 +207,12 @@ fn report(plan: &Plan, results: &Results) -> String {
     let _ = writeln!(text, "- rival: {rival}");
     let _ = writeln!(
         text,
-        "- load: {}, completions by {}; servers on CPU {}, client on CPU {}",
+        "- load: {}, completions by {}; servers on CPU {}, client on CPU {}; TCP over loopback, {}",
         plan.maker.describe(),
         plan.wait_mode,
         plan.cpus[0],
-        plan.cpus[1]
+        plan.cpus[1],
+        sys::congestion_control()
     );
     let _ = writeln!(
         text,

@@ -123,6 +123,7 @@ impl Case {
             (Backing::Mem, true, 32, _) if polls => (Some(3.0), None),
             (Backing::File, true, 32, _) if polls => (Some(1.2), None),
             (Backing::File, false, 8, _) if polls => (Some(1.1), None),
+            (Backing::NvmeSame, true, 32, Mix::RandRead) if polls => (Some(1.1), Some(0.8)),
             (Backing::NvmeSame, true, 32, _) if polls => (Some(1.1), None),
             (Backing::NvmeOther, true, 32, _) if polls => (Some(1.0), None),
             _ => (None, None),

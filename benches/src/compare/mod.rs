@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cases;
+pub mod fabric;
 pub mod idle;
 pub mod load;
 pub mod quiet;

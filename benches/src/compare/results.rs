@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use super::cases::{Case, Goal};
+use super::fabric;
 use super::idle::{DISKS, GOAL_PERCENT, IdleOutcome};
 use super::load::Measured;
 use crate::to_f64;
@@ -164,6 +165,8 @@ impl InflightOutcome {
 pub struct Results {
     /// One per case that ran.
     pub outcomes: Vec<Outcome>,
+    /// One per case of hawser beside itself.
+    pub fabric: Vec<fabric::Outcome>,
     /// One per device on which the in-flight log was measured.
     pub inflight: Vec<InflightOutcome>,
     /// What an idle daemon used, if that was measured.
@@ -209,6 +212,26 @@ impl Results {
             ]);
         }
         let mut text = table(&rows);
+        if !self.fabric.is_empty() {
+            let head = ["hawser over nvme+tcp", "", "", "machine", "what", "value", "goal"];
+            let mut rows = vec![head.map(String::from).to_vec()];
+            for outcome in &self.fabric {
+                let [plain, other, machine, meaning] = outcome.words();
+                let (goal, more) = outcome.case.goal();
+                let sign = if more { "≥" } else { "≤" };
+                rows.push(vec![
+                    outcome.case.name().to_owned(),
+                    plain,
+                    other,
+                    machine,
+                    meaning,
+                    format!("{:.2}", outcome.value()),
+                    format!("{sign} {goal} {}", Verdict::of(outcome.reached()).word()),
+                ]);
+            }
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
         if !self.inflight.is_empty() {
             let mut rows = vec![["in-flight log", "on", "off", "ratio", "goal"].map(String::from).to_vec()];
             for outcome in &self.inflight {
@@ -296,8 +319,9 @@ impl Results {
     pub fn score(&self) -> (usize, usize) {
         let verdicts = self.outcomes.iter().flat_map(|o| <[_; 2]>::from(o.verdicts())).flatten();
         let inflight = self.inflight.iter().map(|o| Verdict::of(o.ratio() >= INFLIGHT_GOAL));
+        let fabric = self.fabric.iter().map(|o| Verdict::of(o.reached()));
         let idle = self.idle.iter().map(Self::idle_verdict);
-        let all: Vec<Verdict> = verdicts.chain(inflight).chain(idle).collect();
+        let all: Vec<Verdict> = verdicts.chain(fabric).chain(inflight).chain(idle).collect();
         (all.iter().filter(|&&v| v == Verdict::Reached).count(), all.len())
     }
 }

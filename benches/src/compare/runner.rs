@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cases::{Backing, Case, Goal, Rival, Shape, all};
+use super::fabric;
 use super::idle;
 use super::load::{Load, Maker, Measured, run_json};
 use super::quiet::{Guard, Sample};
 use super::results::{InflightOutcome, Outcome, Results, Series};
-use super::servers::{Place, Server, hawser, rival};
+use super::servers::{Place, Server, hawser, linked_hawser, rival};
 use crate::client::options::Mix;
 use crate::sys::TempDir;
 use crate::to_usize;
@@ -98,6 +99,15 @@ impl Plan {
                 }
             }
         }
+        for case in fabric::Case::ALL.into_iter().filter(|case| self.wants(case.name())) {
+            match self.run_fabric(case, &place, &mut guard) {
+                Ok(outcome) => results.fabric.push(outcome),
+                Err(reason) => {
+                    eprintln!("{}: {reason}", case.name());
+                    results.failures.push((case.name().to_owned(), reason));
+                }
+            }
+        }
         for backing in [Backing::Null, Backing::Mem] {
             let name = format!("inflight/{}", backing.name());
             if self.wants(&name) {
@@ -180,6 +190,38 @@ impl Plan {
         Ok(())
     }
 
+    fn run_fabric(
+        &self,
+        case: fabric::Case,
+        place: &Place<'_>,
+        guard: &mut Guard,
+    ) -> Result<fabric::Outcome, String> {
+        let rates = fabric::Rates::measure(self.cpus[0])?;
+        let links: Vec<fabric::Link> =
+            [Some(fabric::Link::default()), case.link()].into_iter().flatten().collect();
+        let (server, sockets) = linked_hawser(&self.hawser, &links, self.poll_us, place)?;
+        self.fill(&server).map_err(|e| format!("{e}: {}", server.complaint()))?;
+        let shape = case.shape();
+        let way = Candidate { server: &server, batch: shape.depth, configuration: String::new() };
+        let mut all = vec![Series::default(); sockets.len()];
+        for _ in 0..self.rounds {
+            for (socket, series) in sockets.iter().zip(&mut all) {
+                let load = Load { socket: socket.clone(), ..self.load(shape, &way) };
+                let sample = self.sample_load(&load, guard, &server.pids());
+                let sample = sample.map_err(|e| format!("{e}: {}", server.complaint()))?;
+                series.samples.push(sample.value);
+                series.repeated += sample.repeated;
+                series.disturbed.extend(sample.disturbed);
+            }
+        }
+        let mut series = all.into_iter();
+        let (plain, other) = (series.next().unwrap_or_default(), series.next().unwrap_or_default());
+        let outcome = fabric::Outcome { case, plain, other, rates };
+        let [plain, other, machine, meaning] = outcome.words();
+        eprintln!("{:42} {plain}; {other}; {machine}; {meaning}: {:.2}", case.name(), outcome.value());
+        Ok(outcome)
+    }
+
     fn load(&self, shape: Shape, way: &Candidate<'_>) -> Load {
         Load {
             socket: way.server.socket().to_owned(),
@@ -200,13 +242,16 @@ impl Plan {
         guard: &mut Guard,
         pids: &[u32],
     ) -> Result<Sample<Measured>, String> {
-        let load = self.load(shape, way);
+        self.sample_load(&self.load(shape, way), guard, pids)
+    }
+
+    fn sample_load(&self, load: &Load, guard: &mut Guard, pids: &[u32]) -> Result<Sample<Measured>, String> {
         let judge = |measured: &Measured| {
             let waited = measured.waited * 100.0;
             (measured.waited > WAITED_MAX)
                 .then(|| format!("the client waited for its CPU {waited:.0} % of the time"))
         };
-        guard.run(pids, || self.maker.run(&load), judge)
+        guard.run(pids, || self.maker.run(load), judge)
     }
 
     /// The fastest of several ways, by the best of three short runs each: other load only makes a run slower.

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::cases::{Backing, Rival};
+use super::fabric::Link;
 use crate::sys::{Child, TempDir, find_program, spawn_group};
 
 /// How long a server may take to be ready.
@@ -78,7 +79,7 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
         Backing::File => local(format!("file://{}", place.image.display())),
         Backing::NvmeSame => {
             let port = free_port()?;
-            (nvme_uri(&format!("127.0.0.1:{port}")), target(&size, port))
+            (nvme_uri(&format!("127.0.0.1:{port}"), NQN), target(&size, port))
         }
         Backing::NvmeOther => {
             let text = head(server.folder.path(), "t", poll_us, &[place.cpu]) + &target(&size, 0);
@@ -87,7 +88,7 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
             let api = server.folder.path().join("t.api");
             let address = bound_address(program, &api, &mut server.children[0])
                 .map_err(|e| format!("{e}: {}", server.complaint()))?;
-            local(nvme_uri(&address))
+            local(nvme_uri(&address, NQN))
         }
     };
     let text = head(server.folder.path(), "d", poll_us, &[place.cpu])
@@ -101,6 +102,44 @@ pub fn hawser(program: &Path, backing: Backing, poll_us: u32, place: &Place<'_>)
     server.start_child(serve(program, &config), Some(place.cpu))?;
     server.wait()?;
     Ok(server)
+}
+
+/// Starts `hawser` with one disk for each of `links`, all on one namespace of a target in the same process: what they are
+/// compared by is in the same memory. Returns their sockets.
+pub fn linked_hawser(
+    program: &Path,
+    links: &[Link],
+    poll_us: u32,
+    place: &Place<'_>,
+) -> Result<(Server, Vec<PathBuf>), String> {
+    let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
+    let sockets: Vec<PathBuf> = (0..links.len()).map(|disk| folder.path().join(format!("s{disk}"))).collect();
+    let socket = sockets.last().ok_or("no disks")?.clone();
+    let mut server = Server { children: Vec::new(), socket, folder };
+    let mut text = head(server.folder.path(), "d", poll_us, &[place.cpu]) + &memory(&size(place.bytes));
+    for (disk, (link, socket)) in links.iter().zip(&sockets).enumerate() {
+        // A namespace is one device's: each has a subsystem of its own, of the same memory.
+        let nqn = format!("nqn.2026-11.io.hawser:bench{disk}");
+        let ports =
+            (0..if link.two_paths { 2 } else { 1 }).map(|_| free_port()).collect::<Result<Vec<_>, _>>()?;
+        let digests = if link.digests { "&hdr_digest=1&data_digest=1" } else { "" };
+        let uris: Vec<String> =
+            ports.iter().map(|port| nvme_uri(&format!("127.0.0.1:{port}"), &nqn) + digests).collect();
+        let policy = if link.two_paths { "io_policy = \"round-robin\"\n" } else { "" };
+        text += &subsystem(&nqn, &ports);
+        text += &format!(
+            "[[device]]\nname = \"d{disk}\"\nuri = {uris:?}\n{policy}\n\
+             [[disk]]\nname = \"d{disk}\"\ndevice = \"d{disk}\"\nsocket = \"{}\"\nqueues = 1\n\n",
+            socket.display()
+        );
+    }
+    let config = write(server.folder.path(), "disks.toml", &text)?;
+    server.start_child(serve(program, &config), Some(place.cpu))?;
+    for socket in &sockets {
+        server.socket.clone_from(socket);
+        server.wait()?;
+    }
+    Ok((server, sockets))
 }
 
 /// Starts `hawser` on both CPUs with several disks, each on a device of its own; their sockets.
@@ -191,8 +230,8 @@ fn size(bytes: u64) -> String {
     format!("{}KiB", bytes / 1024)
 }
 
-fn nvme_uri(address: &str) -> String {
-    format!("nvme+tcp://{address}/nqn.2026-11.io.hawser:bench?nsid=1")
+fn nvme_uri(address: &str, nqn: &str) -> String {
+    format!("nvme+tcp://{address}/{nqn}?nsid=1")
 }
 
 fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
@@ -207,10 +246,21 @@ fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
     )
 }
 
+/// The subsystem's name where there is one.
+const NQN: &str = "nqn.2026-11.io.hawser:bench";
+
 fn target(size: &str, port: u16) -> String {
+    memory(size) + &subsystem(NQN, &[port])
+}
+
+fn memory(size: &str) -> String {
+    format!("[[device]]\nname = \"m\"\nuri = \"mem:?size={size}\"\n\n")
+}
+
+fn subsystem(nqn: &str, ports: &[u16]) -> String {
+    let listen: Vec<String> = ports.iter().map(|port| format!("tcp://127.0.0.1:{port}")).collect();
     format!(
-        "[[device]]\nname = \"m\"\nuri = \"mem:?size={size}\"\n\n\
-         [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:bench\"\nlisten = [\"tcp://127.0.0.1:{port}\"]\n\n\
+        "[[subsystem]]\nnqn = \"{nqn}\"\nlisten = {listen:?}\n\n\
          [[subsystem.namespace]]\nnsid = 1\ndevice = \"m\"\n\n"
     )
 }
