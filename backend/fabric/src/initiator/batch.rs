@@ -11,8 +11,15 @@ use hawser_runtime::buffers::AlignedBuffer;
 pub(super) const SEND_BYTES_MAX: usize = 1 << 20;
 /// The most iovecs of one send (Linux's UIO_MAXIOV is 1024).
 pub(super) const SEND_IOVECS_MAX: usize = 1000;
+/// How much one send carries where data has digests and goes out from a private copy: the copy stays in the second-level cache
+/// until the kernel has taken it.
+const COPIED_BYTES_MAX: usize = 256 << 10;
+/// In-capsule data beyond this is asked for by the controller where there are data digests.
+pub(super) const COPIED_CAPSULE_MAX: usize = 128 << 10;
 /// Room for the private copies of one send's data, where it has digests: the guest may change its pages meanwhile.
-pub(super) const COPIES_LEN: usize = SEND_BYTES_MAX + (128 << 10);
+pub(super) const COPIES_LEN: usize = COPIED_BYTES_MAX + COPIED_CAPSULE_MAX;
+/// What is copied before its digest is computed: it is in the first-level cache then.
+pub(super) const DIGEST_PIECE: usize = 16 << 10;
 /// Room for the headers of one send: 256 commands of 72 bytes, 16 of inline data, and some H2CData.
 pub(super) const HEADERS_LEN: usize = 32 << 10;
 /// One send being put together.
@@ -31,7 +38,7 @@ impl Batch<'_> {
     pub(super) fn has_room(&self, segments: usize) -> bool {
         self.used + 256 <= self.headers.len()
             && self.iovecs.len() + segments < SEND_IOVECS_MAX
-            && self.bytes < SEND_BYTES_MAX
+            && self.bytes < if self.copies.is_some() { COPIED_BYTES_MAX } else { SEND_BYTES_MAX }
     }
 
     /// Room for a private copy of `len` bytes, if there are such.
@@ -102,17 +109,23 @@ impl Batch<'_> {
         if let Some(copies) = self.copies {
             let len = buffers.len();
             assert!(len <= copies.len() - self.copied, "the caller looked for room");
-            // SAFETY: inside the buffer (just asserted); no send is under way that names it (`poll_transmit` asserts), so
-            // nobody reads it; the request has not ended, so its buffers are valid, and they are elsewhere.
-            let (place, copy) = unsafe {
-                let place = copies.as_ptr().add(self.copied);
-                buffers.copy_to(place);
-                (place, copies.slice(self.copied, len))
-            };
+            // SAFETY: inside the buffer (just asserted).
+            let place = unsafe { copies.as_ptr().add(self.copied) };
+            let mut crc = 0;
+            for from in (0..len).step_by(DIGEST_PIECE) {
+                let piece = buffers.slice(from, DIGEST_PIECE.min(len - from));
+                // SAFETY: inside the buffer, as above; no send is under way that names it (`poll_transmit` asserts), so nobody
+                // reads it; the request has not ended, so its buffers are valid, and they are elsewhere.
+                let copy = unsafe {
+                    piece.copy_to(place.add(from));
+                    copies.slice(self.copied + from, piece.len())
+                };
+                crc = crc32c::crc32c_append(crc, copy);
+            }
             self.copied += len;
             self.bytes += len;
             self.iovecs.push(libc::iovec { iov_base: place.cast(), iov_len: len });
-            self.push_header(&pdu::digest(copy));
+            self.push_header(&crc.to_le_bytes());
             return;
         }
         for segment in buffers.segments() {

@@ -104,6 +104,8 @@ pub(crate) struct Lane {
     ways: Vec<Way>,
     /// The way that was taken last.
     current: usize,
+    /// Bytes that it may have before it is another's turn, in a round-robin.
+    turn: u32,
     /// No path is expected to come back in time: requests fail instead of waiting.
     failing: bool,
     ghosts: Vec<Ghosts>,
@@ -146,6 +148,7 @@ impl Lane {
             offered: None,
             ways: notices.into_iter().map(|notices| Way::new(notices, lives)).collect(),
             current: 0,
+            turn: 0,
             failing: false,
             ghosts: predecessors.iter().map(ghosts).collect(),
             pending: VecDeque::with_capacity(1024),

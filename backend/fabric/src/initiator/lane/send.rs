@@ -13,6 +13,12 @@ use crate::nvme::{Sgl, Sqe};
 use hawser_block::{Geometry, Operation, Request, Status};
 use std::ops::Range;
 
+/// How much a path gets in its turn of a round-robin, and what a command counts at least. What is submitted at once goes out
+/// in one send for each path that it is spread over, so turns of single commands would double the system calls: 4k at depth
+/// 32 over two paths had 0.88 of one path's IOPS.
+const TURN_BYTES: u32 = 128 << 10;
+const TURN_COMMAND_BYTES_MIN: u32 = 4 << 10;
+
 impl Lane {
     /// The way that the next command takes, if there is one that has room; another one than `avoid`, if there is one.
     fn choose(&mut self, avoid: Option<usize>) -> Option<usize> {
@@ -32,8 +38,13 @@ impl Lane {
         let chosen = match self.policy {
             IoPolicy::Numa => others(self.current).find(|index| good(*index, &self.ways[*index])),
             IoPolicy::RoundRobin => {
-                let mut order = others(self.current + 1);
-                order.find(|index| good(*index, &self.ways[*index]) && self.ways[*index].room() > 0)
+                let may = |index: &usize| good(*index, &self.ways[*index]) && self.ways[*index].room() > 0;
+                if self.turn > 0 && may(&self.current) {
+                    Some(self.current)
+                } else {
+                    self.turn = TURN_BYTES;
+                    others(self.current + 1).find(may)
+                }
             }
             IoPolicy::QueueDepth => {
                 let with_room = others(self.current);
@@ -48,6 +59,7 @@ impl Lane {
 
     /// Sends what may be sent.
     pub(super) fn pump(&mut self) {
+        self.turn = 0;
         // Blocks that writes of unknown outcome may still change.
         let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() {
             true => Vec::new(),
@@ -136,6 +148,9 @@ impl Lane {
                 }
             }
             let (sqe, transfer) = command(&held.request, start.nsid, &start.limits, self.write_through);
+            let bytes =
+                held.request.blocks.0.checked_shl(start.limits.block_size.shift()).unwrap_or(u32::MAX);
+            self.turn = self.turn.saturating_sub(bytes.max(TURN_COMMAND_BYTES_MIN));
             let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
             connection.submit(sqe, transfer, held);
             self.runtime.add_outstanding(1);

@@ -4,6 +4,7 @@ use super::{
     Answer, Data, HEADER_LEN, HEADER_LEN_MAX, IN_PLACE_MIN, QueueError, QueuePair, Receive, SLOTS_MAX,
     Transfer, length,
 };
+use crate::initiator::batch::DIGEST_PIECE;
 use crate::nvme::bytes::{get_array, low32};
 use crate::nvme::{Cqe, NvmeStatus};
 use crate::tcp::pdu::{self, FLAG_HEADER_DIGEST, PduKind};
@@ -97,8 +98,9 @@ impl<T: Copy> QueuePair<T> {
                     }
                 }
                 Receive::Data(mut data) => {
-                    let take = low32(bytes.len() as u64).min(data.left);
+                    let mut take = low32(bytes.len() as u64).min(data.left);
                     if self.limits.digests.data {
+                        take = take.min(low32(DIGEST_PIECE as u64));
                         data.crc = crc32c::crc32c_append(data.crc, &bytes[..take as usize]);
                     }
                     let slot = &self.slots[usize::from(data.slot)];

@@ -200,26 +200,40 @@ fn a_namespace_without_a_name_has_one_path_only() {
 
 #[test]
 fn policies_choose_among_good_paths() {
-    for (policy, even) in
-        [(IoPolicy::Numa, false), (IoPolicy::RoundRobin, true), (IoPolicy::QueueDepth, true)]
-    {
+    // In turns of up to 128 KiB, which leave in one send: eight of these reads.
+    for (policy, count, wanted) in [
+        (IoPolicy::Numa, 10, [0, 10]),
+        (IoPolicy::RoundRobin, 12, [4, 8]),
+        (IoPolicy::QueueDepth, 10, [5, 5]),
+    ] {
         let mut bench = bench(targets(), |config| config.policy = policy);
         for target in &bench.targets {
             target.state().hold_io = true;
         }
-        bench.client.submit((0..10).map(|at| Ask::read(at * 8, 8, 512)).collect());
-        wait_until("all have arrived", || bench.commands().iter().sum::<usize>() == 10);
+        bench.client.submit((0..count).map(|at| Ask::read(at * 32, 32, 512)).collect());
+        wait_until("all have arrived", || bench.commands().iter().sum::<usize>() as u64 == count);
         let mut commands = bench.commands();
         commands.sort_unstable();
-        assert_eq!(commands, if even { [5, 5] } else { [0, 10] }, "{policy:?}");
+        assert_eq!(commands, wanted, "{policy:?}");
         for target in &bench.targets {
             target.state().hold_io = false;
             target.cut();
         }
-        for _ in 0..10 {
+        for _ in 0..count {
             assert_eq!(bench.client.next().outcome, Ok(()));
         }
     }
+}
+
+#[test]
+fn a_round_robin_alternates_where_commands_come_one_by_one() {
+    let mut bench = bench(targets(), |config| config.policy = IoPolicy::RoundRobin);
+    let before = bench.commands();
+    for _ in 0..6 {
+        assert_eq!(bench.client.run(Ask::read(0, 8, 512)).outcome, Ok(()));
+    }
+    let after = bench.commands();
+    assert_eq!([after[0] - before[0], after[1] - before[1]], [3, 3]);
 }
 
 fn with_ana(states: [AnaState; 2]) -> [Scripted; 2] {
