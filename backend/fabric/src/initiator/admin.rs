@@ -1,6 +1,6 @@
 //! The admin queue: commands as straight-line code, one future each.
 
-use super::connection::Connection;
+use super::connection::{Breach, Connection};
 use super::queue::{Answer, Transfer};
 use super::signal::within;
 use super::socket::ConnectedQueue;
@@ -262,6 +262,11 @@ impl Admin {
     /// Whether the target ended the connection, and so knows that the association is over.
     pub(crate) fn was_ended_by_target(&self) -> bool {
         self.inner.borrow_mut().connection().was_ended_by_target()
+    }
+
+    /// What was wrong with what came, if that has ended the connection: told once.
+    pub(crate) fn take_breach(&self) -> Option<Breach> {
+        self.inner.borrow_mut().connection().take_breach()
     }
 
     /// Awaits the loss of the connection.

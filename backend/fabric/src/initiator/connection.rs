@@ -13,7 +13,7 @@ use super::queue::{Ended, QueueError, QueuePair, Transfer};
 use super::socket::{ConnectedQueue, Socket, plain};
 use crate::nvme::Sqe;
 use crate::nvme::bytes::low32;
-use crate::tcp::{Receiver, TermRequest};
+use crate::tcp::{FatalStatus, PduError, Receiver, TermRequest};
 use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Completed, Op, Runtime, SourceId};
 use std::rc::Rc;
@@ -57,6 +57,17 @@ pub(crate) struct Connection<T: Copy> {
     ended_by_target: bool,
     /// The error may come from memory of a request that is not there any more.
     fault: bool,
+    /// The error is the target's, or the line's.
+    breach: Option<Breach>,
+}
+
+/// What was wrong with what came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Breach {
+    /// It broke the protocol.
+    Protocol,
+    /// A digest did not fit.
+    Digest,
 }
 
 impl<T: Copy> Connection<T> {
@@ -92,6 +103,7 @@ impl<T: Copy> Connection<T> {
             error: None,
             ended_by_target: false,
             fault: false,
+            breach: None,
         };
         connection.receive();
         connection
@@ -251,6 +263,12 @@ impl<T: Copy> Connection<T> {
     /// Tells the target why, if the line is free, before the connection is given up.
     fn fail_protocol(&mut self, error: &QueueError) {
         self.ended_by_target |= self.error.is_none() && matches!(error, QueueError::Terminated(_));
+        self.breach = match error {
+            QueueError::Protocol(PduError { status: FatalStatus::HEADER_DIGEST_ERROR, .. })
+            | QueueError::Corrupted { .. } => Some(Breach::Digest),
+            QueueError::Protocol(_) => Some(Breach::Protocol),
+            QueueError::Terminated(_) => None,
+        };
         self.fail(error.to_string());
         let QueueError::Protocol(pdu) = error else { return };
         if self.sending {
@@ -269,6 +287,11 @@ impl<T: Copy> Connection<T> {
     /// Why the connection is of no use any more.
     pub(crate) fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// What was wrong with what came, if that has ended it: told once.
+    pub(crate) fn take_breach(&mut self) -> Option<Breach> {
+        self.breach.take()
     }
 
     /// Whether it may be that the memory of a request is gone.

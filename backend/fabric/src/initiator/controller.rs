@@ -117,6 +117,7 @@ impl Task {
                 Either::First(Ok(association)) => {
                     let began = self.ready(&uri);
                     let end = self.serve(&association).await;
+                    self.shared.breaches.count(association.admin.take_breach());
                     if matches!(end, End::Closed) {
                         association.admin.shut_down().await;
                     }

@@ -2,6 +2,7 @@
 //!
 //! Owns: state, geometry and trouble as others see them. Must not know: queues, bytes.
 
+use super::breaches::Breaches;
 use super::cache::Caches;
 use super::config::NvmeConfig;
 use super::controller;
@@ -75,6 +76,7 @@ pub(crate) struct Shared {
     keeping: Mutex<()>,
     pub(crate) stats: Arc<StatsSet>,
     pub(crate) caches: Arc<Caches>,
+    pub(crate) breaches: Arc<Breaches>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -296,6 +298,7 @@ impl NvmeDevice {
             keeping: Mutex::default(),
             stats: Arc::default(),
             caches,
+            breaches: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
@@ -309,7 +312,8 @@ impl NvmeDevice {
                 let now = runtime.now();
                 let until = |(number, record): &(u64, Record)| (*number, predecessor_until(record, now));
                 let until: Vec<_> = predecessors.iter().map(until).collect();
-                let lane = Lane::add(runtime, shared.notices.clone(), stats, cache, config, &until);
+                let counts = (stats, Arc::clone(&shared.breaches));
+                let lane = Lane::add(runtime, shared.notices.clone(), counts, cache, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }
@@ -418,6 +422,10 @@ impl Device for NvmeDevice {
 
     fn stats(&self) -> Arc<StatsSet> {
         Arc::clone(&self.shared.stats)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.breaches.counters()
     }
 
     fn paths(&self) -> Vec<PathView> {

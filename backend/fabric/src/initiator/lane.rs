@@ -21,6 +21,7 @@
 mod control;
 mod send;
 
+use super::breaches::Breaches;
 use super::cache::Caches;
 use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
 use super::connection::Connection;
@@ -91,6 +92,7 @@ pub(crate) struct Lane {
     runtime: Runtime,
     id: Option<SourceId>,
     stats: Arc<IoStats>,
+    breaches: Arc<Breaches>,
     caches: Arc<Caches>,
     /// Which lane of the device this is.
     index: usize,
@@ -123,7 +125,7 @@ impl Lane {
     pub(crate) fn add(
         runtime: &Runtime,
         notices: Vec<Arc<Mailbox<Notice>>>,
-        stats: Arc<IoStats>,
+        (stats, breaches): (Arc<IoStats>, Arc<Breaches>),
         (caches, index): (Arc<Caches>, usize),
         config: &NvmeConfig,
         predecessors: &[(u64, Instant)],
@@ -139,6 +141,7 @@ impl Lane {
             runtime: runtime.clone(),
             id: None,
             stats,
+            breaches,
             caches,
             index,
             write_through: config.on_cache_doubt == CacheDoubt::WriteThrough,
@@ -550,6 +553,7 @@ impl Source for Lane {
                 self.answered(path, ended);
             }
             let error = connection.error().map(str::to_owned);
+            self.breaches.count(connection.take_breach());
             let way = &mut self.ways[path];
             way.connection = Some(connection);
             if let Some(error) = error {

@@ -38,6 +38,7 @@
 
 mod admin;
 mod batch;
+mod breaches;
 mod cache;
 pub mod config;
 mod connection;

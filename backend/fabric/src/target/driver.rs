@@ -341,7 +341,14 @@ impl Driver {
             return;
         }
         self.ending = true;
-        let trouble = self.connection.take_trouble().or((!why.is_empty()).then(|| why.to_owned()));
+        let trouble = self.connection.take_trouble();
+        if let Some(why) = trouble.as_ref().filter(|_| !self.connection.was_given_up())
+            && let Some(count) = self.shared.broken.add()
+        {
+            let host = self.connection.controller().map_or("nobody", |controller| &controller.host.nqn);
+            log::warn!("a connection of {host} broke the protocol: {why}; {count} such connections");
+        }
+        let trouble = trouble.or((!why.is_empty()).then(|| why.to_owned()));
         match (self.connection.controller(), trouble) {
             (Some(controller), trouble) if self.connection.is_admin() && controller.subsystem.is_some() => {
                 let why = trouble.as_deref().unwrap_or("it closed its connection");
@@ -350,7 +357,12 @@ impl Driver {
             (Some(controller), Some(why)) => {
                 log::info!("a connection of {} ends: {why}", controller.host.nqn);
             }
-            (None, Some(why)) => log::info!("a connection without a host ends: {why}"),
+            // Anybody can make these.
+            (None, Some(why)) => {
+                if let Some(count) = self.shared.strays.add() {
+                    log::info!("a connection without a host ends: {why}; {count} such connections");
+                }
+            }
             (_, None) => {}
         }
         self.connection.close();

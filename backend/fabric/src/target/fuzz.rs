@@ -45,6 +45,9 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         memory: Arc::new(Budget::new(super::MEMORY_BYTES_MAX)),
         refusals: super::Seldom::default(),
         forbidden: super::Seldom::default(),
+        broken: super::Seldom::default(),
+        corrupted: super::Seldom::default(),
+        strays: super::Seldom::default(),
         referrals: Mutex::default(),
         keeper: None,
     })

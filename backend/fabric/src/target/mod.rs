@@ -218,6 +218,12 @@ struct Shared {
     refusals: Seldom,
     /// Connects of hosts that are not allowed.
     forbidden: Seldom,
+    /// Connections that ended because their peer broke the protocol.
+    broken: Seldom,
+    /// Commands whose data came with a wrong digest.
+    corrupted: Seldom,
+    /// Connections without a host that ended for another reason.
+    strays: Seldom,
     /// Other discovery services, which ours points to.
     referrals: Mutex<Vec<SocketAddr>>,
     /// `None`: reservations end with us.
@@ -256,6 +262,10 @@ pub struct TargetStats {
     pub connections_refused: u64,
     /// Connects of hosts that were not among the allowed ones, since the start.
     pub hosts_refused: u64,
+    /// Connections that ended because their peer broke the protocol, since the start.
+    pub protocol_errors: u64,
+    /// Commands whose data came with a wrong digest, since the start.
+    pub digest_errors: u64,
     /// What the connections have in memory.
     pub memory_bytes: usize,
 }
@@ -488,6 +498,9 @@ impl Target {
             memory: Arc::new(Budget::new(MEMORY_BYTES_MAX)),
             refusals: Seldom::default(),
             forbidden: Seldom::default(),
+            broken: Seldom::default(),
+            corrupted: Seldom::default(),
+            strays: Seldom::default(),
             referrals: Mutex::default(),
             keeper,
         });
@@ -566,6 +579,8 @@ impl Target {
             connections: self.shared.connections().len(),
             connections_refused: self.shared.refusals.count.load(Ordering::Relaxed),
             hosts_refused: self.shared.forbidden.count.load(Ordering::Relaxed),
+            protocol_errors: self.shared.broken.count.load(Ordering::Relaxed),
+            digest_errors: self.shared.corrupted.count.load(Ordering::Relaxed),
             memory_bytes: self.shared.memory.used(),
         }
     }

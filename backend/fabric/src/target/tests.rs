@@ -626,7 +626,25 @@ fn a_broken_pdu_ends_its_connection_with_the_field_and_nobody_elses() {
         assert_eq!(told.information, offset);
         assert!(matches!(peer.hear(), Heard::End));
     }
-    assert_eq!(good.call(read(0, 512), &[], &[]).0.status.code, StatusCode::SUCCESS);
+    // Data for a command that has ended.
+    let mut peer = Peer::io(rig.address, NQN, cntlid, 7, Digests::NONE, true);
+    let cid = peer.send(write(0, 32 << 10, Sgl::transport), &[], &[]);
+    let Heard::Ready(ready) = peer.hear() else { panic!("no R2T") };
+    let len = ready.len;
+    let data = DataPdu { cid, tag: ready.tag, offset: 0, len, last: true, success: false };
+    peer.host_data(data, &vec![1; len as usize]);
+    assert!(peer.end().status.is_success());
+    peer.host_data(data, &vec![2; len as usize]);
+    let Heard::Term(told) = peer.hear() else { panic!("no C2HTermReq for data that comes twice") };
+    assert_eq!((told.status, told.information), (FatalStatus::INVALID_HEADER_FIELD, 10));
+    let (cqe, data) = good.call(read(0, 512), &[], &[]);
+    assert_eq!((cqe.status.code, data), (StatusCode::SUCCESS, vec![1; 512]));
+    // The last end is counted when its connection's reactor has seen it through.
+    let stats = || rig.target.as_ref().unwrap().stats();
+    while stats().protocol_errors < 15 {
+        std::thread::yield_now();
+    }
+    assert_eq!((stats().protocol_errors, stats().digest_errors), (15, 0));
 }
 
 #[test]
@@ -645,6 +663,8 @@ fn a_data_digest_that_is_wrong_fails_the_command_alone() {
     assert_eq!((cqe.cid, cqe.status.code), (700, StatusCode::TRANSIENT_TRANSPORT_ERROR));
     let (cqe, data) = peer.call(read(0, 512), &[], &[]);
     assert_eq!((cqe.status.code, data), (StatusCode::SUCCESS, vec![0; 512]));
+    let stats = rig.target.as_ref().unwrap().stats();
+    assert_eq!((stats.protocol_errors, stats.digest_errors), (0, 1));
 }
 
 #[test]

@@ -178,6 +178,14 @@ impl Collector for Numbers {
             counter(&mut encoder, "target_connections_refused", help, |metric| {
                 one(metric, &[], target.connections_refused)
             })?;
+            let help = "Connections that ended because their peer broke the protocol";
+            counter(&mut encoder, "target_protocol_errors", help, |metric| {
+                one(metric, &[], target.protocol_errors)
+            })?;
+            let help = "Commands whose data came with a wrong digest";
+            counter(&mut encoder, "target_digest_errors", help, |metric| {
+                one(metric, &[], target.digest_errors)
+            })?;
             let help = "Connects of hosts that are not among the allowed ones";
             counter(&mut encoder, "target_hosts_refused", help, |metric| {
                 one(metric, &[], target.hosts_refused)

@@ -297,6 +297,7 @@ fn garbage_ends_the_association_and_nothing_is_lost() {
         assert_eq!(bench.client.run(Ask::read(8, 8, 512)).outcome, Ok(()));
         assert_eq!(bench.target.state().associations, round + 2);
     }
+    assert_eq!(bench.device.counters(), [("protocol_errors", 3), ("digest_errors", 0)]);
 }
 
 #[test]

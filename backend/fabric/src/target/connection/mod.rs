@@ -186,6 +186,8 @@ pub(super) struct Connection {
     actions: Vec<Action>,
     /// What was wrong, for the log.
     trouble: Option<String>,
+    /// It was we who were wrong, as the host says.
+    given_up: bool,
 }
 
 impl Connection {
@@ -231,6 +233,7 @@ impl Connection {
             sending: Batch::new(),
             actions: Vec::new(),
             trouble: None,
+            given_up: false,
         }
     }
 
@@ -396,6 +399,11 @@ impl Connection {
 
     pub(super) fn take_trouble(&mut self) -> Option<String> {
         self.trouble.take()
+    }
+
+    /// Whether the host has ended it with a terminate request.
+    pub(super) fn was_given_up(&self) -> bool {
+        self.given_up
     }
 
     /// Whether the peer's bytes are not wanted any more.

@@ -142,6 +142,7 @@ impl Connection {
             _ => {
                 let term = TermRequest::decode(&self.peek());
                 let offset = term.information;
+                self.given_up = true;
                 self.trouble = Some(format!("the host gave up: {} at offset {offset}", term.status));
                 self.receiving = Receiving::Over;
                 Ok(())
@@ -332,6 +333,10 @@ impl Connection {
         if !right {
             // The command fails; the connection goes on (TCP 3.3.1.1).
             slot.refused = Some(NvmeStatus::retryable(StatusCode::TRANSIENT_TRANSPORT_ERROR));
+            if let Some(count) = self.shared.corrupted.add() {
+                let host = self.controller.as_ref().map_or("nobody", |controller| &controller.host.nqn);
+                log::warn!("data of {host} came with a wrong digest; {count} such commands");
+            }
         }
         self.payload_complete(payload);
         true
