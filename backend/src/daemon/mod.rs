@@ -5,7 +5,7 @@
 //!
 //! Order of starting, so that a failure leaves nothing half-created: lock, run state, devices, reactors, targets, disks,
 //! API. Threads: one for each reactor; `api`; `signals`; and the main thread, which waits for news of devices and for the
-//! end. Only [`Daemon`]'s own locks are taken, none while another is held, except that `changes` is the outermost.
+//! end. Only [`Daemon`]'s own locks are taken, none while another is held, except that `changes` and `ana_changes` are outermost.
 
 pub mod api;
 mod build_id;
@@ -97,6 +97,9 @@ pub struct Daemon {
     run_state: Mutex<RunState>,
     /// Held while disks are added or removed: one change at a time.
     changes: Mutex<()>,
+    /// Held while an ANA state is kept and set: what is kept is what is in force. Not `changes`, because a disk that is removed may
+    /// take minutes.
+    ana_changes: Mutex<()>,
     disks_started: AtomicUsize,
 }
 
@@ -206,6 +209,7 @@ impl Daemon {
             target: Mutex::new(target),
             run_state: Mutex::new(run_state),
             changes: Mutex::default(),
+            ana_changes: Mutex::default(),
             disks_started: AtomicUsize::new(0),
             config,
         };

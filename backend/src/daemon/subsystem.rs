@@ -42,8 +42,7 @@ impl Daemon {
             let groups = there.iter().map(|group| group.grpid.to_string()).collect::<Vec<_>>().join(", ");
             ChangeError::Unknown(format!("{nqn} has no ANA group {grpid}, want one of {groups}"))
         })?;
-        // One after the other, so that what is kept is what is in force.
-        let _change = self.lock_changes();
+        let _one = self.ana_changes.lock().unwrap_or_else(PoisonError::into_inner);
         let setting = AnaSetting { nqn: nqn.to_owned(), port: index, group, state };
         ana::write(&self.config, &self.subsystem_views(), &setting).map_err(ChangeError::Failed)?;
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
