@@ -22,6 +22,8 @@ cargo xtask COMMAND [--yes]
   guest [FILTER | list]       the guest tests whose names contain FILTER
   soak [--minutes N] [--seed S]
                               a VM and verifying clients under every fault that there is (2 minutes), then counts
+  sim [--seeds N] [--from SEED] [--scenario NAME] | --mutations
+                              our initiator and target in the seeded simulator, on all cores; a seed that fails is named
   bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench
   fresh --suite SUITE [COMMAND]
                               demo, or another COMMAND, in a new minimal Debian (bookworm, trixie); needs root
@@ -34,10 +36,11 @@ fn main() -> ExitCode {
     process::catch_interrupts();
     let all: Vec<String> = std::env::args().skip(1).collect();
     let (command, rest) = all.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
-    // The bench has options of its own.
-    let yes = command != "bench" && rest.iter().any(|arg| arg == "--yes");
+    // These have options of their own.
+    let has_options = ["bench", "sim"].contains(&command);
+    let yes = !has_options && rest.iter().any(|arg| arg == "--yes");
     let args: Vec<&str> =
-        rest.iter().map(String::as_str).filter(|arg| command == "bench" || *arg != "--yes").collect();
+        rest.iter().map(String::as_str).filter(|arg| has_options || *arg != "--yes").collect();
     match dispatch(command, &args, yes) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -87,6 +90,7 @@ fn dispatch(command: &str, args: &[&str], yes: bool) -> std::result::Result<bool
             return Ok(counts.is_good());
         }
         ("bench", args) => bench(args)?,
+        ("sim", args) => sim(args)?,
         ("fresh", ["--suite", suite @ ("bookworm" | "trixie"), what @ ..]) => {
             packages::ensure(&packages::FRESH, yes)?;
             fresh::run_in(suite, if what.is_empty() { &["demo"] } else { what })?;
@@ -123,6 +127,17 @@ fn bench(args: &[&str]) -> Result<()> {
     let mut cargo = lab::cargo();
     cargo
         .args(["run", "--release", "--quiet", "--package", "hawser-benches", "--bin", "bench", "--"])
+        .args(args);
+    process::run(&mut cargo)
+}
+
+/// With what breaks promises on purpose built in, which costs nothing while none is broken.
+fn sim(args: &[&str]) -> Result<()> {
+    let mut cargo = lab::cargo();
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    cargo
+        .env("RUSTFLAGS", format!("{flags} --cfg hawser_mutations"))
+        .args(["test", "--profile", "sim", "--quiet", "--package", "hawser-sim", "--test", "histories", "--"])
         .args(args);
     process::run(&mut cargo)
 }

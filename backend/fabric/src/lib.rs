@@ -10,6 +10,7 @@ pub mod mem;
 pub mod null;
 pub mod nvme;
 mod pool;
+pub mod simulated;
 pub mod target;
 pub mod tcp;
 #[cfg(test)]

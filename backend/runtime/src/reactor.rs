@@ -357,6 +357,11 @@ impl Drop for Reactor {
             drop(inner.executor.take_all());
             drop(inner.sources.take());
             drop(inner.locals.take());
+            // Whoever is dropped may begin something that holds the runtime. It ends soon, because nothing runs any more.
+            for _ in 0..8 {
+                drop(inner.executor.take_all());
+                drop(inner.sources.take());
+            }
         });
     }
 }

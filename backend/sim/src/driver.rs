@@ -1,5 +1,6 @@
 //! One reactor's driver in a simulated world.
 
+use crate::net::Side;
 use crate::world::World;
 use hawser_runtime::{Completed, Driver, Fd, Instant, Op, Wait};
 use std::io;
@@ -24,7 +25,8 @@ struct Pending {
     not_before: Instant,
     /// Bytes of a send that are taken.
     sent: usize,
-    cancelled: bool,
+    /// When it was cancelled, that takes effect; it may be done before.
+    cancelled: Instant,
 }
 
 impl SimDriver {
@@ -34,6 +36,9 @@ impl SimDriver {
 
     /// Moves everything on that can move at this time, in random order.
     fn progress(&mut self) {
+        if self.under_way.is_empty() {
+            return;
+        }
         let mut pending = std::mem::take(&mut self.under_way);
         for round in (1..pending.len()).rev() {
             let other = self.world.state.borrow_mut().random.index(round + 1);
@@ -48,9 +53,19 @@ impl SimDriver {
                 self.under_way.push(entry);
                 continue;
             }
+            let sent = entry.sent;
             match self.advance(&mut entry) {
                 Some(result) => self.completed.push((entry.user, Completed { result, more: false })),
-                None => self.under_way.push(entry),
+                None => {
+                    if entry.sent > sent {
+                        // The rest goes soon, whether or not anything else happens.
+                        next = next.min(now + Duration::from_micros(1));
+                    }
+                    if entry.cancelled > now {
+                        next = next.min(entry.cancelled);
+                    }
+                    self.under_way.push(entry);
+                }
             }
         }
         self.world.state.borrow_mut().due[self.index] = next;
@@ -60,7 +75,8 @@ impl SimDriver {
     fn advance(&mut self, entry: &mut Pending) -> Option<i32> {
         let mut state = self.world.state.borrow_mut();
         let state = &mut *state;
-        if entry.cancelled && entry.sent == 0 {
+        let cancelled = entry.cancelled <= state.now;
+        if cancelled && entry.sent == 0 {
             return Some(-libc::ECANCELED);
         }
         match entry.op {
@@ -69,7 +85,11 @@ impl SimDriver {
             Op::Connect { fd, address, len } => {
                 // SAFETY: the contract of `Op`: `address` points to `len` bytes until the operation completes.
                 let address = unsafe { read_address(address, len) };
-                Some(match state.net.connect(socket_key(fd), address) {
+                if state.net.is_unreachable(address, state.now) {
+                    return None;
+                }
+                state.trace(&[1, state.now.0]);
+                Some(match state.net.connect(socket_key(fd), address, state.now) {
                     Ok(()) => 0,
                     Err(errno) => -errno,
                 })
@@ -77,6 +97,7 @@ impl SimDriver {
             Op::Accept { fd } => {
                 let listener = state.net.listeners.get_mut(usize::try_from(fd.0 - LISTENER_BASE).ok()?)?;
                 let accepted = listener.backlog.pop_front()?;
+                state.net.own(accepted, self.index);
                 Some(SOCKET_BASE + i32::try_from(accepted).unwrap_or(0))
             }
             Op::Recv { .. } | Op::Recvmsg { .. } => {
@@ -88,6 +109,7 @@ impl SimDriver {
                     Ok(Some(bytes)) => {
                         // SAFETY: the contract of `Op`: the targets are writable until the operation completes.
                         unsafe { scatter(&bytes, &targets) };
+                        state.trace(&[2, fd.0.unsigned_abs().into(), bytes.len() as u64, state.now.0]);
                         i32::try_from(bytes.len()).ok()
                     }
                 }
@@ -95,7 +117,7 @@ impl SimDriver {
             Op::Send { .. } | Op::Sendmsg { .. } => {
                 let (fd, sources) = send_sources(&entry.op);
                 let total: usize = sources.iter().map(|iovec| iovec.iov_len).sum();
-                let room = match state.net.room(socket_key(fd)) {
+                let room = match state.net.room(socket_key(fd), state.now) {
                     Ok(room) => room,
                     Err(errno) if entry.sent == 0 => return Some(-errno),
                     Err(_) => return i32::try_from(entry.sent).ok(),
@@ -104,7 +126,7 @@ impl SimDriver {
                 if left == 0 {
                     return i32::try_from(total).ok();
                 }
-                if entry.cancelled {
+                if cancelled {
                     return i32::try_from(entry.sent).ok();
                 }
                 if room == 0 {
@@ -116,6 +138,7 @@ impl SimDriver {
                 // SAFETY: the contract of `Op`: the sources are readable until the operation completes.
                 let bytes = unsafe { gather(&sources, entry.sent, take) };
                 let delay = state.random.below(u64::try_from(state.delay_max.as_nanos()).unwrap_or(1).max(1));
+                state.trace(&[3, fd.0.unsigned_abs().into(), take as u64, state.now.0]);
                 state.net.send(socket_key(fd), bytes, state.now, Duration::from_nanos(delay));
                 entry.sent += take;
                 (entry.sent == total).then(|| i32::try_from(total).unwrap_or(i32::MAX))
@@ -138,12 +161,18 @@ impl Driver for SimDriver {
         };
         let not_before = state.now + Duration::from_nanos(wait);
         drop(state);
-        self.under_way.push(Pending { user, op: *op, not_before, sent: 0, cancelled: false });
+        if let Op::PollReadable { .. } = op {
+            // Nothing ever becomes readable by itself: who posts says so by other means.
+            return;
+        }
+        self.under_way.push(Pending { user, op: *op, not_before, sent: 0, cancelled: Instant::NEVER });
     }
 
     fn cancel(&mut self, user: u64) {
+        let state = &mut *self.world.state.borrow_mut();
         for entry in self.under_way.iter_mut().filter(|entry| entry.user == user) {
-            entry.cancelled = true;
+            let wait = if state.random.chance(700) { 0 } else { state.random.below(2_000_000) };
+            entry.cancelled = entry.cancelled.min(state.now + Duration::from_nanos(wait));
         }
     }
 
@@ -175,18 +204,20 @@ impl Driver for SimDriver {
     }
 
     fn tcp_socket(&mut self, _ipv6: bool) -> io::Result<Fd> {
-        let key = self.world.state.borrow_mut().net.socket();
+        let key = self.world.state.borrow_mut().net.socket(self.index, Side::Host);
         Ok(Fd(SOCKET_BASE + i32::try_from(key).unwrap_or(0)))
     }
 
     fn close(&mut self, fd: Fd) {
         let named = self.under_way.iter().any(|entry| op_fd(&entry.op) == Some(fd));
         assert!(!named, "a socket is closed while an operation names it");
-        self.world.state.borrow_mut().net.close(socket_key(fd));
+        let state = &mut *self.world.state.borrow_mut();
+        state.net.close(socket_key(fd), state.now, &mut state.random);
     }
 
     fn shutdown(&mut self, fd: Fd) {
-        self.world.state.borrow_mut().net.shutdown(socket_key(fd));
+        let state = &mut *self.world.state.borrow_mut();
+        state.net.shutdown(socket_key(fd), state.now, &mut state.random);
     }
 }
 
@@ -266,15 +297,17 @@ unsafe fn scatter(mut bytes: &[u8], targets: &[libc::iovec]) {
 /// # Safety
 /// `sources` are readable.
 unsafe fn gather(sources: &[libc::iovec], mut skip: usize, len: usize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(len);
+    let mut bytes: Vec<u8> = Vec::with_capacity(len);
     for source in sources {
         let from = skip.min(source.iov_len);
         skip -= from;
         let take = (source.iov_len - from).min(len - bytes.len());
         let start = source.iov_base.cast::<u8>().wrapping_add(from);
-        for index in 0..take {
-            // SAFETY: the caller's promise; byte by byte and volatile, since the owner may change it meanwhile.
-            bytes.push(unsafe { start.add(index).read_volatile() });
+        let len = bytes.len();
+        // SAFETY: the caller's promise; there is room for `take` more, which are written before they count.
+        unsafe {
+            start.copy_to_nonoverlapping(bytes.as_mut_ptr().add(len), take);
+            bytes.set_len(len + take);
         }
     }
     bytes

@@ -17,10 +17,11 @@
 
 pub mod disk;
 mod driver;
-mod net;
+pub mod net;
 pub mod random;
 pub mod world;
 
 pub use disk::SimDisk;
+pub use net::{Side, Sides};
 pub use random::Random;
 pub use world::{World, WorldConfig};

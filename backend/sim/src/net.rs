@@ -1,4 +1,7 @@
 //! TCP as a program sees it: two pipes of bytes with delay and a window, refusals, resets, silence.
+//!
+//! Faults are asked for by the address that is connected to, and by side: the host connected, the target listens. What is
+//! on its way may be held in the network for a while, as a middle box or a queue does, and arrive when nobody expects it.
 
 use crate::random::Random;
 use hawser_runtime::Instant;
@@ -6,12 +9,38 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+/// One end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Who connected.
+    Host,
+    /// Who listens.
+    Target,
+}
+
+/// Which ends a fault meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sides {
+    /// One of them.
+    One(Side),
+    /// Both.
+    Both,
+}
+
+impl Sides {
+    fn has(self, side: Side) -> bool {
+        self == Sides::Both || self == Sides::One(side)
+    }
+}
+
 /// Bytes on their way in one direction.
 #[derive(Default)]
 struct Pipe {
     segments: VecDeque<(Instant, Vec<u8>)>,
     in_flight: usize,
     last_arrival: Instant,
+    /// Nothing of it arrives before, its end neither.
+    held_until: Instant,
     /// The sender will send no more; the receiver sees the end after the bytes.
     ended: bool,
 }
@@ -24,16 +53,21 @@ enum Life {
     /// Made, not connected.
     New,
     Open,
-    /// Both ends see ECONNRESET from now on.
+    /// This end sees ECONNRESET from now on.
     Reset,
 }
 
 /// One end of a connection, or a socket that will become one.
 pub(crate) struct Socket {
     life: Life,
+    side: Side,
+    /// The reactor that it lives on; it dies with it.
+    owner: usize,
     peer: Option<usize>,
     incoming: Pipe,
-    /// Who listens, of the connection's server side: faults are asked for by address.
+    /// It was shut down by its owner.
+    shut: bool,
+    /// Who listens: faults are asked for by address.
     address: Option<SocketAddr>,
 }
 
@@ -45,28 +79,56 @@ pub(crate) struct Listener {
     pub(crate) down: bool,
 }
 
+/// Nothing passes to one side.
+struct Silence {
+    address: SocketAddr,
+    /// The side that hears nothing.
+    side: Side,
+    until: Instant,
+}
+
 /// All sockets of a world. Keys are never used again.
 #[derive(Default)]
 pub(crate) struct Net {
     sockets: Vec<Option<Socket>>,
+    /// Those of them that may still be there.
+    open: Vec<usize>,
     pub(crate) listeners: Vec<Listener>,
-    /// Addresses through which nothing passes until the time given: bytes wait, as TCP would retransmit them.
-    silences: Vec<(SocketAddr, Instant)>,
+    silences: Vec<Silence>,
+    /// When connections were asked for, by address.
+    pub(crate) connects: Vec<(SocketAddr, Instant)>,
+    /// In 1000 connections that a host ends, how many times its end is lost on the way, with what it sent held up.
+    pub(crate) lost_ends_permille: u64,
 }
 
 impl Net {
-    pub(crate) fn socket(&mut self) -> usize {
+    pub(crate) fn socket(&mut self, owner: usize, side: Side) -> usize {
         self.sockets.push(Some(Socket {
             life: Life::New,
+            side,
+            owner,
             peer: None,
             incoming: Pipe::default(),
+            shut: false,
             address: None,
         }));
-        self.sockets.len() - 1
+        let key = self.sockets.len() - 1;
+        self.open.push(key);
+        key
     }
 
     fn get(&mut self, key: usize) -> Option<&mut Socket> {
         self.sockets.get_mut(key)?.as_mut()
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Socket> {
+        self.sockets.iter_mut().flatten()
+    }
+
+    pub(crate) fn own(&mut self, key: usize, owner: usize) {
+        if let Some(socket) = self.get(key) {
+            socket.owner = owner;
+        }
     }
 
     pub(crate) fn listen(&mut self, address: SocketAddr) -> usize {
@@ -74,11 +136,17 @@ impl Net {
         self.listeners.len() - 1
     }
 
-    /// Connects `key` to whoever listens at `address`.
-    pub(crate) fn connect(&mut self, key: usize, address: SocketAddr) -> Result<(), i32> {
-        let listener = self.listeners.iter().position(|l| l.address == address && !l.down);
+    /// Whether a connection's beginning is on its way to `address` in vain.
+    pub(crate) fn is_unreachable(&self, address: SocketAddr, now: Instant) -> bool {
+        self.silences.iter().any(|silence| silence.address == address && silence.until > now)
+    }
+
+    /// Connects `key` to whoever listens at `address`: the newest listener there.
+    pub(crate) fn connect(&mut self, key: usize, address: SocketAddr, now: Instant) -> Result<(), i32> {
+        self.connects.push((address, now));
+        let listener = self.listeners.iter().rposition(|l| l.address == address && !l.down);
         let Some(listener) = listener else { return Err(libc::ECONNREFUSED) };
-        let server = self.socket();
+        let server = self.socket(usize::MAX, Side::Target);
         for (end, peer) in [(key, server), (server, key)] {
             let socket = self.get(end).ok_or(libc::EBADF)?;
             socket.life = Life::Open;
@@ -90,15 +158,26 @@ impl Net {
     }
 
     /// How many bytes `key` may send now; an error when it is not connected.
-    pub(crate) fn room(&mut self, key: usize) -> Result<usize, i32> {
+    pub(crate) fn room(&mut self, key: usize, now: Instant) -> Result<usize, i32> {
         let socket = self.get(key).ok_or(libc::EBADF)?;
-        let (life, peer) = (socket.life, socket.peer);
-        match (life, peer.and_then(|peer| self.get(peer))) {
-            (Life::Reset, _) => Err(libc::ECONNRESET),
-            (Life::New, _) => Err(libc::ENOTCONN),
-            (Life::Open, None) => Err(libc::EPIPE),
-            (Life::Open, Some(peer)) if peer.incoming.ended => Err(libc::EPIPE),
-            (Life::Open, Some(peer)) => Ok(WINDOW.saturating_sub(peer.incoming.in_flight)),
+        let (life, peer, shut) = (socket.life, socket.peer, socket.shut);
+        match life {
+            Life::Reset => return Err(libc::ECONNRESET),
+            Life::New => return Err(libc::ENOTCONN),
+            Life::Open if shut => return Err(libc::EPIPE),
+            Life::Open => {}
+        }
+        // Where nothing comes back, nobody tells that the other end is gone.
+        let deaf = self.silent_until(key).is_some_and(|until| until > now);
+        let Some(key) = peer else { return Err(libc::EPIPE) };
+        let peer = self.get(key).filter(|peer| !deaf || (peer.life == Life::Open && !peer.shut));
+        match peer {
+            None if deaf => Ok(WINDOW),
+            None => Err(libc::EPIPE),
+            // It answers with a reset, from now on.
+            Some(peer) if peer.life == Life::Reset => Err(libc::ECONNRESET),
+            Some(peer) if peer.shut => Err(libc::EPIPE),
+            Some(peer) => Ok(WINDOW.saturating_sub(peer.incoming.in_flight)),
         }
     }
 
@@ -106,6 +185,9 @@ impl Net {
     pub(crate) fn send(&mut self, key: usize, bytes: Vec<u8>, now: Instant, delay: Duration) {
         let Some(peer) = self.get(key).and_then(|socket| socket.peer) else { return };
         let Some(peer) = self.get(peer) else { return };
+        if peer.life == Life::Reset || peer.shut || peer.incoming.ended {
+            return;
+        }
         let arrival = (now + delay).max(peer.incoming.last_arrival);
         peer.incoming.last_arrival = arrival;
         peer.incoming.in_flight += bytes.len();
@@ -127,10 +209,10 @@ impl Net {
             Life::Reset => return Err(libc::ECONNRESET),
             Life::Open => {}
         }
-        if silent {
+        let pipe = &mut socket.incoming;
+        if !socket.shut && (silent || pipe.held_until > now) {
             return Ok(None);
         }
-        let pipe = &mut socket.incoming;
         let mut arrived = Vec::new();
         while arrived.len() < len && pipe.segments.front().is_some_and(|(at, _)| *at <= now) {
             let (at, mut segment) = pipe.segments.pop_front().unwrap_or_default();
@@ -154,35 +236,107 @@ impl Net {
         Ok(Some(arrived))
     }
 
-    /// Ends both directions, as `shutdown(SHUT_RDWR)`.
-    pub(crate) fn shutdown(&mut self, key: usize) {
-        let Some(socket) = self.get(key) else { return };
-        socket.incoming.ended = true;
-        socket.incoming.segments.clear();
-        socket.incoming.in_flight = 0;
-        let peer = socket.peer;
+    /// Ends both directions, as `shutdown(SHUT_RDWR)`. What a host's end sent before may be held up, and its end lost.
+    pub(crate) fn shutdown(&mut self, key: usize, now: Instant, random: &mut Random) {
+        let lost_ends_permille = self.lost_ends_permille;
+        let Some(socket) = self.get(key).filter(|socket| !socket.shut) else { return };
+        socket.shut = true;
+        socket.incoming = Pipe { ended: true, ..Pipe::default() };
+        let (peer, side) = (socket.peer, socket.side);
+        let is_lost = side == Side::Host && lost_ends_permille > 0 && random.chance(lost_ends_permille);
         if let Some(peer) = peer.and_then(|peer| self.get(peer)) {
-            peer.incoming.ended = true;
+            if is_lost {
+                let bound = random_bound(random);
+                let hold = Duration::from_millis(1 + random.below(bound));
+                peer.incoming.held_until = peer.incoming.held_until.max(now + hold);
+            } else {
+                peer.incoming.ended = true;
+            }
         }
     }
 
-    pub(crate) fn close(&mut self, key: usize) {
-        self.shutdown(key);
+    pub(crate) fn close(&mut self, key: usize, now: Instant, random: &mut Random) {
+        self.shutdown(key, now, random);
         if let Some(place) = self.sockets.get_mut(key) {
             *place = None;
         }
+        self.open.retain(|other| *other != key);
     }
 
-    /// Resets every connection to `address`, and loses the bytes under way.
-    pub(crate) fn reset_all(&mut self, address: SocketAddr) {
-        for socket in self.sockets.iter_mut().flatten() {
-            if socket.address == Some(address) && socket.life == Life::Open {
-                socket.life = Life::Reset;
-                socket.incoming = Pipe::default();
+    /// Closes everything of a reactor, as the kernel does for a process that is killed.
+    pub(crate) fn kill(&mut self, owner: usize, now: Instant, random: &mut Random) {
+        let of_owner = |key: &usize| self.sockets[*key].as_ref().is_some_and(|s| s.owner == owner);
+        let keys: Vec<_> = self.open.iter().copied().filter(of_owner).collect();
+        for key in keys {
+            self.close(key, now, random);
+        }
+    }
+
+    /// Resets connections to `address` at these ends, all or each by chance: what was on its way to such an end is lost. What is
+    /// on its way to the other end arrives, but not before `hold` is over.
+    pub(crate) fn reset(
+        &mut self,
+        address: SocketAddr,
+        sides: Sides,
+        (each_permille, hold): (u64, Duration),
+        now: Instant,
+        random: &mut Random,
+    ) {
+        let mut chosen = std::collections::BTreeSet::new();
+        for at in 0..self.open.len() {
+            let key = self.open[at];
+            let Some(socket) = self.get(key).filter(|s| s.address == Some(address)) else { continue };
+            let pair = key.min(socket.peer.unwrap_or(key));
+            // Both ends of a connection share its fate.
+            if socket.side == Side::Host && (each_permille >= 1000 || random.chance(each_permille)) {
+                chosen.insert(pair);
+            }
+            if socket.side == Side::Target && each_permille >= 1000 {
+                chosen.insert(pair);
             }
         }
-        for listener in self.listeners.iter_mut().filter(|listener| listener.address == address) {
-            listener.backlog.clear();
+        for socket_key in self.open.clone() {
+            let Some(socket) = self.get(socket_key) else { continue };
+            let pair = socket_key.min(socket.peer.unwrap_or(socket_key));
+            if socket.life != Life::Open || !chosen.contains(&pair) {
+                continue;
+            }
+            if sides.has(socket.side) {
+                socket.life = Life::Reset;
+                socket.incoming = Pipe::default();
+            } else {
+                socket.incoming.held_until = socket.incoming.held_until.max(now + hold);
+            }
+        }
+        if sides == Sides::Both {
+            for listener in self.listeners.iter_mut().filter(|listener| listener.address == address) {
+                listener.backlog.clear();
+            }
+        }
+    }
+
+    /// Ends one direction of connections to `address`, each by chance: that side sees the end, after what is on its way.
+    pub(crate) fn half_close(&mut self, address: SocketAddr, side: Side, permille: u64, random: &mut Random) {
+        for socket in self.all().filter(|s| s.address == Some(address) && s.side == side) {
+            if random.chance(permille) {
+                socket.incoming.ended = true;
+            }
+        }
+    }
+
+    /// Holds what is on its way, and what will be, to that side of connections to `address`, each by chance.
+    pub(crate) fn hold(
+        &mut self,
+        address: SocketAddr,
+        side: Side,
+        permille: u64,
+        until: Instant,
+        random: &mut Random,
+    ) {
+        for socket in self.all().filter(|s| s.address == Some(address) && s.side == side) {
+            if random.chance(permille) {
+                socket.incoming.held_until = socket.incoming.held_until.max(until);
+            }
         }
     }
 
@@ -202,19 +356,42 @@ impl Net {
         true
     }
 
-    pub(crate) fn silence(&mut self, address: SocketAddr, until: Instant) {
-        self.silences.push((address, until));
+    pub(crate) fn silence(&mut self, address: SocketAddr, sides: Sides, until: Instant) {
+        for side in [Side::Host, Side::Target] {
+            if sides.has(side) {
+                self.silences.push(Silence { address, side, until });
+            }
+        }
+    }
+
+    /// All silences end now; what was held arrives.
+    pub(crate) fn end_silences(&mut self, now: Instant) {
+        self.silences.clear();
+        for socket in self.all() {
+            socket.incoming.held_until = socket.incoming.held_until.min(now);
+        }
     }
 
     fn silent_until(&mut self, key: usize) -> Option<Instant> {
-        let address = self.get(key)?.address?;
-        self.silences.iter().filter(|(other, _)| *other == address).map(|(_, until)| *until).max()
+        let (address, side) = self.get(key).and_then(|socket| Some((socket.address?, socket.side)))?;
+        let meets = |silence: &&Silence| silence.address == address && silence.side == side;
+        self.silences.iter().filter(meets).map(|silence| silence.until).max()
     }
 
     /// The next time at which something arrives or a silence ends.
     pub(crate) fn next_event(&self, now: Instant) -> Option<Instant> {
-        let arrivals = self.sockets.iter().flatten().filter_map(|socket| socket.incoming.segments.front());
-        let times = arrivals.map(|(at, _)| *at).chain(self.silences.iter().map(|(_, until)| *until));
+        let sockets = self.open.iter().filter_map(|key| self.sockets[*key].as_ref());
+        let arrivals = sockets.filter_map(|socket| {
+            let pipe = &socket.incoming;
+            let first = pipe.segments.front().map(|(at, _)| (*at).max(pipe.held_until));
+            first.or((pipe.held_until > now).then_some(pipe.held_until))
+        });
+        let times = arrivals.chain(self.silences.iter().map(|silence| silence.until));
         times.filter(|at| *at > now).min()
     }
+}
+
+/// Holds are mostly short, and sometimes longer than a keep-alive.
+fn random_bound(random: &mut Random) -> u64 {
+    [20, 400, 3_000, 12_000][random.index(4)]
 }

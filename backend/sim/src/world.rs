@@ -1,9 +1,9 @@
 //! The world: one clock, one network, and the reactors that live in it.
 
 use crate::driver::SimDriver;
-use crate::net::Net;
+use crate::net::{Net, Side, Sides};
 use crate::random::Random;
-use hawser_runtime::{Fd, Instant, Reactor, ReactorConfig, Runtime};
+use hawser_runtime::{Fd, Instant, Reactor, ReactorConfig, ReactorHandle, Runtime};
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -31,10 +31,22 @@ pub(crate) struct State {
     pub(crate) random: Random,
     pub(crate) net: Net,
     pub(crate) delay_max: Duration,
+    /// By index; those that were killed too.
+    pub(crate) reactors: Vec<ReactorHandle>,
     /// When each reactor wants to be woken.
     pub(crate) wake_at: Vec<Instant>,
     /// When operations under way end.
     pub(crate) due: Vec<Instant>,
+    trace: u64,
+}
+
+impl State {
+    /// Takes down that something happened.
+    pub(crate) fn trace(&mut self, what: &[u64]) {
+        for word in what {
+            self.trace = (self.trace.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        }
+    }
 }
 
 /// A simulated world. Cheap to clone: all clones are the same world.
@@ -55,8 +67,10 @@ impl World {
             random: Random::new(config.seed),
             net: Net::default(),
             delay_max: config.delay_max,
+            reactors: Vec::new(),
             wake_at: Vec::new(),
             due: Vec::new(),
+            trace: 0,
         };
         World { state: Rc::new(RefCell::new(state)) }
     }
@@ -74,7 +88,10 @@ impl World {
             state.wake_at.len() - 1
         };
         let driver = SimDriver::new(self.clone(), index);
-        Reactor::simulated(ReactorConfig::default(), Box::new(driver)).expect("an eventfd for the inbox")
+        let reactor = Reactor::simulated(ReactorConfig::default(), Box::new(driver));
+        let reactor = reactor.expect("an eventfd for the inbox");
+        self.state.borrow_mut().reactors.push(reactor.runtime().handle());
+        reactor
     }
 
     /// A listening socket for [`hawser_runtime::Op::Accept`].
@@ -96,9 +113,78 @@ impl World {
         self.state.borrow_mut().random.below(bound)
     }
 
+    /// A number that follows from everything that has happened: the same seed gives the same one.
+    #[must_use]
+    pub fn trace(&self) -> u64 {
+        self.state.borrow().trace
+    }
+
+    /// Takes down in the trace what a scenario has done or seen.
+    pub fn note(&self, what: &[u64]) {
+        self.state.borrow_mut().trace(what);
+    }
+
+    /// Ends the life of a reactor as `kill -9` does its process's: at once, and the kernel closes its sockets.
+    pub fn kill(&self, reactor: Reactor) {
+        let index = {
+            let state = &mut *self.state.borrow_mut();
+            let index = state.reactors.iter().position(|handle| handle.same(&reactor.runtime().handle()));
+            if let Some(index) = index {
+                state.net.kill(index, state.now, &mut state.random);
+            }
+            index
+        };
+        crate::disk::kill(reactor.runtime());
+        reactor.runtime().stop();
+        drop(reactor);
+        if let Some(index) = index {
+            let state = &mut *self.state.borrow_mut();
+            state.wake_at[index] = Instant::NEVER;
+            state.due[index] = Instant::NEVER;
+        }
+    }
+
     /// Resets every connection to `address`: bytes under way are lost.
     pub fn reset_connections(&self, address: SocketAddr) {
-        self.state.borrow_mut().net.reset_all(address);
+        self.reset(address, Sides::Both, 1000, Duration::ZERO);
+    }
+
+    /// Resets connections to `address` at these ends, all or each by chance. What was on its way to the other end, if that is
+    /// not reset, is held for so long and arrives then.
+    pub fn reset(&self, address: SocketAddr, sides: Sides, permille: u64, hold: Duration) {
+        let state = &mut *self.state.borrow_mut();
+        state.net.reset(address, sides, (permille, hold), state.now, &mut state.random);
+    }
+
+    /// Ends one direction of connections to `address`, each by chance: that side sees the end of them.
+    pub fn half_close(&self, address: SocketAddr, side: Side, permille: u64) {
+        let state = &mut *self.state.borrow_mut();
+        state.net.half_close(address, side, permille, &mut state.random);
+    }
+
+    /// Holds what is on its way to that side of connections to `address`, and what will be, each connection by chance.
+    pub fn hold(&self, address: SocketAddr, side: Side, permille: u64, duration: Duration) {
+        let state = &mut *self.state.borrow_mut();
+        let until = state.now + duration;
+        state.net.hold(address, side, permille, until, &mut state.random);
+    }
+
+    /// In so many of 1000 connections that a host ends, that is lost on the way and what it sent before is held up.
+    pub fn lose_ends(&self, permille: u64) {
+        self.state.borrow_mut().net.lost_ends_permille = permille;
+    }
+
+    /// Ends all silences and holds.
+    pub fn clear_network(&self) {
+        let state = &mut *self.state.borrow_mut();
+        state.net.lost_ends_permille = 0;
+        state.net.end_silences(state.now);
+    }
+
+    /// When connections were asked for, and where.
+    #[must_use]
+    pub fn connects(&self) -> Vec<(SocketAddr, Instant)> {
+        self.state.borrow().net.connects.clone()
     }
 
     /// Changes a bit of a byte on its way to or from `address`, past TCP's own checksum; says whether there was any.
@@ -109,9 +195,14 @@ impl World {
 
     /// Lets nothing through to or from `address` for `duration`; nothing is lost.
     pub fn silence(&self, address: SocketAddr, duration: Duration) {
+        self.silence_to(address, Sides::Both, duration);
+    }
+
+    /// Lets nothing arrive at these ends of connections to `address` for `duration`; nothing is lost.
+    pub fn silence_to(&self, address: SocketAddr, sides: Sides, duration: Duration) {
         let mut state = self.state.borrow_mut();
         let until = state.now + duration;
-        state.net.silence(address, until);
+        state.net.silence(address, sides, until);
     }
 
     /// Refuses new connections to `address` from now on, or takes them again.
@@ -131,20 +222,36 @@ impl World {
         &self,
         reactors: &mut [Reactor],
         deadline: Duration,
-        mut done: impl FnMut() -> bool,
+        done: impl FnMut() -> bool,
     ) -> Result<(), String> {
         let deadline = self.now() + deadline;
+        match self.run_until(reactors, deadline, done)? {
+            true => Ok(()),
+            false => Err(format!("not done by {deadline:?}")),
+        }
+    }
+
+    /// Steps the reactors until `done` says so, or until it is `at`; says whether it is done.
+    ///
+    /// # Errors
+    /// When reactors are busy for ever without time passing.
+    pub fn run_until(
+        &self,
+        reactors: &mut [Reactor],
+        at: Instant,
+        mut done: impl FnMut() -> bool,
+    ) -> Result<bool, String> {
         let mut steps_at_this_time = 0u32;
         loop {
             let mut busy = false;
-            let first = usize::try_from(self.below(reactors.len() as u64)).unwrap_or(0);
             let count = reactors.len();
+            let first = usize::try_from(self.below(count.max(1) as u64)).unwrap_or(0);
             for turn in 0..count {
                 let reactor = &mut reactors[(first + turn) % count];
                 let runtime: Runtime = reactor.runtime().clone();
                 busy |= runtime.enter(|| reactor.step());
                 if done() {
-                    return Ok(());
+                    return Ok(true);
                 }
             }
             if busy {
@@ -157,15 +264,12 @@ impl World {
             steps_at_this_time = 0;
             let mut state = self.state.borrow_mut();
             let now = state.now;
+            if now >= at {
+                return Ok(false);
+            }
             let waits = state.wake_at.iter().chain(state.due.iter()).copied();
             let next = waits.chain(state.net.next_event(now)).filter(|at| *at > now).min();
-            match next {
-                None | Some(Instant::NEVER) => {
-                    return Err(format!("nothing will ever happen again, at {now:?}"));
-                }
-                Some(at) if at > deadline => return Err(format!("not done by {deadline:?}")),
-                Some(at) => state.now = at,
-            }
+            state.now = next.map_or(at, |next| next.min(at));
         }
     }
 }

@@ -28,6 +28,7 @@ use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
 use crate::nvme::identify::{OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK};
 use crate::nvme::vendor::Vendor;
+use crate::simulated::is_broken;
 use crate::uri::NvmeUri;
 use hawser_runtime::{Instant, Runtime};
 use std::collections::BTreeSet;
@@ -168,6 +169,7 @@ impl Task {
     /// Takes down what is known of the commands of an association that is over.
     async fn leave(&mut self, association: &Association, end: &End) {
         let Association { number, admin, record, identity, .. } = association;
+        self.shared.caches.end(self.path);
         if matches!(end, End::Closed) {
             self.shared.died(*number, None);
             let _ = self.shared.remember().await;
@@ -215,6 +217,9 @@ impl Task {
         let whole = RECONNECT_FIRST * 2u32.saturating_pow(self.attempts.min(16));
         let whole = whole.min(self.timers().reconnect_delay);
         self.attempts += 1;
+        if is_broken("reconnect_at_once") {
+            return Duration::from_millis(1);
+        }
         let permille = 500 + low32(self.runtime.random() % 501);
         whole * permille / 1000
     }
@@ -348,9 +353,17 @@ impl Task {
             instance: ControllerInstance::of(controller),
             lives,
         };
+        let cache = Vendor::of(controller).and_then(|vendor| vendor.cache_identity);
+        if self.shared.caches.begin(self.path, cache) {
+            log::error!(
+                "{}: a volatile cache may have been lost with writes that were not flushed: the next FLUSH fails",
+                self.label()
+            );
+        }
         // Before the first command, so that a process after us knows where it may be.
         self.shared.born(self.number, record.clone());
         if let Err(why) = self.shared.remember().await {
+            self.shared.caches.end(self.path);
             self.shared.died(self.number, None);
             return Err(End::Trouble(why));
         }
@@ -364,13 +377,6 @@ impl Task {
             if !is_reset && unquiet.is_quiet(&record, connect_waits) {
                 self.shared.quiet(unquiet.association);
             }
-        }
-        let cache = Vendor::of(controller).and_then(|vendor| vendor.cache_identity);
-        if self.shared.caches.begin(self.path, cache) {
-            log::error!(
-                "{}: a volatile cache may have been lost with writes that were not flushed: the next FLUSH fails",
-                self.label()
-            );
         }
         let start = Start {
             association: self.number,

@@ -3,15 +3,16 @@
 //! Owns: state, geometry and trouble as others see them. Must not know: queues, bytes.
 
 use super::breaches::Breaches;
-use super::cache::Caches;
-use super::config::NvmeConfig;
+use super::cache::{Caches, Inheritance};
+use super::config::{CacheDoubt, NvmeConfig};
 use super::controller;
 use super::geometry::Known;
 use super::lane::{Lane, LaneChannel, Lanes, Notice};
-use super::quiet::{self, Record, Unquiet};
+use super::quiet::{self, Kept, Record, Unquiet};
 use super::reserve;
 use super::signal::Mailbox;
 use crate::nvme::ana::AnaState;
+use crate::simulated::is_broken;
 use crate::uri::NvmeUri;
 use hawser_block::reservation::{ReservationCommand, ReservationStatus, ReserveError};
 use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
@@ -191,11 +192,14 @@ impl Shared {
             let one = lock(&shared.keeping);
             let mut records: Vec<_> = lock(&shared.live).values().cloned().collect();
             records.extend(lock(&shared.unquiet).iter().map(|unquiet| unquiet.record.clone()));
-            let kept = quiet::keep(&file, &records);
+            if is_broken("keep_old_associations") && file.exists() {
+                records.clear();
+            }
+            let kept = quiet::keep(&file, &Kept { records, caches: shared.caches.bequeath() });
             drop(one);
             post.post(kept);
         };
-        std::thread::Builder::new().name("keep".into()).spawn(keep)?;
+        Runtime::current().on_thread("keep", keep)?;
         done.next().await
     }
 
@@ -281,9 +285,9 @@ impl NvmeDevice {
             trouble: format!("{}: connecting to {}", config.name, uri.address),
         };
         let status = Status { known: None, paths: config.paths.iter().map(path).collect() };
-        let predecessors = predecessors(&config);
+        let (predecessors, inherited) = predecessors(&config);
         let paths = config.paths.len();
-        let caches = Arc::new(Caches::new(paths, distinct.len(), config.on_cache_doubt));
+        let caches = Arc::new(Caches::new((paths, distinct.len()), config.on_cache_doubt, inherited));
         let shared = Arc::new(Shared {
             key: KEYS.fetch_add(1, Ordering::Relaxed),
             config,
@@ -336,17 +340,21 @@ impl NvmeDevice {
 /// Numbers below this are associations of a process before us.
 const PREDECESSORS: u64 = 1 << 32;
 
-/// The associations that a process before us may have left behind.
-fn predecessors(config: &NvmeConfig) -> Vec<(u64, Record)> {
-    if !config.had_predecessor {
-        return Vec::new();
+/// The associations that a process before us may have left behind, and what it may have left in caches.
+fn predecessors(config: &NvmeConfig) -> (Vec<(u64, Record)>, Inheritance) {
+    if !config.had_predecessor || is_broken("forget_predecessors") {
+        return (Vec::new(), Inheritance::default());
     }
     let kept = config.record.as_deref().and_then(quiet::kept);
-    let records = kept.unwrap_or_else(|| {
+    let Kept { records, caches } = kept.unwrap_or_else(|| {
         let lives = quiet::lives(&config.timers, 0);
-        vec![Record { address: None, subsystem_nqn: String::new(), instance: None, lives }]
+        let record = Record { address: None, subsystem_nqn: String::new(), instance: None, lives };
+        Kept { records: vec![record], caches: Inheritance::default() }
     });
-    (0..).zip(records).collect()
+    // Whose caches those writes are in, nothing tells.
+    let in_doubt = config.on_cache_doubt == CacheDoubt::FailFlush && caches.caches.is_empty();
+    let caches = Inheritance { lost: caches.lost || in_doubt, ..caches };
+    ((0..).zip(records).collect(), caches)
 }
 
 /// Until when the commands of a predecessor's association may live. Of one of which we know nothing, a controller says.

@@ -30,6 +30,8 @@ pub(super) struct Held {
     pub(super) only: Option<(usize, u64)>,
     /// How many writes it reaches there.
     pub(super) written: u64,
+    /// Of a flush: how many losses of caches were told when it came.
+    pub(super) told: u64,
     /// It is a piece of this one.
     pub(super) whole: Option<usize>,
 }
@@ -50,6 +52,7 @@ impl Held {
             aborted: false,
             only: None,
             written: 0,
+            told: 0,
             whole: None,
         }
     }

@@ -35,6 +35,7 @@ use super::way::Way;
 use crate::leaf;
 use crate::nvme::ana::AnaState;
 use crate::nvme::{NvmeStatus, StatusCode};
+use crate::simulated::is_broken;
 use control::Control;
 pub(crate) use control::{Ask, Reply};
 use hawser_block::reservation::ReserveError;
@@ -114,6 +115,8 @@ pub(crate) struct Lane {
     pending: VecDeque<Held>,
     delayed: Vec<(Instant, Held)>,
     sequence: u64,
+    /// Flushes wait, at most until then; or none does.
+    flushes_wait_until: Instant,
     wholes: Wholes,
     channels: Slab<ChannelState>,
     controls: BTreeMap<u64, Control>,
@@ -157,6 +160,7 @@ impl Lane {
             pending: VecDeque::with_capacity(1024),
             delayed: Vec::new(),
             sequence: 0,
+            flushes_wait_until: Instant::NEVER,
             wholes: Wholes::default(),
             channels: Slab::default(),
             controls: BTreeMap::new(),
@@ -267,11 +271,14 @@ impl Lane {
                     }
                     continue;
                 }
-                held.unknown = begun.then_some(association);
+                held.unknown = (begun && !is_broken("resend_before_quiet")).then_some(association);
                 // Sent again it would end the next association too, for all users of this lane.
                 held.aborted |= may_be_fault && !probe::is_there(&held.request.buffers);
                 ghosts |= held.is_unknown_write();
                 self.pending.push_back(held);
+            }
+            if is_broken("lose_unanswered") {
+                self.pending.pop_back();
             }
             self.pending.make_contiguous().sort_by_key(|held| held.sequence);
             if ghosts {
@@ -343,7 +350,10 @@ impl Lane {
             channel.outstanding += batch.len();
         }
         for request in batch.drain(..) {
-            let held = Held::new(request, channel, self.sequence, now);
+            let mut held = Held::new(request, channel, self.sequence, now);
+            if request.operation == Operation::Flush {
+                held.told = self.caches.told();
+            }
             self.sequence += 1;
             let checked = match &self.offered {
                 None => Err(Status::Path),
@@ -391,6 +401,9 @@ impl Lane {
             return self.control_answered(path, held, ended.answer);
         }
         if ended.answer.status.is_success() {
+            if is_broken("end_twice") && self.sequence.is_multiple_of(64) {
+                self.end(&held, Ok(()));
+            }
             let volatile = match held.request.operation {
                 Operation::Read => false,
                 Operation::Flush => {
@@ -400,7 +413,7 @@ impl Lane {
                 Operation::Write { fua } | Operation::WriteZeroes { fua, .. } => !fua && !self.write_through,
                 Operation::Discard => true,
             };
-            if volatile && self.ways[path].has_cache {
+            if volatile && self.ways[path].has_cache && !is_broken("forget_dirty_caches") {
                 self.caches.wrote(path, self.index);
             }
             return self.end(&held, Ok(()));
@@ -426,7 +439,7 @@ impl Lane {
         }
         // A namespace that moves between controllers is not a failure: another path is taken, or it is waited for.
         let ana = AnaState::ALL.into_iter().find(|state| state.refusal() == Some(code));
-        if let Some(state) = ana {
+        if let Some(state) = ana.filter(|_| !is_broken("fail_where_inaccessible")) {
             let way = &mut self.ways[path];
             if let Some(start) = way.started.as_mut().filter(|start| start.ana.is_some()) {
                 start.ana = Some(state);
@@ -435,7 +448,7 @@ impl Lane {
             held.moves = held.moves.saturating_add(1);
             return Some(RETRY_DELAY * u32::from(held.moves.min(11) - 1));
         }
-        if held.tries >= TRIES_MAX {
+        if held.tries >= TRIES_MAX || is_broken("give_up_at_once") {
             return None;
         }
         held.tries += 1;
@@ -493,9 +506,9 @@ impl Lane {
 
     /// Says when to look again.
     fn schedule(&mut self) {
-        let waits =
-            self.delayed.iter().map(|(at, _)| *at).chain(self.ghosts.iter().map(|ghosts| ghosts.until));
-        let mut next = waits.fold(Instant::NEVER, Instant::min);
+        let ghosts = if is_broken("never_wake_again") { &[][..] } else { &self.ghosts };
+        let waits = self.delayed.iter().map(|(at, _)| *at).chain(ghosts.iter().map(|ghosts| ghosts.until));
+        let mut next = waits.fold(self.flushes_wait_until, Instant::min);
         if self.ways.iter().any(|way| way.outstanding() > 0) {
             next = next.min(self.runtime.now() + TIMEOUT_CHECK);
         }

@@ -5,6 +5,7 @@
 //! An association leaves the list when it is provably quiet: see the text of [`super`].
 #![forbid(unsafe_code)]
 
+use super::cache::Inheritance;
 use super::config::PathTimers;
 use crate::nvme::cross_reset::ControllerInstance;
 use hawser_runtime::Instant;
@@ -62,11 +63,24 @@ impl Unquiet {
 }
 
 /// The first line of the file.
-const VERSION: &str = "hawser associations 1";
+const VERSION: &str = "hawser associations 2";
 
-/// Keeps `records` for a process after us, in place of what was kept before.
-pub(crate) fn keep(file: &Path, records: &[Record]) -> std::io::Result<()> {
+/// What a process leaves to the one after it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) records: Vec<Record>,
+    pub(crate) caches: Inheritance,
+}
+
+/// Keeps this for a process after us, in place of what was kept before.
+pub(crate) fn keep(file: &Path, Kept { records, caches }: &Kept) -> std::io::Result<()> {
     let mut text = format!("{VERSION}\n");
+    if caches.lost {
+        text += "cache lost\n";
+    }
+    for (path, identity) in &caches.caches {
+        let _ = writeln!(text, "cache {path} {:032x}", u128::from_be_bytes(*identity));
+    }
     for Record { address, subsystem_nqn, instance, lives } in records {
         let address = address.map_or("-".to_owned(), |address| address.to_string());
         let (cntlid, uniquifier, random) =
@@ -90,11 +104,23 @@ pub(crate) fn forget(file: &Path) -> std::io::Result<()> {
 }
 
 /// What a process before us has kept; `None` when it is not there or not to be understood.
-pub(crate) fn kept(file: &Path) -> Option<Vec<Record>> {
+pub(crate) fn kept(file: &Path) -> Option<Kept> {
     let text = std::fs::read_to_string(file).ok()?;
     let mut lines = text.lines();
     (lines.next() == Some(VERSION)).then_some(())?;
-    lines.map(parse).collect()
+    let mut kept = Kept::default();
+    for line in lines {
+        match line.strip_prefix("cache ") {
+            None => kept.records.push(parse(line)?),
+            Some("lost") => kept.caches.lost = true,
+            Some(cache) => {
+                let (path, identity) = cache.split_once(' ')?;
+                let identity = u128::from_str_radix(identity, 16).ok()?;
+                kept.caches.caches.push((path.parse().ok()?, identity.to_be_bytes()));
+            }
+        }
+    }
+    Some(kept)
 }
 
 fn parse(line: &str) -> Option<Record> {
@@ -160,13 +186,15 @@ mod tests {
         assert_eq!(kept(&file), None);
         let records =
             [record(Some("[::1]:4420".parse().unwrap())), Record { instance: None, ..record(None) }];
-        keep(&file, &records).unwrap();
+        let caches = Inheritance { caches: vec![(1, [0xfe; 16])], lost: true };
+        let all = Kept { records: records.into(), caches };
+        keep(&file, &all).unwrap();
         let again = kept(&file);
-        std::fs::write(&file, "hawser associations 2\n").unwrap();
+        std::fs::write(&file, "hawser associations 3\n").unwrap();
         let newer = kept(&file);
         std::fs::write(&file, format!("{VERSION}\n127.0.0.1:1 2 3\n")).unwrap();
         let short = kept(&file);
         std::fs::remove_dir_all(&folder).unwrap();
-        assert_eq!((again.as_deref(), newer, short), (Some(&records[..]), None, None));
+        assert_eq!((again.as_ref(), newer, short), (Some(&all), None, None));
     }
 }

@@ -9,6 +9,7 @@ use super::connection::{Action, Connection};
 use super::registry::ConnectionRef;
 use super::{ABORT_GRACE, Shared};
 use crate::nvme::features::EVENT_DISCOVERY_CHANGE;
+use crate::simulated::is_broken;
 use hawser_block::{Channel, Completion};
 use hawser_runtime::{Event, Fd, Op, Runtime, Source, SourceId, TimerId};
 use std::cell::RefCell;
@@ -275,7 +276,8 @@ impl Driver {
                     Some(driver) => {
                         let mut driver = driver.borrow_mut();
                         // What lies unread in its socket must not become commands after this answer.
-                        if let Until::Closed(why) = until {
+                        if is_broken("reset_leaves_connections") {
+                        } else if let Until::Closed(why) = until {
                             driver.end(runtime, why);
                         } else if peer_has_closed(driver.fd) {
                             driver.end(runtime, "its host has closed it");

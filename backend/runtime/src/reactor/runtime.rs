@@ -235,6 +235,18 @@ impl Runtime {
         Rc::clone(local).downcast::<T>().expect("stored under its own type")
     }
 
+    /// Runs what may block on a thread of its own, which ends with it. In the simulator it does not block, and is done at once.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn on_thread(&self, name: &str, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        if matches!(*self.0.driver.borrow(), AnyDriver::Uring(_)) {
+            return std::thread::Builder::new().name(name.to_owned()).spawn(job).map(drop);
+        }
+        job();
+        Ok(())
+    }
+
     /// For other threads to reach this reactor.
     #[must_use]
     pub fn handle(&self) -> ReactorHandle {

@@ -3,6 +3,7 @@
 //! Owns: the order of sending and the choice of a path. Must not know: connections from the inside, tasks.
 
 use super::Lane;
+use crate::initiator::cache::Flush;
 use crate::initiator::config::IoPolicy;
 use crate::initiator::held::{Fit, Held, fit};
 use crate::initiator::queue::Transfer;
@@ -10,7 +11,9 @@ use crate::initiator::way::Way;
 use crate::nvme::ana::AnaState;
 use crate::nvme::command::DsmRange;
 use crate::nvme::{Sgl, Sqe};
+use crate::simulated::is_broken;
 use hawser_block::{Geometry, Operation, Request, Status};
+use hawser_runtime::Instant;
 use std::ops::Range;
 
 /// How much a path gets in its turn of a round-robin, and what a command counts at least. What is submitted at once goes out
@@ -61,7 +64,8 @@ impl Lane {
     pub(super) fn pump(&mut self) {
         self.turn = 0;
         // Blocks that writes of unknown outcome may still change.
-        let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() {
+        let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() || is_broken("overtake_unknown_writes")
+        {
             true => Vec::new(),
             false => self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of).collect(),
         };
@@ -72,6 +76,7 @@ impl Lane {
             held.request.operation.is_write() && (anywhere || held_back.iter().any(overlaps))
         };
         let now = self.runtime.now();
+        self.flushes_wait_until = Instant::NEVER;
         let mut at = 0;
         while at < self.pending.len() {
             if !self.ghosts.is_empty() && waits(&self.pending[at]) {
@@ -100,12 +105,25 @@ impl Lane {
                 continue;
             }
             if held.request.operation == Operation::Flush {
-                if held.only.is_none() && !self.caches.may_flush(|path| self.ways[path].started.is_some()) {
-                    log::error!(
-                        "a FLUSH fails: writes before it were lost with a volatile cache, or may have been"
-                    );
-                    self.end(&held, Err(Status::Media));
-                    continue;
+                let flush = match held.only {
+                    Some(_) => Flush::Goes,
+                    None => self.caches.flush(held.told, now, |path| self.ways[path].started.is_some()),
+                };
+                match flush {
+                    Flush::Goes => {}
+                    Flush::Fails => {
+                        log::error!(
+                            "a FLUSH fails: writes before it were lost with a volatile cache, or may have been"
+                        );
+                        self.end(&held, Err(Status::Media));
+                        continue;
+                    }
+                    Flush::Waits(until) => {
+                        self.flushes_wait_until = until;
+                        self.pending.insert(at, held);
+                        at += 1;
+                        continue;
+                    }
                 }
                 if held.only.is_none() {
                     // To each controller that may have unflushed writes; without one, to whichever answers.
@@ -172,7 +190,8 @@ fn command(request: &Request, nsid: u32, geometry: &Geometry, durable: bool) -> 
     match request.operation {
         Operation::Read => (Sqe::read(nsid, lba, blocks, Sgl::NONE), Transfer::ToHost(request.buffers)),
         Operation::Write { fua } => {
-            (Sqe::write(nsid, lba, blocks, fua || durable, Sgl::NONE), Transfer::FromHost(request.buffers))
+            let fua = (fua && !is_broken("forget_fua")) || (durable && !is_broken("forget_write_through"));
+            (Sqe::write(nsid, lba, blocks, fua, Sgl::NONE), Transfer::FromHost(request.buffers))
         }
         Operation::Flush => (Sqe::flush(nsid), Transfer::None),
         Operation::Discard => {

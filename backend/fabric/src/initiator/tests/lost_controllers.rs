@@ -4,7 +4,7 @@ use super::client::{Ask, Client};
 use super::middle_box::MiddleBox;
 use super::scripted::Scripted;
 use super::*;
-use crate::initiator::quiet::{self, Record};
+use crate::initiator::quiet::{self, Kept, Record};
 use crate::nvme::ana::{AnaState, CMIC_ANA};
 use crate::nvme::command::io_opcode;
 use crate::nvme::cross_reset::{ControllerInstance, ResetState};
@@ -102,7 +102,7 @@ fn a_predecessors_death_proves_nothing_and_one_reset_does() {
         instance: Some(LOST),
         lives: HOUR,
     };
-    quiet::keep(&folder.file(), &[record]).unwrap();
+    quiet::keep(&folder.file(), &Kept { records: vec![record], ..Kept::default() }).unwrap();
     config.had_predecessor = true;
     config.record = Some(folder.file());
     next_instance(&target);
@@ -116,7 +116,8 @@ fn a_predecessors_death_proves_nothing_and_one_reset_does() {
     target.state().reset_state = Some(ResetState::Succeeded);
     assert_eq!((client.next().token, writes(&target)), (0, 1));
     wait_until("the next process has no need to ask again", || {
-        quiet::kept(&folder.file()).is_some_and(|kept| kept.iter().all(|one| one.instance != Some(LOST)))
+        quiet::kept(&folder.file())
+            .is_some_and(|kept| kept.records.iter().all(|one| one.instance != Some(LOST)))
     });
     drop((client, device, reactor));
 }
@@ -125,7 +126,7 @@ fn a_predecessors_death_proves_nothing_and_one_reset_does() {
 #[test]
 fn what_cannot_be_kept_leaves_nothing_out_of_date() {
     let (folder, target, reactor) = (Folder::new("full"), target(), reactor("host"));
-    quiet::keep(&folder.file(), &[]).unwrap();
+    quiet::keep(&folder.file(), &Kept::default()).unwrap();
     // Where the new record would be written.
     std::fs::create_dir(folder.0.join("n0.new")).unwrap();
     let mut config = config(target.address);

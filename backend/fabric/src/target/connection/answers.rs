@@ -17,6 +17,7 @@ use crate::nvme::identify::{
 };
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
+use crate::simulated::is_foreign;
 use crate::target::{
     ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX,
     RETRY_DELAY, Shared, VERSION,
@@ -147,9 +148,9 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         async_events: OAES_NAMESPACE_ATTRIBUTE | OAES_ANA_CHANGE | OAES_CROSS_CONTROLLER_RESET,
         instance_uniquifier: controller.instance.uniquifier,
         instance_random: controller.instance.random,
-        cross_resets_max: CROSS_RESETS_MAX,
+        cross_resets_max: if is_foreign() { 0 } else { CROSS_RESETS_MAX },
         retry_delays: [RETRY_DELAY, 0, 0],
-        quiesce_time_ms: subsystem.quiescing().to_ms(),
+        quiesce_time_ms: if is_foreign() { 0 } else { subsystem.quiescing().to_ms() },
         controller_type: CNTRLTYPE_IO,
         abort_limit: 3,
         // One slot, which cannot be written.
@@ -163,7 +164,10 @@ fn io_controller(controller: &Controller, subsystem: &Subsystem) -> IdentifyCont
         volatile_write_cache: VWC_FLUSH_ALL_UNSUPPORTED
             | if any(|geometry| geometry.volatile_cache) { VWC_PRESENT } else { 0 },
         subsystem_nqn: subsystem.nqn.clone(),
-        vendor: Vendor { cache_identity: subsystem.cache_identity() }.to_bytes(),
+        vendor: match is_foreign() {
+            true => [0; 32],
+            false => Vendor { cache_identity: subsystem.cache_identity() }.to_bytes(),
+        },
         ..any_controller(controller)
     }
 }

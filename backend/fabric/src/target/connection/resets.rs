@@ -13,6 +13,7 @@ use super::{Action, Connection};
 use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetEntry, ResetLog, ResetState};
 use crate::nvme::features::EVENT_CROSS_CONTROLLER_RESET;
 use crate::nvme::{NvmeStatus, StatusCode};
+use crate::simulated::is_broken;
 use crate::target::registry::Impacted;
 use crate::target::{CROSS_RESETS_LOGGED_MAX, CROSS_RESETS_MAX};
 
@@ -68,7 +69,7 @@ impl Connection {
         );
         impacted.close();
         let connections = impacted.connections();
-        if connections.is_empty() {
+        if connections.is_empty() || is_broken("reset_without_waiting") {
             return Ok(true);
         }
         let id = self.next_reset;
