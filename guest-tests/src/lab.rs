@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::accel::Accel;
-use crate::image::Image;
+use crate::image::{Image, Release};
 use crate::process::{output, run};
 use crate::scratch::{GuestLock, Scratch, sweep};
 use crate::{Result, progress};
@@ -42,10 +42,11 @@ pub fn cargo() -> Command {
 pub struct Lab {
     /// The binary under test.
     pub hawser: PathBuf,
-    /// Guest images.
+    /// Guest images, with the kernel that was last asked for.
     pub image: Image,
     /// How guests run.
     pub accel: Accel,
+    cache: PathBuf,
     _lock: GuestLock,
 }
 
@@ -60,10 +61,18 @@ impl Lab {
         run(cargo().args(["build", "--package", "hawser"]))?;
         let cache = target().join("guest");
         let lock = GuestLock::take()?;
-        let image = Image::ensure(&cache)?;
+        let image = Image::ensure(&cache, Release::of_machine())?;
         progress(&format!("guest image: {} with {}", image.disk.display(), image.kernel_package));
         let accel = Accel::probe(&cache, &image)?;
-        Ok(Lab { hawser: target().join("debug/hawser"), image, accel, _lock: lock })
+        Ok(Lab { hawser: target().join("debug/hawser"), image, accel, cache, _lock: lock })
+    }
+
+    /// From now on guests run the kernel of `release`.
+    pub fn use_kernel(&mut self, release: Release) -> Result<()> {
+        if self.image.release != release {
+            self.image = Image::ensure(&self.cache, release)?;
+        }
+        Ok(())
     }
 
     /// A file of `qemu-configs/`.

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    match Lab::open().and_then(|lab| suite::run(&lab, &filter)) {
+    match Lab::open().and_then(|mut lab| suite::run(&mut lab, &filter)) {
         Ok(counts) => {
             println!("{counts}");
             if counts.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -31,7 +31,7 @@ pub(crate) fn all() -> Result<bool> {
         counts.failed += 1;
     }
     progress("guest tests");
-    match Lab::open().and_then(|lab| suite::run(&lab, "")) {
+    match Lab::open().and_then(|mut lab| suite::run(&mut lab, "")) {
         Ok(guests) => counts += guests,
         Err(error) => {
             println!("guest tests ... FAILED\n    {error}");
@@ -44,7 +44,7 @@ pub(crate) fn all() -> Result<bool> {
 
 /// The guest tests whose names contain `filter`.
 pub(crate) fn guests(filter: &str) -> Result<bool> {
-    let counts = suite::run(&Lab::open()?, filter)?;
+    let counts = suite::run(&mut Lab::open()?, filter)?;
     println!("{counts}");
     Ok(counts.failed == 0)
 }

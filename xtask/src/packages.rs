@@ -11,16 +11,19 @@ use std::process::Command;
 pub(crate) type Need = (&'static str, &'static str);
 
 /// To build guest images and to run VMs.
-pub(crate) const GUESTS: [Need; 15] = [
+pub(crate) const GUESTS: [Need; 18] = [
     ("qemu-system-x86", "runs the VMs"),
     ("qemu-utils", "reads qcow2 images"),
     ("seabios", "PC firmware"),
     ("ovmf", "UEFI firmware"),
     ("busybox-static", "the guest's programs"),
     ("fio", "the guest's load"),
+    ("nvme-cli", "asks our target what people ask"),
     ("kmod", "finds the guest's kernel modules"),
     ("cpio", "packs the guest's initial RAM disk"),
     ("xz-utils", "unpacks the guest's kernel"),
+    ("zstd", "unpacks the guest's other kernel"),
+    ("debian-archive-keyring", "verifies the other Debian's kernel"),
     ("e2fsprogs", "makes the guest's root file system"),
     ("dosfstools", "makes the guest's EFI partition"),
     ("mtools", "fills the guest's EFI partition"),

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::release::Apt;
 use crate::Result;
 use crate::process::output;
 use std::fs;
@@ -21,15 +22,15 @@ pub(super) struct Package {
 
 impl Package {
     /// What Debian's meta package depends on today.
-    pub(super) fn candidate() -> Result<Self> {
-        let depends = output(Command::new("apt-cache").args(["depends", META_PACKAGE]))?;
+    pub(super) fn candidate(apt: &Apt) -> Result<Self> {
+        let depends = output(apt.command("apt-cache").args(["depends", META_PACKAGE]))?;
         let name = depends
             .lines()
             .filter_map(|line| line.trim().strip_prefix("Depends: "))
             .find(|name| name.starts_with("linux-image-"))
             .ok_or_else(|| format!("apt knows no kernel behind {META_PACKAGE}: run apt-get update"))?
             .to_owned();
-        let policy = output(Command::new("apt-cache").args(["policy", &name]))?;
+        let policy = output(apt.command("apt-cache").args(["policy", &name]))?;
         let version = policy
             .lines()
             .find_map(|line| line.trim().strip_prefix("Candidate: "))
@@ -39,11 +40,11 @@ impl Package {
         Ok(Self { name, version })
     }
 
-    fn download(&self, cache: &Path) -> Result<PathBuf> {
-        let folder = cache.join("packages");
-        fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    /// The package's file in `folder`, which has at most one.
+    fn download(&self, apt: &Apt, folder: &Path) -> Result<PathBuf> {
+        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         let find = || {
-            let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
             // apt writes an epoch's colon as %3a.
             let start = format!("{}_{}_", self.name, self.version.replace(':', "%3a"));
             entries.map(|e| e.path()).find(|p| {
@@ -54,10 +55,10 @@ impl Package {
         if let Some(deb) = find() {
             return Ok(deb);
         }
-        for old in fs::read_dir(&folder).into_iter().flatten().flatten() {
+        for old in fs::read_dir(folder).into_iter().flatten().flatten() {
             let _ = fs::remove_file(old.path());
         }
-        output(Command::new("apt-get").current_dir(&folder).args([
+        output(apt.command("apt-get").current_dir(folder).args([
             "download",
             "-q",
             &format!("{}={}", self.name, self.version),
@@ -65,19 +66,18 @@ impl Package {
         find().ok_or_else(|| format!("apt-get download left no {} in {}", self.name, folder.display()))
     }
 
-    /// Unpacks into `unpacked`, and leaves `vmlinuz` and perhaps `vmlinux` in `boot`.
-    pub(super) fn unpack(&self, cache: &Path, unpacked: &Path, boot: &Path) -> Result<Modules> {
-        let deb = self.download(cache)?;
+    /// Unpacks into `unpacked`, and leaves `vmlinuz` and perhaps `vmlinux` in `boot`; `packages` keeps the download.
+    pub(super) fn unpack(&self, apt: &Apt, packages: &Path, unpacked: &Path, boot: &Path) -> Result<Modules> {
+        let deb = self.download(apt, packages)?;
         output(Command::new("dpkg").arg("-x").arg(&deb).arg(unpacked))?;
         let release = self.name.trim_start_matches("linux-image-").to_owned();
         let packed = unpacked.join("boot").join(format!("vmlinuz-{release}"));
         let image = fs::read(&packed).map_err(|e| format!("{}: {e}", packed.display()))?;
         fs::write(boot.join("vmlinuz"), &image).map_err(|e| format!("vmlinuz: {e}"))?;
-        if let Some(payload) = xz_payload(&image) {
-            let compressed = boot.join("vmlinux.xz");
-            fs::write(&compressed, payload).map_err(|e| format!("{}: {e}", compressed.display()))?;
-            // --single-stream: the payload ends in a size that is not part of it.
-            shell("xz -dc --single-stream vmlinux.xz > vmlinux && rm vmlinux.xz", boot)?;
+        if let Some((program, stream)) = compressed_elf(&image) {
+            let compressed = boot.join("vmlinux.packed");
+            fs::write(&compressed, stream).map_err(|e| format!("{}: {e}", compressed.display()))?;
+            shell(&format!("{program} < vmlinux.packed > vmlinux && rm vmlinux.packed"), boot)?;
         }
         // Debian 13 ships modules under /usr/lib and may compress them; our tools want neither.
         if unpacked.join("usr/lib/modules").exists() {
@@ -93,14 +93,19 @@ pub(super) fn shell(script: &str, folder: &Path) -> Result<String> {
     output(Command::new("sh").current_dir(folder).args(["-ec", script]))
 }
 
-/// The xz stream in a bzImage: Linux x86 boot protocol, `setup_sects` at 0x1f1, `payload_offset` and `payload_length`
-/// at 0x248 and 0x24c, counted from the start of the protected-mode code.
-fn xz_payload(image: &[u8]) -> Option<&[u8]> {
-    const XZ_MAGIC: &[u8] = b"\xfd7zXZ\0";
+/// The compressed ELF in a bzImage, and what unpacks it: Linux x86 boot protocol, `setup_sects` at 0x1f1,
+/// `payload_offset` and `payload_length` at 0x248 and 0x24c, counted from the start of the protected-mode code. The
+/// payload's last four bytes are its unpacked size and not part of the stream.
+fn compressed_elf(image: &[u8]) -> Option<(&'static str, &[u8])> {
     let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?) as usize);
     let setup_sects = usize::from(*image.get(0x1f1)?);
     let from = (setup_sects + 1) * 512 + word(0x248)?;
-    image.get(from..from.checked_add(word(0x24c)?)?).filter(|payload| payload.starts_with(XZ_MAGIC))
+    let stream = image.get(from..from.checked_add(word(0x24c)?.checked_sub(4)?)?)?;
+    match stream {
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(("xz -dc", stream)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(("zstd -dc", stream)),
+        _ => None,
+    }
 }
 
 /// The modules of an unpacked kernel.
@@ -177,11 +182,18 @@ mod tests {
         let mut image = vec![0u8; 2048];
         image[0x1f1] = 1; // Two sectors of set-up code, then 100 bytes of loader.
         image[0x248..0x24c].copy_from_slice(&100u32.to_le_bytes());
-        image[0x24c..0x250].copy_from_slice(&10u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&14u32.to_le_bytes());
         image[1124..1130].copy_from_slice(b"\xfd7zXZ\0");
-        assert_eq!(xz_payload(&image).unwrap().len(), 10);
-        image[0x24c..0x250].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(xz_payload(&image), None);
-        assert_eq!(xz_payload(&image[..0x24d]), None);
+        assert_eq!(
+            compressed_elf(&image).map(|(program, stream)| (program, stream.len())),
+            Some(("xz -dc", 10))
+        );
+        image[1124..1128].copy_from_slice(b"\x28\xb5\x2f\xfd");
+        assert_eq!(compressed_elf(&image).map(|(program, _)| program), Some("zstd -dc"));
+        for lie in [3, u32::MAX] {
+            image[0x24c..0x250].copy_from_slice(&lie.to_le_bytes());
+            assert_eq!(compressed_elf(&image), None);
+        }
+        assert_eq!(compressed_elf(&image[..0x24d]), None);
     }
 }

@@ -36,7 +36,7 @@ const ROOT_MODULES: [&str; 14] = [
 ];
 
 /// Programs that the root has besides busybox, with their libraries.
-const PROGRAMS: [&str; 2] = ["/usr/bin/fio", "/sbin/mke2fs"];
+const PROGRAMS: [&str; 3] = ["/usr/bin/fio", "/usr/sbin/nvme", "/sbin/mke2fs"];
 
 const BUSYBOX: &str = "/bin/busybox";
 

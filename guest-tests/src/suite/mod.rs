@@ -12,6 +12,7 @@ mod resize;
 mod restart;
 
 use crate::Result;
+use crate::image::Release;
 use crate::lab::Lab;
 use std::time::Instant;
 
@@ -31,28 +32,38 @@ type Body = fn(&Lab) -> Result<Outcome>;
 pub struct Test {
     /// Its name: the case and the outcome.
     pub name: &'static str,
+    /// The kernels of its guests: it runs once with each.
+    kernels: &'static [Release],
     body: Body,
 }
 
+const OLD: &[Release] = &[Release::Bookworm];
+const NEW: &[Release] = &[Release::Trixie];
+const BOTH: &[Release] = &[Release::Bookworm, Release::Trixie];
+
 /// All guest tests, in the order in which they run.
 pub const TESTS: &[Test] = &[
-    Test { name: "control_seabios_boots_from_qemu_storage_daemon", body: other::control },
-    Test { name: "control_kernel_initiator_verifies_on_kernel_target", body: other::control_kernels },
-    Test { name: "seabios_boots_from_our_target", body: boot::seabios_ours },
-    Test { name: "ovmf_boots_from_our_target", body: boot::ovmf_ours },
-    Test { name: "two_disks_with_several_queues_are_told_apart", body: boot::two_disks },
-    Test { name: "three_reboots_and_other_queue_sizes_come_up_again", body: reboot::reboots },
-    Test { name: "a_disk_that_grows_is_seen_by_its_guest_without_a_reboot", body: resize::grows },
-    Test { name: "a_vm_migrates_to_and_fro_under_load_and_loses_nothing", body: migration::migrates },
-    Test { name: "twenty_kills_under_load_lose_nothing", body: restart::kills },
-    Test { name: "kills_of_a_file_s_owner_under_load_lose_nothing", body: restart::kills_of_file_owner },
-    Test { name: "sigterm_and_newer_binary_under_load_lose_nothing", body: restart::upgrades },
-    Test { name: "seabios_boots_from_kernel_target_that_restarts_under_load", body: boot::seabios_kernel },
-    Test { name: "ovmf_boots_from_kernel_target", body: boot::ovmf_kernel },
-    Test { name: "kernel_initiator_verifies_on_our_target_that_restarts", body: initiator::kernel_initiator },
-    Test { name: "a_minute_of_every_fault_loses_nothing", body: crate::soak::a_minute },
-    Test { name: "cloud_hypervisor_boots_from_our_target", body: other::cloud_hypervisor },
+    test("control_seabios_boots_from_qemu_storage_daemon", OLD, other::control),
+    test("control_kernel_initiator_verifies_on_kernel_target", OLD, other::control_kernels),
+    test("seabios_boots_from_our_target", BOTH, boot::seabios_ours),
+    test("ovmf_boots_from_our_target", BOTH, boot::ovmf_ours),
+    test("two_disks_with_several_queues_are_told_apart", NEW, boot::two_disks),
+    test("three_reboots_and_other_queue_sizes_come_up_again", BOTH, reboot::reboots),
+    test("a_disk_that_grows_is_seen_by_its_guest_without_a_reboot", BOTH, resize::grows),
+    test("a_vm_migrates_to_and_fro_under_load_and_loses_nothing", NEW, migration::migrates),
+    test("twenty_kills_under_load_lose_nothing", OLD, restart::kills),
+    test("kills_of_a_file_s_owner_under_load_lose_nothing", NEW, restart::kills_of_file_owner),
+    test("sigterm_and_newer_binary_under_load_lose_nothing", NEW, restart::upgrades),
+    test("seabios_boots_from_kernel_target_that_restarts_under_load", BOTH, boot::seabios_kernel),
+    test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
+    test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
+    test("a_minute_of_every_fault_loses_nothing", NEW, crate::soak::a_minute),
+    test("cloud_hypervisor_boots_from_our_target", OLD, other::cloud_hypervisor),
 ];
+
+const fn test(name: &'static str, kernels: &'static [Release], body: Body) -> Test {
+    Test { name, kernels, body }
+}
 
 /// Counts of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -79,30 +90,36 @@ impl std::ops::AddAssign for Counts {
     }
 }
 
-/// Runs the tests whose names contain `filter`; an interruption ends the run.
-pub fn run(lab: &Lab, filter: &str) -> Result<Counts> {
+/// Runs the tests whose names contain `filter`, each with its kernels; an interruption ends the run.
+pub fn run(lab: &mut Lab, filter: &str) -> Result<Counts> {
     if !TESTS.iter().any(|test| test.name.contains(filter)) {
         return Err(format!("no guest test has {filter:?} in its name"));
     }
     let mut counts = Counts::default();
     for test in TESTS.iter().filter(|test| test.name.contains(filter)) {
-        let started = Instant::now();
-        let result = (test.body)(lab);
-        let seconds = started.elapsed().as_secs_f64();
-        match result {
-            Ok(Outcome::Passed(what)) => {
-                counts.passed += 1;
-                println!("guest {} ... ok ({what}; {seconds:.1} s)", test.name);
-            }
-            Ok(Outcome::Skipped(reason)) => {
-                counts.skipped += 1;
-                println!("guest {} ... skipped ({reason})", test.name);
-            }
-            Err(error) => {
-                counts.failed += 1;
-                println!("guest {} ... FAILED ({seconds:.1} s)\n    {error}", test.name);
-                if error.contains("interrupted") {
-                    return Err("interrupted".into());
+        for kernel in test.kernels {
+            let started = Instant::now();
+            let result = lab.use_kernel(*kernel).and_then(|()| (test.body)(lab));
+            let seconds = started.elapsed().as_secs_f64();
+            let name = match lab.image.release == *kernel {
+                true => format!("{} (Linux {})", test.name, lab.image.kernel_version),
+                false => format!("{} ({kernel})", test.name),
+            };
+            match result {
+                Ok(Outcome::Passed(what)) => {
+                    counts.passed += 1;
+                    println!("guest {name} ... ok ({what}; {seconds:.1} s)");
+                }
+                Ok(Outcome::Skipped(reason)) => {
+                    counts.skipped += 1;
+                    println!("guest {name} ... skipped ({reason})");
+                }
+                Err(error) => {
+                    counts.failed += 1;
+                    println!("guest {name} ... FAILED ({seconds:.1} s)\n    {error}");
+                    if error.contains("interrupted") {
+                        return Err("interrupted".into());
+                    }
                 }
             }
         }
