@@ -84,9 +84,8 @@ pub const SUBTYPE_REFERRAL: u8 = 1;
 pub const SUBTYPE_NVM: u8 = 2;
 /// SUBTYPE: the discovery subsystem that is being asked.
 pub const SUBTYPE_CURRENT: u8 = 3;
-/// TREQ bits 1:0 = 10b: a secure channel is not required.
-pub const TREQ_NOT_REQUIRED: u8 = 2;
-/// TREQ bit 2: the target can do without SQ flow control.
+/// TREQ bit 2: the target can do without SQ flow control. Bits 1:0 stay 00b, nothing is said of a secure channel: "not required"
+/// means for nvme-cli (libnvme 1.3) that there may be one, and it asks its kernel for TLS.
 pub const TREQ_NO_FLOW_CONTROL: u8 = 4;
 
 /// One way to one subsystem.

@@ -5,7 +5,7 @@ use super::super::registry::{Controller, Subsystem};
 use crate::nvme::ana::{ANACAP_ALL_STATES, ANACAP_GROUP_IS_FIXED, CMIC_ANA};
 use crate::nvme::discovery::{
     Entry, FAMILY_IPV4, FAMILY_IPV6, Header, SUBTYPE_NVM, SUBTYPE_REFERRAL, TREQ_NO_FLOW_CONTROL,
-    TREQ_NOT_REQUIRED, TransportType,
+    TransportType,
 };
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::identify::{
@@ -295,7 +295,7 @@ pub(super) fn changed_namespaces(changed: &BTreeSet<u32>) -> Vec<u8> {
 /// The discovery log: each address of each subsystem that the host may use, then the other discovery services. `local` is the
 /// address that it dialled, for listeners that have none of their own.
 pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<SocketAddr>) -> Vec<u8> {
-    let entry = |subtype, nqn: &str, address: SocketAddr| {
+    let entry = |subtype, nqn: &str, port_id, address: SocketAddr| {
         let ip = match local {
             Some(local) if address.ip().is_unspecified() => local.ip(),
             _ => address.ip(),
@@ -304,8 +304,8 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
             transport: TransportType::TCP,
             family: if ip.is_ipv4() { FAMILY_IPV4 } else { FAMILY_IPV6 },
             subtype,
-            requirements: TREQ_NOT_REQUIRED | TREQ_NO_FLOW_CONTROL,
-            port_id: 1,
+            requirements: TREQ_NO_FLOW_CONTROL,
+            port_id,
             cntlid: CNTLID_DYNAMIC,
             admin_queue_size: 32,
             flags: 0,
@@ -318,12 +318,13 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
     };
     let mut entries = Vec::new();
     for subsystem in shared.subsystems().iter().filter(|subsystem| subsystem.allows(host_nqn)) {
-        for port in &subsystem.ports {
-            entries.extend_from_slice(&entry(SUBTYPE_NVM, &subsystem.nqn, port.address));
+        // Each address is a port of its own: its ANA state is.
+        for (port_id, port) in (1..).zip(&subsystem.ports) {
+            entries.extend_from_slice(&entry(SUBTYPE_NVM, &subsystem.nqn, port_id, port.address));
         }
     }
     for address in shared.referrals().iter() {
-        entries.extend_from_slice(&entry(SUBTYPE_REFERRAL, DISCOVERY_NQN, *address));
+        entries.extend_from_slice(&entry(SUBTYPE_REFERRAL, DISCOVERY_NQN, 1, *address));
     }
     let records = (entries.len() / Entry::LEN) as u64;
     // GENCTR has to be another when the content is, over restarts too: it is made from it (FNV-1a).

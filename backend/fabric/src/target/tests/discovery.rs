@@ -1,7 +1,7 @@
 //! The discovery service: what it lists, and whom it tells of changes.
 
 use super::*;
-use crate::nvme::discovery::{Entry, Header, SUBTYPE_REFERRAL};
+use crate::nvme::discovery::{Entry, Header, SUBTYPE_REFERRAL, TREQ_NO_FLOW_CONTROL};
 use crate::nvme::log::AsyncEvent;
 
 #[test]
@@ -25,6 +25,9 @@ fn discovery_lists_the_subsystems_that_the_host_may_use() {
             let entry = Entry::from_bytes(&page[1024..].try_into().unwrap()).unwrap();
             assert_eq!((entry.subsystem_nqn.as_str(), entry.address.as_str()), (NQN, "127.0.0.1"));
             assert_eq!(entry.service, rig.address.port().to_string());
+            // TREQ said once that a secure channel is "not required": `nvme connect-all` of Debian 12 on a kernel that knows TLS
+            // then asked for TLS, and connected to nothing.
+            assert_eq!(entry.requirements, TREQ_NO_FLOW_CONTROL);
         }
     }
 }
