@@ -8,8 +8,11 @@ use crate::Result;
 use crate::json::Json;
 use crate::process::{Deadline, Process, output};
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// One `hawser serve`, or the place where one was and will be again.
 pub struct Daemon {
@@ -203,14 +206,51 @@ impl Daemon {
         Ok(())
     }
 
-    /// Host and port of a subsystem's first listener.
-    pub fn listener(&self, nqn: &str) -> Result<String> {
+    /// Host and port of each of a subsystem's listeners.
+    pub fn listeners(&self, nqn: &str) -> Result<Vec<String>> {
         let status = self.status()?;
         let subsystems = status.array("subsystems")?;
-        let found = subsystems.iter().find(|s| s.text("nqn").is_ok_and(|text| text == nqn));
-        let address =
-            found.ok_or_else(|| format!("hawser status knows no subsystem {nqn}"))?.text("listen.0")?;
-        Ok(address.trim_start_matches("tcp://").to_owned())
+        let found = subsystems
+            .iter()
+            .find(|s| s.text("nqn").is_ok_and(|text| text == nqn))
+            .ok_or_else(|| format!("hawser status knows no subsystem {nqn}"))?;
+        let count = found.array("listen")?.len();
+        (0..count)
+            .map(|index| Ok(found.text(&format!("listen.{index}"))?.trim_start_matches("tcp://").to_owned()))
+            .collect()
+    }
+
+    /// Host and port of a subsystem's first listener.
+    pub fn listener(&self, nqn: &str) -> Result<String> {
+        self.listeners(nqn)?.into_iter().next().ok_or_else(|| format!("{nqn} has no listener"))
+    }
+
+    /// Writes the ports that the system gave to `nqn`'s listeners into the configuration, for the next [`Daemon::launch`].
+    pub fn keep_ports(&self, nqn: &str) -> Result<()> {
+        let config = self.config();
+        let explain = |e: std::io::Error| format!("{}: {e}", config.display());
+        let text = fs::read_to_string(&config).map_err(explain)?;
+        let (before, mut section) =
+            text.split_once(&format!("nqn = \"{nqn}\"")).map(|(a, b)| (a, b.to_owned())).unwrap_or_default();
+        for listener in self.listeners(nqn)? {
+            let host = listener.rsplit_once(':').map(|(host, _)| host).unwrap_or_default();
+            section = section.replacen(&format!("tcp://{host}:0\""), &format!("tcp://{listener}\""), 1);
+        }
+        fs::write(&config, format!("{before}nqn = \"{nqn}\"{section}")).map_err(explain)
+    }
+
+    /// PUTs a JSON text to the management API; any answer but 200 is an error.
+    pub fn put(&self, path: &str, body: &str) -> Result<()> {
+        let explain = |e: std::io::Error| format!("PUT {path}: {e}");
+        let mut stream = UnixStream::connect(self.api()).map_err(explain)?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(explain)?;
+        let head = "Host: hawser\r\nConnection: close\r\nContent-Type: application/json";
+        let request =
+            format!("PUT {path} HTTP/1.1\r\n{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        stream.write_all(request.as_bytes()).map_err(explain)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map_err(explain)?;
+        if answer.starts_with("HTTP/1.1 200 ") { Ok(()) } else { Err(format!("PUT {path}: {answer}")) }
     }
 
     /// `hawser image import --verify`, with its progress bar on our standard error when that is wanted.

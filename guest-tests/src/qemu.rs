@@ -78,13 +78,13 @@ impl Qemu {
     }
 
     /// Starts a guest from its kernel, with the tools image as its read-only root on a disk of QEMU's own and with user
-    /// networking; `forward` is a `hostfwd` rule.
+    /// networking; `forwards` are `hostfwd` rules.
     pub fn from_kernel(
         name: &str,
         image: &Image,
         folder: &Path,
         accel: Accel,
-        forward: Option<&str>,
+        forwards: &[&str],
         more: &[&str],
     ) -> Result<Qemu> {
         let mut command = Command::new(QEMU);
@@ -97,8 +97,8 @@ impl Qemu {
         command
             .arg("-drive")
             .arg(format!("file={},format=raw,if=virtio,readonly=on,file.locking=off", image.tools.display()));
-        let forward = forward.map(|rule| format!(",hostfwd={rule}")).unwrap_or_default();
-        command.arg("-netdev").arg(format!("user,id=net0,ipv6=off{forward}"));
+        let forwards: String = forwards.iter().map(|rule| format!(",hostfwd={rule}")).collect();
+        command.arg("-netdev").arg(format!("user,id=net0,ipv6=off{forwards}"));
         command.args(["-device", "virtio-net-pci,netdev=net0,romfile="]).args(more);
         let mut guest = Qemu::start(name, command, folder, accel)?;
         guest.ready()?;

@@ -29,9 +29,9 @@ pub(super) fn kernel_initiator(lab: &Lab) -> Result<Outcome> {
     let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
     let port = port.ok_or_else(|| format!("the target listens at {address:?}, which has no port"))?;
     // A restarted target must listen where the initiator looks for it.
-    rewrite_listener(&target, &address)?;
+    target.keep_ports(NQN)?;
 
-    let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, None, &[])?;
+    let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, &[], &[])?;
     connect_from_guest(&mut guest, port)?;
     guest.run_for(
         &format!(
@@ -62,11 +62,4 @@ pub(super) fn kernel_initiator(lab: &Lab) -> Result<Outcome> {
         "mkfs, {:.0} verified writes/s, target killed: longest request {:.1} s, 0 errors",
         report.write_iops, report.latency_max
     )))
-}
-
-fn rewrite_listener(target: &Daemon, address: &str) -> Result<()> {
-    let config = target.config();
-    let text = std::fs::read_to_string(&config).map_err(|e| format!("{}: {e}", config.display()))?;
-    std::fs::write(&config, text.replace("127.0.0.1:0", address))
-        .map_err(|e| format!("{}: {e}", config.display()))
 }

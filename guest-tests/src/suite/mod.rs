@@ -3,8 +3,10 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod host;
 mod initiator;
 mod migration;
+mod nvmet;
 mod other;
 pub(crate) mod pieces;
 mod reboot;
@@ -54,10 +56,12 @@ pub const TESTS: &[Test] = &[
     test("twenty_kills_under_load_lose_nothing", OLD, restart::kills),
     test("kills_of_a_file_s_owner_under_load_lose_nothing", NEW, restart::kills_of_file_owner),
     test("sigterm_and_newer_binary_under_load_lose_nothing", NEW, restart::upgrades),
-    test("seabios_boots_from_kernel_target_that_restarts_under_load", BOTH, boot::seabios_kernel),
+    test("seabios_boots_from_kernel_target_that_restarts_under_load", OLD, boot::seabios_kernel),
     test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
+    test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),
     test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
     test("a_minute_of_every_fault_loses_nothing", NEW, crate::soak::a_minute),
+    test("kernel_host_finds_our_target_as_the_table_says", BOTH, host::checks),
     test("cloud_hypervisor_boots_from_our_target", OLD, other::cloud_hypervisor),
 ];
 

@@ -46,7 +46,7 @@ pub(super) fn control(lab: &Lab) -> Result<Outcome> {
 pub(super) fn control_kernels(lab: &Lab) -> Result<Outcome> {
     let scratch = Scratch::new()?;
     let target = KernelTarget::start(lab, &scratch, 64 << 20)?;
-    let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, None, &[])?;
+    let mut guest = Qemu::from_kernel("initiator", &lab.image, scratch.path(), lab.accel, &[], &[])?;
     connect_from_guest(&mut guest, target.port())?;
     let report = fio::run(
         &mut guest,

@@ -14,6 +14,9 @@ use std::path::{Path, PathBuf};
 /// The name of the served disk, of its device in the configuration and, with `.sock`, of its socket.
 pub(crate) const DISK: &str = "disk0";
 
+/// Shell functions for scripts in guests.
+pub(crate) const LIBRARY: &str = include_str!("../../guest/lib.sh");
+
 /// UUID of the kernel target's namespace.
 const UUID: &str = "0d1b5f6c-2a1e-4f1d-8a53-6b0c9e7f4d21";
 
@@ -44,9 +47,24 @@ pub(crate) fn disk_sections(
     block_size: Option<u32>,
     queues: u32,
 ) -> String {
+    multipath_sections(folder, disk, &[uri], block_size, queues)
+}
+
+/// Sections that serve a device with a path for each URI.
+pub(crate) fn multipath_sections(
+    folder: &Path,
+    disk: &str,
+    uris: &[&str],
+    block_size: Option<u32>,
+    queues: u32,
+) -> String {
+    let uris = match uris {
+        [uri] => format!("\"{uri}\""),
+        uris => format!("{uris:?}"),
+    };
     let block_size = block_size.map(|bytes| format!("block_size = {bytes}\n")).unwrap_or_default();
     format!(
-        "[[device]]\nname = \"{disk}\"\nuri = \"{uri}\"\n{block_size}\n\
+        "[[device]]\nname = \"{disk}\"\nuri = {uris}\n{block_size}\n\
         [[disk]]\nname = \"{disk}\"\ndevice = \"{disk}\"\nsocket = \"{}/{disk}.sock\"\nserial = \"{disk}\"\nqueues = {queues}\n\n",
         folder.display()
     )
@@ -163,31 +181,33 @@ pub(crate) fn expect_no_trace(guest: &mut Qemu) -> Result<()> {
     }
 }
 
-/// The kernel's NVMe target in a guest of its own, with the image on a disk of QEMU's; it survives a restart of the guest.
+/// The kernel's NVMe target in a guest of its own, with two ports and a disk of QEMU's; it survives a restart of the guest.
 pub(crate) struct KernelTarget {
     guest: Option<Qemu>,
     disk: PathBuf,
-    port: u16,
+    ports: [u16; 2],
 }
 
 impl KernelTarget {
-    /// An empty disk of `bytes` behind nvmet on a free port of the host's loopback.
+    /// An empty disk of `bytes` behind nvmet on two free ports of the host's loopback.
     pub(crate) fn start(lab: &Lab, scratch: &Scratch, bytes: u64) -> Result<KernelTarget> {
         let disk = scratch.file("nvmet.raw");
         let file = fs::File::create(&disk).map_err(|e| format!("{}: {e}", disk.display()))?;
         file.set_len(bytes).map_err(|e| format!("{}: {e}", disk.display()))?;
-        let mut target = KernelTarget { guest: None, disk, port: 0 };
+        let mut target = KernelTarget { guest: None, disk, ports: [0; 2] };
         target.launch(lab, scratch)?;
         Ok(target)
     }
 
     fn launch(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
-        let forward = format!("tcp:127.0.0.1:{}-:4420", self.port);
-        let drive = format!("file={},format=raw,if=none,id=data,file.locking=off", self.disk.display());
+        let [first, second] = self.ports;
+        let forwards = [format!("tcp:127.0.0.1:{first}-:4420"), format!("tcp:127.0.0.1:{second}-:4421")];
+        let forwards = [forwards[0].as_str(), forwards[1].as_str()];
+        let drive =
+            format!("file={},format=raw,if=none,id=data,discard=unmap,file.locking=off", self.disk.display());
         let device = "virtio-blk-pci,drive=data,serial=data";
         let more = ["-drive", &drive, "-device", device];
-        let mut guest =
-            Qemu::from_kernel("nvmet", &lab.image, scratch.path(), lab.accel, Some(&forward), &more)?;
+        let mut guest = Qemu::from_kernel("nvmet", &lab.image, scratch.path(), lab.accel, &forwards, &more)?;
         guest.run(&format!(
             "set -e
             for module in null_blk nvmet nvmet-tcp; do modprobe $module; done
@@ -200,19 +220,21 @@ impl KernelTarget {
             # The same after a restart: nvmet makes a new one otherwise, and another UUID is another disk.
             echo {UUID} > subsystems/{NQN}/namespaces/1/device_uuid
             echo 1 > subsystems/{NQN}/namespaces/1/enable
-            mkdir ports/1
-            echo tcp > ports/1/addr_trtype
-            echo ipv4 > ports/1/addr_adrfam
-            echo 10.0.2.15 > ports/1/addr_traddr
-            echo 4420 > ports/1/addr_trsvcid
-            ln -s /sys/kernel/config/nvmet/subsystems/{NQN} ports/1/subsystems/"
+            for port in 1 2; do
+                mkdir ports/$port
+                echo tcp > ports/$port/addr_trtype
+                echo ipv4 > ports/$port/addr_adrfam
+                echo 10.0.2.15 > ports/$port/addr_traddr
+                echo $((4419 + port)) > ports/$port/addr_trsvcid
+                ln -s /sys/kernel/config/nvmet/subsystems/{NQN} ports/$port/subsystems/
+            done"
         ))?;
-        self.port = guest.forwarded_port(4420)?;
+        self.ports = [guest.forwarded_port(4420)?, guest.forwarded_port(4421)?];
         self.guest = Some(guest);
         Ok(())
     }
 
-    /// Pulls the target guest's plug and starts it again at the same port.
+    /// Pulls the target guest's plug and starts it again at the same ports.
     pub(crate) fn restart(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
         if let Some(guest) = self.guest.take() {
             guest.quit()?;
@@ -220,14 +242,29 @@ impl KernelTarget {
         self.launch(lab, scratch)
     }
 
-    /// The target's port on the host's loopback.
-    pub(crate) fn port(&self) -> u16 {
-        self.port
+    /// Runs a script in nvmet's folder of configfs.
+    pub(crate) fn run(&mut self, script: &str) -> Result<String> {
+        self.guest()?.run(&format!("set -e; cd /sys/kernel/config/nvmet\n{script}"))
     }
 
-    /// The namespace's URI.
+    /// The guest that it is in.
+    pub(crate) fn guest(&mut self) -> Result<&mut Qemu> {
+        self.guest.as_mut().ok_or_else(|| "the kernel's target is not running".to_owned())
+    }
+
+    /// The first port's number on the host's loopback.
+    pub(crate) fn port(&self) -> u16 {
+        self.ports[0]
+    }
+
+    /// The namespace's URI at its first port.
     pub(crate) fn uri(&self) -> String {
-        uri_of(&format!("127.0.0.1:{}", self.port))
+        uri_of(&format!("127.0.0.1:{}", self.ports[0]))
+    }
+
+    /// The namespace's URIs at both ports, with digests.
+    pub(crate) fn uris_with_digests(&self) -> [String; 2] {
+        self.ports.map(|port| uri_of(&format!("127.0.0.1:{port}")) + "&hdr_digest=1&data_digest=1")
     }
 }
 
