@@ -9,6 +9,7 @@ mod migration;
 mod nvmet;
 mod other;
 pub(crate) mod pieces;
+mod queues;
 mod reboot;
 mod resize;
 mod restart;
@@ -47,10 +48,11 @@ const BOTH: &[Release] = &[Release::Bookworm, Release::Trixie];
 pub const TESTS: &[Test] = &[
     test("control_seabios_boots_from_qemu_storage_daemon", OLD, other::control),
     test("control_kernel_initiator_verifies_on_kernel_target", OLD, other::control_kernels),
-    test("seabios_boots_from_our_target", BOTH, boot::seabios_ours),
-    test("ovmf_boots_from_our_target", BOTH, boot::ovmf_ours),
+    test("seabios_boots_from_our_target", OLD, boot::seabios_ours),
+    test("ovmf_boots_from_our_target", NEW, boot::ovmf_ours),
     test("two_disks_with_several_queues_are_told_apart", NEW, boot::two_disks),
-    test("three_reboots_and_other_queue_sizes_come_up_again", BOTH, reboot::reboots),
+    test("firmware_and_kernel_use_other_queues_of_one_disk", BOTH, queues::matrix),
+    test("three_reboots_and_other_queue_sizes_come_up_again", NEW, reboot::reboots),
     test("a_disk_that_grows_is_seen_by_its_guest_without_a_reboot", BOTH, resize::grows),
     test("a_vm_migrates_to_and_fro_under_load_and_loses_nothing", NEW, migration::migrates),
     test("twenty_kills_under_load_lose_nothing", OLD, restart::kills),
