@@ -130,7 +130,7 @@ impl Guest {
         let checked = match operation {
             Operation::Read => model.read_ends(token.0, range, ok.then_some(&slot.memory[..])),
             Operation::Flush if !ok && self.may_fail => {
-                model.flush_may_fail();
+                model.flush_fails(&busy.snapshot.expect("a flush has one"));
                 Ok(())
             }
             Operation::Flush => {

@@ -63,6 +63,8 @@ struct Block {
     log: Vec<u64>,
     /// What its stable store may hold: these, and every write from this place of the log on.
     stable: (Vec<u64>, usize),
+    /// Writes before this place of the log were under a FLUSH that has failed: their loss is told.
+    told: usize,
 }
 
 impl Block {
@@ -194,9 +196,13 @@ impl Model {
         Snapshot { blocks: blocks.collect(), losses: self.losses }
     }
 
-    /// A FLUSH has failed, where disks do: whatever was lost is told.
-    pub(crate) fn flush_may_fail(&mut self) {
+    /// A FLUSH has failed: whatever was lost is told, and will be.
+    pub(crate) fn flush_fails(&mut self, snapshot: &Snapshot) {
         self.lost = false;
+        for (lba, (_, from)) in &snapshot.blocks {
+            let block = self.blocks.get_mut(lba).expect("blocks stay");
+            block.told = block.told.max(*from);
+        }
     }
 
     /// A FLUSH has ended well or not, with this stable store.
@@ -206,7 +212,7 @@ impl Model {
                 return Err("a FLUSH fails, and no cache was lost".to_owned());
             }
             self.failures_allowed -= 1;
-            self.lost = false;
+            self.flush_fails(snapshot);
             return Ok(());
         }
         if self.trusts {
@@ -243,7 +249,8 @@ impl Model {
             if !trusts && !block.is_stable_with(&promised, id) {
                 return Err(format!("block {lba} is {id:#x} after a loss of power, want {promised:#x?}"));
             }
-            if !block.seen().contains(&id) {
+            let untold = &block.log[block.told..];
+            if !block.seen().contains(&id) && block.possible.iter().any(|id| untold.contains(id)) {
                 lost = true;
             }
             block.possible = vec![id];
