@@ -35,7 +35,7 @@ impl DeviceState {
 }
 
 /// One of several ways to a device, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct PathView {
     /// As configured.
     pub uri: String,
@@ -45,6 +45,14 @@ pub struct PathView {
     pub ana: Option<&'static str>,
     /// What is wrong with it, or empty.
     pub trouble: String,
+    /// What was asked through it, in the commands that it takes: from sending to answer.
+    pub stats: Arc<StatsSet>,
+    /// Names as in the API, and numbers since the device was opened.
+    pub counters: Vec<(&'static str, u64)>,
+    /// How often what it had was lost, by cause.
+    pub losses: Vec<(&'static str, u64)>,
+    /// How long it has been in each state.
+    pub times: Vec<(&'static str, Duration)>,
 }
 
 /// A block device that all threads share.
@@ -120,6 +128,24 @@ pub trait Device: Send + Sync {
 
     /// What only this kind of device counts: names as in the API, such as `bounced_requests`, and numbers since it was opened.
     fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    /// How it was told to behave: keys as in the configuration, and values.
+    fn settings(&self) -> Vec<(&'static str, &'static str)> {
+        Vec::new()
+    }
+
+    /// Takes paths by another policy from now on.
+    ///
+    /// # Errors
+    /// When there is no such policy, or nothing to choose from: one line.
+    fn set_io_policy(&self, _policy: &str) -> Result<(), String> {
+        Err("io_policy is for nvme+tcp:// only".to_owned())
+    }
+
+    /// Bytes of payload that this process has copied instead of having them moved to or from the user's memory, by reason.
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
 }

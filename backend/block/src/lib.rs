@@ -25,5 +25,5 @@ pub use buffers::{Buffers, Segment};
 pub use channel::{Channel, Device, DeviceState, PathView};
 pub use geometry::{BlockSize, DiscardLimits, Geometry, WriteZeroesLimits};
 pub use request::{BlockCount, Completion, Lba, Operation, Request, Token};
-pub use stats::{Counter, Histogram, IoKind, IoStats, StatsSet};
+pub use stats::{Counter, Histogram, IoKind, IoStats, KindSnapshot, StatsSet};
 pub use status::{Outcome, Status};

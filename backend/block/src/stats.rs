@@ -174,6 +174,12 @@ impl StatsSet {
         sum
     }
 
+    /// Bytes moved or covered by requests of one kind that ended well.
+    #[must_use]
+    pub fn bytes(&self, kind: IoKind) -> u64 {
+        self.all().iter().map(|stats| stats.kind(kind).bytes.get()).sum()
+    }
+
     /// How many requests failed with `status`.
     #[must_use]
     pub fn failures(&self, status: Status) -> u64 {

@@ -12,7 +12,7 @@
 
 use crate::leaf::{self, Tally};
 use hawser_block::{
-    BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, IoStats, Operation,
+    BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, IoKind, IoStats, Operation,
     Request, StatsSet, Status, WriteZeroesLimits,
 };
 use hawser_runtime::{Instant, Runtime, SourceId};
@@ -121,6 +121,12 @@ impl Device for MemDevice {
 
     fn stats(&self) -> Arc<StatsSet> {
         Arc::clone(&self.stats)
+    }
+
+    /// Memory of ours is what it is made of: everything is copied.
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
+        let bytes = self.stats.bytes(IoKind::Read) + self.stats.bytes(IoKind::Write);
+        vec![("mem", bytes)]
     }
 }
 

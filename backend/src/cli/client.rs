@@ -63,6 +63,11 @@ impl Client {
         self.call(Method::POST, path, body, CHANGE_MAX)
     }
 
+    pub(super) fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+        let body = serde_json::to_vec(body).map_err(|error| self.failed(&error))?;
+        self.call(Method::PATCH, path, Some(body), CHANGE_MAX)
+    }
+
     fn failed(&self, what: &dyn std::fmt::Display) -> Failure {
         Failure::Failed(format!("{}: {what}", self.api.display()))
     }

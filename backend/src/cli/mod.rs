@@ -6,6 +6,7 @@
 
 mod client;
 mod device;
+mod device_show;
 mod disk;
 mod image;
 mod reservation;

@@ -82,6 +82,16 @@ pub(crate) enum News {
     Stop(&'static str),
 }
 
+/// What is counted of one device.
+pub(crate) struct DeviceNumbers {
+    pub(crate) name: String,
+    pub(crate) stats: Arc<StatsSet>,
+    pub(crate) counters: Vec<(&'static str, u64)>,
+    pub(crate) copied_bytes: Vec<(&'static str, u64)>,
+    pub(crate) settings: Vec<(&'static str, &'static str)>,
+    pub(crate) paths: Vec<hawser_block::PathView>,
+}
+
 /// A running daemon.
 pub struct Daemon {
     config: Config,
@@ -509,23 +519,64 @@ impl Daemon {
             .collect()
     }
 
+    /// One device.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn device_view(&self, name: &str) -> Result<DeviceView, ChangeError> {
+        let devices = self.lock_devices();
+        let found = devices.iter().find(|(config, _)| config.name.as_str() == name);
+        let (config, device) = found.ok_or_else(|| {
+            let names: Vec<&str> = devices.iter().map(|(config, _)| config.name.as_str()).collect();
+            let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            ChangeError::Unknown(format!("device {name:?} is not there; there is {there}"))
+        })?;
+        Ok(view::device_view(config, device.as_ref()))
+    }
+
+    /// Takes a device's paths by another policy, until the daemon ends.
+    ///
+    /// # Errors
+    /// When there is no such device or policy.
+    pub fn set_device(&self, name: &str, io_policy: &str) -> Result<DeviceView, ChangeError> {
+        let before = self.device_view(name)?;
+        let device = self
+            .lock_devices()
+            .iter()
+            .find(|(config, _)| config.name.as_str() == name)
+            .map(|(_, device)| Arc::clone(device));
+        let Some(device) = device else { return Err(ChangeError::Failed("the daemon ends".to_owned())) };
+        device.set_io_policy(io_policy).map_err(|what| ChangeError::Wrong(format!("io_policy: {what}")))?;
+        if before.settings.get("io_policy").is_none_or(|before| before != io_policy) {
+            log::info!("{name}: paths are taken by io_policy {io_policy} from now on, until the daemon ends");
+        }
+        self.device_view(name)
+    }
+
     /// How the target is doing, if there is one.
     #[must_use]
     pub(crate) fn target_stats(&self) -> Option<TargetStats> {
         self.target.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Target::stats)
     }
 
-    /// The numbers of all disks and of all devices, with their names.
+    /// The numbers of all disks, with their names.
     #[must_use]
-    #[expect(clippy::type_complexity, reason = "two lists of pairs")]
-    pub(crate) fn stats(&self) -> (Vec<(String, Arc<StatsSet>)>, Vec<(String, Arc<StatsSet>)>) {
-        let disks =
-            self.all_disks().iter().map(|disk| (disk.config.name.to_string(), disk.stats())).collect();
-        let devices = self
-            .lock_devices()
-            .iter()
-            .map(|(config, device)| (config.name.to_string(), device.stats()))
-            .collect();
-        (disks, devices)
+    pub(crate) fn disk_stats(&self) -> Vec<(String, Arc<StatsSet>)> {
+        self.all_disks().iter().map(|disk| (disk.config.name.to_string(), disk.stats())).collect()
+    }
+
+    /// The numbers of all devices.
+    #[must_use]
+    pub(crate) fn device_numbers(&self) -> Vec<DeviceNumbers> {
+        let devices = self.lock_devices();
+        let numbers = |(config, device): &(DeviceConfig, Arc<dyn Device>)| DeviceNumbers {
+            name: config.name.to_string(),
+            stats: device.stats(),
+            counters: device.counters(),
+            copied_bytes: device.copied_bytes(),
+            settings: device.settings(),
+            paths: device.paths(),
+        };
+        devices.iter().map(numbers).collect()
     }
 }

@@ -5,6 +5,7 @@ use hawser_block::{Device, IoKind, StatsSet, Status};
 use hawser_config::DeviceConfig;
 use hawser_config::value::Uuid;
 use hawser_virtio::{SessionView, VhostDisk};
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 pub(super) fn io_view(stats: &StatsSet) -> IoView {
@@ -63,6 +64,10 @@ pub(super) fn device_trouble(device: &dyn Device) -> Option<String> {
     (!what.is_empty()).then(|| what.to_owned())
 }
 
+fn named(counts: Vec<(&'static str, u64)>) -> BTreeMap<String, u64> {
+    counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()
+}
+
 pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceView {
     let geometry = device.geometry();
     let uuid = device.uuid();
@@ -82,9 +87,23 @@ pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceV
                 state: path.state.to_owned(),
                 ana: path.ana.map(str::to_owned),
                 trouble: Some(path.trouble).filter(|trouble| !trouble.is_empty()),
+                counters: named(path.counters),
+                losses: named(path.losses),
+                state_seconds: path
+                    .times
+                    .iter()
+                    .map(|(name, time)| (name.to_string(), time.as_secs()))
+                    .collect(),
+                io: io_view(&path.stats),
             })
             .collect(),
-        counters: device.counters().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
+        settings: device
+            .settings()
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect(),
+        counters: named(device.counters()),
+        copied_bytes: named(device.copied_bytes()),
         io: io_view(&device.stats()),
     }
 }

@@ -176,6 +176,17 @@ fn every_answer_is_as_the_document_says() {
         400,
     );
     ask(&daemon, "POST", "/v1/devices/m0/reservation", reservation, r#"{"action": "acquire"}"#, 400);
+    let device = "/v1/devices/{name}";
+    let policy = json!({"io_policy": "round-robin"}).to_string();
+    let set = ask(&daemon, "PATCH", "/v1/devices/r0", device, &policy, 200);
+    assert_eq!(set["settings"]["io_policy"], "round-robin");
+    let seen = ask(&daemon, "GET", "/v1/devices/r0", device, "", 200);
+    assert_eq!(seen["settings"], json!({"io_policy": "round-robin", "on_cache_doubt": "trust"}));
+    assert_eq!(seen["paths"][0]["losses"]["closed"], 0);
+    ask(&daemon, "PATCH", "/v1/devices/m0", device, &policy, 400);
+    ask(&daemon, "PATCH", "/v1/devices/r0", device, "{\"io_policy\": \"best\"}", 400);
+    ask(&daemon, "PATCH", "/v1/devices/none", device, &policy, 404);
+    ask(&daemon, "GET", "/v1/devices/none", device, "", 404);
     let discovery = "/v1/discovery";
     let referrals = json!({"referrals": ["tcp://192.0.2.1:8009"]});
     assert_eq!(ask(&daemon, "PUT", discovery, discovery, &referrals.to_string(), 200), referrals);
@@ -265,6 +276,11 @@ fn metrics_are_open_metrics() {
         "hawser_disk_requests_total{disk=\"near\",kind=\"read\"} 0",
         "hawser_device_bytes_total{device=\"m0\",kind=\"write\"} 0",
         "hawser_disk_failures_total{disk=\"near\",status=\"media\"} 0",
+        "hawser_path_latency_seconds_bucket{le=\"+Inf\",device=\"r0\",path=\"nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:none?nsid=1\",kind=\"read\"} 0",
+        "hawser_path_losses_total{device=\"r0\",path=\"nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:none?nsid=1\",cause=\"keep_alive\"} 0",
+        "hawser_path_state{device=\"r0\",path=\"nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:none?nsid=1\",state=\"connecting\"} 1",
+        "hawser_device_copied_bytes_total{device=\"m0\",reason=\"mem\"} 0",
+        "hawser_device_setting{device=\"r0\",key=\"on_cache_doubt\",value=\"trust\"} 1",
         "hawser_disk_latency_seconds_count{disk=\"near\",kind=\"flush\"} 0",
         "hawser_disk_latency_seconds_bucket{le=\"+Inf\",disk=\"near\",kind=\"read\"} 0",
         "hawser_disk_state{disk=\"far\",state=\"waiting\"} 1",

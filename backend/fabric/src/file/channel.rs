@@ -171,6 +171,7 @@ impl Core {
                 bounce = self.bounce.take(bytes);
                 let Some(buffer) = &bounce else { return };
                 self.shared.bounced.add(1);
+                self.shared.bounced_bytes.add(bytes as u64);
                 if request.operation != Operation::Read {
                     // SAFETY: the request has not ended; the buffer has at least `bytes` bytes, and is ours alone.
                     unsafe { request.buffers.copy_to(buffer.as_ptr()) };

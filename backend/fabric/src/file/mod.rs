@@ -71,6 +71,7 @@ struct Shared {
     trouble: RwLock<String>,
     listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
     bounced: Counter,
+    bounced_bytes: Counter,
 }
 
 impl FileDevice {
@@ -114,6 +115,7 @@ impl FileDevice {
             trouble: RwLock::default(),
             listeners: Mutex::default(),
             bounced: Counter::default(),
+            bounced_bytes: Counter::default(),
         });
         let (watch, stop) = mpsc::channel();
         let watched = Arc::downgrade(&shared);
@@ -241,5 +243,9 @@ impl Device for FileDevice {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![("bounced_requests", self.bounced_requests())]
+    }
+
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
+        vec![("unaligned", self.shared.bounced_bytes.get())]
     }
 }

@@ -1,6 +1,7 @@
 //! The admin queue: commands as straight-line code, one future each.
 
-use super::connection::{Breach, Connection};
+use super::connection::Connection;
+use super::meter::Loss;
 use super::queue::{Answer, Transfer};
 use super::signal::within;
 use super::socket::ConnectedQueue;
@@ -72,6 +73,7 @@ struct Inner {
     connection: Option<Connection<usize>>,
     waits: Slab<Wait>,
     lost: Option<String>,
+    loss: Option<Loss>,
     lost_waker: Option<Waker>,
 }
 
@@ -89,6 +91,7 @@ impl Inner {
             && let Some(error) = connection.error()
         {
             self.lost = Some(error.to_owned());
+            self.loss = Some(connection.loss());
             connection.close();
         }
         if let Some(lost) = &self.lost
@@ -153,6 +156,7 @@ impl Admin {
             connection: None,
             waits: Slab::default(),
             lost: None,
+            loss: None,
             lost_waker: None,
         }));
         let id = runtime.add_source(Rc::clone(&inner) as Rc<RefCell<dyn Source>>);
@@ -264,9 +268,9 @@ impl Admin {
         self.inner.borrow_mut().connection().was_ended_by_target()
     }
 
-    /// What was wrong with what came, if that has ended the connection: told once.
-    pub(crate) fn take_breach(&self) -> Option<Breach> {
-        self.inner.borrow_mut().connection().take_breach()
+    /// Why the connection was lost, if it was.
+    pub(crate) fn loss(&self) -> Option<Loss> {
+        self.inner.borrow().loss
     }
 
     /// Awaits the loss of the connection.

@@ -10,12 +10,50 @@ use super::config::CacheDoubt;
 use crate::nvme::vendor::CacheIdentity;
 use crate::simulated::is_broken;
 use hawser_runtime::Instant;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a FLUSH waits for the paths to caches that a process before us may have left writes in.
 const INHERITANCE_WAIT: Duration = Duration::from_secs(10);
+
+/// What is known of unflushed writes after something has happened to the controller that has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// There are none, or their cache is the same.
+    Kept,
+    /// So many were in a cache that is another one now.
+    Lost(u64),
+    /// So many were in a cache of which nothing tells whether it was lost; they are taken for lost.
+    Doubted(u64),
+    /// The same, and they are taken for kept; the first time that it is said of these.
+    Trusted(u64),
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fate::Kept => f.write_str("all writes are kept"),
+            Fate::Lost(0) => {
+                f.write_str("writes before it were lost with a volatile cache, or may have been")
+            }
+            Fate::Lost(writes) => {
+                write!(f, "the target lost its volatile cache with {writes} writes that were not flushed")
+            }
+            Fate::Doubted(writes) => write!(
+                f,
+                "the target was away with {writes} writes that were not flushed and does not tell whether its volatile \
+                 cache was lost; taken for lost (on_cache_doubt = fail-flush)"
+            ),
+            Fate::Trusted(writes) => write!(
+                f,
+                "the target was away with {writes} writes that were not flushed and does not tell whether its volatile \
+                 cache was lost; taken for kept (on_cache_doubt = trust)"
+            ),
+        }
+    }
+}
 
 /// One path's.
 struct PathCache {
@@ -25,6 +63,8 @@ struct PathCache {
     inherited: AtomicU64,
     /// How many of them a FLUSH has reached.
     flushed: AtomicU64,
+    /// How many it was already said of that nothing tells whether they were lost.
+    doubted: AtomicU64,
     identity: Mutex<Option<CacheIdentity>>,
     /// There is an association.
     is_live: AtomicBool,
@@ -50,14 +90,16 @@ pub(crate) struct Caches {
     inheritance: Mutex<Vec<(usize, CacheIdentity)>>,
     /// Until then a FLUSH waits for those paths: from the first on. 0: none has come.
     inheritance_until_ns: AtomicU64,
+    /// How often nothing told whether one was lost.
+    doubts: AtomicU64,
     doubt: CacheDoubt,
 }
 
 /// What becomes of a FLUSH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flush {
-    /// It makes durable what has ended before it.
-    Goes,
+    /// It makes durable what has ended before it, as far as is known; [`Fate::Trusted`] where that is taken on trust.
+    Goes(Fate),
     /// It cannot.
     Fails,
     /// It is not known yet, until this time.
@@ -71,6 +113,7 @@ impl Caches {
             written: (0..lanes).map(|_| AtomicU64::new(0)).collect(),
             inherited: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
+            doubted: AtomicU64::new(0),
             identity: Mutex::default(),
             is_live: AtomicBool::new(false),
         };
@@ -82,6 +125,7 @@ impl Caches {
             told: AtomicU64::new(0),
             inheritance: Mutex::new(caches),
             inheritance_until_ns: AtomicU64::new(0),
+            doubts: AtomicU64::new(0),
             doubt,
         }
     }
@@ -125,33 +169,65 @@ impl Caches {
         self.paths[path].flushed.fetch_max(written, Ordering::Relaxed);
     }
 
+    /// How often a cache was lost with unflushed writes, and how often nothing told whether it was.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.losses.load(Ordering::Relaxed), self.doubts.load(Ordering::Relaxed))
+    }
+
     fn is_dirty(&self, path: usize) -> bool {
-        self.written(path) > self.paths[path].flushed.load(Ordering::Relaxed)
+        self.unflushed(path) > 0
+    }
+
+    fn unflushed(&self, path: usize) -> u64 {
+        self.written(path).saturating_sub(self.paths[path].flushed.load(Ordering::Relaxed))
+    }
+
+    /// Nothing tells whether the unflushed writes of this path, of which there are some, were lost.
+    fn doubt(&self, path: usize) -> Fate {
+        let (unflushed, written) = (self.unflushed(path), self.written(path));
+        // The same writes are doubted once, whatever happens to them next.
+        let first = self.paths[path].doubted.fetch_max(written, Ordering::Relaxed) < written;
+        match self.doubt {
+            // Only discards are left in caches.
+            CacheDoubt::WriteThrough => return Fate::Kept,
+            CacheDoubt::Trust if !first => return Fate::Kept,
+            _ => {}
+        }
+        if first {
+            self.doubts.fetch_add(1, Ordering::Relaxed);
+        }
+        match self.doubt {
+            CacheDoubt::FailFlush => Fate::Doubted(unflushed),
+            _ => Fate::Trusted(unflushed),
+        }
     }
 
     fn identity(&self, path: usize) -> Option<CacheIdentity> {
         *self.paths[path].identity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new association on this path, whose cache is `now`; says whether writes were lost, or may have been.
-    pub(crate) fn begin(&self, path: usize, now: Option<CacheIdentity>) -> bool {
+    /// A new association on this path, whose cache is `now`; says what is known of the writes before.
+    pub(crate) fn begin(&self, path: usize, now: Option<CacheIdentity>) -> Fate {
         let mut identity = self.paths[path].identity.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::replace(&mut *identity, now);
         drop(identity);
         self.paths[path].is_live.store(true, Ordering::Relaxed);
-        let kept = match (before, now) {
-            (Some(before), Some(now)) => before == now,
-            _ => self.doubt != CacheDoubt::FailFlush,
+        let mut fate = match (before, now) {
+            _ if !self.is_dirty(path) || is_broken("trust_lost_caches") => Fate::Kept,
+            (Some(before), Some(now)) if before == now => Fate::Kept,
+            (Some(_), Some(_)) => Fate::Lost(self.unflushed(path)),
+            _ => self.doubt(path),
         };
-        let mut lost = !kept && self.is_dirty(path) && !is_broken("trust_lost_caches");
-        if lost {
+        if matches!(fate, Fate::Lost(_) | Fate::Doubted(_)) {
             self.forget(path);
         }
-        lost |= self.inherit(path, now);
-        if lost {
+        if self.inherit(path, now) && !matches!(fate, Fate::Lost(_) | Fate::Doubted(_)) {
+            fate = Fate::Lost(0);
+        }
+        if matches!(fate, Fate::Lost(_) | Fate::Doubted(_)) {
             self.losses.fetch_add(1, Ordering::Relaxed);
         }
-        lost
+        fate
     }
 
     /// What a process before us left in the cache behind this path is ours now; says whether it was lost.
@@ -201,21 +277,29 @@ impl Caches {
                 self.losses.fetch_add(1, Ordering::Relaxed);
             }
         }
+        let mut trusted = Fate::Kept;
         for path in (0..self.paths.len()).filter(|path| !live(*path) && self.is_dirty(*path)) {
-            let covered = match self.identity(path) {
-                None => self.doubt != CacheDoubt::FailFlush,
+            let fate = match self.identity(path) {
+                None => self.doubt(path),
                 // The same cache behind another path.
-                mine => (0..self.paths.len()).any(|other| live(other) && self.identity(other) == mine),
+                mine if (0..self.paths.len()).any(|other| live(other) && self.identity(other) == mine) => {
+                    Fate::Kept
+                }
+                _ => Fate::Lost(self.unflushed(path)),
             };
-            if !covered {
-                self.forget(path);
-                self.losses.fetch_add(1, Ordering::Relaxed);
+            match fate {
+                Fate::Kept => {}
+                Fate::Trusted(_) => trusted = fate,
+                Fate::Lost(_) | Fate::Doubted(_) => {
+                    self.forget(path);
+                    self.losses.fetch_add(1, Ordering::Relaxed);
+                }
             }
         }
         let known = self.losses.load(Ordering::Relaxed);
         let told = self.told.fetch_max(known, Ordering::Relaxed);
         let came = if is_broken("tell_one_flush") { told } else { came };
-        if came < known { Flush::Fails } else { Flush::Goes }
+        if came < known { Flush::Fails } else { Flush::Goes(trusted) }
     }
 
     fn forget(&self, path: usize) {
@@ -234,7 +318,7 @@ mod tests {
     impl Caches {
         /// Whether a FLUSH that comes now goes.
         fn may_flush(&self, live: impl Fn(usize) -> bool) -> bool {
-            self.flush(self.told(), Instant(1), live) == Flush::Goes
+            matches!(self.flush(self.told(), Instant(1), live), Flush::Goes(_))
         }
     }
 
@@ -244,15 +328,15 @@ mod tests {
     #[test]
     fn a_cache_that_is_another_with_unflushed_writes_fails_the_next_flush_once() {
         let caches = caches(1, 2, CacheDoubt::Trust);
-        assert!(!caches.begin(0, A));
-        assert!(!caches.begin(0, B), "nothing was written");
+        assert_eq!(caches.begin(0, A), Fate::Kept);
+        assert_eq!(caches.begin(0, B), Fate::Kept, "nothing was written");
         caches.wrote(0, 1);
-        assert!(!caches.begin(0, B), "it is the same");
+        assert_eq!(caches.begin(0, B), Fate::Kept, "it is the same");
         let written = caches.written(0);
         caches.flushed(0, written);
-        assert!(!caches.begin(0, A), "it was flushed");
+        assert_eq!(caches.begin(0, A), Fate::Kept, "it was flushed");
         caches.wrote(0, 0);
-        assert!(caches.begin(0, B));
+        assert_eq!(caches.begin(0, B), Fate::Lost(1));
         assert!(!caches.may_flush(|_| true));
         assert!(caches.may_flush(|_| true));
     }
@@ -271,13 +355,32 @@ mod tests {
 
     #[test]
     fn without_an_identity_the_configuration_decides() {
-        for (doubt, fails) in [(CacheDoubt::Trust, false), (CacheDoubt::FailFlush, true)] {
+        for (doubt, fate, fails) in
+            [(CacheDoubt::Trust, Fate::Trusted(1), false), (CacheDoubt::FailFlush, Fate::Doubted(1), true)]
+        {
             let caches = caches(1, 1, doubt);
             caches.begin(0, None);
+            assert_eq!(caches.counts().1, 0, "nothing was written");
             caches.wrote(0, 0);
-            assert_eq!(caches.begin(0, None), fails);
+            assert_eq!(caches.begin(0, None), fate);
+            assert_eq!(caches.begin(0, None), Fate::Kept, "of the same writes it was said");
             assert_eq!(caches.may_flush(|_| true), !fails);
+            assert_eq!(caches.counts().1, 1);
         }
+    }
+
+    /// A FLUSH that could not reach a path's cache was answered through another path, and nothing said that it was on trust.
+    #[test]
+    fn a_flush_that_misses_a_cache_of_no_name_is_a_doubt_too() {
+        let caches = caches(2, 1, CacheDoubt::Trust);
+        let flush = || caches.flush(caches.told(), Instant(1), |path| path == 1);
+        caches.wrote(0, 0);
+        assert_eq!(flush(), Flush::Goes(Fate::Trusted(1)));
+        assert_eq!(flush(), Flush::Goes(Fate::Kept));
+        assert_eq!(caches.begin(0, None), Fate::Kept, "the same writes");
+        caches.wrote(0, 0);
+        assert_eq!(caches.begin(0, None), Fate::Trusted(2));
+        assert_eq!(caches.counts(), (0, 2));
     }
 
     /// Several queues had a FLUSH under way when a cache was lost. The first of them failed, and the others, which stood for
@@ -287,7 +390,7 @@ mod tests {
         let caches = caches(1, 1, CacheDoubt::Trust);
         caches.begin(0, A);
         caches.wrote(0, 0);
-        assert!(caches.begin(0, B));
+        assert_eq!(caches.begin(0, B), Fate::Lost(1));
         let came = caches.told();
         for _ in 0..2 {
             assert_eq!(caches.flush(came, Instant(1), |_| true), Flush::Fails);
@@ -307,13 +410,13 @@ mod tests {
         let live = |_: usize| true;
 
         let same = next();
-        assert!(!same.begin(1, B), "that cache is behind the other path");
+        assert_eq!(same.begin(1, B), Fate::Kept, "that cache is behind the other path");
         assert_eq!(same.flush(0, Instant(1), live), Flush::Waits(Instant(1) + INHERITANCE_WAIT));
-        assert!(!same.begin(0, A));
+        assert_eq!(same.begin(0, A), Fate::Kept);
         assert!(same.may_flush(live));
 
         let lost = next();
-        assert!(lost.begin(0, B));
+        assert_eq!(lost.begin(0, B), Fate::Lost(0));
         assert!(lost.bequeath().lost, "nobody was told yet");
         assert!(!lost.may_flush(live));
         assert!(lost.may_flush(live));

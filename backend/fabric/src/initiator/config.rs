@@ -72,6 +72,18 @@ pub enum IoPolicy {
     QueueDepth,
 }
 
+impl IoPolicy {
+    /// The word in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            IoPolicy::Numa => "numa",
+            IoPolicy::RoundRobin => "round-robin",
+            IoPolicy::QueueDepth => "queue-depth",
+        }
+    }
+}
+
 impl std::str::FromStr for IoPolicy {
     type Err = String;
 
@@ -95,6 +107,18 @@ pub enum CacheDoubt {
     FailFlush,
     /// Nothing is left in it: every write is made durable at once (FUA).
     WriteThrough,
+}
+
+impl CacheDoubt {
+    /// The word in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheDoubt::Trust => "trust",
+            CacheDoubt::FailFlush => "fail-flush",
+            CacheDoubt::WriteThrough => "write-through",
+        }
+    }
 }
 
 impl std::str::FromStr for CacheDoubt {

@@ -9,6 +9,7 @@
 //! - After the first error nothing more is sent or received; `error` says what happened.
 
 use super::batch::SEND_IOVECS_MAX;
+use super::meter::{Loss, Moved};
 use super::queue::{Ended, QueueError, QueuePair, Transfer};
 use super::socket::{ConnectedQueue, Socket, plain};
 use crate::nvme::Sqe;
@@ -52,22 +53,12 @@ pub(crate) struct Connection<T: Copy> {
     /// Bytes of the receive under way that go to a request's own buffers.
     in_place: u32,
     error: Option<String>,
+    loss: Loss,
     /// The target ended it, and said so. All else (our own time-out or close, its breach of the protocol, silence) says
     /// nothing of what it does with what it has of us.
     ended_by_target: bool,
     /// The error may come from memory of a request that is not there any more.
     fault: bool,
-    /// The error is the target's, or the line's.
-    breach: Option<Breach>,
-}
-
-/// What was wrong with what came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Breach {
-    /// It broke the protocol.
-    Protocol,
-    /// A digest did not fit.
-    Digest,
 }
 
 impl<T: Copy> Connection<T> {
@@ -101,9 +92,9 @@ impl<T: Copy> Connection<T> {
             receiving: false,
             in_place: 0,
             error: None,
+            loss: Loss::default(),
             ended_by_target: false,
             fault: false,
-            breach: None,
         };
         connection.receive();
         connection
@@ -209,7 +200,7 @@ impl<T: Copy> Connection<T> {
                     Err(error) => self.fail_io(&error),
                     Ok(sent) if sent as usize != wanted => {
                         self.fault = true;
-                        self.fail("a send ended early".to_owned());
+                        self.fail(Loss::Network, "a send ended early".to_owned());
                     }
                     Ok(_) => self.flush(),
                 }
@@ -223,7 +214,7 @@ impl<T: Copy> Connection<T> {
                     Err(error) => self.fail_io(&error),
                     Ok(0) => {
                         self.ended_by_target = true;
-                        self.fail("the target closed the connection".to_owned());
+                        self.fail(Loss::Closed, "the target closed the connection".to_owned());
                     }
                     Ok(len) => match self.take_received(len) {
                         Ok(()) => self.receive(),
@@ -246,8 +237,9 @@ impl<T: Copy> Connection<T> {
         pair.handle_bytes(staged)
     }
 
-    fn fail(&mut self, error: String) {
+    fn fail(&mut self, loss: Loss, error: String) {
         if self.error.is_none() {
+            self.loss = loss;
             self.error = Some(error);
         }
     }
@@ -257,19 +249,19 @@ impl<T: Copy> Connection<T> {
         self.fault |= error.raw_os_error() == Some(libc::EFAULT);
         self.ended_by_target |=
             self.error.is_none() && error.raw_os_error().is_some_and(|code| heard.contains(&code));
-        self.fail(plain(error));
+        let loss = if self.ended_by_target { Loss::Closed } else { Loss::Network };
+        self.fail(loss, plain(error));
     }
 
     /// Tells the target why, if the line is free, before the connection is given up.
     fn fail_protocol(&mut self, error: &QueueError) {
         self.ended_by_target |= self.error.is_none() && matches!(error, QueueError::Terminated(_));
-        self.breach = match error {
+        let loss = match error {
             QueueError::Protocol(PduError { status: FatalStatus::HEADER_DIGEST_ERROR, .. })
-            | QueueError::Corrupted { .. } => Some(Breach::Digest),
-            QueueError::Protocol(_) => Some(Breach::Protocol),
-            QueueError::Terminated(_) => None,
+            | QueueError::Corrupted { .. } => Loss::Corrupted,
+            QueueError::Protocol(_) | QueueError::Terminated(_) => Loss::Protocol,
         };
-        self.fail(error.to_string());
+        self.fail(loss, error.to_string());
         let QueueError::Protocol(pdu) = error else { return };
         if self.sending {
             return;
@@ -289,9 +281,14 @@ impl<T: Copy> Connection<T> {
         self.error.as_deref()
     }
 
-    /// What was wrong with what came, if that has ended it: told once.
-    pub(crate) fn take_breach(&mut self) -> Option<Breach> {
-        self.breach.take()
+    /// The kind of that.
+    pub(crate) fn loss(&self) -> Loss {
+        self.loss
+    }
+
+    /// How payload was moved since this was asked last.
+    pub(crate) fn take_moved(&mut self) -> Moved {
+        self.pair().take_moved()
     }
 
     /// Whether it may be that the memory of a request is gone.
@@ -311,7 +308,7 @@ impl<T: Copy> Connection<T> {
 
     /// Gives the connection up: its operations become terminal soon, and what was not sent yet never is.
     pub(crate) fn close(&mut self) {
-        self.fail("given up".to_owned());
+        self.fail(Loss::GivenUp, "given up".to_owned());
         // Not shut down: that would send the rest. The operations end by cancellation, and closing is a reset.
         if self.sending {
             self.runtime.cancel(self.source, self.first_key + KEY_SEND);

@@ -12,11 +12,13 @@
 mod events;
 
 use super::admin::{ADMIN_ENTRIES, Admin, Reset};
+use super::cache::Fate;
 use super::config::PathTimers;
 use super::device::{Shared, lane_of};
 use super::geometry::Identity;
 use super::identify;
 use super::lane::{Lane, Notice, Start};
+use super::meter::Loss;
 use super::quiet::{self, Record, Unquiet};
 use super::signal::{Either, Mailbox, first, within};
 use super::socket::{self, ConnectError, QueueRequest};
@@ -31,6 +33,7 @@ use crate::nvme::vendor::Vendor;
 use crate::simulated::is_broken;
 use crate::uri::NvmeUri;
 use hawser_runtime::{Instant, Runtime};
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -85,6 +88,8 @@ struct Task {
     reached: bool,
     /// Since when there is no association.
     lost_at: Instant,
+    /// What a lane has said of the end of the association.
+    loss: Cell<Option<Loss>>,
     hopeless: bool,
     attempts: u32,
     logged: String,
@@ -100,6 +105,7 @@ pub(crate) async fn run(runtime: Runtime, shared: Arc<Shared>, path: usize) {
         number: 0,
         reached: false,
         lost_at,
+        loss: Cell::new(None),
         hopeless: false,
         attempts: 0,
         logged: String::new(),
@@ -113,17 +119,18 @@ impl Task {
         let uri = shared.config.paths[self.path].clone();
         loop {
             self.number = shared.next_number();
+            shared.status().paths[self.path].history.attempts += 1;
             let attempt = first(self.associate(&uri), closed(&shared, self.path)).await;
             let end = match attempt {
                 Either::First(Ok(association)) => {
                     let began = self.ready(&uri);
                     let end = self.serve(&association).await;
-                    self.shared.breaches.count(association.admin.take_breach());
                     if matches!(end, End::Closed) {
                         association.admin.shut_down().await;
                     }
                     self.lost_at = self.runtime.refresh_now();
                     // An association that does not last is no reason to begin with short waits again.
+                    self.count_loss(&association.admin, &end);
                     let lasted = self.lost_at - began > self.timers().reconnect_delay;
                     self.attempts = if lasted { 0 } else { self.attempts };
                     self.tear_down().await;
@@ -196,6 +203,22 @@ impl Task {
         } else if admin.was_ended_by_target() {
             self.shared.target_knows(*number);
         }
+    }
+
+    /// Counts the end of an association, if it was not wanted.
+    fn count_loss(&self, admin: &Admin, end: &End) {
+        let told = self.loss.take();
+        let loss = match end {
+            End::Closed => return,
+            End::Silence(_) => Loss::KeepAlive,
+            End::Refused(_) => Loss::Refused,
+            End::Trouble(_) => told.or(admin.loss()).unwrap_or_default(),
+        };
+        let mut status = self.shared.status();
+        let took_over = status.serves_without(self.path);
+        let history = &mut status.paths[self.path].history;
+        history.lost(loss);
+        history.failovers += u64::from(took_over);
     }
 
     fn timers(&self) -> PathTimers {
@@ -288,6 +311,7 @@ impl Task {
         self.shared.change(|status| {
             let path = &mut status.paths[self.path];
             path.ready = true;
+            path.history.connects += 1;
             path.hopeless = path.ana == Some(AnaState::PersistentLoss);
             path.trouble.clear();
         });
@@ -354,11 +378,12 @@ impl Task {
             lives,
         };
         let cache = Vendor::of(controller).and_then(|vendor| vendor.cache_identity);
-        if self.shared.caches.begin(self.path, cache) {
-            log::error!(
-                "{}: a volatile cache may have been lost with writes that were not flushed: the next FLUSH fails",
-                self.label()
-            );
+        match self.shared.caches.begin(self.path, cache) {
+            Fate::Kept => {}
+            fate @ (Fate::Lost(_) | Fate::Doubted(_)) => {
+                log::error!("{}: {fate}: the next FLUSH fails", self.label());
+            }
+            fate @ Fate::Trusted(_) => log::warn!("{}: {fate}: nothing fails", self.label()),
         }
         // Before the first command, so that a process after us knows where it may be.
         self.shared.born(self.number, record.clone());
@@ -516,7 +541,10 @@ impl Task {
         loop {
             match self.shared.notices[self.path].next().await {
                 Notice::Closed => return End::Closed,
-                Notice::Lost { association, why } if association == number => return End::Trouble(why),
+                Notice::Lost { association, loss, why } if association == number => {
+                    self.loss.set(Some(loss));
+                    return End::Trouble(why);
+                }
                 Notice::Lost { .. } => {}
                 Notice::Asymmetric => self.shared.chores[self.path].post_once(()),
             }
@@ -616,7 +644,15 @@ impl Task {
     }
 
     fn set_ana(&self, number: u64, state: AnaState) {
-        let before = self.shared.status().paths[self.path].ana.replace(state);
+        let before = {
+            let mut status = self.shared.status();
+            let others = status.serves_without(self.path);
+            let path = &mut status.paths[self.path];
+            let before = path.ana.replace(state);
+            let was_usable = before.is_none_or(|before| before.refusal().is_none());
+            path.history.failovers += u64::from(was_usable && state.refusal().is_some() && others);
+            before
+        };
         if before != Some(state) {
             log::info!("{}: the namespace is {state} on this path", self.label());
         }

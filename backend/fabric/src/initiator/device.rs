@@ -2,12 +2,12 @@
 //!
 //! Owns: state, geometry and trouble as others see them. Must not know: queues, bytes.
 
-use super::breaches::Breaches;
 use super::cache::{Caches, Inheritance};
-use super::config::{CacheDoubt, NvmeConfig};
+use super::config::{CacheDoubt, IoPolicy, NvmeConfig};
 use super::controller;
 use super::geometry::Known;
 use super::lane::{Lane, LaneChannel, Lanes, Notice};
+use super::meter::{History, LaneNumbers, Loss, Moved, PathState};
 use super::quiet::{self, Kept, Record, Unquiet};
 use super::reserve;
 use super::signal::Mailbox;
@@ -28,6 +28,8 @@ type Listener = Arc<dyn Fn() + Send + Sync>;
 /// What is known of the device.
 pub(crate) struct Status {
     pub(crate) known: Option<Known>,
+    /// As it was set last.
+    pub(crate) policy: IoPolicy,
     pub(crate) paths: Vec<PathStatus>,
 }
 
@@ -40,6 +42,17 @@ pub(crate) struct PathStatus {
     /// `None`: the controller does not report it.
     pub(crate) ana: Option<AnaState>,
     pub(crate) trouble: String,
+    pub(crate) history: History,
+}
+
+impl PathStatus {
+    fn state(&self) -> PathState {
+        match self {
+            PathStatus { ready: true, .. } => PathState::Live,
+            PathStatus { hopeless: true, .. } => PathState::Failed,
+            _ => PathState::Connecting,
+        }
+    }
 }
 
 impl Status {
@@ -53,6 +66,13 @@ impl Status {
         } else {
             DeviceState::Connecting
         }
+    }
+
+    /// Whether requests can be carried out on another path than this.
+    pub(crate) fn serves_without(&self, path: usize) -> bool {
+        let usable =
+            |other: &PathStatus| other.ready && other.ana.is_none_or(|state| state.refusal().is_none());
+        self.paths.iter().enumerate().any(|(index, other)| index != path && usable(other))
     }
 }
 
@@ -76,8 +96,9 @@ pub(crate) struct Shared {
     /// Held while they are kept for a process after us.
     keeping: Mutex<()>,
     pub(crate) stats: Arc<StatsSet>,
+    /// By path.
+    meters: Vec<Meters>,
     pub(crate) caches: Arc<Caches>,
-    pub(crate) breaches: Arc<Breaches>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -93,6 +114,10 @@ impl Shared {
             let mut status = self.status();
             let before = (status.state(), status.known);
             change(&mut status);
+            let now = std::time::Instant::now();
+            for path in &mut status.paths {
+                path.history.enter(path.state(), now);
+            }
             before != (status.state(), status.known)
         };
         if changed {
@@ -249,6 +274,26 @@ impl Shared {
     }
 }
 
+/// A path's numbers on all reactors.
+#[derive(Default)]
+struct Meters {
+    io: Arc<StatsSet>,
+    lanes: Mutex<Vec<Arc<LaneNumbers>>>,
+}
+
+impl Meters {
+    /// What a new lane on this reactor writes to.
+    fn lane(&self, runtime: &Runtime) -> Arc<LaneNumbers> {
+        let numbers = Arc::new(LaneNumbers::new(self.io.writer(runtime)));
+        lock(&self.lanes).push(Arc::clone(&numbers));
+        numbers
+    }
+
+    fn sum(&self, number: impl Fn(&LaneNumbers) -> u64) -> u64 {
+        lock(&self.lanes).iter().map(|lane| number(lane)).sum()
+    }
+}
+
 /// The device's lane on this reactor.
 pub(crate) fn lane_of(runtime: &Runtime, key: u64) -> Option<Rc<std::cell::RefCell<Lane>>> {
     runtime.local::<Lanes>().0.borrow().get(&key).map(Rc::clone)
@@ -283,8 +328,10 @@ impl NvmeDevice {
             hopeless: false,
             ana: None,
             trouble: format!("{}: connecting to {}", config.name, uri.address),
+            history: History::default(),
         };
-        let status = Status { known: None, paths: config.paths.iter().map(path).collect() };
+        let status =
+            Status { known: None, policy: config.policy, paths: config.paths.iter().map(path).collect() };
         let (predecessors, inherited) = predecessors(&config);
         let paths = config.paths.len();
         let caches = Arc::new(Caches::new((paths, distinct.len()), config.on_cache_doubt, inherited));
@@ -301,8 +348,8 @@ impl NvmeDevice {
             unquiet: Mutex::default(),
             keeping: Mutex::default(),
             stats: Arc::default(),
+            meters: (0..paths).map(|_| Meters::default()).collect(),
             caches,
-            breaches: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
@@ -316,8 +363,9 @@ impl NvmeDevice {
                 let now = runtime.now();
                 let until = |(number, record): &(u64, Record)| (*number, predecessor_until(record, now));
                 let until: Vec<_> = predecessors.iter().map(until).collect();
-                let counts = (stats, Arc::clone(&shared.breaches));
-                let lane = Lane::add(runtime, shared.notices.clone(), counts, cache, config, &until);
+                let numbers = shared.meters.iter().map(|meters| meters.lane(runtime));
+                let ways = shared.notices.iter().cloned().zip(numbers).collect();
+                let lane = Lane::add(runtime, ways, stats, cache, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }
@@ -364,6 +412,12 @@ fn predecessor_until(record: &Record, now: Instant) -> Instant {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl NvmeDevice {
+    fn moved(&self, number: impl Fn(&Moved) -> u64) -> u64 {
+        self.shared.meters.iter().map(|path| path.sum(|lane| number(&lane.moved()))).sum()
+    }
 }
 
 impl Drop for NvmeDevice {
@@ -432,23 +486,63 @@ impl Device for NvmeDevice {
         Arc::clone(&self.shared.stats)
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.shared.breaches.counters()
-    }
-
     fn paths(&self) -> Vec<PathView> {
         let status = self.shared.status();
         let both = self.shared.config.paths.iter().zip(&status.paths);
-        both.map(|(uri, path)| PathView {
-            uri: uri.to_string(),
-            state: match path {
-                PathStatus { ready: true, .. } => "live",
-                PathStatus { hopeless: true, .. } => "failed",
-                _ => "connecting",
-            },
-            ana: path.ana.map(AnaState::name),
-            trouble: path.trouble.clone(),
-        })
-        .collect()
+        let now = std::time::Instant::now();
+        both.zip(&self.shared.meters)
+            .map(|((uri, path), meters)| PathView {
+                uri: uri.to_string(),
+                state: path.state().name(),
+                ana: path.ana.map(AnaState::name),
+                trouble: path.trouble.clone(),
+                stats: Arc::clone(&meters.io),
+                counters: vec![
+                    ("connect_attempts", path.history.attempts),
+                    ("connects", path.history.connects),
+                    ("keep_alive_misses", path.history.keep_alive_misses),
+                    ("failovers", path.history.failovers),
+                    ("retries", meters.sum(|lane| lane.retries.get())),
+                    ("requeued", meters.sum(|lane| lane.requeued.get())),
+                ],
+                losses: path.history.losses().collect(),
+                times: path.history.times(now).collect(),
+            })
+            .collect()
+    }
+
+    fn settings(&self) -> Vec<(&'static str, &'static str)> {
+        let policy = self.shared.status().policy.name();
+        vec![("io_policy", policy), ("on_cache_doubt", self.shared.config.on_cache_doubt.name())]
+    }
+
+    fn set_io_policy(&self, policy: &str) -> Result<(), String> {
+        let policy: IoPolicy = policy.parse()?;
+        let mut status = self.shared.status();
+        status.policy = policy;
+        // Under the lock, so that the lanes hear of two changes in one order.
+        self.shared.on_lanes(move |lane| lane.set_policy(policy));
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let (losses, doubts) = self.shared.caches.counts();
+        let ended_by = |loss| self.shared.status().paths.iter().map(|path| path.history.lost_by(loss)).sum();
+        vec![
+            ("received_in_place_bytes", self.moved(|moved| moved.in_place)),
+            ("protocol_errors", ended_by(Loss::Protocol)),
+            ("digest_errors", ended_by(Loss::Corrupted)),
+            ("cache_losses", losses),
+            ("cache_doubts", doubts),
+        ]
+    }
+
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("small_read", self.moved(|moved| moved.small_read)),
+            ("large_read_start", self.moved(|moved| moved.large_read)),
+            ("digest_read", self.moved(|moved| moved.digest_read)),
+            ("digest_write", self.moved(|moved| moved.digest_write)),
+        ]
     }
 }

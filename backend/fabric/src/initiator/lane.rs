@@ -21,11 +21,11 @@
 mod control;
 mod send;
 
-use super::breaches::Breaches;
 use super::cache::Caches;
 use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
 use super::connection::Connection;
 use super::held::{Held, Wholes, widest};
+use super::meter::{LaneNumbers, Loss};
 use super::probe;
 use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
@@ -43,6 +43,7 @@ use hawser_block::{Channel, Completion, Geometry, IoKind, IoStats, Operation, Ou
 use hawser_runtime::{Event, Instant, Runtime, Slab, Source, SourceId, TimerId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,7 +63,7 @@ const CODE_TYPE_PATH: u8 = 3;
 #[derive(PartialEq, Eq)]
 pub(crate) enum Notice {
     /// The association with this number cannot go on.
-    Lost { association: u64, why: String },
+    Lost { association: u64, loss: Loss, why: String },
     /// Its controller refuses commands because of the namespace's asymmetric access.
     Asymmetric,
     /// Nobody uses the device any more.
@@ -91,9 +92,10 @@ pub(crate) struct Lanes(pub(crate) RefCell<HashMap<u64, Rc<RefCell<Lane>>>>);
 /// See the module's text.
 pub(crate) struct Lane {
     runtime: Runtime,
+    /// The device's.
+    name: String,
     id: Option<SourceId>,
     stats: Arc<IoStats>,
-    breaches: Arc<Breaches>,
     caches: Arc<Caches>,
     /// Which lane of the device this is.
     index: usize,
@@ -113,6 +115,8 @@ pub(crate) struct Lane {
     failing: bool,
     ghosts: Vec<Ghosts>,
     pending: VecDeque<Held>,
+    /// Blocks that writes of unknown outcome may still change: kept to be filled anew without allocating.
+    held_back: Vec<Range<u64>>,
     delayed: Vec<(Instant, Held)>,
     sequence: u64,
     /// Flushes wait, at most until then; or none does.
@@ -127,8 +131,8 @@ impl Lane {
     /// A lane without connections. `predecessors`: associations of a process before us, and until when they are not quiet.
     pub(crate) fn add(
         runtime: &Runtime,
-        notices: Vec<Arc<Mailbox<Notice>>>,
-        (stats, breaches): (Arc<IoStats>, Arc<Breaches>),
+        paths: Vec<(Arc<Mailbox<Notice>>, Arc<LaneNumbers>)>,
+        stats: Arc<IoStats>,
         (caches, index): (Arc<Caches>, usize),
         config: &NvmeConfig,
         predecessors: &[(u64, Instant)],
@@ -142,9 +146,9 @@ impl Lane {
         };
         let lane = Rc::new(RefCell::new(Lane {
             runtime: runtime.clone(),
+            name: config.name.clone(),
             id: None,
             stats,
-            breaches,
             caches,
             index,
             write_through: config.on_cache_doubt == CacheDoubt::WriteThrough,
@@ -152,12 +156,13 @@ impl Lane {
             policy,
             geometry: None,
             offered: None,
-            ways: notices.into_iter().map(|notices| Way::new(notices, lives)).collect(),
+            ways: paths.into_iter().map(|(notices, numbers)| Way::new(notices, numbers, lives)).collect(),
             current: 0,
             turn: 0,
             failing: false,
             ghosts: predecessors.iter().map(ghosts).collect(),
             pending: VecDeque::with_capacity(1024),
+            held_back: Vec::with_capacity(1024),
             delayed: Vec::new(),
             sequence: 0,
             flushes_wait_until: Instant::NEVER,
@@ -207,9 +212,10 @@ impl Lane {
         }
         let Some(connection) = &way.connection else { return };
         if let Some(error) = connection.error().map(str::to_owned) {
+            let loss = connection.loss();
             // Lost before it began. Nobody listened when that was told.
             way.told_loss = false;
-            return way.lost(error);
+            return way.lost(loss, error);
         }
         way.started = Some(*start);
         way.has_cache = start.limits.volatile_cache;
@@ -226,6 +232,12 @@ impl Lane {
             self.failing &= ana.refusal().is_some();
             self.wake();
         }
+    }
+
+    /// Takes paths by `policy` from now on.
+    pub(crate) fn set_policy(&mut self, policy: IoPolicy) {
+        self.policy = policy;
+        self.wake();
     }
 
     /// What the device is now.
@@ -271,6 +283,7 @@ impl Lane {
                     }
                     continue;
                 }
+                self.ways[path].numbers.requeued.add(1);
                 held.unknown = (begun && !is_broken("resend_before_quiet")).then_some(association);
                 // Sent again it would end the next association too, for all users of this lane.
                 held.aborted |= may_be_fault && !probe::is_there(&held.request.buffers);
@@ -383,7 +396,7 @@ impl Lane {
                 }
             }
             if under_way {
-                way.lost("requests were given up by their user".to_owned());
+                way.lost(Loss::GivenUp, "requests were given up by their user".to_owned());
             }
         }
         let delayed = std::mem::take(&mut self.delayed);
@@ -400,6 +413,7 @@ impl Lane {
         if held.is_control() {
             return self.control_answered(path, held, ended.answer);
         }
+        self.count(path, &held, ended.answer.status);
         if ended.answer.status.is_success() {
             if is_broken("end_twice") && self.sequence.is_multiple_of(64) {
                 self.end(&held, Ok(()));
@@ -422,7 +436,10 @@ impl Lane {
             return self.end(&held, Err(Status::Aborted));
         }
         match self.retry_after(path, &mut held, ended.answer) {
-            Some(delay) => self.delayed.push((self.runtime.now() + delay, held)),
+            Some(delay) => {
+                self.ways[path].numbers.retries.add(1);
+                self.delayed.push((self.runtime.now() + delay, held));
+            }
             None => {
                 let status = ended.answer.status.to_block_status().unwrap_or(Status::Media);
                 self.end(&held, Err(status));
@@ -465,6 +482,19 @@ impl Lane {
             Some(delay) if *delay > 0 => Some(Duration::from_millis(100) * u32::from(*delay)),
             _ => Some(RETRY_DELAY * u32::from(held.tries)),
         }
+    }
+
+    /// Counts a command that was answered on this path.
+    fn count(&self, path: usize, held: &Held, status: NvmeStatus) {
+        let outcome = match status.is_success() {
+            true => Ok(()),
+            false => Err(status.to_block_status().unwrap_or(Status::Media)),
+        };
+        let shift = self.geometry.map_or(0, |geometry| geometry.block_size.shift());
+        let bytes = u64::from(held.request.blocks.0) << shift;
+        let latency_ns = self.runtime.now().ns_since(held.sent);
+        let kind = IoKind::from(held.request.operation);
+        self.ways[path].numbers.io.record(kind, bytes, latency_ns, outcome);
     }
 
     fn end(&mut self, held: &Held, outcome: Outcome) {
@@ -535,7 +565,7 @@ impl Lane {
             let mut under_way = way.connection.iter_mut().flat_map(Connection::users_mut);
             if under_way.any(|held| !held.is_control() && held.sent + limit <= now) {
                 drop(under_way);
-                way.lost(format!("a command was not answered in {} s", limit.as_secs_f32()));
+                way.lost(Loss::IoTimeout, format!("a command was not answered in {} s", limit.as_secs_f32()));
             }
         }
     }
@@ -565,13 +595,14 @@ impl Source for Lane {
                 self.runtime.sub_outstanding(1);
                 self.answered(path, ended);
             }
-            let error = connection.error().map(str::to_owned);
-            self.breaches.count(connection.take_breach());
+            let error = connection.error().map(|error| (connection.loss(), error.to_owned()));
+            let moved = connection.take_moved();
             let way = &mut self.ways[path];
+            way.numbers.add(&moved);
             way.connection = Some(connection);
-            if let Some(error) = error {
+            if let Some((loss, error)) = error {
                 way.started = None;
-                way.lost(error);
+                way.lost(loss, error);
             }
             if way.torn_down.is_some() {
                 self.finish_tear_down(path);

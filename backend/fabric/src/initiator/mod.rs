@@ -13,6 +13,7 @@
 //!     │   ├ way ─────── a path's connection here
 //!     │   ├ held ────── one request on its way, or several in the place of one
 //!     │   └ control ─── reservations, on the way of requests; reserve ── for who may wait for them
+//!   meter ───────── what is counted of a path
 //!   connection ──────── one send and one receive under way: bytes between a socket and ...
 //!   queue ───────────── ... the queue pair, sans I/O; batch ── one send of it
 //! ```
@@ -38,7 +39,6 @@
 
 mod admin;
 mod batch;
-mod breaches;
 mod cache;
 pub mod config;
 mod connection;
@@ -50,6 +50,7 @@ mod geometry;
 mod held;
 mod identify;
 mod lane;
+mod meter;
 mod probe;
 mod queue;
 mod quiet;

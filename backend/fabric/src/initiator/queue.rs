@@ -27,6 +27,7 @@ mod tests;
 pub(crate) use flow::SqFlow;
 
 use super::batch::{Batch, COPIED_CAPSULE_MAX, COPIES_LEN, HEADERS_LEN};
+use super::meter::Moved;
 use crate::nvme::bytes::low32;
 use crate::nvme::{NvmeStatus, Sgl, Sqe};
 use crate::tcp::pdu;
@@ -210,6 +211,8 @@ pub(crate) struct QueuePair<T> {
     receive: Receive,
     header: [u8; HEADER_LEN_MAX],
     large_reads: u32,
+    /// Since it was taken out last.
+    moved: Moved,
     ended: Vec<Ended<T>>,
 }
 
@@ -247,6 +250,7 @@ impl<T: Copy> QueuePair<T> {
             receive: Receive::Header { have: 0 },
             header: [0; HEADER_LEN_MAX],
             large_reads: 0,
+            moved: Moved::default(),
             ended: Vec::with_capacity(usize::from(depth)),
         }
     }
@@ -398,6 +402,7 @@ impl<T: Copy> QueuePair<T> {
             slot.sending = true;
             self.sending.push(index);
         }
+        self.moved.digest_write += batch.copied as u64;
         batch.bytes
     }
 
@@ -410,6 +415,11 @@ impl<T: Copy> QueuePair<T> {
                 self.end(index);
             }
         }
+    }
+
+    /// What was moved since this was asked last.
+    pub(crate) fn take_moved(&mut self) -> Moved {
+        std::mem::take(&mut self.moved)
     }
 
     /// Moves out the commands that have ended.

@@ -3,6 +3,7 @@
 use super::connection::Connection;
 use super::held::Held;
 use super::lane::Notice;
+use super::meter::{LaneNumbers, Loss};
 use super::signal::Mailbox;
 use crate::nvme::ana::AnaState;
 use hawser_block::Geometry;
@@ -38,12 +39,14 @@ pub(crate) struct Way {
     pub(super) has_cache: bool,
     /// As of the last start.
     pub(super) lives: Duration,
+    pub(super) numbers: Arc<LaneNumbers>,
 }
 
 impl Way {
-    pub(super) fn new(notices: Arc<Mailbox<Notice>>, lives: Duration) -> Way {
+    pub(super) fn new(notices: Arc<Mailbox<Notice>>, numbers: Arc<LaneNumbers>, lives: Duration) -> Way {
         Way {
             notices,
+            numbers,
             association: 0,
             connection: None,
             started: None,
@@ -83,10 +86,10 @@ impl Way {
         self.connection.as_ref().map_or(0, Connection::outstanding)
     }
 
-    pub(super) fn lost(&mut self, why: String) {
+    pub(super) fn lost(&mut self, loss: Loss, why: String) {
         if !self.told_loss && self.association != 0 {
             self.told_loss = true;
-            self.notices.post(Notice::Lost { association: self.association, why });
+            self.notices.post(Notice::Lost { association: self.association, loss, why });
         }
     }
 }

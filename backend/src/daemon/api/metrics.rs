@@ -1,14 +1,14 @@
 //! `GET /metrics`: every number of the daemon in the OpenMetrics text format, read when it is asked for.
 
 use super::view::RingsView;
-use crate::daemon::Daemon;
-use hawser_block::{IoKind, StatsSet, Status};
+use crate::daemon::{Daemon, DeviceNumbers};
+use hawser_block::{IoKind, KindSnapshot, StatsSet, Status};
 use hawser_fabric::target::TargetStats;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::{self, Error};
 use std::sync::Arc;
 
@@ -80,10 +80,9 @@ struct Numbers {
     disks: Vec<(String, Arc<StatsSet>)>,
     disk_states: Vec<(String, &'static str)>,
     disk_rings: Vec<(String, RingsView)>,
-    devices: Vec<(String, Arc<StatsSet>)>,
+    devices: Vec<DeviceNumbers>,
     device_states: Vec<(String, String)>,
     target: Option<TargetStats>,
-    device_counters: Vec<(String, BTreeMap<String, u64>)>,
 }
 
 impl fmt::Debug for Numbers {
@@ -95,7 +94,6 @@ impl fmt::Debug for Numbers {
 impl Numbers {
     fn of(daemon: &Daemon) -> Numbers {
         let status = daemon.status();
-        let (disks, devices) = daemon.stats();
         Numbers {
             version: status.version,
             build_id: status.build_id,
@@ -109,20 +107,15 @@ impl Numbers {
                     (index.to_string(), [reactor.passes, reactor.busy_passes, reactor.sleeps])
                 })
                 .collect(),
-            disks,
+            disks: daemon.disk_stats(),
             disk_rings: status
                 .disks
                 .iter()
                 .filter_map(|disk| Some((disk.name.clone(), disk.rings?)))
                 .collect(),
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
-            devices,
+            devices: daemon.device_numbers(),
             target: daemon.target_stats(),
-            device_counters: status
-                .devices
-                .iter()
-                .map(|device| (device.name.clone(), device.counters.clone()))
-                .collect(),
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
         }
     }
@@ -191,26 +184,108 @@ impl Collector for Numbers {
                 one(metric, &[], target.hosts_refused)
             })?;
         }
-        let names: BTreeSet<&str> = self
-            .device_counters
+        self.device_numbers(&mut encoder)?;
+        let disks: Vec<_> =
+            self.disks.iter().map(|(name, stats)| (vec![("disk", name.as_str())], stats)).collect();
+        io(&mut encoder, "disk", &disks)?;
+        let devices: Vec<_> = self
+            .devices
             .iter()
-            .flat_map(|(_, counters)| counters.keys().map(String::as_str))
+            .map(|device| (vec![("device", device.name.as_str())], &device.stats))
             .collect();
-        for name in names {
-            counter(
-                &mut encoder,
-                &format!("device_{name}"),
-                "Only this kind of device counts it",
-                |metric| {
-                    self.device_counters.iter().try_for_each(|(device, counters)| {
-                        counters.get(name).map_or(Ok(()), |count| one(metric, &[("device", device)], *count))
-                    })
-                },
-            )?;
-        }
-        io(&mut encoder, "disk", &self.disks)?;
-        io(&mut encoder, "device", &self.devices)
+        io(&mut encoder, "device", &devices)?;
+        self.paths(&mut encoder)
     }
+}
+
+impl Numbers {
+    /// What only some kinds of devices have.
+    fn device_numbers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let names: BTreeSet<&str> =
+            self.devices.iter().flat_map(|device| device.counters.iter().map(|(name, _)| *name)).collect();
+        for wanted in names {
+            let help = "Only this kind of device counts it";
+            counter(encoder, &format!("device_{wanted}"), help, |metric| {
+                self.devices.iter().try_for_each(|device| {
+                    let found = device.counters.iter().find(|(name, _)| *name == wanted);
+                    found
+                        .map_or(Ok(()), |(_, count)| one(metric, &[("device", device.name.as_str())], *count))
+                })
+            })?;
+        }
+        let help = "Payload that was copied in this process, by reason";
+        counter(encoder, "device_copied_bytes", help, |metric| {
+            self.devices.iter().try_for_each(|device| {
+                device.copied_bytes.iter().try_for_each(|(reason, bytes)| {
+                    one(metric, &[("device", device.name.as_str()), ("reason", reason)], *bytes)
+                })
+            })
+        })?;
+        let help = "How it was told to behave";
+        let mut metric = encoder.encode_descriptor("device_setting", help, None, MetricType::Gauge)?;
+        self.devices.iter().try_for_each(|device| {
+            device.settings.iter().try_for_each(|(key, value)| {
+                metric
+                    .encode_family(&[("device", device.name.as_str()), ("key", key), ("value", value)])?
+                    .encode_gauge(&1u64)
+            })
+        })
+    }
+
+    /// What is counted of each path.
+    fn paths(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let each = || {
+            self.devices.iter().flat_map(|device| {
+                device
+                    .paths
+                    .iter()
+                    .map(|path| (vec![("device", device.name.as_str()), ("path", path.uri.as_str())], path))
+            })
+        };
+        let mut metric =
+            encoder.encode_descriptor("path_state", "How it is doing", None, MetricType::Gauge)?;
+        for (labels, path) in each() {
+            metric.encode_family(&with(&labels, "state", path.state))?.encode_gauge(&1u64)?;
+        }
+        let names: BTreeSet<&str> =
+            each().flat_map(|(_, path)| path.counters.iter().map(|(name, _)| *name)).collect();
+        for wanted in names {
+            let help = "What became of its associations and commands";
+            counter(encoder, &format!("path_{wanted}"), help, |metric| {
+                each().try_for_each(|(labels, path)| {
+                    let found = path.counters.iter().find(|(name, _)| *name == wanted);
+                    found.map_or(Ok(()), |(_, count)| series(metric, &labels, *count))
+                })
+            })?;
+        }
+        counter(encoder, "path_losses", "Associations that were lost, by cause", |metric| {
+            each().try_for_each(|(labels, path)| {
+                path.losses
+                    .iter()
+                    .try_for_each(|(cause, count)| series(metric, &with(&labels, "cause", cause), *count))
+            })
+        })?;
+        let help = "How long it has been in each state";
+        let mut metric =
+            encoder.encode_descriptor("path_in_state", help, Some(&Unit::Seconds), MetricType::Counter)?;
+        for (labels, path) in each() {
+            for (state, time) in &path.times {
+                metric
+                    .encode_family(&with(&labels, "state", state))?
+                    .encode_counter::<NoLabelSet, f64, u64>(&time.as_secs_f64(), None)?;
+            }
+        }
+        let all: Vec<_> = each().map(|(labels, path)| (labels, &path.stats)).collect();
+        io(encoder, "path", &all)
+    }
+}
+
+/// Labels of a series: names and values.
+type Labels<'a> = Vec<(&'static str, &'a str)>;
+
+/// `labels` and one more.
+fn with<'a>(labels: &Labels<'a>, name: &'static str, value: &'a str) -> Labels<'a> {
+    labels.iter().copied().chain([(name, value)]).collect()
 }
 
 fn gauge(
@@ -240,6 +315,10 @@ fn one<const N: usize>(
     metric.encode_family(labels)?.encode_counter::<NoLabelSet, u64, u64>(&value, None)
 }
 
+fn series(metric: &mut MetricEncoder<'_>, labels: &Labels<'_>, value: u64) -> Result<(), Error> {
+    metric.encode_family(labels)?.encode_counter::<NoLabelSet, u64, u64>(&value, None)
+}
+
 /// One series for each thing, with its state as a label and the value 1.
 fn states<'a>(
     encoder: &mut DescriptorEncoder<'_>,
@@ -254,32 +333,33 @@ fn states<'a>(
     Ok(())
 }
 
-fn io(encoder: &mut DescriptorEncoder<'_>, of: &str, all: &[(String, Arc<StatsSet>)]) -> Result<(), Error> {
+/// The numbers of all disks, devices or paths, each with its labels.
+fn io(
+    encoder: &mut DescriptorEncoder<'_>,
+    of: &str,
+    all: &[(Labels<'_>, &Arc<StatsSet>)],
+) -> Result<(), Error> {
     let name = format!("{of}_requests");
     counter(encoder, &name, "Requests that ended well", |metric| {
-        each(all, |name, kind, stats| {
-            one(metric, &[(of, name), ("kind", kind.name())], stats.kind(kind).requests)
-        })
+        each(all, |labels, stats| series(metric, labels, stats.requests))
     })?;
     let name = format!("{of}_bytes");
     counter(encoder, &name, "Bytes moved or covered by them", |metric| {
-        each(all, |name, kind, stats| {
-            one(metric, &[(of, name), ("kind", kind.name())], stats.kind(kind).bytes)
-        })
+        each(all, |labels, stats| series(metric, labels, stats.bytes))
     })?;
     let name = format!("{of}_failures");
     counter(encoder, &name, "Requests that failed", |metric| {
-        all.iter().try_for_each(|(name, stats)| {
+        all.iter().try_for_each(|(labels, stats)| {
             Status::ALL.into_iter().try_for_each(|status| {
-                one(metric, &[(of, name.as_str()), ("status", status.name())], stats.failures(status))
+                series(metric, &with(labels, "status", status.name()), stats.failures(status))
             })
         })
     })?;
     let name = format!("{of}_latency");
     let help = "From submission to end, of all requests";
     let mut metric = encoder.encode_descriptor(&name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
-    each(all, |name, kind, stats| {
-        let latency = stats.kind(kind).latency;
+    each(all, |labels, stats| {
+        let latency = &stats.latency;
         let count = latency.count();
         let mut below = 0;
         let mut buckets = Vec::with_capacity(BOUNDS_NS.len() + 1);
@@ -289,7 +369,7 @@ fn io(encoder: &mut DescriptorEncoder<'_>, of: &str, all: &[(String, Arc<StatsSe
             below = up_to;
         }
         buckets.push((f64::INFINITY, count.saturating_sub(below)));
-        metric.encode_family(&[(of, name), ("kind", kind.name())])?.encode_histogram::<NoLabelSet>(
+        metric.encode_family(labels)?.encode_histogram::<NoLabelSet>(
             seconds(latency.sum_ns),
             count,
             &buckets,
@@ -299,10 +379,12 @@ fn io(encoder: &mut DescriptorEncoder<'_>, of: &str, all: &[(String, Arc<StatsSe
 }
 
 fn each(
-    all: &[(String, Arc<StatsSet>)],
-    mut f: impl FnMut(&str, IoKind, &StatsSet) -> Result<(), Error>,
+    all: &[(Labels<'_>, &Arc<StatsSet>)],
+    mut f: impl FnMut(&Labels<'_>, &KindSnapshot) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    all.iter().try_for_each(|(name, stats)| IoKind::ALL.into_iter().try_for_each(|kind| f(name, kind, stats)))
+    all.iter().try_for_each(|(labels, stats)| {
+        IoKind::ALL.into_iter().try_for_each(|kind| f(&with(labels, "kind", kind.name()), &stats.kind(kind)))
+    })
 }
 
 fn seconds(ns: u64) -> f64 {

@@ -22,7 +22,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
-use view::{AddDisk, ChangeReservation, ErrorView, SetAnaState};
+use view::{AddDisk, ChangeReservation, ErrorView, SetAnaState, SetDevice};
 
 /// A disk's description has a few hundred bytes.
 const BODY_MAX: usize = 64 << 10;
@@ -137,6 +137,14 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
         ["v1", "openapi.json"] if get => Ok(whole(StatusCode::OK, "application/json", OPENAPI)),
         ["v1", "status"] if get => Ok(json(StatusCode::OK, &daemon.status())),
         ["v1", "devices"] if get => Ok(json(StatusCode::OK, &daemon.device_views())),
+        ["v1", "devices", name] if get => {
+            Ok(json(StatusCode::OK, &daemon.device_view(name).map_err(ApiError::from)?))
+        }
+        ["v1", "devices", name] if request.method() == Method::PATCH => {
+            let name = (*name).to_owned();
+            let SetDevice { io_policy } = body(request).await?;
+            Ok(json(StatusCode::OK, &change(move || daemon.set_device(&name, &io_policy)).await?))
+        }
         ["v1", "devices", name, "reservation"] if get => {
             let name = (*name).to_owned();
             Ok(json(StatusCode::OK, &change(move || daemon.reservation(&name)).await?))
@@ -199,7 +207,7 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
         | ["v1", "subsystems", _, "hosts", _]
         | ["v1", "subsystems", _, "ports", _, "ana_groups", _]
         | ["v1", "openapi.json" | "status" | "devices" | "discovery" | "subsystems" | "disks"]
-        | ["v1", "disks", _]
+        | ["v1", "disks" | "devices", _]
         | ["v1", "devices", _, "reservation"]
         | ["v1", "disks", _, "resume"] => {
             let what = format!("{} is not for {path}, see /v1/openapi.json", request.method());

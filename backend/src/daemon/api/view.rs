@@ -152,9 +152,13 @@ pub struct DeviceView {
     pub uuid: Option<String>,
     /// How each of its paths is doing; none where there is but the device itself.
     pub paths: Vec<PathView>,
+    /// How it was told to behave, of `nvme+tcp:` devices: `io_policy` and `on_cache_doubt`.
+    pub settings: BTreeMap<String, String>,
     /// What only its kind of device counts: `bounced_requests` of a `file:`, those that were copied because the guest's
     /// memory was not aligned as direct I/O wants it.
     pub counters: BTreeMap<String, u64>,
+    /// Bytes of payload that were copied in this process, by reason.
+    pub copied_bytes: BTreeMap<String, u64>,
     /// What was asked of it.
     #[serde(flatten)]
     pub io: IoView,
@@ -171,6 +175,23 @@ pub struct PathView {
     pub ana: Option<String>,
     /// What is wrong with it.
     pub trouble: Option<String>,
+    /// Since the daemon started: `connect_attempts`, `connects`, `keep_alive_misses`, `failovers`, `retries`, `requeued`.
+    pub counters: BTreeMap<String, u64>,
+    /// How often its association was lost, by cause.
+    pub losses: BTreeMap<String, u64>,
+    /// How long it was in each state.
+    pub state_seconds: BTreeMap<String, u64>,
+    /// Its commands: those that were answered; failures are refusals, also of what was tried again.
+    #[serde(flatten)]
+    pub io: IoView,
+}
+
+/// The body of `PATCH /v1/devices/{name}`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetDevice {
+    /// As in the configuration; until the daemon ends.
+    pub io_policy: String,
 }
 
 /// The numbers of a disk or device since the daemon started, by kind: `read`, `write`, `flush`, `discard`, `write_zeroes`.

@@ -3,7 +3,7 @@
 //! Owns: the order of sending and the choice of a path. Must not know: connections from the inside, tasks.
 
 use super::Lane;
-use crate::initiator::cache::Flush;
+use crate::initiator::cache::{Fate, Flush};
 use crate::initiator::config::IoPolicy;
 use crate::initiator::held::{Fit, Held, fit};
 use crate::initiator::queue::Transfer;
@@ -64,11 +64,11 @@ impl Lane {
     pub(super) fn pump(&mut self) {
         self.turn = 0;
         // Blocks that writes of unknown outcome may still change.
-        let held_back: Vec<Range<u64>> = match self.ghosts.is_empty() || is_broken("overtake_unknown_writes")
-        {
-            true => Vec::new(),
-            false => self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of).collect(),
-        };
+        let mut held_back = std::mem::take(&mut self.held_back);
+        held_back.clear();
+        if !self.ghosts.is_empty() && !is_broken("overtake_unknown_writes") {
+            held_back.extend(self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of));
+        }
         let anywhere = self.ghosts.iter().any(|ghosts| ghosts.anywhere);
         let waits = |held: &Held| {
             let blocks = blocks_of(held);
@@ -106,15 +106,16 @@ impl Lane {
             }
             if held.request.operation == Operation::Flush {
                 let flush = match held.only {
-                    Some(_) => Flush::Goes,
+                    Some(_) => Flush::Goes(Fate::Kept),
                     None => self.caches.flush(held.told, now, |path| self.ways[path].started.is_some()),
                 };
                 match flush {
-                    Flush::Goes => {}
+                    Flush::Goes(fate @ Fate::Trusted(_)) => {
+                        log::warn!("{}: a FLUSH succeeds: {fate}", self.name);
+                    }
+                    Flush::Goes(_) => {}
                     Flush::Fails => {
-                        log::error!(
-                            "a FLUSH fails: writes before it were lost with a volatile cache, or may have been"
-                        );
+                        log::error!("{}: a FLUSH fails: {}", self.name, Fate::Lost(0));
                         self.end(&held, Err(Status::Media));
                         continue;
                     }
@@ -173,6 +174,7 @@ impl Lane {
             connection.submit(sqe, transfer, held);
             self.runtime.add_outstanding(1);
         }
+        self.held_back = held_back;
         for connection in self.ways.iter_mut().filter_map(|way| way.connection.as_mut()) {
             connection.flush();
         }

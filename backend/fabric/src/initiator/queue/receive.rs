@@ -40,6 +40,7 @@ impl<T: Copy> QueuePair<T> {
     /// `len` bytes were received to where `receive_into` said.
     pub(crate) fn handle_in_place(&mut self, len: u32) -> Result<(), QueueError> {
         let Receive::Data(data) = self.receive else { unreachable!("only data is received in place") };
+        self.moved.in_place += u64::from(len);
         self.data_arrived(data, len)
     }
 
@@ -111,6 +112,11 @@ impl<T: Copy> QueuePair<T> {
                     // SAFETY: the slot is taken, so its request has not ended and its buffers are valid; it is a read;
                     // `bytes` has `take` bytes, and our staging memory is apart from the request's.
                     unsafe { place.copy_from(bytes.as_ptr()) };
+                    *match (self.limits.digests.data, length(buffers) < IN_PLACE_MIN) {
+                        (true, _) => &mut self.moved.digest_read,
+                        (false, true) => &mut self.moved.small_read,
+                        (false, false) => &mut self.moved.large_read,
+                    } += u64::from(take);
                     bytes = &bytes[take as usize..];
                     self.data_arrived(data, take)?;
                 }

@@ -2,6 +2,7 @@
 //! scripted target that does what ours does not.
 
 mod client;
+mod counted;
 mod ghosts;
 mod lab;
 mod links;

@@ -297,7 +297,9 @@ fn garbage_ends_the_association_and_nothing_is_lost() {
         assert_eq!(bench.client.run(Ask::read(8, 8, 512)).outcome, Ok(()));
         assert_eq!(bench.target.state().associations, round + 2);
     }
-    assert_eq!(bench.device.counters(), [("protocol_errors", 3), ("digest_errors", 0)]);
+    let counters = bench.device.counters();
+    assert!(counters.contains(&("protocol_errors", 3)), "{counters:?}");
+    assert!(counters.contains(&("digest_errors", 0)), "{counters:?}");
 }
 
 #[test]
