@@ -108,6 +108,21 @@ impl Daemon {
         format!("hawser serve ({}): {error}{tail}", self.name)
     }
 
+    /// SIGSTOP: from now on it answers nobody.
+    pub fn pause(&mut self) -> Result<()> {
+        self.send(libc::SIGSTOP)
+    }
+
+    /// SIGCONT.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.send(libc::SIGCONT)
+    }
+
+    fn send(&mut self, signal: libc::c_int) -> Result<()> {
+        self.must_live()?;
+        self.process.as_ref().map_or(Ok(()), |process| process.signal(signal))
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) -> Result<()> {
         self.must_live()?;

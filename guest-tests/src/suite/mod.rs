@@ -13,6 +13,7 @@ mod queues;
 mod reboot;
 mod resize;
 mod restart;
+mod stuck;
 
 use crate::Result;
 use crate::image::Release;
@@ -58,6 +59,7 @@ pub const TESTS: &[Test] = &[
     test("twenty_kills_under_load_lose_nothing", OLD, restart::kills),
     test("kills_of_a_file_s_owner_under_load_lose_nothing", NEW, restart::kills_of_file_owner),
     test("sigterm_and_newer_binary_under_load_lose_nothing", NEW, restart::upgrades),
+    test("a_vm_is_stopped_in_time_though_its_target_does_not_answer", NEW, stuck::stops),
     test("seabios_boots_from_kernel_target_that_restarts_under_load", OLD, boot::seabios_kernel),
     test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
     test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),

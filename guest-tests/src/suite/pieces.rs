@@ -90,12 +90,25 @@ impl Served {
     /// Starts the target on a `mem:` device, imports the image over NVMe/TCP, starts serving it with `queues` queues.
     /// `shown`: with the import's progress bar.
     pub fn start(lab: &Lab, queues: u32, shown: bool) -> Result<Served> {
+        Served::start_with(lab, "", "", queues, shown)
+    }
+
+    /// The same, with lines for the `[daemon]` section of the VM's daemon, and for its device.
+    pub(crate) fn start_with(
+        lab: &Lab,
+        daemon: &str,
+        device: &str,
+        queues: u32,
+        shown: bool,
+    ) -> Result<Served> {
         let scratch = Scratch::new()?;
         let uri = format!("mem:?size={}", mib(crate::image::DISK_BYTES));
         let target =
             Daemon::start("target", &lab.hawser, scratch.path(), &target_sections(&uri, "127.0.0.1:0"))?;
         let uri = uri_of(&target.listener(NQN)?);
-        let sections = host_section() + &disk_sections(scratch.path(), DISK, &uri, None, queues);
+        let disk = disk_sections(scratch.path(), DISK, &uri, None, queues);
+        let disk = disk.replacen("\n\n", &format!("\n{device}\n"), 1);
+        let sections = daemon.to_owned() + &host_section() + &disk;
         import(lab, &scratch, &uri, shown)?;
         let mut serve = Daemon::start("serve", &lab.hawser, scratch.path(), &sections)?;
         serve.await_disk(DISK, "listening")?;
