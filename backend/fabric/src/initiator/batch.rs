@@ -11,13 +11,13 @@ use hawser_runtime::buffers::AlignedBuffer;
 pub(super) const SEND_BYTES_MAX: usize = 1 << 20;
 /// The most iovecs of one send (Linux's UIO_MAXIOV is 1024).
 pub(super) const SEND_IOVECS_MAX: usize = 1000;
-/// How much one send carries where data has digests and goes out from a private copy: the copy stays in the second-level cache
-/// until the kernel has taken it.
+/// How much a send has when nothing more is added, where data has digests and goes out from a private copy: the copy stays in the
+/// second-level cache until the kernel has taken it. One command's data is not divided for it.
 const COPIED_BYTES_MAX: usize = 256 << 10;
 /// In-capsule data beyond this is asked for by the controller where there are data digests.
 pub(super) const COPIED_CAPSULE_MAX: usize = 128 << 10;
 /// Room for the private copies of one send's data, where it has digests: the guest may change its pages meanwhile.
-pub(super) const COPIES_LEN: usize = COPIED_BYTES_MAX + COPIED_CAPSULE_MAX;
+pub(super) const COPIES_LEN: usize = SEND_BYTES_MAX + COPIED_CAPSULE_MAX;
 /// What is copied before its digest is computed: it is in the first-level cache then.
 pub(super) const DIGEST_PIECE: usize = 16 << 10;
 /// Room for the headers of one send: 256 commands of 72 bytes, 16 of inline data, and some H2CData.
@@ -46,11 +46,15 @@ impl Batch<'_> {
         self.copies.is_none_or(|copies| len as usize <= copies.len() - self.copied)
     }
 
-    /// How much of `len` bytes from `offset` fits, a multiple of 4 if not all.
+    /// How much of `len` bytes from `offset` fits, a multiple of 4 if not all. What has a digest and would fit into a send of its
+    /// own is not divided: Linux's nvmet (6.1, 6.12) computes the digest of each H2CData over all of its command's data.
     pub(super) fn fitting(&self, buffers: &Buffers, offset: u32, len: u32) -> u32 {
         if let Some(copies) = self.copies {
-            let room = low32((copies.len() - self.copied) as u64);
-            return if len <= room { len } else { room & !3 };
+            return match low32((copies.len() - self.copied) as u64) {
+                room if len <= room => len,
+                _ if self.copied > 0 => 0,
+                room => room & !3,
+            };
         }
         let room = SEND_IOVECS_MAX - self.iovecs.len() - 1;
         let mut segments = buffers.slice(offset as usize, len as usize).segments();

@@ -594,6 +594,35 @@ fn digests_go_with_headers_and_data_both_ways() {
     }
 }
 
+/// nvmet computes the digest of an H2CData over all of its command's data. When 1 MiB went in pieces of 384 KiB, for the sake of
+/// the cache, it closed the connection at each attempt, and the VM waited for ever.
+#[test]
+fn a_write_with_a_digest_is_one_h2cdata() {
+    let digests = Digests { header: false, data: true };
+    let limits = Limits { digests, host_data_max: 4 << 20, ..LIMITS };
+    let mut pair = QueuePair::<u32>::new(8, limits);
+    let writes = [200 << 10, 1 << 20, 300 << 10].map(|len| Memory::new(&[len], pattern));
+    for (memory, user) in writes.iter().zip(0..) {
+        let blocks = memory.len / 512;
+        pair.submit(Sqe::write(1, 0, blocks, false, Sgl::NONE), Transfer::FromHost(memory.buffers()), user);
+    }
+    for heard in listen_to(&transmit(&mut pair), digests) {
+        let Heard::Command(sqe, _) = heard else { panic!("{heard:?}") };
+        let ready = ReadyToTransfer { cid: sqe.cid, tag: 1, offset: 0, len: sqe.sgl.len }.to_bytes(digests);
+        receive(&mut pair, &with_digests(&ready, &[], digests), 100).unwrap();
+    }
+    let sends = [(); 3].map(|()| listen_to(&transmit(&mut pair), digests));
+    let lens: Vec<_> = sends
+        .iter()
+        .flatten()
+        .map(|heard| match heard {
+            Heard::Data(pdu, data) => (pdu.last, pdu.offset, data.len()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(lens, writes.each_ref().map(|memory| (true, 0, memory.len as usize)));
+}
+
 #[test]
 fn a_byte_that_changes_on_the_way_is_found() {
     let digests = Digests { header: true, data: true };
