@@ -346,7 +346,9 @@ impl Drop for Reactor {
         let inner = Rc::clone(&self.runtime.0);
         let messages = inner.shared.messages.lock().unwrap_or_else(PoisonError::into_inner).take();
         if !driver!(inner, driver => driver.quiesce()) {
-            log::error!("operations are still under way at the end of a reactor: their memory is leaked");
+            log::error!(
+                "a reactor ends, and the kernel still works for it: the memory of that is kept until the process ends"
+            );
             std::mem::forget(inner);
             return;
         }

@@ -308,7 +308,10 @@ pub fn close(devices: Vec<Arc<dyn Device>>) {
     let since = Instant::now();
     while at_work.iter().any(|stats| stats.strong_count() > 0) {
         if since.elapsed() > CLOSE_MAX {
-            log::warn!("devices are left before their connections have ended in order");
+            log::warn!(
+                "targets did not end their associations within {} s: they notice our end by themselves",
+                CLOSE_MAX.as_secs()
+            );
             return;
         }
         std::thread::sleep(Duration::from_millis(2));

@@ -324,7 +324,9 @@ impl Daemon {
         }
         if !self.stop(self.drain()) {
             // The next process waits until what we leave behind is over, as after a death.
-            log::warn!("requests may still be carried out: this is not an end in order");
+            log::warn!(
+                "requests may still be carried out by a device: the next start waits until they cannot be, as after a crash"
+            );
         } else if let Err(error) = self.lock_run_state().end() {
             log::error!("{error}");
         }
@@ -349,7 +351,10 @@ impl Daemon {
         let drain_left = drain.saturating_sub(since.elapsed());
         notify::stopping(drain_left);
         if target.is_some_and(|target| !target.stop(drain_left)) {
-            log::warn!("targets: commands were still under way after {} s", drain.as_secs());
+            log::warn!(
+                "target: commands of hosts were still under way after {} s: they are left",
+                drain.as_secs()
+            );
             all_ended = false;
         }
         let devices = std::mem::take(&mut *self.lock_devices());

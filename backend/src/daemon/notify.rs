@@ -37,6 +37,6 @@ fn send(text: &str) {
     };
     let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(text.as_bytes(), &address));
     if let Err(error) = sent {
-        log::warn!("NOTIFY_SOCKET {}: {error}", name.display());
+        log::warn!("systemd is not told how the daemon is: NOTIFY_SOCKET {}: {error}", name.display());
     }
 }

@@ -186,7 +186,7 @@ impl Data {
         self.crashes += 1;
         let signal = signal_name(crash.signal);
         let Some(request) = &crash.request else {
-            log::error!("the process before this one died by {signal}, on no request");
+            log::error!("the process before this one died by {signal}, on no request: all disks are served");
             return;
         };
         let (from, to) = request.counters;

@@ -389,7 +389,10 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     // Out of descriptors, most likely.
-                    log::warn!("disk {}: accept: {error}", self.disk.config.name);
+                    log::warn!(
+                        "disk {}: a front end could not be accepted: {error}; trying again",
+                        self.disk.config.name
+                    );
                     std::thread::sleep(Duration::from_millis(100));
                 }
             }
@@ -410,7 +413,9 @@ impl Server {
         let connected = |guest: &Guest| !connection::is_closed(guest.stream.as_fd());
         if self.guests.len() >= SESSIONS_MAX && self.guests.iter().all(connected) {
             if !std::mem::replace(&mut self.refuses, true) {
-                log::warn!("disk {name}: a third front end was refused: two are connected");
+                log::warn!(
+                    "disk {name}: a third front end was refused: two are connected, one that serves a VM and one for its migration"
+                );
             }
             self.disk.disk_counters.sessions_refused.fetch_add(1, Ordering::Relaxed);
             return;
@@ -435,7 +440,9 @@ impl Server {
                 self.disk.disk_counters.sessions.fetch_add(1, Ordering::Relaxed);
                 self.guests.push(guest);
             }
-            Err(error) => log::warn!("disk {name}: a front end was let go: {error}"),
+            Err(error) => {
+                log::warn!("disk {name}: no session for a front end, which is disconnected: {error}")
+            }
         }
     }
 
@@ -466,7 +473,10 @@ impl Server {
                     let error = error.to_string();
                     // Once, not at each try.
                     if *self.disk.trouble.lock().unwrap_or_else(PoisonError::into_inner) != error {
-                        log::warn!("disk {}: socket {error}", self.disk.config.name);
+                        log::warn!(
+                            "disk {}: socket {error}; trying again until it can be made",
+                            self.disk.config.name
+                        );
                     }
                     self.disk.set_trouble(error);
                 }

@@ -73,7 +73,9 @@ impl Interrupt {
             std::thread::Builder::new().name(name).spawn(move || connection::signal(call.as_fd()))
         });
         if let Err(error) = sent {
-            log::error!("an interrupt could not be sent: {error}");
+            log::error!(
+                "an interrupt could not be sent: {error}; a queue of some VM stands still until its next one"
+            );
         }
     }
 }

@@ -181,7 +181,9 @@ impl Backing {
                 && alignment.offset <= block
         });
         if usable.is_none() && self.set_direct(false).is_err() {
-            log::warn!("cannot switch direct I/O off again");
+            log::warn!(
+                "a file cannot be used with direct I/O, nor be switched back: requests to it may fail"
+            );
         }
         usable
     }

@@ -179,7 +179,7 @@ impl Shared {
         let mut current = self.trouble.write().unwrap_or_else(PoisonError::into_inner);
         let news = *current != trouble;
         if news && !trouble.is_empty() {
-            log::warn!("{}: {trouble}", self.path.display());
+            log::warn!("device {}: {trouble}", self.path.display());
         }
         *current = trouble;
         drop(current);

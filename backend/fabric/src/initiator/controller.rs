@@ -275,21 +275,27 @@ impl Task {
     fn give_up_hope(&mut self) {
         self.hopeless = true;
         self.shared.change(|status| status.paths[self.path].hopeless = true);
+        let (label, seconds) = (self.label(), (self.runtime.now() - self.lost_at).as_secs());
+        let gone =
+            format!("{label}: it is not waited for any more, {seconds} s after it was lost, but still tried");
         if self.shared.is_hopeless() {
+            log::error!("{gone}: no path is left, so that requests fail until one is connected again");
             self.shared.on_lanes(Lane::fail_waiting);
+        } else {
+            log::warn!("{gone}: requests go to the other paths, or wait for them");
         }
     }
 
     fn trouble(&mut self, why: &str, refused: bool, delay: Duration) {
         let label = self.label();
-        if self.logged != why {
-            log::warn!("{label}: {why}");
-            why.clone_into(&mut self.logged);
-        }
         let again = match self.shared.config.offline {
             true => String::new(),
             false => format!("; retrying in {:.1} s", delay.as_secs_f32()),
         };
+        if self.logged != why {
+            log::warn!("{label}: {why}{again}");
+            why.clone_into(&mut self.logged);
+        }
         let line = format!("{label}: {why}{again}");
         // What is wrong is there before it is told that something is.
         self.shared.status().paths[self.path].trouble = line;
@@ -627,7 +633,10 @@ impl Task {
             }
             if !quiet.is_empty() {
                 for (number, instance) in quiet {
-                    log::info!("{}: controller {}, which was lost, is quiet", self.label(), instance.cntlid);
+                    let (label, cntlid) = (self.label(), instance.cntlid);
+                    log::info!(
+                        "{label}: the target has reset controller {cntlid}, whose association was lost: writes of unknown outcome are sent again"
+                    );
                     self.shared.quiet(number);
                 }
                 // A process after us has no need to wait for them. That it is not told costs no more than that.
@@ -654,7 +663,16 @@ impl Task {
             before
         };
         if before != Some(state) {
-            log::info!("{}: the namespace is {state} on this path", self.label());
+            let then = match state {
+                AnaState::Optimized => "it is used",
+                AnaState::NonOptimized => "it is used while no optimized path is there",
+                AnaState::PersistentLoss => "it is not used, nor waited for",
+                _ => "it is not used until that changes",
+            };
+            log::info!(
+                "{}: the target says that the namespace is {state} on this path: {then}",
+                self.label()
+            );
         }
         self.shared.change(|status| {
             status.paths[self.path].hopeless = state == AnaState::PersistentLoss;

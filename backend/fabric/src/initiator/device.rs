@@ -201,7 +201,11 @@ impl Shared {
         let fails = |error: std::io::Error| format!("{}: cannot be written: {error}", file.display());
         let is_kept = self.keep(file.clone()).await;
         let Err(error) = is_kept else { return Ok(()) };
-        log::warn!("{}: {}; a process after this one will wait longer", self.config.name, fails(error));
+        log::warn!(
+            "{}: {}: a daemon that is started after a crash of this one waits longer before it writes",
+            self.config.name,
+            fails(error)
+        );
         let forget = || {
             let _one = lock(&self.keeping);
             quiet::forget(&file)

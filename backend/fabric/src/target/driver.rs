@@ -305,12 +305,21 @@ impl Driver {
             later.sleep(after).await;
             tell(&me, move |driver, runtime| {
                 if driver.connection.is_waited_for(barrier) {
-                    log::warn!("commands of a host that was preempted are still under way: they are aborted");
+                    let host = driver.host();
+                    log::warn!(
+                        "target: {host} waits to be preempted or reset for {} s: its commands under way are aborted",
+                        after.as_secs()
+                    );
                     driver.abort();
                     driver.go_on(runtime);
                 }
             });
         });
+    }
+
+    /// Whose connection it is, for people.
+    fn host(&self) -> &str {
+        self.connection.controller().map_or("an unknown host", |controller| &controller.host.nqn)
     }
 
     fn source(&self) -> SourceId {
@@ -347,22 +356,31 @@ impl Driver {
         if let Some(why) = trouble.as_ref().filter(|_| !self.connection.was_given_up())
             && let Some(count) = self.shared.broken.add()
         {
-            let host = self.connection.controller().map_or("nobody", |controller| &controller.host.nqn);
-            log::warn!("a connection of {host} broke the protocol: {why}; {count} such connections");
+            log::warn!(
+                "target: a connection of {} broke the protocol and is closed: {why}; {count} such connections so far",
+                self.host()
+            );
         }
         let trouble = trouble.or((!why.is_empty()).then(|| why.to_owned()));
         match (self.connection.controller(), trouble) {
             (Some(controller), trouble) if self.connection.is_admin() && controller.subsystem.is_some() => {
                 let why = trouble.as_deref().unwrap_or("it closed its connection");
-                log::info!("{} is gone, controller {}: {why}", controller.host.nqn, controller.cntlid);
+                let nqn = controller.subsystem.as_ref().map_or("discovery", |subsystem| &subsystem.nqn);
+                log::info!(
+                    "{nqn}: {} is disconnected, controller {}: {why}",
+                    controller.host.nqn,
+                    controller.cntlid
+                );
             }
             (Some(controller), Some(why)) => {
-                log::info!("a connection of {} ends: {why}", controller.host.nqn);
+                log::info!("target: a connection of {} is closed: {why}", controller.host.nqn);
             }
             // Anybody can make these.
             (None, Some(why)) => {
                 if let Some(count) = self.shared.strays.add() {
-                    log::info!("a connection without a host ends: {why}; {count} such connections");
+                    log::info!(
+                        "target: a connection is closed before its host said who it is: {why}; {count} such connections so far"
+                    );
                 }
             }
             (_, None) => {}
@@ -490,7 +508,8 @@ impl Source for Driver {
                 Event::Timer { key: ABORT } => {
                     self.timer = None;
                     log::warn!(
-                        "commands of a connection that has ended are still under way: they are aborted"
+                        "target: a connection of {} has ended, and the device still has its commands: they are aborted",
+                        self.host()
                     );
                     self.abort();
                 }

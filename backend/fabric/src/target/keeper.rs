@@ -104,7 +104,10 @@ fn keep(folder: &Path, boot: &str, subsystem: &Subsystem, position: usize) -> bo
             true
         }
         Err(error) => {
-            log::error!("{}: cannot be written: {error}", path.display());
+            log::error!(
+                "{}: cannot be written: {error}; the change of reservations that it was for is refused",
+                path.display()
+            );
             false
         }
     }

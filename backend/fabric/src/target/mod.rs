@@ -341,7 +341,9 @@ impl Shared {
     /// A connection was not taken in.
     fn refused(&self, why: &str) {
         if let Some(count) = self.refusals.add() {
-            log::warn!("{count} connections were refused: {why}");
+            log::warn!(
+                "target: connections are refused, {count} so far: {why}; hosts try again by themselves"
+            );
         }
     }
 
@@ -678,7 +680,8 @@ fn prepare(listener: &TcpListener) {
     // full tries again a second later.
     // SAFETY: plain system call on a descriptor of ours.
     if unsafe { libc::listen(listener.as_raw_fd(), ACCEPT_QUEUE) } < 0 {
-        log::warn!("listen: {}", std::io::Error::last_os_error());
+        let error = std::io::Error::last_os_error();
+        log::warn!("target: the queue of connections to be accepted stays short: listen: {error}");
     }
     for (level, option, value) in options {
         let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
@@ -686,7 +689,8 @@ fn prepare(listener: &TcpListener) {
         let result =
             unsafe { libc::setsockopt(listener.as_raw_fd(), level, option, (&raw const value).cast(), len) };
         if result < 0 {
-            log::warn!("socket option {option}: {}", std::io::Error::last_os_error());
+            let error = std::io::Error::last_os_error();
+            log::warn!("target: hosts that vanish are noticed late: socket option {option}: {error}");
         }
     }
 }

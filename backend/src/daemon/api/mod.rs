@@ -73,7 +73,7 @@ async fn accept(daemon: Arc<Daemon>, listener: tokio::net::UnixListener) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                log::warn!("API: accept: {error}");
+                log::warn!("API: a client could not be accepted: {error}; trying again");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }

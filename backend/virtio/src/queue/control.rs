@@ -133,7 +133,7 @@ impl Queue {
             // A ring may have waited for that.
             connection::signal(self.disk.wake_fd());
             log::info!(
-                "disk {}: queue {}: the requests that were left have ended",
+                "disk {}: queue {}: the device has ended the requests that an earlier stop left with it",
                 self.disk.config.name,
                 self.index
             );

@@ -92,7 +92,10 @@ impl Session {
         let Some(socket) = &self.backend_requests else { return };
         match connection::send(socket, &message::config_change(), None) {
             Ok(()) => self.told_capacity = Some(capacity),
-            Err(error) => log::warn!("disk {}: CONFIG_CHANGE: {error}", self.disk.config.name),
+            Err(error) => log::warn!(
+                "disk {}: its front end was not told of the new size, and sees it when it connects again: CONFIG_CHANGE: {error}",
+                self.disk.config.name
+            ),
         }
     }
 }

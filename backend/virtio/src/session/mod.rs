@@ -229,9 +229,9 @@ impl Session {
         let over = self.serve();
         match over {
             Over::Closed => log::info!("disk {name}: front end disconnected"),
-            Over::Stopping => log::info!("disk {name}: stopping"),
+            Over::Stopping => log::info!("disk {name}: the disk stops, its front end is disconnected"),
             Over::Failed(error) => {
-                log::warn!("disk {name}: session ended: {error}");
+                log::warn!("disk {name}: front end disconnected by us: {error}; it may connect again");
                 self.disk.disk_counters.sessions_failed.fetch_add(1, Ordering::Relaxed);
                 self.disk.set_trouble(error);
             }
@@ -296,7 +296,10 @@ impl Session {
             Ok(())
         });
         if let Err(error) = signalled {
-            log::warn!("disk {}: queue {queue}: error eventfd: {error}", self.disk.config.name);
+            log::warn!(
+                "disk {}: queue {queue}: its front end cannot be told of an error: {error}",
+                self.disk.config.name
+            );
         }
     }
 
@@ -328,7 +331,10 @@ impl Session {
                 .map_err(|error| Over::Failed(format!("reply to message {request}: {error}"))),
             Err(Failure::Refused(what)) => {
                 if acknowledge(self, 1)? {
-                    log::warn!("disk {}: refused message {request}: {what}", self.disk.config.name);
+                    log::warn!(
+                        "disk {}: the front end was answered with an error to its message {request}: {what}",
+                        self.disk.config.name
+                    );
                     Ok(())
                 } else {
                     Err(Over::Failed(what))

@@ -274,7 +274,11 @@ impl Session {
             if !given_up {
                 given_up = true;
                 began = Instant::now();
-                log::warn!("disk {name}: {} queues have requests in flight; giving them up", stopping.len());
+                let after = stop.unwrap_or(disk.config.drain_timeout).as_secs();
+                log::warn!(
+                    "disk {name}: {} queues have requests in flight after {after} s (drain_timeout): they are given up, and stay in the VM's in-flight log",
+                    stopping.len()
+                );
                 for Stopping { running: Running { key, reactor, .. }, .. } in &stopping {
                     let key = *key;
                     self.reactors[*reactor]
@@ -285,7 +289,9 @@ impl Session {
             let (left, waited_for): (Vec<_>, Vec<_>) =
                 stopping.into_iter().partition(|one| stop.is_some() || one.running.logged);
             if !left.is_empty() {
-                log::error!("disk {name}: the device does not end its requests; leaving them");
+                log::error!(
+                    "disk {name}: the device does not end its requests: they are left with it, and no ring starts before they end"
+                );
                 self.leave_behind(left);
             }
             if told.elapsed() > TELL_EVERY {

@@ -42,7 +42,10 @@ impl Task {
             }
             if event != AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED {
                 if log.may(self.runtime.now()) {
-                    log::info!("{}: the controller reports {event:?}", self.label());
+                    log::info!(
+                        "{}: the controller reports {event:?}, of which nothing follows here",
+                        self.label()
+                    );
                 }
                 continue;
             }
@@ -69,7 +72,7 @@ impl Task {
                 ReservationNotice::Released => "has released a reservation, or changed its type",
                 ReservationNotice::Preempted => "has cleared all registrations",
             };
-            log::warn!("{}: another host {what}", self.label());
+            log::warn!("{}: another host {what}: requests may end in a reservation conflict", self.label());
         }
     }
 
@@ -89,7 +92,10 @@ impl Task {
         let now = self.shared.adopt(&found).map_err(End::Refused)?;
         if now != known {
             let (old, new) = (known.geometry.size_bytes(), now.geometry.size_bytes());
-            log::info!("{}: the device changed, {old} bytes before, {new} now", self.shared.config.name);
+            log::info!(
+                "{}: its target says that it has {new} bytes now, and had {old}: its disks are told",
+                self.shared.config.name
+            );
         }
         Ok(())
     }

@@ -95,7 +95,9 @@ impl Connection {
         if let Some(subsystem) = subsystem.as_ref().filter(|subsystem| !subsystem.allows(&data.host_nqn)) {
             if let Some(count) = self.shared.forbidden.add() {
                 let (nqn, host) = (&subsystem.nqn, &data.host_nqn);
-                log::warn!("{nqn}: {host} is not among the allowed hosts; {count} such connections");
+                log::warn!(
+                    "{nqn}: {host} was refused: it is not among allowed_hosts; {count} such connections so far"
+                );
             }
             return Err(StatusCode::CONNECT_INVALID_HOST.into());
         }

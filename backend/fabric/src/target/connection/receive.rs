@@ -337,7 +337,9 @@ impl Connection {
             slot.refused = Some(NvmeStatus::retryable(StatusCode::TRANSIENT_TRANSPORT_ERROR));
             if let Some(count) = self.shared.corrupted.add() {
                 let host = self.controller.as_ref().map_or("nobody", |controller| &controller.host.nqn);
-                log::warn!("data of {host} came with a wrong digest; {count} such commands");
+                log::warn!(
+                    "target: data of {host} came with a wrong digest: the command fails, and the host sends it again; {count} such commands so far"
+                );
             }
         }
         self.payload_complete(payload);
