@@ -11,5 +11,6 @@ mod ghosts;
 mod import;
 mod load;
 mod permissions;
+mod restart;
 mod sandbox;
 mod serve;
