@@ -89,6 +89,10 @@ pub struct DaemonConfig {
     pub drain_timeout: u32,
     /// For what outlives a boot.
     pub state_dir: PathBuf,
+    /// Whom a daemon that is started as root becomes.
+    pub user: Option<String>,
+    /// With which group; `None`: the user's own.
+    pub group: Option<String>,
     /// Gives up files and system calls that are not needed.
     pub sandbox: bool,
     /// The only places where files may be opened; `None`: the run, state and `conf.d` directories and the devices.
@@ -117,6 +121,8 @@ impl Default for DaemonConfig {
             poll_us: 100,
             drain_timeout: 10,
             state_dir: PathBuf::from("/var/lib/hawser"),
+            user: None,
+            group: None,
             sandbox: true,
             allow_paths: None,
         }
@@ -537,6 +543,9 @@ fn check_daemon(daemon: &DaemonConfig, place: &Place) -> Result<(), ConfigError>
         {
             return wrong("reactors", format!("{twice} is there twice, want another CPU for each reactor"));
         }
+    }
+    if daemon.group.is_some() && daemon.user.is_none() {
+        return wrong("group", "has no effect without user, want both".to_owned());
     }
     if daemon.poll_us > POLL_US_MAX {
         return wrong(

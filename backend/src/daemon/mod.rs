@@ -142,6 +142,7 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
     let reactors_wanted = Reactors::check(&config)?;
     let allowed = AllowedPaths::of(&config)?;
     let api = config.daemon.api.clone();
+    sandbox::become_configured(&config)?;
     notify::waiting(START_MAX);
     let folder = run_state::folder_of(api.as_path());
     run_state::make_folder(&folder)?;

@@ -9,8 +9,10 @@
 
 mod paths;
 mod seccomp;
+mod user;
 
 pub(crate) use paths::{AllowedPaths, resolved, uses_state};
+pub(crate) use user::become_configured;
 
 use hawser_config::Config;
 

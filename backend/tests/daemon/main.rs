@@ -14,3 +14,4 @@ mod permissions;
 mod restart;
 mod sandbox;
 mod serve;
+mod user;
