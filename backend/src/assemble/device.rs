@@ -262,6 +262,7 @@ pub fn open(
             nvme.on_cache_doubt = doubt.map_err(|what| wrong("on_cache_doubt", what))?;
             nvme.had_predecessor = opening.had_predecessor;
             nvme.offline = opening.offline;
+            nvme.sysfs = Some(PathBuf::from("/sys"));
             nvme.record = Some(match opening.offline {
                 true => import_record(whole, name),
                 false => {

@@ -63,7 +63,8 @@ impl Default for PathTimers {
 /// Which of several good paths a command takes; as Linux's `iopolicy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoPolicy {
-    /// One path, the first that is good in the configuration's order, until it is not good any more.
+    /// The one whose network interface is nearest to the reactor. Of several, or where nothing is known of them, the first in the
+    /// configuration's order, until it is not good any more.
     #[default]
     Numa,
     /// One after the other.
@@ -154,6 +155,8 @@ pub struct NvmeConfig {
     pub had_predecessor: bool,
     /// Where what names our associations is kept for a process after us. Without it that knows less, and waits longer.
     pub record: Option<std::path::PathBuf>,
+    /// Where the kernel says how near a network interface is to a CPU: `/sys`. `None`: all are as near.
+    pub sysfs: Option<std::path::PathBuf>,
     /// Somebody waits for the outcome: a path at which nobody listens, or that is refused for good, is not waited for.
     pub offline: bool,
 }
@@ -171,6 +174,7 @@ impl NvmeConfig {
             timers: PathTimers::default(),
             had_predecessor: false,
             record: None,
+            sysfs: None,
             offline: false,
         }
     }

@@ -19,6 +19,7 @@ use super::geometry::Identity;
 use super::identify;
 use super::lane::{Lane, Notice, Start};
 use super::meter::Loss;
+use super::numa;
 use super::quiet::{self, Record, Unquiet};
 use super::signal::{Either, Mailbox, first, within};
 use super::socket::{self, ConnectError, QueueRequest};
@@ -489,6 +490,7 @@ impl Task {
             let request = QueueRequest { queue_id, ..request.clone() };
             let (done, address) = (Arc::clone(&done), *address);
             let (key, path, number) = (self.shared.key, self.path, self.number);
+            let sysfs = self.shared.config.sysfs.clone().filter(|_| self.shared.config.paths.len() > 1);
             reactor.run(move |runtime| {
                 if let Some(lane) = lane_of(runtime, key) {
                     lane.borrow_mut().expect(path, number);
@@ -496,9 +498,13 @@ impl Task {
                 let own = runtime.clone();
                 runtime.spawn(async move {
                     let connected = socket::connect_queue(&own, &address, &request).await;
+                    let distance = match (&connected, sysfs) {
+                        (Ok(queue), Some(sysfs)) => numa::distance(sysfs, queue.socket.fd()).await,
+                        _ => numa::LOCAL,
+                    };
                     done.post(connected.map_err(|error| error.why).map(|queue| {
                         if let Some(lane) = lane_of(&own, key) {
-                            lane.borrow_mut().install(path, number, queue, request.entries - 1);
+                            lane.borrow_mut().install(path, number, queue, (request.entries - 1, distance));
                         }
                     }));
                 });

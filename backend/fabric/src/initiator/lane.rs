@@ -194,13 +194,20 @@ impl Lane {
     }
 
     /// Takes over a connected queue, unless it comes too late.
-    pub(crate) fn install(&mut self, path: usize, association: u64, queue: ConnectedQueue, depth: u16) {
+    pub(crate) fn install(
+        &mut self,
+        path: usize,
+        association: u64,
+        queue: ConnectedQueue,
+        (depth, distance): (u16, u32),
+    ) {
         let id = self.id();
         let way = &mut self.ways[path];
         if association != way.association || way.connection.is_some() {
             return;
         }
         way.told_loss = false;
+        way.distance = distance;
         way.connection = Some(Connection::new(&self.runtime, id, key_base(path), queue, depth));
     }
 

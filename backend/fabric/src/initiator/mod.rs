@@ -10,7 +10,7 @@
 //!   controller ──────── each path's task on the owner reactor: connect, identify, keep alive, follow, reset the lost, reconnect
 //!     │      └ admin ── admin commands, one future each
 //!   lane (one per reactor) ── requests of its channels: which path they take, resent after a loss, no ghost writes
-//!     │   ├ way ─────── a path's connection here
+//!     │   ├ way ─────── a path's connection here; numa ── how near its interface is
 //!     │   ├ held ────── one request on its way, or several in the place of one
 //!     │   └ control ─── reservations, on the way of requests; reserve ── for who may wait for them
 //!   meter ───────── what is counted of a path
@@ -51,6 +51,7 @@ mod held;
 mod identify;
 mod lane;
 mod meter;
+mod numa;
 mod probe;
 mod queue;
 mod quiet;

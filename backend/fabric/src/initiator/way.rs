@@ -40,6 +40,8 @@ pub(crate) struct Way {
     /// As of the last start.
     pub(super) lives: Duration,
     pub(super) numbers: Arc<LaneNumbers>,
+    /// From this reactor's NUMA node to that of the connection's interface.
+    pub(super) distance: u32,
 }
 
 impl Way {
@@ -54,6 +56,7 @@ impl Way {
             told_loss: false,
             has_cache: false,
             lives,
+            distance: super::numa::LOCAL,
         }
     }
 

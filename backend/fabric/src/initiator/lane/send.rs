@@ -39,7 +39,11 @@ impl Lane {
         let count = self.ways.len();
         let others = |from: usize| (0..count).map(move |step| (from + step) % count);
         let chosen = match self.policy {
-            IoPolicy::Numa => others(self.current).find(|index| good(*index, &self.ways[*index])),
+            // The nearest; of several the one that was taken last, or the next good one.
+            IoPolicy::Numa => {
+                let all = others(self.current).filter(|at| good(*at, &self.ways[*at]));
+                all.min_by_key(|at| self.ways[*at].distance)
+            }
             IoPolicy::RoundRobin => {
                 let may = |index: &usize| good(*index, &self.ways[*index]) && self.ways[*index].room() > 0;
                 if self.turn > 0 && may(&self.current) {
