@@ -7,6 +7,7 @@
 //! two paths   IOPS in round-robin over one path's
 //! large reads bytes per second over those of copying 128 KiB pieces out of 512 MiB, as the target's
 //!             disk does not fit a cache either
+//! in place    share of the payload of 1 MiB reads that the kernel put into the client's pages, by the daemon's counters
 //! ```
 //!
 //! Owns: these cases, their goals and the machine's rates. Must not know: how a sample is taken.
@@ -44,12 +45,19 @@ pub enum Case {
     TwoPaths,
     /// Large reads and a copy in memory.
     LargeReads,
+    /// Where the payload of large reads lands.
+    InPlace,
 }
 
 impl Case {
     /// All of them, in the order of the table.
-    pub const ALL: [Case; 4] =
-        [Case::Digests(Mix::Read), Case::Digests(Mix::Write), Case::TwoPaths, Case::LargeReads];
+    pub const ALL: [Case; 5] = [
+        Case::Digests(Mix::Read),
+        Case::Digests(Mix::Write),
+        Case::TwoPaths,
+        Case::LargeReads,
+        Case::InPlace,
+    ];
 
     /// What `--only` is matched against.
     pub fn name(self) -> &'static str {
@@ -58,6 +66,7 @@ impl Case {
             Case::Digests(_) => "fabric/digests/read-128k/qd8",
             Case::TwoPaths => "fabric/two-paths/randread-4k/qd32",
             Case::LargeReads => "fabric/memcpy/read-128k/qd8",
+            Case::InPlace => "fabric/in-place/read-1024k/qd4",
         }
     }
 
@@ -67,6 +76,7 @@ impl Case {
             Case::Digests(mix) => Shape { mix, kib: 128, depth: 8 },
             Case::LargeReads => Shape { mix: Mix::Read, kib: 128, depth: 8 },
             Case::TwoPaths => Shape { mix: Mix::RandRead, kib: 4, depth: 32 },
+            Case::InPlace => Shape { mix: Mix::Read, kib: 1024, depth: 4 },
         }
     }
 
@@ -75,7 +85,7 @@ impl Case {
         match self {
             Case::Digests(_) => Some(Link { digests: true, two_paths: false }),
             Case::TwoPaths => Some(Link { digests: false, two_paths: true }),
-            Case::LargeReads => None,
+            Case::LargeReads | Case::InPlace => None,
         }
     }
 
@@ -85,6 +95,7 @@ impl Case {
             Case::Digests(_) => (1.15, false),
             Case::TwoPaths => (0.95, true),
             Case::LargeReads => (0.15, true),
+            Case::InPlace => (0.99, true),
         }
     }
 }
@@ -138,6 +149,36 @@ fn rate(mut piece: impl FnMut()) -> f64 {
     best
 }
 
+/// Payload of reads by where it landed first, in bytes since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Landed {
+    /// In the client's pages.
+    pub in_place: u64,
+    /// In the daemon's memory.
+    pub copied: u64,
+}
+
+impl Landed {
+    /// Out of `hawser device show NAME --json`.
+    pub fn read(device: &str) -> Result<Self, String> {
+        let value: serde_json::Value =
+            serde_json::from_str(device).map_err(|e| format!("device show: {e}"))?;
+        let number = |pointer: &str| {
+            let found = value.pointer(pointer).and_then(serde_json::Value::as_u64);
+            found.ok_or_else(|| format!("device show: no {pointer}"))
+        };
+        let copied = number("/copied_bytes/small_read")? + number("/copied_bytes/large_read_start")?;
+        Ok(Landed { in_place: number("/counters/received_in_place_bytes")?, copied })
+    }
+
+    /// The share that landed in the client's pages between `before` and this.
+    fn share_since(self, before: Landed) -> f64 {
+        let (in_place, copied) = (self.in_place - before.in_place, self.copied - before.copied);
+        let all = to_f64(in_place + copied);
+        if all > 0.0 { to_f64(in_place) / all } else { 0.0 }
+    }
+}
+
 /// A case with what was measured.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -149,6 +190,8 @@ pub struct Outcome {
     pub other: Series,
     /// The machine's, in the same run.
     pub rates: Rates,
+    /// Of the plain link's device, before and after.
+    pub landed: [Landed; 2],
 }
 
 impl Outcome {
@@ -171,6 +214,7 @@ impl Outcome {
             }
             Case::TwoPaths => over(self.other.iops().median, self.plain.iops().median),
             Case::LargeReads => over(self.plain.iops().median * self.bytes(), self.rates.copy),
+            Case::InPlace => self.landed[1].share_since(self.landed[0]),
         }
     }
 
@@ -199,6 +243,18 @@ impl Outcome {
                 format!("two {}", iops(&self.other)),
                 String::new(),
                 "IOPS, two / one".to_owned(),
+            ],
+            Case::InPlace => [
+                format!(
+                    "{:.0} MiB in place",
+                    to_f64(self.landed[1].in_place - self.landed[0].in_place) / 1048576.0
+                ),
+                format!(
+                    "{:.0} MiB copied",
+                    to_f64(self.landed[1].copied - self.landed[0].copied) / 1048576.0
+                ),
+                String::new(),
+                "share in place".to_owned(),
             ],
             Case::LargeReads => [
                 format!(
@@ -230,7 +286,9 @@ mod tests {
         let case = Case::Digests(Mix::Read);
         // 128 KiB: 26.2 µs without, and 0.2 ns per byte for two digests is as much again.
         let one = 131_072.0 * 0.2 / 1000.0;
-        let mut outcome = Outcome { case, plain: series(1.0, one), other: series(1.0, 2.0 * one), rates };
+        let landed = [Landed::default(); 2];
+        let mut outcome =
+            Outcome { case, plain: series(1.0, one), other: series(1.0, 2.0 * one), rates, landed };
         assert!((outcome.value() - 1.0).abs() < 1e-9 && outcome.reached());
         outcome.other = series(1.0, 2.2 * one);
         assert!(!outcome.reached());
@@ -240,6 +298,10 @@ mod tests {
         outcome.case = Case::LargeReads;
         outcome.plain = series(16e9 * 0.14 / 131_072.0, 1.0);
         assert!((outcome.value() - 0.14).abs() < 1e-9 && !outcome.reached());
+        outcome.case = Case::InPlace;
+        let show = r#"{"counters":{"received_in_place_bytes":98},"copied_bytes":{"small_read":1,"large_read_start":1}}"#;
+        outcome.landed[1] = Landed::read(show).expect("all numbers");
+        assert!((outcome.value() - 0.98).abs() < 1e-9 && !outcome.reached());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::idle;
 use super::load::{Load, Maker, Measured, run_json};
 use super::quiet::{Guard, Sample};
 use super::results::{InflightOutcome, Outcome, Results, Series};
-use super::servers::{Place, Server, hawser, linked_hawser, rival};
+use super::servers::{Place, Server, hawser, linked_hawser, rival, show_device};
 use crate::client::options::Mix;
 use crate::sys::TempDir;
 use crate::to_usize;
@@ -204,6 +204,8 @@ impl Plan {
         let shape = case.shape();
         let way = Candidate { server: &server, batch: shape.depth, configuration: String::new() };
         let mut all = vec![Series::default(); sockets.len()];
+        let landed = || fabric::Landed::read(&show_device(&self.hawser, &server, "d0")?);
+        let before = landed()?;
         for _ in 0..self.rounds {
             for (socket, series) in sockets.iter().zip(&mut all) {
                 let load = Load { socket: socket.clone(), ..self.load(shape, &way) };
@@ -216,7 +218,7 @@ impl Plan {
         }
         let mut series = all.into_iter();
         let (plain, other) = (series.next().unwrap_or_default(), series.next().unwrap_or_default());
-        let outcome = fabric::Outcome { case, plain, other, rates };
+        let outcome = fabric::Outcome { case, plain, other, rates, landed: [before, landed()?] };
         let [plain, other, machine, meaning] = outcome.words();
         eprintln!("{:42} {plain}; {other}; {machine}; {meaning}: {:.2}", case.name(), outcome.value());
         Ok(outcome)

@@ -219,6 +219,20 @@ pub fn rival(rival: Rival, aio: &str, place: &Place<'_>) -> Result<Server, Strin
     Ok(server)
 }
 
+/// What a server that [`linked_hawser`] started says of a device, as JSON.
+pub fn show_device(program: &Path, server: &Server, device: &str) -> Result<String, String> {
+    let answer = Command::new(program)
+        .args(["device", "show", device, "--json", "--api"])
+        .arg(server.folder.path().join("d.api"))
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| format!("{}: {e}", program.display()))?;
+    if !answer.status.success() {
+        return Err(format!("device show: {}", String::from_utf8_lossy(&answer.stderr).trim()));
+    }
+    Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
+}
+
 fn serve(program: &Path, config: &Path) -> Command {
     let mut command = Command::new(program);
     command.arg("serve").arg("--config").arg(config).env("RUST_LOG", "warn");
