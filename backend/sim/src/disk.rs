@@ -27,6 +27,8 @@ pub struct SimDiskState {
     pub stuck_permille: u64,
     /// See there.
     pub stuck_ns: u64,
+    /// An abort ends nothing: what is under way ends in its own time, as operations of the system do.
+    pub ignores_aborts: bool,
     /// In 1000 requests, how many end with `error` and without effect.
     pub errors_permille: u64,
     /// See there.
@@ -103,6 +105,7 @@ impl SimDisk {
             latency_ns_max: 50_000,
             stuck_permille: 0,
             stuck_ns: 0,
+            ignores_aborts: false,
             errors_permille: 0,
             error: Status::Media,
             flushes: 0,
@@ -247,8 +250,11 @@ impl Channel for SimChannel {
 
     fn abort(&mut self) {
         let mut inner = self.inner.borrow_mut();
-        inner.give_up();
-        self.runtime.wake(inner.user);
+        let ignored = lock(&inner.state).ignores_aborts;
+        if !ignored {
+            inner.give_up();
+            self.runtime.wake(inner.user);
+        }
     }
 }
 
