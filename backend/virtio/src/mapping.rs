@@ -239,7 +239,7 @@ mod tests {
         .join();
         std::fs::remove_dir(&folder).unwrap();
         match refused.unwrap() {
-            Err(error) => println!("skipped: no mount of our own: {error}"),
+            Err(error) => skips::skip(format_args!("no mount of our own: {error}")),
             Ok(Err(MappingError::Map(error))) => assert!(error.to_string().contains("FUSE"), "{error}"),
             Ok(other) => panic!("{other:?}"),
         }

@@ -235,17 +235,13 @@ impl Task {
         }
     }
 
-    /// Doubling from 0.1 s to `reconnect_delay`, and of that between a half and the whole, so that many initiators do not
-    /// return at the same moment.
     fn delay(&mut self) -> Duration {
-        let whole = RECONNECT_FIRST * 2u32.saturating_pow(self.attempts.min(16));
-        let whole = whole.min(self.timers().reconnect_delay);
+        let delay = reconnect_delay(self.attempts, self.timers().reconnect_delay, self.runtime.random());
         self.attempts += 1;
         if is_broken("reconnect_at_once") {
             return Duration::from_millis(1);
         }
-        let permille = 500 + low32(self.runtime.random() % 501);
-        whole * permille / 1000
+        delay
     }
 
     /// Waits between attempts; `Err` when the device was closed. The path becomes hopeless when its time is over.
@@ -304,7 +300,10 @@ impl Task {
             let path = &mut status.paths[self.path];
             path.ready = false;
             path.ana = None;
+            path.blocks = None;
         });
+        // Growth on others may have waited for this one.
+        self.shared.look_again(|blocks, device| blocks > device);
         if refused && !self.hopeless {
             self.give_up_hope();
         }
@@ -375,7 +374,7 @@ impl Task {
         request.entries = identify::io_entries(&identity);
         self.connect_lanes(&address, &request).await?;
 
-        self.shared.adopt(&known).map_err(End::Refused)?;
+        self.shared.adopt(self.path, &known, false).map_err(End::Refused)?;
         let controller = &identity.controller;
         let lives = quiet::lives(&self.timers(), controller.quiesce_time_ms);
         let record = Record {
@@ -563,9 +562,14 @@ impl Task {
         }
     }
 
-    /// What is done when something happens: asymmetric access is looked at.
+    /// What is done when something happens: asymmetric access is looked at, and the namespace where
+    /// another path has found it changed.
     async fn chores(&self, association: &Association) -> End {
         loop {
+            let look_again = std::mem::take(&mut self.shared.status().paths[self.path].look_again);
+            if look_again && let Err(end) = self.namespace_changed(association).await {
+                return end;
+            }
             let mut passing = false;
             if association.has_ana {
                 match identify::ana(&association.admin, &association.identity).await {
@@ -691,6 +695,14 @@ impl Task {
     }
 }
 
+/// The wait after so many attempts: doubling from 0.1 s to `limit`, and of that between a half and the whole, so that many
+/// initiators do not return at the same moment.
+fn reconnect_delay(attempts: u32, limit: Duration, random: u64) -> Duration {
+    let whole = RECONNECT_FIRST * 2u32.saturating_pow(attempts.min(16));
+    let permille = 500 + low32(random % 501);
+    whole.min(limit) * permille / 1000
+}
+
 /// Awaits that nobody uses the device any more. What is said of associations that are over is not heard.
 async fn closed(shared: &Shared, path: usize) {
     while !matches!(shared.notices[path].next().await, Notice::Closed) {}
@@ -699,4 +711,38 @@ async fn closed(shared: &Shared, path: usize) {
 /// Awaits the loss of the admin queue.
 async fn lost(admin: &Admin) -> End {
     End::Trouble(admin.lost().await)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A seeded source: splitmix64.
+    fn random(state: &mut u64) -> u64 {
+        *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (*state ^ (*state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed ^ (mixed >> 27)
+    }
+
+    #[test]
+    fn waits_double_up_to_the_limit_and_spread_from_half_to_whole() {
+        let (limit, mut seed) = (Duration::from_secs(10), 1);
+        for (attempts, whole_ms) in
+            [(0, 100), (1, 200), (2, 400), (6, 6400), (7, 10_000), (16, 10_000), (u32::MAX, 10_000)]
+        {
+            let whole = Duration::from_millis(whole_ms);
+            let waits: Vec<_> =
+                (0..1000).map(|_| reconnect_delay(attempts, limit, random(&mut seed))).collect();
+            let (least, most) = (*waits.iter().min().unwrap(), *waits.iter().max().unwrap());
+            assert!(least >= whole / 2 && most <= whole, "{attempts}: {least:?} to {most:?}");
+            assert!(least < whole * 52 / 100 && most > whole * 98 / 100, "{attempts}: {least:?} to {most:?}");
+            // A thousand hosts that lost the same link do not return within a tenth of the time.
+            let tenth = |part: u32| {
+                let from = whole / 2 + whole * part / 20;
+                waits.iter().filter(|wait| **wait >= from && **wait < from + whole / 20).count()
+            };
+            assert!((0..10).all(|part| (50..200).contains(&tenth(part))), "{attempts}");
+        }
+        assert_eq!(reconnect_delay(9, Duration::ZERO, 7), Duration::ZERO);
+    }
 }

@@ -41,6 +41,10 @@ pub(crate) struct PathStatus {
     pub(crate) hopeless: bool,
     /// `None`: the controller does not report it.
     pub(crate) ana: Option<AnaState>,
+    /// The namespace's size on it, from when that was accepted to the association's end.
+    pub(crate) blocks: Option<u64>,
+    /// Its namespace shall be identified again.
+    pub(crate) look_again: bool,
     pub(crate) trouble: String,
     pub(crate) history: History,
 }
@@ -133,11 +137,13 @@ impl Shared {
         self.status().state() == DeviceState::Failed
     }
 
-    /// Takes what a path has found for what the device is, if it is the same device.
+    /// Takes what a path has found for what the device is, if it is the same device. It is as large as the smallest of its
+    /// paths: of growth the paths of a device learn one after the other, and it has grown when all of them say so. A path
+    /// that is new (not `serving`) and larger than the others is refused; they are asked whether they have grown too.
     ///
     /// # Errors
     /// When it is another: one line.
-    pub(crate) fn adopt(&self, found: &Known) -> Result<Known, String> {
+    pub(crate) fn adopt(&self, path: usize, found: &Known, serving: bool) -> Result<Known, String> {
         let several = self.config.paths.len() > 1;
         if several && found.uuid == [0; 16] {
             return Err(
@@ -146,18 +152,39 @@ impl Shared {
         }
         let mut result = Ok(*found);
         self.change(|status| {
+            let others = status.paths.iter().enumerate().filter(|(index, _)| *index != path);
+            let others = others.filter_map(|(_, other)| other.blocks).min();
+            let blocks = found.geometry.blocks;
             result = match &status.known {
                 None => Ok(*found),
-                Some(known) => known.accept(found).map(|()| known.merge(found, several)),
+                Some(known) => known.accept_among(found, others.filter(|_| !serving)).map(|()| {
+                    let mut known = known.merge(found, several);
+                    known.geometry.blocks = others.unwrap_or(blocks).min(blocks);
+                    known
+                }),
             };
             if let Ok(known) = &result {
                 status.known = Some(*known);
+                status.paths[path].blocks = Some(blocks);
             }
         });
+        self.look_again(|other, _| other < found.geometry.blocks);
         if let Ok(known) = result {
             self.on_lanes(move |lane| lane.set_geometry(known.geometry));
         }
         result
+    }
+
+    /// Has the paths identify their namespace again for which that may be of use: by the size there, and the device's.
+    pub(crate) fn look_again(&self, is_of_use: impl Fn(u64, u64) -> bool) {
+        let mut status = self.status();
+        let Some(known) = status.known else { return };
+        for (path, chores) in status.paths.iter_mut().zip(&self.chores) {
+            if path.blocks.is_some_and(|blocks| is_of_use(blocks, known.geometry.blocks)) {
+                path.look_again = true;
+                chores.post_once(());
+            }
+        }
     }
 
     /// A number for a new association.
@@ -331,6 +358,8 @@ impl NvmeDevice {
             ready: false,
             hopeless: false,
             ana: None,
+            blocks: None,
+            look_again: false,
             trouble: format!("{}: connecting to {}", config.name, uri.address),
             history: History::default(),
         };

@@ -105,19 +105,40 @@ impl Identity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Known {
     pub(crate) geometry: Geometry,
+    /// What layers above call it; stays what it was first.
     pub(crate) uuid: [u8; 16],
+    /// All that it has been called.
+    pub(crate) ids: NamespaceIds,
 }
 
 impl Known {
+    /// What `identity` is as a device.
+    ///
+    /// # Errors
+    /// As [`Identity::geometry`].
+    pub(crate) fn of(identity: &Identity) -> Result<Known, String> {
+        Ok(Known { geometry: identity.geometry()?, uuid: identity.uuid(), ids: identity.ids })
+    }
+
     /// Whether `now` may take the place of what was known.
     ///
     /// # Errors
     /// When it is another device, or has shrunk: one line with both values.
     pub(crate) fn accept(&self, now: &Known) -> Result<(), String> {
         let (then, new) = (&self.geometry, &now.geometry);
-        if self.uuid != now.uuid {
-            let (old, new) = (uuid_text(&self.uuid), uuid_text(&now.uuid));
-            return Err(format!("the namespace is another: its UUID was {old} and is {new}"));
+        let mut in_common = self.ids.names().is_empty() && now.ids.names().is_empty();
+        for (name, old) in self.ids.names() {
+            let Some((_, new)) = now.ids.names().into_iter().find(|(other, _)| *other == name) else {
+                continue;
+            };
+            if old != new {
+                return Err(format!("the namespace is another: its {name} was {old} and is {new}"));
+            }
+            in_common = true;
+        }
+        if !in_common {
+            let (old, new) = (self.ids.names(), now.ids.names());
+            return Err(format!("the namespace is another: it was {old:?} and is {new:?}"));
         }
         if then.block_size != new.block_size {
             let (old, new) = (then.block_size.bytes(), new.block_size.bytes());
@@ -128,6 +149,26 @@ impl Known {
             return Err(format!("the device shrank: its size was {old} bytes and is {new}"));
         }
         Ok(())
+    }
+
+    /// The same on a path that is new, where the smallest of those in use has `others` blocks.
+    ///
+    /// # Errors
+    /// The same, and when it is larger than they are.
+    pub(crate) fn accept_among(&self, now: &Known, others: Option<u64>) -> Result<(), String> {
+        let accepted = self.accept(now);
+        let Some(others) = others else { return accepted };
+        let (new, shift) = (now.geometry.blocks, now.geometry.block_size.shift());
+        if self.geometry.block_size == now.geometry.block_size && (new > others || new < self.geometry.blocks)
+        {
+            // That another identifier is the reason is the better thing to say.
+            self.accept(&Known { geometry: self.geometry, ..*now })?;
+            let (new, others) = (new << shift, others << shift);
+            return Err(format!(
+                "the namespace is another, or not grown on all paths: its size is {new} bytes here and {others} on the others"
+            ));
+        }
+        accepted
     }
 
     /// What the device is after `now` was accepted; with several paths only what all of them can do.
@@ -154,7 +195,24 @@ impl Known {
                 _ => None,
             };
         }
-        Known { geometry, ..*now }
+        let NamespaceIds { uuid, nguid, eui64, .. } = self.ids;
+        let ids = NamespaceIds {
+            uuid: if uuid == [0; 16] { now.ids.uuid } else { uuid },
+            nguid: if nguid == [0; 16] { now.ids.nguid } else { nguid },
+            eui64: if eui64 == [0; 8] { now.ids.eui64 } else { eui64 },
+            ..self.ids
+        };
+        Known { geometry, uuid: self.uuid, ids }
+    }
+}
+
+impl NamespaceIds {
+    /// Those that there are, as people write them.
+    fn names(&self) -> Vec<(&'static str, String)> {
+        let NamespaceIds { uuid, nguid, eui64, .. } = self;
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let all = [("UUID", uuid_text(uuid)), ("NGUID", hex(nguid)), ("EUI64", hex(eui64))];
+        all.into_iter().filter(|(_, text)| text.chars().any(|digit| !matches!(digit, '0' | '-'))).collect()
     }
 }
 
@@ -243,7 +301,8 @@ mod tests {
 
     #[test]
     fn only_growth_is_accepted() {
-        let known = Known { geometry: Geometry::new(BlockSize::B512, 100), uuid: [0xab; 16] };
+        let ids = NamespaceIds { uuid: [0xab; 16], ..NamespaceIds::default() };
+        let known = Known { geometry: Geometry::new(BlockSize::B512, 100), uuid: [0xab; 16], ids };
         let with = |blocks| Known { geometry: Geometry::new(BlockSize::B512, blocks), ..known };
         assert_eq!(known.accept(&with(100)), Ok(()));
         assert_eq!(known.accept(&with(101)), Ok(()));
@@ -251,10 +310,40 @@ mod tests {
             known.accept(&with(99)).unwrap_err(),
             "the device shrank: its size was 51200 bytes and is 50688"
         );
-        let other = Known { uuid: [0; 16], ..known };
+        let other = Known { ids: NamespaceIds::default(), ..known };
         assert!(known.accept(&other).unwrap_err().contains("abababab-abab-abab-abab-abababababab"));
         let format = Known { geometry: Geometry::new(BlockSize::B4096, 100), ..known };
         assert!(known.accept(&format).unwrap_err().contains("was 512 and is 4096"));
+    }
+
+    /// Only the best identifier was compared: two namespaces with one UUID, and each an NGUID of its own, were one.
+    #[test]
+    fn all_identifiers_that_both_have_must_agree() {
+        let geometry = Geometry::new(BlockSize::B512, 100);
+        let known = |uuid, nguid, eui64| {
+            let ids =
+                NamespaceIds { uuid: [uuid; 16], nguid: [nguid; 16], eui64: [eui64; 8], command_set: 0 };
+            Known { geometry, uuid: [uuid; 16], ids }
+        };
+        let first = known(1, 2, 3);
+        for same in [known(1, 2, 3), known(1, 0, 0), known(0, 2, 0), known(0, 0, 3)] {
+            assert_eq!(first.accept(&same), Ok(()));
+            assert_eq!(same.accept(&first), Ok(()));
+            // What one path says is remembered for those that come later.
+            assert_eq!(same.merge(&first, true).ids, first.ids);
+            assert_eq!(same.merge(&first, true).uuid, same.uuid);
+        }
+        for (other, told) in [
+            (known(9, 2, 3), "its UUID was 01010101-0101-0101-0101-010101010101 and is 09090909-"),
+            (known(1, 9, 3), "its NGUID was 02020202020202020202020202020202 and is 09090909"),
+            (known(1, 2, 9), "its EUI64 was 0303030303030303 and is 0909090909090909"),
+            (known(0, 0, 0), "it was [(\"UUID\", "),
+        ] {
+            let why = first.accept(&other).unwrap_err();
+            assert!(why.contains(told), "{why}");
+        }
+        assert!(known(1, 0, 0).accept(&known(0, 2, 3)).is_err(), "none in common");
+        assert_eq!(known(0, 0, 0).accept(&known(0, 0, 0)), Ok(()));
     }
 
     #[test]

@@ -40,8 +40,7 @@ pub(super) async fn identify(admin: &Admin, uri: &NvmeUri) -> Result<Identity, S
 }
 
 pub(super) fn known(identity: &Identity, uri: &NvmeUri) -> Result<Known, String> {
-    let geometry = identity.geometry().map_err(|why| format!("namespace {}: {why}", uri.nsid))?;
-    Ok(Known { geometry, uuid: identity.uuid() })
+    Known::of(identity).map_err(|why| format!("namespace {}: {why}", uri.nsid))
 }
 
 /// How the namespace can be reached through this controller; `None` when it does not say.

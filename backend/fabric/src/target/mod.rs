@@ -241,9 +241,12 @@ struct Seldom {
 impl Seldom {
     /// Counts one. Returns how many there were since the last line, if it is time for another.
     fn add(&self) -> Option<u64> {
+        self.add_at(Instant::now())
+    }
+
+    fn add_at(&self, now: Instant) -> Option<u64> {
         let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
         let (then, before) = logged.unwrap_or((now, 0));
         if logged.is_some() && now.duration_since(then) < LOGGED_EVERY {
             return None;

@@ -76,7 +76,7 @@ impl Task {
         }
     }
 
-    async fn namespace_changed(&self, association: &Association) -> Result<(), End> {
+    pub(super) async fn namespace_changed(&self, association: &Association) -> Result<(), End> {
         let what = "identify the namespace";
         let data = association.admin.identify(what, cns::NAMESPACE, association.nsid).await?;
         let before = &association.identity;
@@ -87,9 +87,20 @@ impl Task {
             namespace: IdentifyNamespace::from_bytes(&data),
             ids: before.ids,
         };
-        let found = Known { geometry: identity.geometry().map_err(End::Refused)?, uuid: identity.uuid() };
-        let Some(known) = self.shared.status().known else { return Ok(()) };
-        let now = self.shared.adopt(&found).map_err(End::Refused)?;
+        let found = Known::of(&identity).map_err(End::Refused)?;
+        let (known, here) = {
+            let status = self.shared.status();
+            (status.known, status.paths[self.path].blocks)
+        };
+        let Some(known) = known else { return Ok(()) };
+        let now = self.shared.adopt(self.path, &found, true).map_err(End::Refused)?;
+        if now.geometry.blocks < found.geometry.blocks && here != Some(found.geometry.blocks) {
+            let (size, here) = (now.geometry.size_bytes(), found.geometry.size_bytes());
+            log::info!(
+                "{}: the namespace has {here} bytes on this path, and {size} on others: it is that large for its disks until all say so",
+                self.label()
+            );
+        }
         if now != known {
             let (old, new) = (known.geometry.size_bytes(), now.geometry.size_bytes());
             log::info!(

@@ -70,7 +70,7 @@ impl Lane {
         // Blocks that writes of unknown outcome may still change.
         let mut held_back = std::mem::take(&mut self.held_back);
         held_back.clear();
-        if !self.ghosts.is_empty() && !is_broken("overtake_unknown_writes") {
+        if !self.ghosts.is_empty() {
             held_back.extend(self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of));
         }
         let anywhere = self.ghosts.iter().any(|ghosts| ghosts.anywhere);

@@ -52,6 +52,14 @@ fn with_digests_a_turned_bit_anywhere_is_found_and_what_it_was_in_is_done_again(
             let in_capsule = kind == kind::CAPSULE_CMD && in_data;
             let there = !(with_r2t && blocks == 8 || in_capsule && blocks != 8);
             assert_eq!(flip.caught(), u64::from(there), "{name}, {blocks} blocks");
+            // Each side counts what it finds. Where the target finds a header wrong, it ends the connection: to us that is
+            // a broken protocol; data it refuses, and the command is sent again.
+            let (found_here, found_there) = (way == Way::ToHost, way == Way::ToTarget && in_data);
+            let counted = lab.device.counters();
+            let expected = ("digest_errors", u64::from(there && found_here));
+            assert!(counted.contains(&expected), "{name}, {blocks} blocks: {counted:?}, not {expected:?}");
+            let of_target = lab.target.stats().digest_errors;
+            assert_eq!(of_target, u64::from(there && found_there), "{name}, {blocks} blocks");
         }
     }
 }

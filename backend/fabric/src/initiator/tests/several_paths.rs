@@ -7,7 +7,7 @@ use crate::initiator::{CacheDoubt, IoPolicy};
 use crate::nvme::ana::{AnaState, CMIC_ANA};
 use crate::nvme::command::io_opcode;
 use crate::nvme::cross_reset::ControllerInstance;
-use crate::nvme::identify::{OAES_ANA_CHANGE, VENDOR_MARK};
+use crate::nvme::identify::{IdentifyNamespace, NamespaceIds, OAES_ANA_CHANGE, VENDOR_MARK};
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{NvmeStatus, StatusCode};
 use hawser_block::{Operation, Status};
@@ -186,6 +186,109 @@ fn a_path_to_another_namespace_is_refused_by_name_and_does_not_disturb() {
     drop((client, device, reactor));
 }
 
+/// The pair of targets with a path to each, of which the second's namespace appears when the first is in use.
+fn one_after_the_other(targets: &[Scripted; 2]) -> (ReactorThread, Arc<NvmeDevice>) {
+    let second = std::mem::take(&mut targets[1].state().namespace.size);
+    let reactor = reactor("host");
+    let mut config = config(targets[0].address);
+    config.paths.push(super::config(targets[1].address).paths[0].clone());
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_ready(&device);
+    wait_until("the second is asked", || device.trouble().contains("the namespace is not active"));
+    targets[1].state().namespace.size = second;
+    (reactor, device)
+}
+
+/// A second path that was larger counted as growth: the guest saw a size that the first path did not have.
+#[test]
+fn a_second_path_that_differs_in_a_name_its_size_or_its_format_is_refused_by_name() {
+    type Change = fn(&mut IdentifyNamespace, &mut NamespaceIds);
+    let cases: [(Change, &str); 6] = [
+        (|_, ids| ids.uuid = [0xab; 16], "its UUID was 09090909-0909-0909-0909-090909090909 and is abab"),
+        (|_, ids| ids.nguid = [0xab; 16], "its NGUID was 08080808080808080808080808080808 and is abab"),
+        (|_, ids| ids.eui64 = [0xab; 8], "its EUI64 was 0707070707070707 and is abababab"),
+        (|namespace, _| namespace.size = 4096, "its size is 2097152 bytes here and 1048576 on the others"),
+        (|namespace, _| namespace.size = 1024, "its size is 524288 bytes here and 1048576 on the others"),
+        (|namespace, _| *namespace = IdentifyNamespace::plain(2048, 12), "was 512 and is 4096"),
+    ];
+    for (change, told) in cases {
+        let targets = targets();
+        for target in &targets {
+            target.state().ids =
+                NamespaceIds { uuid: [9; 16], nguid: [8; 16], eui64: [7; 8], command_set: 0 };
+        }
+        {
+            let state = &mut *targets[1].state();
+            change(&mut state.namespace, &mut state.ids);
+        }
+        let (reactor, device) = one_after_the_other(&targets);
+        wait_until(told, || device.trouble().contains(told));
+        wait_until("it has failed", || device.paths()[1].state == "failed");
+        assert_eq!((device.paths()[0].state, device.state()), ("live", DeviceState::Ready));
+        assert_eq!(device.geometry().unwrap().blocks, 2048);
+        let mut client = Client::open(&device, reactor.handle());
+        assert_eq!(client.run(Ask::read(2047, 1, 512)).outcome, Ok(()));
+        assert_eq!(client.run(Ask::read(2048, 1, 512)).outcome, Err(Status::Invalid));
+        drop((client, device, reactor));
+    }
+}
+
+/// Paths of a namespace that has grown learn it one after the other: the first to know made it large for the guest, whose
+/// requests the other refused.
+#[test]
+fn a_device_has_grown_when_all_its_paths_say_so() {
+    let bench = bench(targets(), |_| {});
+    let size = || bench.device.geometry().unwrap().blocks;
+    wait_until("events are asked for", || bench.targets.iter().all(Scripted::has_event_request));
+    bench.targets[0].state().namespace.size = 4096;
+    bench.targets[0].tell_change();
+    wait_until("it is asked for the next", || bench.targets[0].has_event_request());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(size(), 2048);
+    assert!(bench.device.paths().iter().all(|path| path.state == "live"));
+    // The second says nothing by itself; the next word of the first has it asked.
+    bench.targets[1].state().namespace.size = 3000;
+    bench.targets[0].tell_change();
+    wait_until("the smaller counts", || size() == 3000);
+    bench.targets[1].state().namespace.size = 4096;
+    bench.targets[1].tell_change();
+    wait_until("both have grown", || size() == 4096);
+}
+
+#[test]
+fn growth_that_a_lost_path_did_not_know_of_is_followed_and_the_path_is_refused_until_it_does() {
+    let bench = bench(targets(), |_| {});
+    let size = || bench.device.geometry().unwrap().blocks;
+    wait_until("events are asked for", || bench.targets.iter().all(Scripted::has_event_request));
+    bench.targets[0].state().namespace.size = 4096;
+    bench.targets[0].tell_change();
+    wait_until("it is asked for the next", || bench.targets[0].has_event_request());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(size(), 2048);
+    bench.targets[1].state().namespace.size = 0;
+    bench.targets[1].cut();
+    wait_until("the only path counts", || size() == 4096);
+    bench.targets[1].state().namespace.size = 2048;
+    let told = "its size is 1048576 bytes here and 2097152 on the others";
+    wait_until(told, || bench.device.trouble().contains(told));
+    bench.targets[1].state().namespace.size = 4096;
+    wait_all_live(&bench.device);
+    assert_eq!(size(), 4096);
+}
+
+/// A path that comes back knows of growth before the others, which nobody tells: they are asked.
+#[test]
+fn a_path_that_returns_larger_has_the_others_asked_and_is_taken_then() {
+    let bench = bench(targets(), |_| {});
+    for target in &bench.targets {
+        target.state().namespace.size = 4096;
+    }
+    bench.targets[1].cut();
+    wait_until("both have grown", || bench.device.geometry().unwrap().blocks == 4096);
+    wait_all_live(&bench.device);
+    assert_eq!(bench.targets[0].state().associations, 1);
+}
+
 #[test]
 fn a_namespace_without_a_name_has_one_path_only() {
     let targets = targets();
@@ -345,6 +448,41 @@ fn a_flush_reaches_every_controller_with_a_cache() {
     }
     assert_eq!(bench.client.run(flush()).outcome, Ok(()));
     assert_eq!([0, 1].map(|path| flushes(&bench.targets[path])), [1, 1]);
+}
+
+/// Two reactors, two controllers with a cache each: what one reactor has written is flushed by whoever flushes.
+#[test]
+fn a_flush_on_one_reactor_reaches_the_controllers_that_another_has_written_to() {
+    let targets = with_caches([1, 2]);
+    let reactors = [reactor("host0"), reactor("host1")];
+    let mut config = config(targets[0].address);
+    config.paths.push(super::config(targets[1].address).paths[0].clone());
+    config.policy = IoPolicy::RoundRobin;
+    let handles = reactors.each_ref().map(|reactor| reactor.handle().clone());
+    let device = NvmeDevice::open(config, &handles).unwrap();
+    wait_ready(&device);
+    wait_all_live(&device);
+    let [mut writer, mut flusher] = handles.each_ref().map(|handle| Client::open(&device, handle));
+    let writes = |writer: &mut Client| {
+        for at in 0..4 {
+            assert_eq!(writer.run(Ask::write(at * 8, 8, data(1, 8))).outcome, Ok(()));
+        }
+        for target in &targets {
+            assert!(target.state().log.iter().any(|(_, sqe)| sqe.opcode == io_opcode::WRITE));
+        }
+    };
+    writes(&mut writer);
+    assert_eq!(flusher.run(flush()).outcome, Ok(()));
+    assert_eq!(targets.each_ref().map(flushes), [1, 1]);
+    // And it is told of what was lost of the other's writes.
+    writes(&mut writer);
+    targets[1].state().controller.vendor = Vendor { cache_identity: Some([7; 16]) }.to_bytes();
+    targets[1].cut();
+    wait_until("it is reached again", || targets[1].state().associations == 2);
+    wait_all_live(&device);
+    assert_eq!(flusher.run(flush()).outcome, Err(Status::Media));
+    assert_eq!(flusher.run(flush()).outcome, Ok(()));
+    drop((writer, flusher, device, reactors));
 }
 
 #[test]

@@ -64,6 +64,22 @@ fn a_connection_beyond_the_common_budget_is_refused_and_counted() {
     }
 }
 
+/// What peers make happen as often as they like would be as many lines of the log.
+#[test]
+fn a_flood_is_worth_one_line_in_ten_seconds_which_counts_it() {
+    let flood = Seldom::default();
+    let begun = Instant::now();
+    let lines: Vec<_> = (0..25_000u64)
+        .filter_map(|millis| flood.add_at(begun + Duration::from_millis(millis)).map(|count| (millis, count)))
+        .collect();
+    // As said with the line: how many since the one before.
+    assert_eq!(lines, [(0, 1), (10_000, 10_000), (20_000, 10_000)]);
+    assert_eq!(flood.count.load(Ordering::Relaxed), 25_000);
+    // After a quiet time the next is told at once.
+    assert_eq!(flood.add_at(begun + Duration::from_secs(60)), Some(5000));
+    assert_eq!(flood.add_at(begun + Duration::from_secs(61)), None);
+}
+
 /// Whether this process may have so many descriptors; asks for them.
 fn may_open(count: u64) -> bool {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -82,8 +98,7 @@ fn may_open(count: u64) -> bool {
 fn thousands_of_connections_that_say_nothing_disturb_nobody_and_keep_nobody_out() {
     const MANY: usize = CONNECTIONS_MAX + 50;
     if !may_open(2 * MANY as u64 + 1000) {
-        println!("skipped: this process may not have {} descriptors", 2 * MANY + 1000);
-        return;
+        return skips::skip(format_args!("this process may not have {} descriptors", 2 * MANY + 1000));
     }
     let rig = Rig::mem();
     let target = rig.target.as_ref().unwrap();
