@@ -1,7 +1,9 @@
 //! What volatile caches hold of us: which paths' controllers have writes that no FLUSH has reached, and whether a cache
 //! was lost with them.
 //!
-//! A loss is told to every FLUSH that came before the first of them was told, because what they all stand for is gone. What a process before us has left in caches counts as ours: which caches that were is kept for us.
+//! A loss is told to every FLUSH that came before it was told, because what they all stand for is gone. It has been told when one
+//! has failed that came after the last write that may be among what was lost. What a process before us has left in caches
+//! counts as ours: which caches that were is kept for us.
 //!
 //! Counters have one writer each, a reactor's lane; reading them all is for a FLUSH and for a new association.
 #![forbid(unsafe_code)]
@@ -86,13 +88,33 @@ pub(crate) struct Caches {
     losses: AtomicU64,
     /// How many of the losses a FLUSH has failed for.
     told: AtomicU64,
-    /// Of a process before us: those of paths where there was no association yet.
+    /// There is something in `inheritance`.
+    is_heir: AtomicBool,
+    /// Of a process before us: those of paths where there was no association yet, or is none any more in the configuration.
     inheritance: Mutex<Vec<(usize, CacheIdentity)>>,
     /// Until then a FLUSH waits for those paths: from the first on. 0: none has come.
     inheritance_until_ns: AtomicU64,
     /// How often nothing told whether one was lost.
     doubts: AtomicU64,
     doubt: CacheDoubt,
+}
+
+/// How things were when a FLUSH came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Came {
+    /// Losses that FLUSHes had been told of.
+    told: u64,
+    /// Losses that there had been.
+    losses: u64,
+    /// Writes that had ended: what it stands for.
+    written: u64,
+}
+
+/// Paths without an association, as bits, and how many writes have ended on them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LostPaths {
+    paths: u64,
+    written: u64,
 }
 
 /// What becomes of a FLUSH.
@@ -117,13 +139,12 @@ impl Caches {
             identity: Mutex::default(),
             is_live: AtomicBool::new(false),
         };
-        let mut caches = inherited.caches;
-        caches.retain(|(path, _)| *path < paths);
         Caches {
             paths: (0..paths).map(|_| path()).collect(),
             losses: AtomicU64::new(u64::from(inherited.lost)),
             told: AtomicU64::new(0),
-            inheritance: Mutex::new(caches),
+            is_heir: AtomicBool::new(!inherited.caches.is_empty()),
+            inheritance: Mutex::new(inherited.caches),
             inheritance_until_ns: AtomicU64::new(0),
             doubts: AtomicU64::new(0),
             doubt,
@@ -146,9 +167,17 @@ impl Caches {
         self.inheritance.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many losses FLUSHes were told of: what one has to know of itself when it comes.
-    pub(crate) fn told(&self) -> u64 {
-        self.told.load(Ordering::Relaxed)
+    /// What a FLUSH has to know of itself when it comes.
+    pub(crate) fn came(&self) -> Came {
+        Came {
+            told: self.told.load(Ordering::Relaxed),
+            losses: self.losses.load(Ordering::Relaxed),
+            written: self.written_anywhere(),
+        }
+    }
+
+    fn written_anywhere(&self) -> u64 {
+        (0..self.paths.len()).map(|path| self.written(path)).fold(0, u64::wrapping_add)
     }
 
     /// A write has ended on this path that may be in a cache. Before its user hears of it.
@@ -167,6 +196,38 @@ impl Caches {
     /// A FLUSH through this path has reached so many.
     pub(crate) fn flushed(&self, path: usize, written: u64) {
         self.paths[path].flushed.fetch_max(written, Ordering::Relaxed);
+    }
+
+    /// Whether a FLUSH has to be asked about, whatever cache there is now.
+    pub(crate) fn has_to_tell(&self) -> bool {
+        self.told.load(Ordering::Relaxed) < self.losses.load(Ordering::Relaxed)
+            || self.is_heir.load(Ordering::Relaxed)
+    }
+
+    /// Paths without an association to the cache behind `path`: what was written through them a FLUSH through `path` reaches.
+    pub(crate) fn lost_paths(&self, path: usize) -> LostPaths {
+        let Some(mine) = self.identity(path) else { return LostPaths::default() };
+        let lost =
+            |of: &usize| !self.paths[*of].is_live.load(Ordering::Relaxed) && self.identity(*of) == Some(mine);
+        let paths = (0..self.paths.len().min(64)).filter(lost).fold(0, |paths, of| paths | 1 << of);
+        LostPaths { paths, written: self.written_through(paths) }
+    }
+
+    fn written_through(&self, paths: u64) -> u64 {
+        let among = |path: &usize| paths >> path & 1 == 1;
+        let written = (0..self.paths.len().min(64)).filter(among).map(|path| self.written(path));
+        written.fold(0, u64::wrapping_add)
+    }
+
+    /// A FLUSH has reached what was written through these, unless something has happened to them meanwhile.
+    pub(crate) fn flushed_too(&self, lost: LostPaths) {
+        let LostPaths { paths, written } = lost;
+        let all = || (0..self.paths.len().min(64)).filter(move |path| paths >> path & 1 == 1);
+        let unchanged = all().all(|path| !self.paths[path].is_live.load(Ordering::Relaxed))
+            && self.written_through(paths) == written;
+        if unchanged {
+            all().for_each(|path| self.forget(path));
+        }
     }
 
     /// How often a cache was lost with unflushed writes, and how often nothing told whether it was.
@@ -233,7 +294,8 @@ impl Caches {
     /// What a process before us left in the cache behind this path is ours now; says whether it was lost.
     fn inherit(&self, path: usize, now: Option<CacheIdentity>) -> bool {
         let mut lost = false;
-        self.inheritance().retain(|(of, identity)| {
+        let mut inheritance = self.inheritance();
+        inheritance.retain(|(of, identity)| {
             if now == Some(*identity) {
                 self.paths[path].inherited.store(1, Ordering::Release);
             } else if *of == path {
@@ -248,6 +310,7 @@ impl Caches {
             }
             false
         });
+        self.is_heir.store(!inheritance.is_empty(), Ordering::Relaxed);
         lost && !is_broken("forget_inherited_caches")
     }
 
@@ -256,10 +319,10 @@ impl Caches {
         self.paths[path].is_live.store(false, Ordering::Relaxed);
     }
 
-    /// What becomes of a FLUSH that came when so many losses were told, and reaches the controllers of the paths in `live`.
+    /// What becomes of a FLUSH that came then, and reaches the controllers of the paths in `live`.
     /// If it fails, what it would not reach is forgotten.
-    pub(crate) fn flush(&self, came: u64, now: Instant, live: impl Fn(usize) -> bool) -> Flush {
-        {
+    pub(crate) fn flush(&self, came: Came, now: Instant, live: impl Fn(usize) -> bool) -> Flush {
+        if self.is_heir.load(Ordering::Relaxed) {
             let mut inheritance = self.inheritance();
             if !inheritance.is_empty() {
                 let until = (now + INHERITANCE_WAIT).0;
@@ -274,6 +337,7 @@ impl Caches {
                     return Flush::Waits(until);
                 }
                 inheritance.clear();
+                self.is_heir.store(false, Ordering::Relaxed);
                 self.losses.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -297,9 +361,12 @@ impl Caches {
             }
         }
         let known = self.losses.load(Ordering::Relaxed);
-        let told = self.told.fetch_max(known, Ordering::Relaxed);
-        let came = if is_broken("tell_one_flush") { told } else { came };
-        if came < known { Flush::Fails } else { Flush::Goes(trusted) }
+        // Writes that ended after it came are not what it stands for: if there are any, the next one fails too.
+        let stands_for_all = came.written == self.written_anywhere();
+        let tells = if stands_for_all { known } else { came.losses };
+        let told = self.told.fetch_max(tells, Ordering::Relaxed);
+        let before = if is_broken("tell_one_flush") { told } else { came.told };
+        if before < known { Flush::Fails } else { Flush::Goes(trusted) }
     }
 
     fn forget(&self, path: usize) {
@@ -318,7 +385,7 @@ mod tests {
     impl Caches {
         /// Whether a FLUSH that comes now goes.
         fn may_flush(&self, live: impl Fn(usize) -> bool) -> bool {
-            matches!(self.flush(self.told(), Instant(1), live), Flush::Goes(_))
+            matches!(self.flush(self.came(), Instant(1), live), Flush::Goes(_))
         }
     }
 
@@ -373,7 +440,7 @@ mod tests {
     #[test]
     fn a_flush_that_misses_a_cache_of_no_name_is_a_doubt_too() {
         let caches = caches(2, 1, CacheDoubt::Trust);
-        let flush = || caches.flush(caches.told(), Instant(1), |path| path == 1);
+        let flush = || caches.flush(caches.came(), Instant(1), |path| path == 1);
         caches.wrote(0, 0);
         assert_eq!(flush(), Flush::Goes(Fate::Trusted(1)));
         assert_eq!(flush(), Flush::Goes(Fate::Kept));
@@ -391,11 +458,52 @@ mod tests {
         caches.begin(0, A);
         caches.wrote(0, 0);
         assert_eq!(caches.begin(0, B), Fate::Lost(1));
-        let came = caches.told();
+        let came = caches.came();
         for _ in 0..2 {
             assert_eq!(caches.flush(came, Instant(1), |_| true), Flush::Fails);
         }
         assert!(caches.may_flush(|_| true), "who comes later knows");
+    }
+
+    /// A FLUSH was under way when a cache was lost, and a write ended after it had come: lost too, and the FLUSH that failed did not
+    /// stand for it. The next one ended well.
+    #[test]
+    fn a_write_after_a_flush_that_fails_is_told_by_the_next_one() {
+        let caches = caches(1, 1, CacheDoubt::Trust);
+        caches.begin(0, A);
+        caches.wrote(0, 0);
+        let came = caches.came();
+        caches.wrote(0, 0);
+        assert_eq!(caches.begin(0, B), Fate::Lost(2));
+        assert_eq!(caches.flush(came, Instant(1), |_| true), Flush::Fails);
+        assert!(!caches.may_flush(|_| true), "for the second write");
+        assert!(caches.may_flush(|_| true));
+    }
+
+    /// A path died with unflushed writes, a FLUSH reached them through another path to the same cache, and hours later the target
+    /// was restarted: the next FLUSH failed, and nothing was lost.
+    #[test]
+    fn a_flush_reaches_what_was_written_through_a_path_that_is_gone() {
+        let caches = caches(2, 1, CacheDoubt::Trust);
+        caches.begin(0, A);
+        caches.begin(1, A);
+        caches.wrote(0, 0);
+        caches.end(0);
+        let lost = caches.lost_paths(1);
+        caches.flushed_too(lost);
+        assert_eq!(caches.begin(1, B), Fate::Kept);
+        assert!(caches.may_flush(|path| path == 1));
+        assert_eq!(caches.begin(0, B), Fate::Kept);
+
+        // It was back in between, and had more written to it.
+        caches.wrote(0, 0);
+        caches.end(0);
+        let lost = caches.lost_paths(1);
+        caches.begin(0, B);
+        caches.wrote(0, 0);
+        caches.end(0);
+        caches.flushed_too(lost);
+        assert_eq!(caches.begin(0, A), Fate::Lost(2));
     }
 
     /// A process was killed with unflushed writes, and the target's host lost power before the next one came. That one knew of
@@ -411,7 +519,7 @@ mod tests {
 
         let same = next();
         assert_eq!(same.begin(1, B), Fate::Kept, "that cache is behind the other path");
-        assert_eq!(same.flush(0, Instant(1), live), Flush::Waits(Instant(1) + INHERITANCE_WAIT));
+        assert_eq!(same.flush(same.came(), Instant(1), live), Flush::Waits(Instant(1) + INHERITANCE_WAIT));
         assert_eq!(same.begin(0, A), Fate::Kept);
         assert!(same.may_flush(live));
 
@@ -423,9 +531,9 @@ mod tests {
 
         let gone = next();
         gone.begin(1, B);
-        let Flush::Waits(until) = gone.flush(0, Instant(1), live) else {
+        let Flush::Waits(until) = gone.flush(gone.came(), Instant(1), live) else {
             unreachable!("its path is not there")
         };
-        assert_eq!(gone.flush(0, until, live), Flush::Fails);
+        assert_eq!(gone.flush(gone.came(), until, live), Flush::Fails);
     }
 }

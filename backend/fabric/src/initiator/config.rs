@@ -150,8 +150,8 @@ pub struct NvmeConfig {
     pub host: HostIdentity,
     /// Its timers.
     pub timers: PathTimers,
-    /// A process that may have written to this device before us died without an orderly end: our first writes wait
-    /// until its associations are provably quiet.
+    /// A process that may have written to this device before us died without an orderly end: where `record` does not tell of its
+    /// associations, our first writes wait the longest time that they can live.
     pub had_predecessor: bool,
     /// Where what names our associations is kept for a process after us. Without it that knows less, and waits longer.
     pub record: Option<std::path::PathBuf>,

@@ -423,17 +423,22 @@ const PREDECESSORS: u64 = 1 << 32;
 
 /// The associations that a process before us may have left behind, and what it may have left in caches.
 fn predecessors(config: &NvmeConfig) -> (Vec<(u64, Record)>, Inheritance) {
-    if !config.had_predecessor || is_broken("forget_predecessors") {
+    if is_broken("forget_predecessors") {
         return (Vec::new(), Inheritance::default());
     }
+    // Also after an orderly end: that process may have known of writes of the one before it, and of caches that hold writes.
     let kept = config.record.as_deref().and_then(quiet::kept);
+    if kept.is_none() && !config.had_predecessor {
+        return (Vec::new(), Inheritance::default());
+    }
     let Kept { records, caches } = kept.unwrap_or_else(|| {
         let lives = quiet::lives(&config.timers, 0);
         let record = Record { address: None, subsystem_nqn: String::new(), instance: None, lives };
         Kept { records: vec![record], caches: Inheritance::default() }
     });
     // Whose caches those writes are in, nothing tells.
-    let in_doubt = config.on_cache_doubt == CacheDoubt::FailFlush && caches.caches.is_empty();
+    let in_doubt =
+        config.had_predecessor && config.on_cache_doubt == CacheDoubt::FailFlush && caches.caches.is_empty();
     let caches = Inheritance { lost: caches.lost || in_doubt, ..caches };
     ((0..).zip(records).collect(), caches)
 }

@@ -4,6 +4,7 @@
 //! ones. Then they go in pieces, each a request of its own here, and end once.
 #![forbid(unsafe_code)]
 
+use super::cache::{Came, LostPaths};
 use hawser_block::WriteZeroesLimits;
 use hawser_block::{BlockCount, DiscardLimits, Geometry, Lba, Operation, Outcome, Request, Status};
 use hawser_runtime::{Instant, Slab};
@@ -30,8 +31,10 @@ pub(super) struct Held {
     pub(super) only: Option<(usize, u64)>,
     /// How many writes it reaches there.
     pub(super) written: u64,
-    /// Of a flush: how many losses of caches were told when it came.
-    pub(super) told: u64,
+    /// Of a flush: paths that are lost, and whose cache it reaches.
+    pub(super) lost_paths: LostPaths,
+    /// Of a flush: how things were when it came.
+    pub(super) came: Came,
     /// It is a piece of this one.
     pub(super) whole: Option<usize>,
 }
@@ -52,7 +55,8 @@ impl Held {
             aborted: false,
             only: None,
             written: 0,
-            told: 0,
+            lost_paths: LostPaths::default(),
+            came: Came::default(),
             whole: None,
         }
     }

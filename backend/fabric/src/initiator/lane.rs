@@ -314,6 +314,8 @@ impl Lane {
     /// Requests fail from now on instead of waiting, until the next start.
     pub(crate) fn fail_waiting(&mut self) {
         self.failing = true;
+        // However long a controller that is gone wanted them to wait.
+        self.pending.extend(self.delayed.drain(..).map(|(_, held)| held));
         self.settle();
         self.wake();
     }
@@ -372,14 +374,16 @@ impl Lane {
         for request in batch.drain(..) {
             let mut held = Held::new(request, channel, self.sequence, now);
             if request.operation == Operation::Flush {
-                held.told = self.caches.told();
+                held.came = self.caches.came();
             }
             self.sequence += 1;
             let checked = match &self.offered {
                 None => Err(Status::Path),
                 Some(geometry) => leaf::check(geometry, &request).map(|()| {
                     // Nothing to flush: everything that ended is durable.
-                    request.operation == Operation::Flush && !geometry.volatile_cache
+                    request.operation == Operation::Flush
+                        && !geometry.volatile_cache
+                        && !self.caches.has_to_tell()
                 }),
             };
             match checked {
@@ -429,6 +433,7 @@ impl Lane {
                 Operation::Read => false,
                 Operation::Flush => {
                     self.caches.flushed(path, held.written);
+                    self.caches.flushed_too(held.lost_paths);
                     false
                 }
                 Operation::Write { fua } | Operation::WriteZeroes { fua, .. } => !fua && !self.write_through,

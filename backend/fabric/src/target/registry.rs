@@ -192,8 +192,11 @@ impl Subsystem {
         {
             let mut allowed = lock(&self.allowed_hosts);
             let hosts = allowed.as_mut()?;
-            let at = hosts.iter().position(|host| host == host_nqn)?;
-            hosts.remove(at);
+            let before = hosts.len();
+            hosts.retain(|host| host != host_nqn);
+            if hosts.len() == before {
+                return None;
+            }
         }
         let theirs: Vec<_> =
             controllers.iter().filter(|controller| controller.host.nqn == host_nqn).cloned().collect();

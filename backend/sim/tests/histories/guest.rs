@@ -128,7 +128,7 @@ impl Guest {
         }
         let mut model = self.model.borrow_mut();
         let checked = match operation {
-            Operation::Read => model.read_ends(token.0, range, ok.then_some(&slot.memory[..])),
+            Operation::Read => model.read_ends(busy.id, range, ok.then_some(&slot.memory[..])),
             Operation::Flush if !ok && self.may_fail => {
                 model.flush_fails(&busy.snapshot.expect("a flush has one"));
                 Ok(())
@@ -187,7 +187,7 @@ impl Guest {
                     model::fill(memory, id, lba + block as u64);
                 }
             }
-            Operation::Read => model.read_begins(token.0, lba, count),
+            Operation::Read => model.read_begins(id, lba, count),
             _ => {}
         }
         let buffers = if operation.has_payload() {

@@ -90,6 +90,11 @@ impl Lane {
             let path = match self.pending[at].only {
                 None => match self.choose(self.pending[at].avoid) {
                     Some(path) => path,
+                    // The others may take the way that has failed this one.
+                    None if self.pending[at].avoid.is_some() => {
+                        at += 1;
+                        continue;
+                    }
                     None => break,
                 },
                 Some((path, association)) if self.ways[path].is_started(association) => path,
@@ -111,7 +116,7 @@ impl Lane {
             if held.request.operation == Operation::Flush {
                 let flush = match held.only {
                     Some(_) => Flush::Goes(Fate::Kept),
-                    None => self.caches.flush(held.told, now, |path| self.ways[path].started.is_some()),
+                    None => self.caches.flush(held.came, now, |path| self.ways[path].started.is_some()),
                 };
                 match flush {
                     Flush::Goes(fate @ Fate::Trusted(_)) => {
@@ -151,6 +156,7 @@ impl Lane {
                     }
                 }
                 held.written = self.caches.written(path);
+                held.lost_paths = self.caches.lost_paths(path);
             }
             let Some(start) = self.ways[path].started else { unreachable!("only such a way is chosen") };
             held.sent = now;
