@@ -85,7 +85,7 @@ fn mistakes_in_one_file_are_named_line_by_line() {
     let cases = [
         (
             with_device("[daemon]\npol_us = 3\n"),
-            "h.toml:5:1: [daemon] pol_us: unknown field `pol_us`, expected one of `api`, `api_mode`, `reactors`, `poll_us`, `drain_timeout`, `state_dir`, `sandbox`, `allow_paths`",
+            "h.toml:5:1: [daemon] pol_us: unknown field `pol_us`, expected one of `api`, `api_mode`, `reactors`, `poll_us`, `drain_timeout`, `state_dir`, `user`, `group`, `sandbox`, `allow_paths`",
         ),
         (
             with_device("[deamon]\n"),
