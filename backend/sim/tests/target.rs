@@ -6,7 +6,7 @@ use hawser_block::{
 };
 use hawser_fabric::initiator::{HostIdentity, NvmeConfig, NvmeDevice};
 use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
-use hawser_runtime::{Event, ReactorHandle, Runtime, Source, SourceId};
+use hawser_runtime::{Event, Instant, Op, ReactorHandle, Runtime, Source, SourceId};
 use hawser_sim::{World, WorldConfig};
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -153,4 +153,60 @@ fn commands_of_a_lost_association_are_aborted_after_half_a_minute() {
     world.run(&mut reactors, Duration::from_secs(60), || !asker.borrow().ended.is_empty()).unwrap();
     asker.borrow_mut().channel = None;
     drop((device, target));
+}
+
+/// Sends a good ICReq a byte a second until that fails; says when.
+async fn drip(runtime: Runtime, address: std::net::SocketAddrV4, ended: Rc<RefCell<Option<Instant>>>) {
+    let fd = runtime.tcp_socket(false).unwrap();
+    let to = libc::sockaddr_in {
+        sin_family: 2,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+        sin_zero: [0; 8],
+    };
+    let len = u32::try_from(size_of::<libc::sockaddr_in>()).unwrap();
+    let op = Op::Connect { fd, address: (&raw const to).cast(), len };
+    // SAFETY: the address is this future's, which is not dropped before its world ends.
+    assert_eq!(unsafe { runtime.operate(&op, None) }.await.result, 0);
+    // Its kind, its header's length, no data, its whole length; what follows is zero.
+    let mut request = [0u8; 128];
+    (request[2], request[4]) = (128, 128);
+    for byte in &request {
+        let op = Op::Send { fd, buffer: &raw const *byte, len: 1 };
+        // SAFETY: as above.
+        if unsafe { runtime.operate(&op, None) }.await.result != 1 {
+            break;
+        }
+        runtime.sleep(Duration::from_secs(1)).await;
+    }
+    *ended.borrow_mut() = Some(runtime.refresh_now());
+    runtime.close(fd);
+}
+
+/// That bytes keep coming makes nobody a host.
+#[test]
+fn a_peer_that_sends_a_byte_a_second_has_half_a_minute_to_connect() {
+    let address: SocketAddr = "10.0.0.1:4420".parse().unwrap();
+    let SocketAddr::V4(v4) = address else { unreachable!("it is one") };
+    let world = World::new(WorldConfig::new(1));
+    let mut reactors = [world.reactor(), world.reactor()];
+    let handle = reactors[0].runtime().handle();
+    let device = Arc::new(StuckDevice(Arc::default()));
+    let subsystem = SubsystemConfig {
+        nqn: NQN.to_owned(),
+        listen: vec![address],
+        allowed_hosts: None,
+        serial: "sim".to_owned(),
+        namespaces: vec![NamespaceConfig { nsid: 1, device, uuid: None }],
+    };
+    let listen = |address| world.listen(address);
+    let target = Target::start_simulated(vec![subsystem], &[handle], listen).unwrap();
+    let (runtime, began) = (reactors[1].runtime().clone(), world.now());
+    let ended = Rc::new(RefCell::new(None));
+    reactors[1].runtime().spawn(drip(runtime, v4, Rc::clone(&ended)));
+    world.run(&mut reactors, Duration::from_secs(10), || target.stats().connections == 1).unwrap();
+    world.run(&mut reactors, Duration::from_secs(300), || ended.borrow().is_some()).unwrap();
+    let lasted = ended.borrow().unwrap() - began;
+    assert!(lasted >= Duration::from_secs(30) && lasted < Duration::from_secs(34), "{lasted:?}");
+    world.run(&mut reactors, Duration::from_secs(1), || target.stats().connections == 0).unwrap();
 }
