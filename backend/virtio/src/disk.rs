@@ -424,7 +424,7 @@ impl Server {
         let begun = stream.try_clone().and_then(|other_end| {
             let session = Session::new(Arc::clone(&self.disk), Arc::clone(&self.reactors), stream)?;
             let shared = Arc::clone(session.shared());
-            self.disk.sessions.enter(&shared);
+            self.disk.sessions.enter(&shared, other_end.try_clone()?);
             let thread =
                 std::thread::Builder::new().name(format!("disk {name}")).spawn(move || session.run());
             match thread {

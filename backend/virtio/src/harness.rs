@@ -210,7 +210,7 @@ impl Harness {
     /// Stops a queue, giving up what is in flight if it does not end.
     pub(crate) fn stop(&mut self, started: &Started) -> Stopped {
         let (done, is_done) = mpsc::channel();
-        with_queue(self.reactor.runtime(), started.key, |queue, runtime| queue.stop(runtime, done));
+        with_queue(self.reactor.runtime(), started.key, |queue, runtime| queue.stop(runtime, false, done));
         for turn in 0..100 {
             if turn == 10 {
                 with_queue(self.reactor.runtime(), started.key, |queue, _| queue.abort());

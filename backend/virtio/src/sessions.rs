@@ -2,13 +2,18 @@
 //!
 //! A VM that migrates has two front ends for a while: that of its source, whose rings run, and that of its destination, which
 //! negotiates, reads the configuration and says where its memory and rings are. The rings of a disk are those of one session at
-//! a time, whoever that is: the turn changes hands when all rings of the session that has it are stopped, or when it ends.
+//! a time, whoever that is: the turn changes hands when the session that has it ends, or has stopped all its rings while it logs
+//! what is written, for its VM migrates. Who stops its rings without that keeps the turn: a client that is not the VM's would
+//! have the disk else at the next reboot.
 //! Until what a stopped ring has left at the device has ended, no ring of the disk starts at all: an old write would land on a
 //! newer one.
 //!
 //! Must not know messages or rings.
 
+use crate::connection;
 use crate::session::SessionShared;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,9 +29,15 @@ pub struct SessionView {
     pub logging: bool,
 }
 
+struct Live {
+    session: Arc<SessionShared>,
+    /// To see that its front end has gone before it sees that itself.
+    connection: UnixStream,
+}
+
 #[derive(Default)]
 struct State {
-    live: Vec<Arc<SessionShared>>,
+    live: Vec<Live>,
     /// Whose turn it is, by the session's number.
     serving: Option<u64>,
 }
@@ -40,13 +51,13 @@ impl Sessions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn enter(&self, session: &Arc<SessionShared>) {
-        self.state().live.push(Arc::clone(session));
+    pub(crate) fn enter(&self, session: &Arc<SessionShared>, connection: UnixStream) {
+        self.state().live.push(Live { session: Arc::clone(session), connection });
     }
 
     /// A session is over: its rings have stopped.
     pub(crate) fn leave(&self, session: &SessionShared) {
-        self.state().live.retain(|other| other.number != session.number);
+        self.state().live.retain(|other| other.session.number != session.number);
         self.give_turn(session);
     }
 
@@ -67,23 +78,35 @@ impl Sessions {
         self.state().serving.is_some_and(|number| number != session.number)
     }
 
+    /// Whether another session has the turn whose front end has gone: it drains its rings, and ends.
+    pub(crate) fn is_departed_ones_turn(&self, session: &SessionShared) -> bool {
+        let state = self.state();
+        state.live.iter().any(|other| {
+            let number = other.session.number;
+            number != session.number
+                && state.serving == Some(number)
+                && connection::is_closed(other.connection.as_fd())
+        })
+    }
+
     /// Gives the turn up, if `session` has it: none of its rings runs.
     pub(crate) fn give_turn(&self, session: &SessionShared) {
         let mut state = self.state();
         if state.serving == Some(session.number) {
             state.serving = None;
-            state.live.iter().filter(|other| other.number != session.number).for_each(|other| other.wake());
+            let others = state.live.iter().map(|live| &live.session);
+            others.filter(|other| other.number != session.number).for_each(|other| other.wake());
         }
     }
 
     /// All of them look at what has changed.
     pub(crate) fn wake(&self) {
-        self.state().live.iter().for_each(|session| session.wake());
+        self.state().live.iter().for_each(|live| live.session.wake());
     }
 
     pub(crate) fn view(&self) -> Vec<SessionView> {
         let state = self.state();
-        let view = |session: &Arc<SessionShared>| SessionView {
+        let view = |Live { session, .. }: &Live| SessionView {
             serving: state.serving == Some(session.number),
             logging: session.logging.load(Ordering::Acquire),
         };

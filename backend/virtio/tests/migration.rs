@@ -8,10 +8,12 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
 use support::frontend::*;
 use support::{Served, eventually, small};
+use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 
 const PAGE: u64 = 4096;
@@ -278,14 +280,20 @@ fn a_log_that_is_too_small_ends_the_session_and_says_so() {
     let log = Log::new(c"dirty");
     set_logging(&mut guest, Some(&log));
     let more = Ram::new(RAM_GUEST + RAM_BYTES as u64, 0x1000);
-    assert!(
-        vhost::vhost_user::VhostUserFrontend::add_mem_region(&mut guest.frontend, &more.region()).is_err()
-    );
+    assert!(VhostUserFrontend::add_mem_region(&mut guest.frontend, &more.region()).is_err());
     works(&mut guest);
     let beyond = RAM_GUEST + RAM_BYTES as u64;
     assert!(guest.frontend.set_vring_addr(0, &logged(&guest.rings[0], Some(beyond))).is_err());
     assert!(guest.is_ended());
     assert!(served.disk.trouble().contains("before the end of a used ring"), "{}", served.disk.trouble());
+    // Not that of a ring that nobody has kicked.
+    let mut guest = Guest::connect(&served.socket, &Wish::default());
+    guest.frontend.set_vring_num(1, 128).unwrap();
+    let idle = new_ring(1, &Wish::default());
+    guest.frontend.set_vring_addr(1, &logged(&idle, Some(beyond))).unwrap();
+    set_logging(&mut guest, Some(&log));
+    works(&mut guest);
+    drop(guest);
     // Nor are other settings of a running ring changed together with its logging.
     let guest = Guest::connect(&served.socket, &Wish::default());
     let mut config = logged(&guest.rings[0], Some(RAM_GUEST));
@@ -344,8 +352,18 @@ fn a_second_front_end_is_heard_while_the_firsts_rings_run_and_serves_when_they_h
     assert_eq!(second.rings[0].take_used(&second.ram), None);
     // A driver that is not there yet does not change what the disk is.
     let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
-    assert!(vhost::vhost_user::VhostUserFrontend::set_config(&mut second.frontend, 32, flags, &[0]).is_err());
-    // One ring of two is not all.
+    assert!(VhostUserFrontend::set_config(&mut second.frontend, 32, flags, &[0]).is_err());
+    // Its VM resets its disk: the turn stays its own, or anybody who waits would have the disk.
+    stop(&mut first);
+    assert_eq!(views(&served), [true, false]);
+    (0..2).for_each(|index| first.start_ring(index));
+    for _ in 0..20 {
+        works(&mut first);
+    }
+    assert_eq!(second.rings[0].take_used(&second.ram), None);
+    // It migrates. One ring of two is not all.
+    let log = Log::new(c"dirty");
+    set_logging(&mut first, Some(&log));
     first.frontend.get_vring_base(1).unwrap();
     works(&mut first);
     assert_eq!(second.rings[0].take_used(&second.ram), None);
@@ -376,10 +394,12 @@ fn the_log_of_a_front_end_that_waits_does_not_say_what_writeback_is() {
     let wish = Wish { inflight: true, ..Wish::default() };
     let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
     let mut old = Guest::connect(&served.socket, &wish);
-    vhost::vhost_user::VhostUserFrontend::set_config(&mut old.frontend, 32, flags, &[0]).unwrap();
+    VhostUserFrontend::set_config(&mut old.frontend, 32, flags, &[0]).unwrap();
     stop(&mut old);
+    old.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    eventually("gone", || served.disk.sessions().is_empty());
     let mut first = Guest::connect(&served.socket, &wish);
-    vhost::vhost_user::VhostUserFrontend::set_config(&mut first.frontend, 32, flags, &[1]).unwrap();
+    VhostUserFrontend::set_config(&mut first.frontend, 32, flags, &[1]).unwrap();
     works(&mut first);
     let mut second = old.reconnect(&served.socket, &wish);
     assert_eq!(second.config()[32], 1);
@@ -388,9 +408,9 @@ fn the_log_of_a_front_end_that_waits_does_not_say_what_writeback_is() {
     let write = hawser_block::Operation::Write { fua: false };
     assert_eq!(served.device.fake.state().log[0].0, write);
     // It is right where the next process looks for it, too.
-    stop(&mut first);
+    drop(first);
     works(&mut second);
-    drop((first, served));
+    drop(served);
     let served = Served::new(small());
     let mut third = second.reconnect(&served.socket, &wish);
     works(&mut third);
@@ -422,38 +442,46 @@ fn two_front_ends_that_start_and_stop_at_will_are_never_served_at_once() {
     const REQUESTS: usize = 5;
     let served = Served::new(small());
     let stop_all = AtomicBool::new(false);
-    let turns: Vec<u64> = std::thread::scope(|scope| {
+    let done = [AtomicU64::new(0), AtomicU64::new(0)];
+    std::thread::scope(|scope| {
         let guests: Vec<_> = (0..2u64)
             .map(|who| {
-                let (served, stop_all) = (&served, &stop_all);
+                let (served, stop_all, turns) = (&served, &stop_all, &done[usize::try_from(who).unwrap()]);
                 scope.spawn(move || {
                     let wish = Wish { inflight: true, ..Wish::default() };
-                    let mut guest = Guest::connect(&served.socket, &wish);
-                    let mut turns = 0;
+                    let log = Log::new(c"dirty");
+                    let connect = || {
+                        let mut guest = Guest::connect(&served.socket, &wish);
+                        set_logging(&mut guest, Some(&log));
+                        guest
+                    };
+                    let mut guest = connect();
                     while !stop_all.load(Ordering::Acquire) {
                         for _ in 0..REQUESTS {
                             assert_eq!(guest.request(T_OUT, who, &[7; 512], 0).0, 0);
                         }
-                        turns += 1;
-                        if turns % 7 == 0 {
+                        if turns.fetch_add(1, Ordering::AcqRel) % 7 == 6 {
                             // It vanishes, and another one comes.
                             drop(guest);
-                            guest = Guest::connect(&served.socket, &wish);
+                            guest = connect();
                         } else {
                             stop(&mut guest);
                             guest.start_ring(0);
                         }
                     }
                     stop(&mut guest);
-                    turns
                 })
             })
             .collect();
-        std::thread::sleep(Duration::from_secs(2));
+        let end = Instant::now() + Duration::from_secs(120);
+        let enough = || done.iter().all(|turns| turns.load(Ordering::Acquire) > 50);
+        while !enough() && Instant::now() < end && !guests.iter().any(ScopedJoinHandle::is_finished) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         stop_all.store(true, Ordering::Release);
-        guests.into_iter().map(|guest| guest.join().unwrap()).collect()
+        guests.into_iter().for_each(|guest| guest.join().unwrap());
+        assert!(enough(), "{done:?}");
     });
-    assert!(turns.iter().all(|turns| *turns > 10), "{turns:?}");
     let log: Vec<u64> = served.device.fake.state().log.iter().map(|(_, lba, _)| *lba).collect();
     for turn in log.chunks(REQUESTS) {
         assert!(turn.iter().all(|lba| *lba == turn[0]), "two were served at once");
@@ -501,4 +529,91 @@ fn a_ring_that_stops_while_logging_waits_for_everything_in_flight() {
     let mut guest = guest.reconnect(&served.socket, &Wish { inflight: true, ..Wish::default() });
     guest.rings[0].wait_used(&guest.ram);
     works(&mut guest);
+}
+
+/// A ring with three requests that an earlier session has left in the log, and a device that has the first of them again.
+fn replaying() -> (Served, Guest, Log) {
+    let served = Served::with(small(), |config| config.drain_timeout = Duration::from_millis(20));
+    let wish = Wish { inflight: true, ..Wish::default() };
+    let mut guest = Guest::connect(&served.socket, &wish);
+    served.device.fake.state().hold = true;
+    for number in 0..3 {
+        let parts = guest.plain(T_IN, 5 + number, &[], 512, DATA + PAGE * number);
+        guest.submit(0, &parts);
+    }
+    eventually("taken", || served.disk.queue_counters()[0].requests.get() == 3);
+    guest.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    eventually("given up", || served.disk.sessions().is_empty());
+    let mut guest = guest.reconnect(&served.socket, &wish);
+    let log = Log::new(c"dirty");
+    set_logging(&mut guest, Some(&log));
+    eventually("the first", || served.disk.queue_counters()[0].replayed.get() == 1);
+    (served, guest, log)
+}
+
+/// The daemon had died, and the VM migrates while its requests are executed again. GET_VRING_BASE was answered when the one at the
+/// device had ended; the rest stayed in the in-flight log, which the destination does not have: they were lost.
+#[test]
+fn a_ring_that_stops_while_logging_replays_everything_first() {
+    let (served, mut guest, log) = replaying();
+    let device = Arc::clone(&served.device);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        device.release();
+    });
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 3);
+    assert_eq!(guest.rings[0].used_idx(&guest.ram), 3);
+    assert!((0..3).all(|number| log.is_marked(DATA + PAGE * number)));
+    release.join().unwrap();
+    guest.start_ring(0);
+    for _ in 0..3 {
+        guest.rings[0].wait_used(&guest.ram);
+    }
+    works(&mut guest);
+    // Where nothing is logged, one that is stopped in the middle leaves the rest, as ever.
+    let (served, guest, _log) = replaying();
+    guest.frontend.set_features(guest.features).unwrap();
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 3);
+    assert_eq!(guest.rings[0].used_idx(&guest.ram), 0);
+    drop((guest, served));
+}
+
+/// The source's rings wait: for what an earlier stop has left at the device. The VM is stopped for its migration all the same:
+/// the answer came at once, and the requests in the log were lost, and what the device still read was in no log.
+#[test]
+fn a_ring_that_waits_with_unfinished_requests_runs_before_it_stops_for_a_migration() {
+    let served = Served::with(small(), |config| config.drain_timeout = Duration::from_millis(20));
+    served.device.deaf.store(true, Ordering::Release);
+    let mut guest = Guest::connect(&served.socket, &Wish { inflight: true, ..Wish::default() });
+    works(&mut guest);
+    served.device.fake.state().hold = true;
+    offer(&mut guest);
+    eventually("taken", || served.disk.queue_counters()[0].requests.get() == 3);
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 3);
+    guest.start_ring(0);
+    let log = Log::new(c"dirty");
+    set_logging(&mut guest, Some(&log));
+    let device = Arc::clone(&served.device);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        device.release();
+    });
+    // As QEMU stops a ring.
+    guest.frontend.set_vring_enable(0, false).unwrap();
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 3);
+    assert_eq!((guest.rings[0].used_idx(&guest.ram), served.disk.queue_counters()[0].replayed.get()), (3, 1));
+    assert!(log.is_marked(DATA));
+    release.join().unwrap();
+}
+
+/// The process is told to end in the middle: the front end does not hear that its ring has stopped.
+#[test]
+fn a_ring_that_cannot_be_drained_for_a_migration_is_not_said_to_have_stopped() {
+    let (served, guest, _log) = replaying();
+    let frontend = guest.frontend.clone();
+    let waits = std::thread::spawn(move || frontend.get_vring_base(0).is_err());
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!waits.is_finished());
+    assert!(served.disk.stop(Duration::from_millis(20)).has_ended());
+    assert!(waits.join().unwrap());
 }

@@ -115,7 +115,8 @@ fn a_ring_is_stopped_in_time_and_starts_when_the_device_has_ended_what_it_had() 
     let mut frontend = guest.frontend.clone();
     let region = other.region();
     let removal = std::thread::spawn(move || frontend.remove_mem_region(&region));
-    std::thread::sleep(Duration::from_millis(300));
+    // Long enough for the message to be there, also on a busy machine.
+    std::thread::sleep(Duration::from_secs(1));
     assert!(!removal.is_finished());
     assert_eq!(mappings(&other), 1);
     assert_eq!(other.read(OTHER, 512), [0xee; 512]);
@@ -175,11 +176,80 @@ fn another_front_ends_rings_wait_too() {
     second.submit(0, &parts);
     guest.frontend.get_vring_base(0).unwrap();
     guest.frontend.get_vring_base(1).unwrap();
+    drop(guest);
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(second.rings[0].take_used(&second.ram), None);
     served.device.release();
     second.rings[0].wait_used(&second.ram);
     assert_eq!(served.device.fake.state().content[512..1024], [1; 512]);
+}
+
+/// A front end stops ring after ring: `drain_timeout`, and what a stop waits for what was given up, were waited for each of them.
+#[test]
+fn what_was_waited_for_one_ring_is_not_waited_for_the_next() {
+    let (served, mut guest, _other) = stuck();
+    let parts = guest.plain(T_OUT, 4, &[9; 512], 0, DATA + 4096 * 4);
+    guest.submit(1, &parts);
+    eventually("taken", || served.disk.queue_counters()[1].requests.get() == 1);
+    guest.frontend.get_vring_base(0).unwrap();
+    let began = Instant::now();
+    guest.frontend.get_vring_base(1).unwrap();
+    // Another 5 s before.
+    assert!(began.elapsed() < Duration::from_millis(4500), "{:?}", began.elapsed());
+    served.device.release();
+    (0..2).for_each(|index| guest.start_ring(index));
+    guest.rings[1].wait_used(&guest.ram);
+    for _ in 0..3 {
+        guest.rings[0].wait_used(&guest.ram);
+    }
+    // A ring has started: the next stop waits again.
+    works(&mut guest);
+}
+
+/// A front end dials again while its old session drains: it was told that its ring had stopped, its device was reset, its memory
+/// removed, while the old session's queues still read into that memory.
+#[test]
+fn who_dials_again_is_not_told_that_rings_have_stopped_that_an_old_session_still_drains() {
+    let served = Served::new(small());
+    let mut guest = Guest::connect(&served.socket, &wish());
+    works(&mut guest);
+    served.device.fake.state().hold = true;
+    for number in 1..=4 {
+        let parts = guest.plain(T_IN, number, &[], 512, DATA + 4096 * number);
+        guest.submit(0, &parts);
+    }
+    eventually("taken", || requests(&served) == 6);
+    for what in 0..4 {
+        guest = guest.reconnect(&served.socket, &wish());
+        if what == 0 {
+            assert_eq!(served.disk.sessions().len(), 2);
+        }
+        let region = guest.ram.region();
+        let mut frontend = guest.frontend.clone();
+        let waits = std::thread::spawn(move || match what {
+            0 => assert!(frontend.get_vring_base(0).is_ok()),
+            1 => frontend.set_vring_enable(0, false).unwrap(),
+            2 => frontend.reset_device().unwrap(),
+            _ => frontend.remove_mem_region(&region).unwrap(),
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!waits.is_finished(), "answered while requests are in flight: {what}");
+        served.device.release();
+        waits.join().unwrap();
+        // All that the old one had taken is shown.
+        assert_eq!(guest.rings[0].used_idx(&guest.ram), guest.rings[0].next_available);
+        drop(guest);
+        eventually("gone", || served.disk.sessions().is_empty());
+        served.device.fake.state().hold = false;
+        guest = Guest::connect(&served.socket, &wish());
+        works(&mut guest);
+        served.device.fake.state().hold = true;
+        let taken = requests(&served);
+        let parts = guest.plain(T_IN, 1, &[], 512, DATA + 4096);
+        guest.submit(0, &parts);
+        eventually("taken", || requests(&served) == taken + 1);
+    }
+    served.device.release();
 }
 
 /// A device reset forgets what was in flight: it is not executed again. The new driver's rings wait all the same.

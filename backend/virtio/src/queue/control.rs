@@ -75,9 +75,10 @@ impl Queue {
         }
     }
 
-    /// Takes no more from the ring, and ends when everything in flight has.
-    pub(crate) fn stop(&mut self, runtime: &Runtime, done: Sender<Stopped>) {
+    /// Takes no more from the ring, and ends when everything in flight has; `replay_all`: what is still to be executed again, too.
+    pub(crate) fn stop(&mut self, runtime: &Runtime, replay_all: bool, done: Sender<Stopped>) {
         self.stopping = Some(done);
+        self.replay_all = replay_all;
         if self.kick_armed {
             runtime.cancel(self.id(), KEY_KICK);
         }
@@ -113,7 +114,7 @@ impl Queue {
     }
 
     pub(super) fn finish_if_idle(&mut self, runtime: &Runtime) {
-        if self.in_flight > 0 || self.kick_armed {
+        if self.in_flight > 0 || self.kick_armed || (self.replaying && self.replays()) {
             return;
         }
         let Some(done) = self.stopping.take() else { return };

@@ -174,6 +174,8 @@ pub(crate) struct Queue {
     disowned: bool,
     left_in_log: bool,
     stopping: Option<Sender<Stopped>>,
+    /// It stops, but not before everything is replayed.
+    replay_all: bool,
     awaited: usize,
     awaited_ended: Option<Sender<()>>,
 }
@@ -209,6 +211,12 @@ impl Queue {
 
     fn takes_requests(&self) -> bool {
         self.open && !self.replaying && !self.failed && self.stopping.is_none() && !self.is_full()
+    }
+
+    /// Whether unfinished requests of the log go on being executed again.
+    fn replays(&self) -> bool {
+        let goes_on = self.stopping.is_none() || (self.replay_all && !self.aborting && !self.disowned);
+        goes_on && !self.failed
     }
 
     /// Takes nothing before something ends, which wakes it.
@@ -345,7 +353,7 @@ impl Queue {
 
     /// Executes unfinished requests of the log again: one at a time, so that a crash names the one.
     fn replay_next(&mut self, runtime: &Runtime) {
-        while self.in_flight == 0 && !self.failed && self.stopping.is_none() {
+        while self.in_flight == 0 && self.replays() {
             let Some(unfinished) = self.replay.pop_front() else {
                 self.replaying = false;
                 self.replay_noted = None;

@@ -118,6 +118,7 @@ impl Queue {
             disowned: false,
             left_in_log: false,
             stopping: None,
+            replay_all: false,
             awaited: 0,
             awaited_ended: None,
         };

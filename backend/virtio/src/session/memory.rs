@@ -123,17 +123,38 @@ impl Session {
                 Ok(sent) => return Ok(Some(sent)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => {
-                    if self.disk.stopping().is_some() {
-                        return end("stopped while the front end waited for requests in flight");
-                    }
-                    if let Some(error) = self.shared.error() {
-                        return end(error.what);
-                    }
-                    if self.connection.is_closed() {
-                        return Err(Failure::Closed);
-                    }
+                    self.is_waited_for()?;
                 }
             }
         }
+    }
+
+    /// Whether there is any sense in waiting on.
+    pub(super) fn is_waited_for(&self) -> Result<(), Failure> {
+        if self.disk.stopping().is_some() {
+            return end("stopped while the front end waited for requests in flight");
+        }
+        if let Some(error) = self.shared.error() {
+            return end(error.what);
+        }
+        if self.connection.is_closed() {
+            return Err(Failure::Closed);
+        }
+        Ok(())
+    }
+
+    /// Waits a little, for what nobody tells; with the same exceptions.
+    pub(super) fn pause(&self) -> Result<(), Failure> {
+        std::thread::sleep(Duration::from_millis(10));
+        self.is_waited_for()
+    }
+
+    /// Waits for the queues of a front end that has gone: its session ends them still, and that may be our front end's old one,
+    /// with the same memory.
+    pub(super) fn wait_for_departed(&self) -> Result<(), Failure> {
+        while self.disk.sessions.is_departed_ones_turn(&self.shared) {
+            self.pause()?;
+        }
+        Ok(())
     }
 }

@@ -28,6 +28,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// Why a session is over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,6 +179,8 @@ pub(crate) struct Session {
     dirty_log_before: Option<Arc<DirtyLog>>,
     /// Queues that were stopped with requests that did not end, and may still be there.
     left: Vec<Running>,
+    /// Since when requests were given up, in a stop after which no ring has started: the stops that follow have no more patience.
+    gave_up: Option<Instant>,
     /// It was said that rings wait to start.
     told_to_wait: bool,
     gate: Arc<Gate>,
@@ -204,6 +207,7 @@ impl Session {
             dirty_log: None,
             dirty_log_before: None,
             left: Vec::new(),
+            gave_up: None,
             told_to_wait: false,
             gate: Arc::default(),
             backend_requests: None,
@@ -307,7 +311,9 @@ impl Session {
     fn handle(&mut self, raw: RawMessage) -> Result<(), Over> {
         let request = raw.header.request;
         let acknowledge = |session: &Self, value: u64| {
-            if raw.header.need_reply && session.protocol & protocol::REPLY_ACK != 0 {
+            // Who asks for a ring's base would take an error for one: it hears nothing, and that the connection is closed.
+            let wants_it = raw.header.need_reply && request != message::request::GET_VRING_BASE;
+            if wants_it && session.protocol & protocol::REPLY_ACK != 0 {
                 let sent = session.connection.send(&message::reply_u64(request, value), None);
                 return sent.map(|()| true).map_err(|error| format!("reply to message {request}: {error}"));
             }
@@ -389,11 +395,14 @@ impl Session {
                 return number(message::request::GET_MAX_MEM_SLOTS, GuestMemory::SLOTS as u64);
             }
             M::SetOwner => {}
-            M::ResetOwner => self.stop_all(),
-            M::ResetDevice => self.reset_device(),
+            M::ResetOwner => self.stop_all()?,
+            M::ResetDevice => self.reset_device()?,
             M::SetMemTable(regions) => self.set_mem_table(&regions, &descriptors)?,
             M::AddMemReg(region) => self.add_mem_reg(region, &descriptors)?,
-            M::RemMemReg(region) => self.rem_mem_reg(region)?,
+            M::RemMemReg(region) => {
+                self.wait_for_departed()?;
+                self.rem_mem_reg(region)?;
+            }
             M::SetVringNum { queue, size } => {
                 let vring = self.stopped_vring(queue, "SET_VRING_NUM")?;
                 vring.size = u16::try_from(size)
@@ -431,8 +440,7 @@ impl Session {
             }
             M::GetVringBase { queue } => {
                 let index = self.index(queue, "GET_VRING_BASE")?;
-                self.look_at_base(index);
-                self.stop_queues(&[index], Patience::UnlessLogging);
+                self.stop_ring(index)?;
                 self.vrings[index].kick = None;
                 self.give_turn();
                 let vring = &self.vrings[index];
@@ -465,11 +473,12 @@ impl Session {
             }
             M::SetVringEnable { queue, enable } => {
                 let index = self.index(queue, "SET_VRING_ENABLE")?;
+                if !enable {
+                    self.stop_ring(index)?;
+                }
                 self.vrings[index].enabled = enable;
                 if enable {
                     self.start_if_ready(index)?;
-                } else {
-                    self.stop_queues(&[index], Patience::UnlessLogging);
                 }
             }
             M::SetBackendReqFd => {

@@ -1,6 +1,6 @@
 //! The session's rings: started when the front end has said everything, stopped when all their requests have ended.
 
-use super::{Failure, Over, Running, Session, Vring, clone_fd};
+use super::{Failure, Over, Running, Session, Vring, clone_fd, end};
 use crate::crash::Recorder;
 use crate::features;
 use crate::inflight::{self, QueueLog};
@@ -82,21 +82,56 @@ impl Session {
         }
     }
 
-    /// Lets another session's rings run, if all rings of this one are stopped.
+    /// Whether the ring's in-flight log has, or may have, requests that are to be executed again.
+    fn may_have_unfinished(&self, index: usize) -> bool {
+        let log = self.inflight.as_ref().and_then(|area| area.queue(u16::try_from(index).ok()?));
+        log.is_some_and(|log| log.may_have_unfinished())
+    }
+
+    /// Stops one ring: nothing of it is written into guest memory any more, but by requests that are left behind.
+    ///
+    /// While dirty pages are logged there are none of those, and none stay in the in-flight log, which does not travel: a ring that
+    /// waits to start, and may have some, runs first. If that cannot be reached the session ends, and its front end does not hear
+    /// that the ring has stopped.
+    pub(super) fn stop_ring(&mut self, index: usize) -> Result<(), Failure> {
+        self.wait_for_departed()?;
+        loop {
+            let vring = &self.vrings[index];
+            let waits = vring.running.is_none() && vring.kick.is_some() && self.is_enabled(vring);
+            if !(self.is_logging() && waits && self.may_have_unfinished(index)) {
+                break;
+            }
+            self.start_if_ready(index)?;
+            self.pause()?;
+        }
+        self.look_at_base(index);
+        let (ran, left) = (self.vrings[index].running.is_some(), self.left.len());
+        self.stop_queues(&[index], Patience::UnlessLogging);
+        if self.is_logging() && ran && (self.may_have_unfinished(index) || self.left.len() > left) {
+            self.is_waited_for()?;
+            return end(format!("queue {index} has unfinished requests, and its VM migrates"));
+        }
+        Ok(())
+    }
+
+    /// Lets another session's rings run, if all rings of this one are stopped and its VM migrates. Who only resets its device, or
+    /// pauses, goes on later: nobody else gets its disk meanwhile.
     pub(super) fn give_turn(&mut self) {
-        if self.vrings.iter().all(|vring| vring.running.is_none() && vring.kick.is_none()) {
+        let stopped = self.vrings.iter().all(|vring| vring.running.is_none() && vring.kick.is_none());
+        if stopped && self.is_logging() {
             self.disk.sessions.give_turn(&self.shared);
         }
     }
 
+    /// Enabled, where that is negotiated.
+    fn is_enabled(&self, vring: &Vring) -> bool {
+        vring.enabled || self.features & features::PROTOCOL_FEATURES == 0
+    }
+
     /// Starts a ring that has been kicked, and enabled where that is negotiated, unless it must wait.
     pub(super) fn start_if_ready(&mut self, index: usize) -> Result<(), Failure> {
-        let needs_enable = self.features & features::PROTOCOL_FEATURES != 0;
         let vring = &self.vrings[index];
-        if vring.kick.is_none() {
-            return Ok(());
-        }
-        if vring.running.is_some() || (needs_enable && !vring.enabled) {
+        if vring.kick.is_none() || vring.running.is_some() || !self.is_enabled(vring) {
             return Ok(());
         }
         if !self.has_turn() {
@@ -113,6 +148,7 @@ impl Session {
         }
         self.told_to_wait = false;
         self.left.clear();
+        self.gave_up = None;
         let vring = &self.vrings[index];
         let wrong = |what: String| Failure::End(format!("queue {index}: {what}"));
         let ring = ring_in(&self.memory, vring).map_err(wrong)?;
@@ -192,7 +228,8 @@ impl Session {
         recorded.unwrap_or(Recorder::none())
     }
 
-    pub(super) fn stop_all(&mut self) {
+    pub(super) fn stop_all(&mut self) -> Result<(), Failure> {
+        self.wait_for_departed()?;
         let all: Vec<usize> = (0..self.vrings.len()).collect();
         self.stop_queues(&all, Patience::UnlessLogging);
         for vring in &mut self.vrings {
@@ -200,10 +237,11 @@ impl Session {
             vring.enabled = false;
         }
         self.give_turn();
+        Ok(())
     }
 
-    pub(super) fn reset_device(&mut self) {
-        self.stop_all();
+    pub(super) fn reset_device(&mut self) -> Result<(), Failure> {
+        self.stop_all()?;
         for vring in &mut self.vrings {
             // Who hears of errors is the front end's matter, not the device's: it does not set that again.
             *vring = Vring { err: vring.err.take(), ..Vring::default() };
@@ -215,6 +253,7 @@ impl Session {
                 .for_each(|log: QueueLog| log.clear());
         }
         self.gate = Arc::default();
+        Ok(())
     }
 
     /// Stops queues together: they take nothing new, and end what they have. After `drain_timeout` that is given up: devices tear
@@ -222,18 +261,21 @@ impl Session {
     /// a log there is nobody else to remember it, and it is waited for. Memory stays mapped for all of it, and the disk starts no
     /// ring before it has ended.
     ///
+    /// A front end stops one ring after the other: what it has waited for one of them is not waited for again, until a ring starts.
+    ///
     /// A VM that migrates takes its in-flight log nowhere: while dirty pages are logged, and the front end is there, nothing is
-    /// given up. A disk that is removed, or whose process ends, waits for nobody.
+    /// given up, and everything of the log is replayed first. A disk that is removed, or whose process ends, waits for nobody.
     pub(super) fn stop_queues(&mut self, indices: &[usize], patience: Patience) {
         let disk = Arc::clone(&self.disk);
         let name = &disk.config.name;
+        let replay_all = patience == Patience::UnlessLogging && self.is_logging();
         let mut stopping = Vec::<Stopping>::new();
         for index in indices {
             let Some(running) = self.vrings[*index].running.take() else { continue };
             let Running { key, reactor, .. } = running;
             let (done, is_done) = mpsc::channel::<Stopped>();
             self.reactors[reactor].run(move |runtime| {
-                with_queue(runtime, key, |queue, runtime| queue.stop(runtime, done));
+                with_queue(runtime, key, |queue, runtime| queue.stop(runtime, replay_all, done));
             });
             stopping.push(Stopping { index: *index, running, is_done });
         }
@@ -255,10 +297,7 @@ impl Session {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             let stop = disk.stopping();
-            let migrates = patience == Patience::UnlessLogging
-                && self.is_logging()
-                && stop.is_none()
-                && !self.connection.is_closed();
+            let migrates = replay_all && stop.is_none() && !self.connection.is_closed();
             if migrates && !given_up {
                 if told.elapsed() > TELL_EVERY {
                     told = Instant::now();
@@ -266,15 +305,17 @@ impl Session {
                 }
                 continue;
             }
-            if began.elapsed()
-                < if given_up { ABORT_PATIENCE } else { stop.unwrap_or(disk.config.drain_timeout) }
-            {
+            let drain = match self.gave_up {
+                Some(_) => Duration::ZERO,
+                None => stop.unwrap_or(disk.config.drain_timeout),
+            };
+            if began.elapsed() < if given_up { ABORT_PATIENCE } else { drain } {
                 continue;
             }
             if !given_up {
                 given_up = true;
-                began = Instant::now();
-                let after = stop.unwrap_or(disk.config.drain_timeout).as_secs();
+                began = *self.gave_up.get_or_insert_with(Instant::now);
+                let after = drain.as_secs();
                 log::warn!(
                     "disk {name}: {} queues have requests in flight after {after} s (drain_timeout): they are given up, and stay in the VM's in-flight log",
                     stopping.len()
