@@ -29,8 +29,11 @@ impl Daemon {
         state: &str,
     ) -> Result<SubsystemView, ChangeError> {
         let state: AnaState = state.parse().map_err(ChangeError::Wrong)?;
-        let view = || self.subsystem_views().into_iter().find(|view| view.nqn == nqn);
-        let before = view().ok_or_else(|| ChangeError::Unknown(format!("there is no subsystem {nqn}")))?;
+        let _one = self.ana_changes.lock().unwrap_or_else(PoisonError::into_inner);
+        // Once: of a target that stops there are none, and a file written from that would forget every state.
+        let views = self.subsystem_views();
+        let before = views.iter().find(|view| view.nqn == nqn);
+        let before = before.ok_or_else(|| ChangeError::Unknown(format!("there is no subsystem {nqn}")))?;
         let index =
             port.parse().ok().filter(|index: &usize| *index < before.ports.len()).ok_or_else(|| {
                 let last = before.ports.len() - 1;
@@ -42,15 +45,15 @@ impl Daemon {
             let groups = there.iter().map(|group| group.grpid.to_string()).collect::<Vec<_>>().join(", ");
             ChangeError::Unknown(format!("{nqn} has no ANA group {grpid}, want one of {groups}"))
         })?;
-        let _one = self.ana_changes.lock().unwrap_or_else(PoisonError::into_inner);
         let setting = AnaSetting { nqn: nqn.to_owned(), port: index, group, state };
-        ana::write(&self.config, &self.subsystem_views(), &setting).map_err(ChangeError::Failed)?;
+        ana::write(&self.config, &views, &setting).map_err(ChangeError::Failed)?;
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
         if !target.as_ref().is_some_and(|target| target.set_ana_group_state(nqn, index, group, state)) {
             return Err(ChangeError::Failed("the target stops".to_owned()));
         }
         drop(target);
-        view().ok_or_else(|| ChangeError::Failed("the target stops".to_owned()))
+        let view = self.subsystem_views().into_iter().find(|view| view.nqn == nqn);
+        view.ok_or_else(|| ChangeError::Failed("the target stops".to_owned()))
     }
 
     /// Lets a host connect to a subsystem from now on, or no more, until the next start: then the configuration counts again.

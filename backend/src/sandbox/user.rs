@@ -47,8 +47,8 @@ pub(crate) fn become_configured(config: &Config) -> Result<(), ConfigError> {
     if identity.uid == 0 || identity.gid == 0 {
         return wrong(key, "is root's, want one that may do less".to_owned());
     }
-    // SAFETY: plain system call.
-    let own = unsafe { libc::geteuid() };
+    // SAFETY: plain system calls.
+    let (own, own_group) = unsafe { (libc::geteuid(), libc::getegid()) };
     for disk in &config.disks {
         let Some(owner) = &disk.value.socket_user else { continue };
         let uid = owner.parse().ok().or_else(|| Some(user(owner)?.0.uid));
@@ -59,6 +59,11 @@ pub(crate) fn become_configured(config: &Config) -> Result<(), ConfigError> {
         }
     }
     if own == identity.uid {
+        if config.daemon.group.is_some() && own_group != identity.gid {
+            let what =
+                format!("want a start in that group, or no such key: this is group {own_group} already");
+            return wrong("group", what);
+        }
         // A service manager has done it.
         return Ok(());
     }

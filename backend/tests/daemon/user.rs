@@ -120,4 +120,8 @@ fn only_root_can_become_somebody_else() {
         line.contains("[daemon] user: only root can become \"daemon\", and this is user 65534"),
         "{line}"
     );
+    // A service manager has made it that user, but in another group: sockets and files would be that one's.
+    configure(&place, "user = \"nobody\"\ngroup = \"daemon\"\n", "");
+    let line = place.fails_as_nobody(&["serve", "--config", &file], 2);
+    assert!(line.contains("[daemon] group: want a start in that group"), "{line}");
 }

@@ -119,6 +119,8 @@ struct Span {
 pub(crate) struct GuestMemory {
     /// By guest address.
     spans: Vec<Span>,
+    /// The same by their place with us.
+    by_host: Vec<Span>,
     regions: Vec<Arc<Region>>,
 }
 
@@ -142,7 +144,7 @@ impl GuestMemory {
         {
             return Err(RegionError::Overlap);
         }
-        let spans = regions
+        let spans: Vec<Span> = regions
             .iter()
             .map(|region| Span {
                 start: region.description.guest_address,
@@ -150,7 +152,9 @@ impl GuestMemory {
                 host: region.host,
             })
             .collect();
-        Ok(GuestMemory { spans, regions })
+        let mut by_host = spans.clone();
+        by_host.sort_by_key(|span| span.host);
+        Ok(GuestMemory { spans, by_host, regions })
     }
 
     /// The regions, by guest address.
@@ -207,11 +211,10 @@ impl GuestMemory {
 
     /// The guest address of `len` bytes at a place of ours that came from this epoch, so that they lie in one region.
     pub(crate) fn guest_address(&self, host: usize, len: usize) -> Option<u64> {
-        let span = self.spans.iter().find(|span| {
-            (host.wrapping_sub(span.host) as u64) < span.bytes
-                && len as u64 <= span.bytes - host.wrapping_sub(span.host) as u64
-        })?;
-        Some(span.start + host.wrapping_sub(span.host) as u64)
+        let index = self.by_host.partition_point(|span| span.host <= host).checked_sub(1)?;
+        let span = &self.by_host[index];
+        let offset = (host - span.host) as u64;
+        (offset < span.bytes && len as u64 <= span.bytes - offset).then(|| span.start + offset)
     }
 
     /// The first guest address behind all regions.
@@ -315,6 +318,11 @@ pub(crate) mod tests {
                         })
                     });
                     assert_eq!(contiguous, in_one.map(|bytes| bytes[0]), "{start:#x} {len:#x}");
+                    // And back; not a byte further than the region.
+                    if let (Some(host), Ok(len)) = (contiguous, usize::try_from(len)) {
+                        assert_eq!(memory.guest_address(host, len), Some(start), "{start:#x} {len:#x}");
+                        assert_eq!(memory.guest_address(host, 1 << 30), None);
+                    }
                 }
             }
             assert!(memory.contiguous(u64::MAX, u64::MAX).is_none());
