@@ -14,7 +14,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the target is, what it shall do, and what it has seen.
 pub(super) struct State {
@@ -33,6 +33,8 @@ pub(super) struct State {
     pub(super) statuses: VecDeque<NvmeStatus>,
     /// Sent once instead of the answer to the next I/O command.
     pub(super) garbage: Option<Vec<u8>>,
+    /// Answers come a byte every 200 ms.
+    pub(super) drips: bool,
     /// What the host has said that it can do (feature 16h).
     pub(super) host_behavior: Option<Vec<u8>>,
     /// I/O commands with the time of their arrival.
@@ -107,6 +109,7 @@ impl Scripted {
             deaf: false,
             statuses: VecDeque::new(),
             garbage: None,
+            drips: false,
             host_behavior: None,
             log: Vec::new(),
             resets: 0,
@@ -227,7 +230,15 @@ impl Connection<'_> {
     }
 
     fn end(&mut self, cqe: &Cqe) -> io::Result<()> {
-        self.stream.write_all(&pdu::response_to_bytes(cqe, Digests::NONE))
+        let response = pdu::response_to_bytes(cqe, Digests::NONE);
+        if !lock(self.state).drips {
+            return self.stream.write_all(&response);
+        }
+        for byte in response {
+            self.stream.write_all(&[byte])?;
+            thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
     }
 
     fn success(&mut self, sqe: &Sqe, result: u64) -> io::Result<()> {

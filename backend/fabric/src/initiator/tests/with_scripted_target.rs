@@ -345,6 +345,30 @@ fn a_command_that_is_not_answered_ends_the_association() {
     assert_eq!(bench.client.next().outcome, Ok(()));
 }
 
+/// That bytes keep coming is no answer: one of 24 bytes would take five seconds.
+#[test]
+fn a_target_that_sends_a_byte_now_and_then_is_given_up_as_one_that_is_silent() {
+    for (keep_alive, io, cause) in [(0, 300, "io_timeout"), (200, 3_600_000, "keep_alive")] {
+        let mut bench = bench(Scripted::start(NQN), |config| {
+            config.timers.keep_alive_tmo = Duration::from_millis(keep_alive);
+            config.timers.io_timeout = Duration::from_millis(io);
+            config.timers.quiesce_tmo = Duration::from_millis(100);
+        });
+        bench.target.state().drips = true;
+        if cause == "io_timeout" {
+            bench.client.submit(vec![Ask::read(0, 8, 512)]);
+        }
+        wait_until("it is given up", || {
+            bench.device.paths()[0].losses.iter().any(|(name, count)| *name == cause && *count > 0)
+        });
+        bench.target.state().drips = false;
+        if cause == "io_timeout" {
+            assert_eq!(bench.client.next().outcome, Ok(()));
+        }
+        wait_ready(&bench.device);
+    }
+}
+
 #[test]
 fn a_target_that_insists_on_flow_control_gets_it() {
     let target = Scripted::start(NQN);
