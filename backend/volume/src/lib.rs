@@ -19,6 +19,8 @@
 
 pub mod engine;
 pub mod plan;
+pub mod pool;
+pub mod raid;
 
 pub use engine::Volume;
 pub use plan::{Plan, resolve};
