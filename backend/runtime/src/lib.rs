@@ -21,6 +21,7 @@ pub mod buffers;
 pub mod executor;
 pub mod op;
 pub mod reactor;
+pub mod simulated;
 pub mod slab;
 pub mod time;
 mod timers;

@@ -15,12 +15,14 @@
 //! - Everything that happens follows from the seed: no wall clock, no address, no hash order decides anything.
 //! - Memory that an operation names is touched only between its submission and its completion.
 
+pub mod client;
 pub mod disk;
 mod driver;
 pub mod net;
 pub mod random;
 pub mod world;
 
+pub use client::Client;
 pub use disk::SimDisk;
 pub use net::{Side, Sides};
 pub use random::Random;

@@ -15,12 +15,15 @@
 //! - `resolve()` allocates nothing, locks nothing, calls nothing, and reads nothing but its arguments.
 //! - A request that was split ends when its last piece has ended, with the first failure among them.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod engine;
+pub mod format;
 pub mod plan;
 pub mod pool;
 pub mod raid;
+pub mod simulated;
+pub mod thin;
 
 pub use engine::Volume;
 pub use plan::{Plan, resolve};

@@ -14,13 +14,31 @@
 //!   a FLUSH that came after it ends (it survives the power).
 
 mod ask;
+mod assemble;
+mod bounce;
+mod channel;
+mod coverage;
+mod lanes;
+mod owner;
+mod place;
+pub mod resolve;
+mod shared;
+mod slow;
+mod wait;
 
 pub use ask::Ask;
+pub use coverage::coverage;
+pub use shared::{Class, View};
 
+use crate::format::Superblock;
 use crate::raid::Level;
+use channel::VolumeDevice;
 use hawser_block::Device;
 use hawser_runtime::ReactorHandle;
+use shared::{Shared, lock};
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Why something was not done with a pool. One line each, which names the thing.
@@ -35,6 +53,18 @@ pub enum PoolError {
     /// It could be right, and did not work.
     Failed(String),
 }
+
+impl fmt::Display for PoolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PoolError::Wrong(what) | PoolError::Unknown(what) | PoolError::Conflict(what) | PoolError::Failed(what) => {
+                f.write_str(what)
+            }
+        }
+    }
+}
+
+impl std::error::Error for PoolError {}
 
 /// Where a pool keeps what is acknowledged and not yet durable on its members: memory that outlives the process, not the power.
 pub trait Tail: Send {
@@ -51,6 +81,24 @@ pub trait Tail: Send {
 /// A tail for tests, and for commands that make everything durable before they end.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryTail(pub Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Tail for MemoryTail {
+    fn capacity(&self) -> usize {
+        1 << 20
+    }
+
+    fn content(&self) -> Vec<u8> {
+        lock(&self.0).clone()
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        lock(&self.0).extend_from_slice(bytes);
+    }
+
+    fn replace(&mut self, bytes: &[u8]) {
+        *lock(&self.0) = bytes.to_vec();
+    }
+}
 
 /// How a new pool is laid out.
 #[derive(Clone, Debug)]
@@ -264,6 +312,28 @@ pub struct PoolView {
     pub tasks: Vec<TaskView>,
 }
 
+impl PoolView {
+    /// What is known before the tables are.
+    pub(crate) fn empty(book: &Superblock) -> PoolView {
+        PoolView {
+            name: book.name.clone(),
+            uuid: book.pool_uuid,
+            level: book.level,
+            strip_bytes: book.strip_bytes,
+            extent_bytes: book.extent_bytes,
+            size_bytes: 0,
+            free_bytes: 0,
+            metadata_bytes: 0,
+            metadata_used_bytes: 0,
+            troubles: Vec::new(),
+            is_degraded: false,
+            is_failed: false,
+            members: Vec::new(),
+            tasks: Vec::new(),
+        }
+    }
+}
+
 /// One volume, snapshot or clone, for people.
 #[derive(Clone, Debug)]
 pub struct VolumeView {
@@ -297,141 +367,157 @@ pub struct CheckReport {
 /// Writes a new, empty pool on `devices`, in this order. They must all be reached.
 #[must_use]
 pub fn create(reactor: &ReactorHandle, devices: Vec<Arc<dyn Device>>, options: CreateOptions) -> Ask<()> {
-    let _ = (reactor, devices, options);
-    todo!()
+    assemble::create(reactor, devices, options)
 }
 
 /// What pool a device belongs to, if any. It must be reached.
 #[must_use]
 pub fn probe(reactor: &ReactorHandle, device: Arc<dyn Device>) -> Ask<Option<Label>> {
-    let _ = (reactor, device);
-    todo!()
+    assemble::probe(reactor, device)
 }
 
 /// Looks at everything that the members say of a pool, and whether it goes together. Nothing is written.
 #[must_use]
 pub fn check(reactor: &ReactorHandle, devices: Vec<Arc<dyn Device>>) -> Ask<CheckReport> {
-    let _ = (reactor, devices);
-    todo!()
+    assemble::check(reactor, devices)
 }
 
 /// A pool that is open. Cheap to clone. Its owner lives on one reactor.
 #[derive(Clone)]
-pub struct Pool {}
+pub struct Pool {
+    shared: Arc<Shared>,
+}
 
 impl Pool {
+    pub(crate) fn of(shared: Arc<Shared>) -> Pool {
+        Pool { shared }
+    }
+
     /// Opens the pool that `devices` are members of, in any order; all must be reached. `owner` is the reactor that its owner
     /// lives on.
     #[must_use]
     pub fn open(owner: &ReactorHandle, devices: Vec<Arc<dyn Device>>, options: OpenOptions) -> Ask<Pool> {
-        let _ = (owner, devices, options);
-        todo!()
+        assemble::open(owner, devices, options)
     }
 
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
-        todo!()
+        &self.shared.name
     }
 
     /// How it is doing. From any thread.
     #[must_use]
     pub fn view(&self) -> PoolView {
-        todo!()
+        lock(&self.shared.told).pool.clone()
     }
 
     /// All volumes, by name. From any thread.
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeView> {
-        todo!()
+        let volumes: Vec<_> = lock(&self.shared.volumes).values().cloned().collect();
+        let told = lock(&self.shared.told);
+        let view = |volume: &Arc<shared::VolumeShared>| {
+            let (mapped_bytes, origin) = told.volumes.get(&volume.id).cloned().unwrap_or_default();
+            VolumeView {
+                name: volume.name.clone(),
+                uuid: volume.uuid,
+                size_bytes: volume.map().size_bytes(),
+                mapped_bytes,
+                is_snapshot: volume.is_snapshot,
+                origin,
+                users: volume.users.load(Ordering::Relaxed),
+                slow: volume.slow_counts(),
+            }
+        };
+        let mut views: Vec<VolumeView> = volumes.iter().map(view).collect();
+        views.sort_by(|one, other| one.name.cmp(&other.name));
+        views
     }
 
     /// A volume as a device.
     #[must_use]
     pub fn device(&self, volume: &str) -> Option<Arc<dyn Device>> {
-        let _ = volume;
-        todo!()
+        let volume = self.shared.volume_named(volume)?;
+        Some(Arc::new(VolumeDevice::new(Arc::clone(&self.shared), volume)))
     }
 
     /// A new volume, all zero.
     #[must_use]
     pub fn create_volume(&self, name: &str, size_bytes: u64) -> Ask<()> {
-        let _ = (name, size_bytes);
-        todo!()
+        let name = name.to_owned();
+        self.shared.control(move |owner| owner.create_volume(name, size_bytes))
     }
 
     /// Makes a volume larger, or smaller where nothing is mapped. Its users see it at once.
     #[must_use]
     pub fn resize_volume(&self, name: &str, size_bytes: u64) -> Ask<()> {
-        let _ = (name, size_bytes);
-        todo!()
+        let name = name.to_owned();
+        self.shared.control(move |owner| owner.resize_volume(name, size_bytes))
     }
 
     /// Read-only volumes with the content that these have now, all at the same instant: `(origin, name of the snapshot)`.
     #[must_use]
     pub fn snapshot(&self, snapshots: Vec<(String, String)>) -> Ask<()> {
-        let _ = snapshots;
-        todo!()
+        self.shared.control(move |owner| owner.snapshot(snapshots))
     }
 
     /// A writable volume with the content of a snapshot.
     #[must_use]
     pub fn clone_volume(&self, snapshot: &str, name: &str) -> Ask<()> {
-        let _ = (snapshot, name);
-        todo!()
+        let (snapshot, name) = (snapshot.to_owned(), name.to_owned());
+        self.shared.control(move |owner| owner.clone_volume(snapshot, name))
     }
 
     /// Deletes a volume or snapshot that nobody uses.
     #[must_use]
     pub fn delete_volume(&self, name: &str) -> Ask<()> {
-        let _ = name;
-        todo!()
+        let name = name.to_owned();
+        self.shared.control(move |owner| owner.delete_volume(name))
     }
 
     /// Puts `device` in the place of the member whose device is (or, when it is missing, whose place is) `old`.
     #[must_use]
     pub fn replace(&self, old: &str, device: Arc<dyn Device>, force: bool) -> Ask<()> {
-        let _ = (old, device, force);
-        todo!()
+        let old = old.to_owned();
+        self.shared.control(move |owner| owner.replace(old, device, force))
     }
 
     /// Takes back a member that was missing or stale, or a spare.
     #[must_use]
     pub fn add_member(&self, device: Arc<dyn Device>) -> Ask<()> {
-        let _ = device;
-        todo!()
+        self.shared.control(move |owner| owner.add_member(device))
     }
 
     /// A device that takes the place of a member that is away for long.
     #[must_use]
     pub fn add_spare(&self, device: Arc<dyn Device>, force: bool) -> Ask<()> {
-        let _ = (device, force);
-        todo!()
+        self.shared.control(move |owner| owner.add_spare(device, force))
     }
 
     /// Appends another set of as many members.
     #[must_use]
     pub fn grow(&self, devices: Vec<Arc<dyn Device>>, force: bool) -> Ask<()> {
-        let _ = (devices, force);
-        todo!()
+        self.shared.control(move |owner| owner.grow(devices, force))
     }
 
     /// Begins to compare the members, and with `repair` to rewrite what differs; how far it is: [`Pool::view`].
     #[must_use]
     pub fn scrub(&self, repair: bool) -> Ask<()> {
-        let _ = repair;
-        todo!()
+        self.shared.control(move |owner| owner.scrub(repair))
     }
 
     /// Makes everything durable.
     #[must_use]
     pub fn sync(&self) -> Ask<()> {
-        todo!()
+        self.shared.control(move |owner| async move {
+            owner.flush().await.map_err(|status| owner.failed("cannot be made durable", status))
+        })
     }
 
     /// Makes everything durable and lets the members go; nobody uses a volume any more.
     #[must_use]
     pub fn close(&self) -> Ask<()> {
-        todo!()
+        self.shared.control(|owner| owner.close())
     }
 }

@@ -1,0 +1,292 @@
+//! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
+
+use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};
+use hawser_runtime::Reactor;
+use hawser_sim::{Client, SimDisk, World, WorldConfig};
+use hawser_volume::pool::{self, Ask, CreateOptions, MemberState, MemoryTail, OpenOptions, Pool, PoolError};
+use hawser_volume::raid::Level;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+const HOST: [u8; 16] = [7; 16];
+
+struct Scene {
+    world: World,
+    reactors: Vec<Reactor>,
+    disks: Vec<Arc<SimDisk>>,
+    tail: MemoryTail,
+}
+
+impl Scene {
+    fn new(seed: u64, members: u8) -> Scene {
+        let world = World::new(WorldConfig::new(seed));
+        let reactors = vec![world.reactor()];
+        let disk = |number: u8| {
+            let geometry = Geometry { volatile_cache: true, ..Geometry::new(BlockSize::B512, 16 << 11) };
+            Arc::new(SimDisk::new(&format!("d{number}"), geometry, [number + 1; 16]))
+        };
+        Scene { world, reactors, disks: (0..members).map(disk).collect(), tail: MemoryTail::default() }
+    }
+
+    fn devices(&self) -> Vec<Arc<dyn Device>> {
+        self.disks.iter().map(|disk| Arc::clone(disk) as Arc<dyn Device>).collect()
+    }
+
+    fn run<T: 'static>(&mut self, work: impl Future<Output = T> + 'static) -> T {
+        let result = Rc::new(RefCell::new(None));
+        let place = Rc::clone(&result);
+        self.reactors[0].runtime().spawn(async move { *place.borrow_mut() = Some(work.await) });
+        let done = || result.borrow().is_some();
+        self.world.run(&mut self.reactors, Duration::from_secs(600), done).expect("it ends");
+        result.take().expect("it is done")
+    }
+
+    fn ask<T: Send + 'static>(&mut self, ask: Ask<T>) -> Result<T, PoolError> {
+        self.run(ask)
+    }
+
+    fn create(&mut self, level: Level) {
+        let options = CreateOptions {
+            strip_bytes: 16 << 10,
+            extent_bytes: 64 << 10,
+            region_bytes: 256 << 10,
+            log_bytes: 64 << 10,
+            metadata_bytes: Some(1 << 20),
+            ..CreateOptions::new("p0", [9; 16], level)
+        };
+        let handle = self.reactors[0].runtime().handle();
+        let created = pool::create(&handle, self.devices(), options);
+        self.ask(created).unwrap();
+    }
+
+    fn try_open(&mut self, devices: Vec<Arc<dyn Device>>, degraded: bool) -> Result<Pool, PoolError> {
+        let options = OpenOptions { degraded, ..OpenOptions::new(HOST, Box::new(self.tail.clone())) };
+        let handle = self.reactors[0].runtime().handle();
+        let opened = Pool::open(&handle, devices, options);
+        self.ask(opened)
+    }
+
+    fn open(&mut self) -> Pool {
+        let devices = self.devices();
+        self.try_open(devices, false).unwrap()
+    }
+
+    fn io(&mut self, pool: &Pool, volume: &str, operation: Operation, offset: u64, bytes: &[u8]) -> (Outcome, Vec<u8>) {
+        let device = pool.device(volume).unwrap();
+        let client = Client::new(self.reactors[0].runtime(), &device);
+        let bytes = bytes.to_vec();
+        self.run(async move { client.io(operation, offset, bytes).await })
+    }
+
+    fn write(&mut self, pool: &Pool, volume: &str, offset: u64, bytes: &[u8]) {
+        let write = Operation::Write { fua: false };
+        assert_eq!(self.io(pool, volume, write, offset, bytes).0, Ok(()));
+    }
+
+    fn read(&mut self, pool: &Pool, volume: &str, offset: u64, len: usize) -> Vec<u8> {
+        let (outcome, bytes) = self.io(pool, volume, Operation::Read, offset, &vec![0xEE; len]);
+        assert_eq!(outcome, Ok(()));
+        bytes
+    }
+
+    fn flush(&mut self, pool: &Pool, volume: &str) {
+        assert_eq!(self.io(pool, volume, Operation::Flush, 0, &[]).0, Ok(()));
+    }
+
+    fn kill(&mut self) {
+        let reactor = self.reactors.remove(0);
+        self.world.kill(reactor);
+        self.reactors.push(self.world.reactor());
+    }
+
+    fn wait(&mut self, duration: Duration) {
+        let runtime = self.reactors[0].runtime().clone();
+        self.run(async move {
+            runtime.sleep(duration).await;
+        });
+    }
+
+    fn check(&mut self) {
+        let handle = self.reactors[0].runtime().handle();
+        let checked = pool::check(&handle, self.devices());
+        let report = self.ask(checked).unwrap();
+        assert_eq!(report.faults, Vec::<String>::new());
+    }
+}
+
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len).map(|at| seed ^ u8::try_from(at % 251).unwrap()).collect()
+}
+
+const LEVELS: [(Level, u8); 6] = [
+    (Level::Linear, 1),
+    (Level::Linear, 2),
+    (Level::Raid0, 3),
+    (Level::Raid1, 2),
+    (Level::Raid10, 4),
+    (Level::Raid10, 3),
+];
+
+#[test]
+fn what_is_written_is_read_before_and_after_a_close() {
+    for (level, members) in LEVELS {
+        let mut scene = Scene::new(1, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 10 << 20)).unwrap();
+        assert_eq!(scene.read(&pool, "v", 4096, 8192), vec![0; 8192]);
+        // Whole units, parts of units, several extents.
+        scene.write(&pool, "v", 0, &pattern(1, 4096));
+        scene.write(&pool, "v", 10_240, &pattern(2, 512));
+        scene.write(&pool, "v", 60 << 10, &pattern(3, 200 << 10));
+        let mut want = vec![0; 300 << 10];
+        want[..4096].copy_from_slice(&pattern(1, 4096));
+        want[10_240..10_752].copy_from_slice(&pattern(2, 512));
+        want[60 << 10..260 << 10].copy_from_slice(&pattern(3, 200 << 10));
+        assert!(scene.read(&pool, "v", 0, 300 << 10) == want, "{level:?}");
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        scene.check();
+        let pool = scene.open();
+        assert!(scene.read(&pool, "v", 0, 300 << 10) == want, "{level:?} after a close");
+    }
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_kill_and_what_was_flushed_a_power_cut() {
+    for (level, members) in LEVELS {
+        let mut scene = Scene::new(2, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 10 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+        drop(pool);
+        scene.kill();
+        let pool = scene.open();
+        assert!(scene.read(&pool, "v", 0, 64 << 10) == pattern(1, 64 << 10), "{level:?} after a kill");
+        scene.flush(&pool, "v");
+        scene.write(&pool, "v", 1 << 20, &pattern(2, 4096));
+        drop(pool);
+        scene.kill();
+        scene.tail = MemoryTail::default();
+        scene.disks.iter().for_each(|disk| disk.state().lose_cache());
+        let pool = scene.open();
+        assert!(scene.read(&pool, "v", 0, 64 << 10) == pattern(1, 64 << 10), "{level:?} after a power cut");
+        let late = scene.read(&pool, "v", 1 << 20, 4096);
+        assert!(late == pattern(2, 4096) || late == vec![0; 4096], "{level:?}: not flushed");
+    }
+}
+
+#[test]
+fn snapshots_keep_what_was_and_clones_go_their_own_way() {
+    for (level, members) in LEVELS {
+        let mut scene = Scene::new(3, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 10 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 128 << 10));
+        scene.write(&pool, "v", 1 << 20, &pattern(7, 8192));
+        scene.ask(pool.snapshot(vec![("v".to_owned(), "s".to_owned())])).unwrap();
+        scene.write(&pool, "v", 4096, &pattern(2, 1024));
+        scene.write(&pool, "v", (1 << 20) + 4096, &pattern(8, 8192));
+        scene.ask(pool.clone_volume("s", "c")).unwrap();
+        scene.write(&pool, "c", 8192, &pattern(3, 70 << 10));
+        let was = pattern(1, 128 << 10);
+        assert!(scene.read(&pool, "s", 0, 128 << 10) == was, "{level:?}: the snapshot");
+        let mut want = was.clone();
+        want[4096..5120].copy_from_slice(&pattern(2, 1024));
+        assert!(scene.read(&pool, "v", 0, 128 << 10) == want, "{level:?}: the volume");
+        let mut want = was.clone();
+        want[8192..8192 + (70 << 10)].copy_from_slice(&pattern(3, 70 << 10));
+        assert!(scene.read(&pool, "c", 0, 128 << 10) == want, "{level:?}: the clone");
+        let write = scene.io(&pool, "s", Operation::Write { fua: false }, 0, &[0; 512]).0;
+        assert_eq!(write, Err(Status::ReadOnly));
+        let free = pool.view().free_bytes;
+        scene.ask(pool.delete_volume("s")).unwrap();
+        scene.ask(pool.delete_volume("v")).unwrap();
+        scene.wait(Duration::from_secs(3));
+        assert!(pool.view().free_bytes > free);
+        assert!(scene.read(&pool, "c", 0, 128 << 10) == want, "{level:?}: the clone alone");
+        scene.ask(pool.delete_volume("c")).unwrap();
+        scene.wait(Duration::from_secs(3));
+        assert_eq!(pool.view().free_bytes, pool.view().size_bytes);
+        scene.ask(pool.close()).unwrap();
+        scene.check();
+    }
+}
+
+#[test]
+fn a_member_that_dies_is_put_out_and_comes_back() {
+    for (level, members) in [(Level::Raid1, 2), (Level::Raid1, 3), (Level::Raid10, 4), (Level::Raid10, 3)] {
+        let mut scene = Scene::new(4, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 256 << 10));
+        scene.disks[1].state().errors_permille = 1000;
+        scene.write(&pool, "v", 4096, &pattern(2, 256 << 10));
+        let mut want = vec![0; 1 << 20];
+        want[..256 << 10].copy_from_slice(&pattern(1, 256 << 10));
+        want[4096..4096 + (256 << 10)].copy_from_slice(&pattern(2, 256 << 10));
+        assert!(scene.read(&pool, "v", 0, 1 << 20) == want, "{level:?} degraded");
+        assert!(pool.view().is_degraded);
+        assert_eq!(pool.view().members[1].state, MemberState::Stale);
+        scene.disks[1].state().errors_permille = 0;
+        scene.wait(Duration::from_secs(20));
+        assert!(!pool.view().is_degraded, "{level:?} {:?}", pool.view());
+        // Each copy alone.
+        scene.ask(pool.scrub(false)).unwrap();
+        scene.wait(Duration::from_secs(5));
+        let view = pool.view();
+        let scrub = view.tasks.iter().find(|task| task.kind == "scrub").expect("it was run");
+        assert!(scrub.is_done && scrub.mismatches == 0, "{level:?} {scrub:?}");
+        scene.ask(pool.close()).unwrap();
+        scene.check();
+    }
+}
+
+#[test]
+fn members_that_were_used_without_each_other_are_refused() {
+    let mut scene = Scene::new(5, 2);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+    scene.ask(pool.close()).unwrap();
+    let devices = scene.devices();
+    for device in &devices {
+        let alone = vec![Arc::clone(device)];
+        assert!(matches!(scene.try_open(alone.clone(), false), Err(PoolError::Conflict(_))));
+        let pool = scene.try_open(alone, true).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 4096));
+        scene.ask(pool.close()).unwrap();
+    }
+    let Err(PoolError::Conflict(what)) = scene.try_open(devices, true) else { panic!("both were taken") };
+    assert!(what.contains("were each used without the other"), "{what}");
+}
+
+#[test]
+fn a_full_pool_says_so_and_goes_on_when_there_is_space() {
+    let mut scene = Scene::new(6, 2);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("big", 64 << 20)).unwrap();
+    scene.ask(pool.create_volume("small", 1 << 20)).unwrap();
+    scene.write(&pool, "small", 0, &pattern(1, 4096));
+    let mut at = 0;
+    let write = Operation::Write { fua: false };
+    let full = loop {
+        match scene.io(&pool, "big", write, at, &pattern(2, 64 << 10)).0 {
+            Ok(()) => at += 64 << 10,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(full, Status::NoSpace);
+    scene.write(&pool, "small", 0, &pattern(3, 4096));
+    assert_eq!(scene.read(&pool, "small", 0, 4096), pattern(3, 4096));
+    assert_eq!(scene.io(&pool, "big", Operation::Discard, 0, &vec![0; 1 << 20]).0, Ok(()));
+    scene.write(&pool, "big", at, &pattern(4, 64 << 10));
+    assert_eq!(scene.read(&pool, "big", 0, 4096), vec![0; 4096]);
+    assert_eq!(scene.read(&pool, "big", at, 64 << 10), pattern(4, 64 << 10));
+}

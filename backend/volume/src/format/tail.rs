@@ -1,0 +1,84 @@
+//! The tail: records that are in no durable batch yet, in memory that outlives the process and not the power.
+//!
+//! ```text
+//!   header  0 magic 8 │ version 4 │ CRC 4 │ pool 16 │ epoch 8        40 bytes
+//!   entry   0 len 4 │ CRC-32C 4 │ seq 8 │ record, len bytes          the CRC over len, seq and record
+//!   entry   …
+//! ```
+//!
+//! Invariants:
+//! - A tail counts only for the opening that wrote it: same pool, same epoch.
+//! - Entries have growing numbers. The first that is torn, or is none, ends it: the process died while it wrote it, before
+//!   anybody was told of it.
+
+use super::bytes::{is_sealed, put_header, put_u64, seal, take, take_header, take_u32, take_u64};
+use super::{FormatError, Record, Uuid};
+
+const MAGIC: &[u8; 8] = b"HAWSERTL";
+const HEADER_BYTES: usize = 40;
+
+/// How a tail begins.
+#[must_use]
+pub fn encode_tail_header(pool: &Uuid, epoch: u64) -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADER_BYTES);
+    put_header(&mut out, MAGIC);
+    out.extend_from_slice(pool);
+    put_u64(&mut out, epoch);
+    seal(&mut out);
+    out
+}
+
+/// Adds the entry of a record to `out`.
+pub fn encode_tail_entry(seq: u64, record: &Record, out: &mut Vec<u8>) {
+    let start = out.len();
+    put_u64(out, 0);
+    put_u64(out, seq);
+    record.encode(out);
+    let len = u32::try_from(out.len() - start - 16).expect("records are small").to_le_bytes();
+    let crc = entry_crc(len, &out[start + 8..]).to_le_bytes();
+    out[start..start + 4].copy_from_slice(&len);
+    out[start + 4..start + 8].copy_from_slice(&crc);
+}
+
+/// All whole records of a tail, with their numbers. Empty when it is another pool's, or of another opening.
+#[must_use]
+pub fn decode_tail(bytes: &[u8], pool: &Uuid, epoch: u64) -> Vec<(u64, Record)> {
+    let mut entries = Vec::new();
+    let Some((header, mut rest)) = bytes.split_at_checked(HEADER_BYTES) else { return entries };
+    if !is_sealed(header) || !is_of(header, pool, epoch).unwrap_or(false) {
+        return entries;
+    }
+    while let Ok(Some((seq, record))) = take_entry(&mut rest) {
+        if entries.last().is_some_and(|&(last, _)| seq <= last) {
+            break;
+        }
+        entries.push((seq, record));
+    }
+    entries
+}
+
+fn is_of(mut header: &[u8], pool: &Uuid, epoch: u64) -> Result<bool, FormatError> {
+    take_header(&mut header, MAGIC)?;
+    Ok(take::<16>(&mut header)? == *pool && take_u64(&mut header)? == epoch)
+}
+
+/// `None`: it is torn, or none.
+fn take_entry(bytes: &mut &[u8]) -> Result<Option<(u64, Record)>, FormatError> {
+    let len = take::<4>(bytes)?;
+    let crc = take_u32(bytes)?;
+    let body_len = usize::try_from(u32::from_le_bytes(len)).ok().and_then(|len| len.checked_add(8));
+    let Some((mut body, rest)) = body_len.and_then(|len| bytes.split_at_checked(len)) else {
+        return Ok(None);
+    };
+    if crc != entry_crc(len, body) {
+        return Ok(None);
+    }
+    *bytes = rest;
+    let seq = take_u64(&mut body)?;
+    let record = Record::decode(&mut body)?;
+    Ok(body.is_empty().then_some((seq, record)))
+}
+
+fn entry_crc(len: [u8; 4], body: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&len), body)
+}

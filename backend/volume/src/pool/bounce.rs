@@ -1,0 +1,133 @@
+//! Memory of our own for payload: for metadata, and for what the guest must not change while copies of it are written.
+//!
+//! A buffer and the iovec that names it live and move together, so that a buffer that is used again costs no allocation.
+#![allow(unsafe_code)]
+
+use hawser_block::Buffers;
+use hawser_runtime::buffers::AlignedBuffer;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Page-aligned memory, named by an iovec. Shared by the requests that read from it or write to it: it goes back when the last of
+/// them has ended.
+pub(crate) struct Bounce {
+    memory: Option<Memory>,
+    home: Option<Rc<Spare>>,
+}
+
+struct Memory {
+    /// Asked for; the buffer may be longer.
+    len: usize,
+    buffer: AlignedBuffer,
+    iovec: Box<libc::iovec>,
+}
+
+/// The most that is kept for the next time, of each size.
+const SPARE_BYTES_MAX: usize = 8 << 20;
+
+/// Buffers that nobody uses now, by log2 of their size.
+#[derive(Default)]
+pub(crate) struct Spare {
+    by_size: RefCell<[Vec<Memory>; 32]>,
+}
+
+fn size_of(len: usize) -> usize {
+    len.next_power_of_two().max(AlignedBuffer::ALIGNMENT)
+}
+
+impl Memory {
+    fn new(len: usize) -> Memory {
+        let buffer = AlignedBuffer::new(size_of(len));
+        let iovec = Box::new(libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: buffer.len() });
+        Memory { len, buffer, iovec }
+    }
+}
+
+impl Spare {
+    /// A buffer of at least `len` bytes, with whatever was in it.
+    pub(crate) fn take(self: &Rc<Self>, len: usize) -> Bounce {
+        let kept = self.by_size.borrow_mut()[size_of(len).ilog2() as usize].pop();
+        let mut memory = kept.unwrap_or_else(|| Memory::new(len));
+        memory.len = len;
+        Bounce { memory: Some(memory), home: Some(Rc::clone(self)) }
+    }
+}
+
+impl Bounce {
+    /// A buffer of at least `len` zero bytes.
+    pub(crate) fn zeroed(len: usize) -> Bounce {
+        Bounce { memory: Some(Memory::new(len)), home: None }
+    }
+
+    /// A buffer with this content, and zeroes behind it.
+    pub(crate) fn holding(bytes: &[u8]) -> Bounce {
+        let bounce = Bounce::zeroed(bytes.len());
+        bounce.fill(0, bytes);
+        bounce
+    }
+
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> usize {
+        self.memory().len
+    }
+
+    fn memory(&self) -> &Memory {
+        self.memory.as_ref().expect("there until it is dropped")
+    }
+
+    /// The first `len` bytes from `offset` on, for a request; whoever makes one of them holds the bounce until it has ended.
+    pub(crate) fn buffers(&self, offset: usize, len: usize) -> Buffers {
+        let Memory { buffer, iovec, .. } = self.memory();
+        let whole = u32::try_from(buffer.len()).expect("buffers are far below 4 GiB");
+        // SAFETY: the iovec is on the heap and names the whole buffer, which is not empty; both stay in place until the bounce is
+        // dropped, and `Lanes` and the channel's slots keep it until every request with it has ended.
+        unsafe { Buffers::new(&raw const **iovec, 1, whole) }.slice(offset, len)
+    }
+
+    /// The bytes, while no request is under way that writes to them.
+    pub(crate) fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        // SAFETY: only this reactor's tasks name the memory; they look when their reads have ended, and what goes on may only read it.
+        unsafe { self.memory().buffer.slice(offset, len) }
+    }
+
+    /// Overwrites a part, while no request is under way with it.
+    pub(crate) fn fill(&self, offset: usize, bytes: &[u8]) {
+        let buffer = &self.memory().buffer;
+        assert!(offset + bytes.len() <= buffer.len(), "outside of the buffer");
+        // SAFETY: inside the allocation (asserted); nothing else names the memory now, and `bytes` is apart from it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.as_ptr().add(offset), bytes.len()) };
+    }
+
+    /// Zeroes a part, while no request is under way with it.
+    pub(crate) fn zero(&self, offset: usize, len: usize) {
+        let buffer = &self.memory().buffer;
+        assert!(offset + len <= buffer.len(), "outside of the buffer");
+        // SAFETY: inside the allocation (asserted); nothing else names the memory now.
+        unsafe { std::ptr::write_bytes(buffer.as_ptr().add(offset), 0, len) };
+    }
+
+    /// Takes a copy of the payload of a write that has not ended.
+    pub(crate) fn copy_payload(&self, offset: usize, payload: &Buffers) {
+        let buffer = &self.memory().buffer;
+        assert!(offset + payload.len() <= buffer.len(), "outside of the buffer");
+        // SAFETY: there is room (asserted), the request has not ended, and its memory is the guest's, apart from ours.
+        unsafe { payload.copy_to(buffer.as_ptr().add(offset)) };
+    }
+}
+
+impl Drop for Bounce {
+    fn drop(&mut self) {
+        let (Some(memory), Some(home)) = (self.memory.take(), &self.home) else { return };
+        let len = memory.buffer.len();
+        let kept = &mut home.by_size.borrow_mut()[len.ilog2() as usize];
+        if (kept.len() + 1) * len <= SPARE_BYTES_MAX {
+            kept.push(memory);
+        }
+    }
+}
+
+/// Zeroes the payload of a read that has not ended.
+pub(crate) fn zero_payload(payload: &Buffers) {
+    // SAFETY: the caller has the request, which has not ended and is a read.
+    unsafe { payload.zero() };
+}

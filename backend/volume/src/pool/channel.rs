@@ -1,0 +1,474 @@
+//! A volume as a device, and a queue's way to it: the hot path.
+//!
+//! A batch is resolved whole, then each member gets its part with one call. What resolves as slow becomes a task on the same reactor
+//! ([`super::slow`]), which delays nobody. A write to several members goes out from a copy of our own: the guest may change its pages
+//! between the first and the last of them.
+
+use super::bounce::{Bounce, zero_payload};
+use super::lanes::Leaf;
+use super::place::Place;
+use super::resolve::{Plan, Resolved, resolve};
+use super::shared::{Class, Shared, View, VolumeShared, lock};
+use super::slow;
+use crate::raid::Mode;
+use crate::thin::VolumeMap;
+use hawser_block::{
+    BlockCount, BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, Lba, Operation,
+    Outcome, Request, StatsSet, Status, Token, WriteZeroesLimits, channel,
+};
+use hawser_runtime::{Runtime, Slab, SourceId};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What guests' writes may have copied at a time, on each reactor.
+const COPIED_BYTES_MAX: usize = 64 << 20;
+/// The most that one discard covers.
+const DISCARD_BYTES_MAX: u64 = 1 << 30;
+/// The most that one write-zeroes covers: it may have to be written.
+const ZERO_BYTES_MAX: u64 = 32 << 20;
+
+/// A volume, offered like any device.
+pub(crate) struct VolumeDevice {
+    name: String,
+    shared: Arc<Shared>,
+    volume: Arc<VolumeShared>,
+}
+
+impl VolumeDevice {
+    pub(crate) fn new(shared: Arc<Shared>, volume: Arc<VolumeShared>) -> VolumeDevice {
+        VolumeDevice { name: format!("{}/{}", shared.name, volume.name), shared, volume }
+    }
+}
+
+impl Device for VolumeDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        let view = self.shared.view();
+        let shift = view.block_shift;
+        let blocks = |bytes: u64| u32::try_from(bytes >> shift).unwrap_or(u32::MAX);
+        let size_bytes = self.volume.map().size_bytes();
+        let unit_bytes = u64::from(view.thin.unit_bytes);
+        Some(Geometry {
+            physical_block_bytes: 4096.max(1 << shift),
+            optimal_io_bytes: 0,
+            read_only: self.volume.is_snapshot,
+            volatile_cache: true,
+            discard: Some(DiscardLimits {
+                blocks_max: blocks(DISCARD_BYTES_MAX),
+                granularity_blocks: blocks(unit_bytes),
+                reads_zeroes: false,
+            }),
+            write_zeroes: Some(WriteZeroesLimits { blocks_max: blocks(ZERO_BYTES_MAX), may_unmap: true }),
+            ..Geometry::new(BlockSize::new(1 << shift)?, size_bytes >> shift)
+        })
+    }
+
+    fn state(&self) -> DeviceState {
+        match self.shared.is_writable.load(Ordering::Acquire) || self.volume.is_snapshot {
+            true => DeviceState::Ready,
+            false => DeviceState::Failed,
+        }
+    }
+
+    fn trouble(&self) -> String {
+        lock(&self.shared.told).pool.troubles.join("; ")
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.volume.uuid
+    }
+
+    fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        lock(&self.volume.listeners).push(listener);
+    }
+
+    fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn channel::Channel> {
+        Box::new(VolumeChannel::new(runtime, user, &self.shared, &self.volume))
+    }
+
+    fn stats(&self) -> Arc<StatsSet> {
+        Arc::clone(&self.volume.stats)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.volume.slow_counts()
+    }
+
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
+        vec![("mirror", self.volume.copied_bytes.load(Ordering::Relaxed))]
+    }
+}
+
+/// What a channel's slow requests need of it.
+pub(crate) struct Core {
+    pub(crate) runtime: Runtime,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) volume: Arc<VolumeShared>,
+    pub(crate) place: Rc<Place>,
+    /// Its user has waited long enough: who waits for space, or tries again, gives up.
+    pub(crate) is_given_up: Arc<AtomicBool>,
+    user: SourceId,
+    ended: RefCell<Vec<Completion>>,
+    slow: Cell<usize>,
+}
+
+impl Core {
+    fn end(&self, token: Token, outcome: Outcome) {
+        self.ended.borrow_mut().push(Completion { token, outcome });
+        self.runtime.wake(self.user);
+    }
+}
+
+/// A request whose plan is being carried out.
+struct Slot {
+    request: Request,
+    turn: usize,
+    left: u32,
+    /// Members that have a part of it, and those that failed, by bits.
+    members: u64,
+    failed: u64,
+    status: Option<Status>,
+    copy: Option<Rc<Bounce>>,
+}
+
+struct Lane {
+    leaf: Leaf,
+    channel: Box<dyn Channel>,
+    batch: Vec<Request>,
+    outstanding: usize,
+}
+
+struct VolumeChannel {
+    core: Rc<Core>,
+    version: u64,
+    view: Arc<View>,
+    map: Arc<VolumeMap>,
+    /// By the member's number.
+    lanes: Vec<Option<Lane>>,
+    /// Of devices that are members no more, with requests under way.
+    retired: Vec<Lane>,
+    slots: Slab<Slot>,
+    plan: Plan,
+    rotor: u32,
+    /// Waiting until less is copied.
+    delayed: VecDeque<Request>,
+    reaped: Vec<Completion>,
+}
+
+impl VolumeChannel {
+    fn new(runtime: &Runtime, user: SourceId, shared: &Arc<Shared>, volume: &Arc<VolumeShared>) -> VolumeChannel {
+        let place = Place::of(runtime, shared);
+        volume.users.fetch_add(1, Ordering::AcqRel);
+        let core = Rc::new(Core {
+            runtime: runtime.clone(),
+            shared: Arc::clone(shared),
+            volume: Arc::clone(volume),
+            place,
+            is_given_up: Arc::default(),
+            user,
+            ended: RefCell::new(Vec::with_capacity(64)),
+            slow: Cell::new(0),
+        });
+        let mut channel = VolumeChannel {
+            version: 0,
+            view: shared.view(),
+            map: volume.map(),
+            core,
+            lanes: Vec::new(),
+            retired: Vec::new(),
+            slots: Slab::with_capacity(256),
+            plan: Plan::new(),
+            rotor: 0,
+            delayed: VecDeque::new(),
+            reaped: Vec::with_capacity(64),
+        };
+        channel.refresh();
+        channel
+    }
+
+    /// Looks at the pool again if it has changed.
+    fn refresh(&mut self) {
+        let version = self.core.shared.version.load(Ordering::Acquire);
+        if version == self.version {
+            return;
+        }
+        self.version = version;
+        self.view = self.core.shared.view();
+        self.map = self.core.volume.map();
+        for (member, leaf) in self.view.leaves.iter().enumerate() {
+            if self.lanes.len() == member {
+                self.lanes.push(None);
+            }
+            let place = &mut self.lanes[member];
+            let is_same = match (&*place, leaf) {
+                (Some(lane), Some(leaf)) => lane.leaf.same(leaf),
+                (None, None) => true,
+                _ => false,
+            };
+            if is_same {
+                continue;
+            }
+            self.retired.extend(place.take().filter(|lane| lane.outstanding > 0));
+            *place = leaf.as_ref().map(|leaf| Lane {
+                leaf: leaf.clone(),
+                channel: leaf.whole.channel(&self.core.runtime, self.core.user),
+                batch: Vec::with_capacity(64),
+                outstanding: 0,
+            });
+        }
+    }
+
+    fn take(&mut self, request: Request) {
+        let core = &self.core;
+        if request.operation == Operation::Flush {
+            self.slowly(request, None);
+            return;
+        }
+        let turn = core.place.enter();
+        let resolved = resolve(&self.view, &self.map, &request, &mut self.rotor, &mut self.plan);
+        let is_late = matches!(request.operation, Operation::Write { fua: true })
+            && core.shared.pending.load(Ordering::Acquire) > 0;
+        match resolved {
+            Resolved::Plan if !is_late => self.start(request, turn),
+            Resolved::Plan => {
+                core.place.leave(turn);
+                self.slowly(request, None);
+            }
+            Resolved::Slow(class) => {
+                core.place.leave(turn);
+                self.slowly(request, Some(class));
+            }
+            Resolved::Refused(status) => {
+                core.place.leave(turn);
+                core.end(request.token, Err(status));
+            }
+        }
+    }
+
+    fn slowly(&mut self, request: Request, class: Option<Class>) {
+        if let Some(class) = class {
+            self.core.volume.count(class);
+        }
+        spawn(&self.core, request.token, slow::carry_out(Rc::clone(&self.core), request));
+    }
+
+    /// Carries out the plan that `resolve` has made.
+    fn start(&mut self, request: Request, turn: usize) {
+        let core = &self.core;
+        let is_write = request.operation.is_write();
+        if is_write && !core.shared.is_writable.load(Ordering::Relaxed) {
+            core.place.leave(turn);
+            core.end(request.token, Err(Status::ReadOnly));
+            return;
+        }
+        let mut copy = None;
+        let len = request.buffers.len();
+        if is_write && self.view.is_redundant {
+            let copied = core.place.copied_bytes.get();
+            if copied > 0 && copied + len > COPIED_BYTES_MAX {
+                core.place.leave(turn);
+                self.delayed.push_back(request);
+                return;
+            }
+            let bounce = core.place.spare.take(len);
+            bounce.copy_payload(0, &request.buffers);
+            core.place.copied_bytes.set(copied + len);
+            core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
+            copy = Some(Rc::new(bounce));
+        }
+        for (start, len) in &self.plan.zeroes {
+            zero_payload(&request.buffers.slice(*start as usize, *len as usize));
+        }
+        if self.plan.steps.is_empty() {
+            core.place.leave(turn);
+            core.end(request.token, Ok(()));
+            return;
+        }
+        let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
+        let slot = Slot { request, turn, left, members: 0, failed: 0, status: None, copy };
+        let key = self.slots.insert(slot);
+        let slot = self.slots.get_mut(key).expect("just inserted");
+        let shift = self.view.block_shift;
+        for step in &self.plan.steps {
+            slot.members |= 1 << step.member;
+            let (start, len) = (step.start as usize, step.len as usize);
+            let buffers = match &slot.copy {
+                Some(copy) => copy.buffers(start, len),
+                None => request.buffers.slice(start, len),
+            };
+            let lane = self.lanes[usize::from(step.member)].as_mut();
+            let lane = lane.expect("plans are made for members that are there");
+            lane.outstanding += 1;
+            lane.batch.push(Request {
+                operation: request.operation,
+                lba: Lba(step.offset >> shift),
+                blocks: BlockCount(step.len >> shift),
+                buffers,
+                token: Token(key as u64),
+            });
+        }
+    }
+
+    fn submit_lanes(&mut self) {
+        for lane in self.lanes.iter_mut().flatten().filter(|lane| !lane.batch.is_empty()) {
+            lane.channel.submit(&mut lane.batch);
+        }
+    }
+
+    fn ended(&mut self, member: u64, completion: Completion) {
+        let key = usize::try_from(completion.token.0).expect("a token of ours");
+        let slot = self.slots.get_mut(key).expect("a request ends once");
+        slot.left -= 1;
+        if let Err(status) = completion.outcome {
+            slot.failed |= member;
+            // One that says "given up" says less than any other.
+            if matches!(slot.status, None | Some(Status::Aborted)) {
+                slot.status = Some(status);
+            }
+        }
+        if slot.left == 0 {
+            let slot = self.slots.remove(key).expect("looked up just now");
+            self.finish(slot);
+        }
+    }
+
+    fn finish(&mut self, slot: Slot) {
+        let core = &self.core;
+        let Slot { request, turn, members, failed, status, copy, .. } = slot;
+        if copy.is_some() {
+            core.place.copied_bytes.set(core.place.copied_bytes.get() - request.buffers.len());
+        }
+        let is_write = request.operation.is_write();
+        let Some(status) = status else {
+            // What was read from a member that has been found to lack something meanwhile may be old.
+            let is_good = is_write || !self.view.is_redundant || self.are_in_sync(members);
+            core.place.leave(turn);
+            match is_good {
+                true => core.end(request.token, Ok(())),
+                false => self.slowly(request, Some(Class::Degraded)),
+            }
+            return;
+        };
+        if !self.view.is_redundant {
+            core.place.leave(turn);
+            core.end(request.token, Err(status));
+            return;
+        }
+        core.volume.count(Class::DeviceFailure);
+        if !is_write {
+            core.place.leave(turn);
+            match status {
+                Status::Aborted => core.end(request.token, Err(status)),
+                _ => self.slowly(request, None),
+            }
+            return;
+        }
+        // Before anybody may take this write for ended: its copies may differ.
+        slow::mark_unsynced(core, &self.view, &self.map, &request);
+        core.place.leave(turn);
+        let failure = slow::report_failures(Rc::clone(core), failed, status);
+        spawn(core, request.token, failure);
+    }
+
+    fn are_in_sync(&self, members: u64) -> bool {
+        let mut members = members;
+        while members != 0 {
+            let member = u16::try_from(members.trailing_zeros()).unwrap_or(0);
+            members &= members - 1;
+            let found = self.view.array.set_of_member(member);
+            if found.is_none_or(|(set, index)| self.view.array.set(set).mode(index) != Mode::InSync) {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// Runs a slow request as a task.
+fn spawn(core: &Rc<Core>, token: Token, work: impl Future<Output = Outcome> + 'static) {
+    core.slow.set(core.slow.get() + 1);
+    let core = Rc::clone(core);
+    let runtime = core.runtime.clone();
+    runtime.spawn(async move {
+        let outcome = work.await;
+        core.slow.set(core.slow.get() - 1);
+        core.end(token, outcome);
+    });
+}
+
+impl Channel for VolumeChannel {
+    fn submit(&mut self, batch: &mut Vec<Request>) {
+        self.refresh();
+        self.core.is_given_up.store(false, Ordering::Relaxed);
+        for request in batch.drain(..) {
+            self.take(request);
+        }
+        self.submit_lanes();
+    }
+
+    fn reap(&mut self, ended: &mut Vec<Completion>) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        for member in 0..self.lanes.len() {
+            let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else { continue };
+            lane.channel.reap(&mut reaped);
+            lane.outstanding -= reaped.len();
+            for completion in reaped.drain(..) {
+                self.ended(1 << member, completion);
+            }
+        }
+        let mut retired = std::mem::take(&mut self.retired);
+        for lane in &mut retired {
+            lane.channel.reap(&mut reaped);
+            lane.outstanding -= reaped.len();
+            for completion in reaped.drain(..) {
+                // Whose number it had may be another's now; the answer counts all the same.
+                self.ended(0, completion);
+            }
+        }
+        retired.retain(|lane| lane.outstanding > 0);
+        self.retired = retired;
+        self.reaped = reaped;
+        ended.append(&mut self.core.ended.borrow_mut());
+        if !self.delayed.is_empty() {
+            for _ in 0..self.delayed.len() {
+                if let Some(request) = self.delayed.pop_front() {
+                    self.take(request);
+                }
+            }
+            self.submit_lanes();
+        }
+    }
+
+    fn is_working(&self) -> bool {
+        self.lanes.iter().flatten().any(|lane| lane.outstanding > 0 && lane.channel.is_working())
+    }
+
+    fn abort(&mut self) {
+        self.core.is_given_up.store(true, Ordering::Relaxed);
+        for request in self.delayed.drain(..) {
+            self.core.end(request.token, Err(Status::Aborted));
+        }
+        for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
+            lane.channel.abort();
+        }
+        if self.core.slow.get() > 0 {
+            // Tasks of others try again.
+            for leaf in self.view.leaves.iter().flatten() {
+                self.core.place.lanes.abort(leaf);
+            }
+        }
+    }
+}
+
+impl Drop for VolumeChannel {
+    fn drop(&mut self) {
+        self.core.volume.users.fetch_sub(1, Ordering::AcqRel);
+    }
+}

@@ -1,0 +1,416 @@
+//! Extents for who writes, and what becomes of those that nobody needs.
+
+use super::Owner;
+use crate::format::{NONE, Record};
+use crate::pool::NoSpacePolicy;
+use crate::pool::bounce::Bounce;
+use crate::pool::coverage;
+use crate::pool::resolve::runs;
+use crate::pool::shared::View;
+use crate::pool::wait::{Bell, all};
+use crate::raid::{Mode, Set};
+use crate::simulated::is_broken;
+use crate::thin::Mapped;
+use hawser_block::{Outcome, Status};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Chunks of deleted volumes that are let go of without a pause.
+const RELEASE_CHUNKS: usize = 64;
+/// Extents that are unmapped in one go.
+const UNMAP_EXTENTS: u32 = 256;
+
+/// Who is at work at an extent of a volume: several who write whole units, or one who does not.
+#[derive(Default)]
+pub(crate) struct Locks {
+    held: RefCell<BTreeMap<(u32, u32), Held>>,
+    bell: Bell,
+}
+
+#[derive(Default)]
+struct Held {
+    shared: usize,
+    exclusive: bool,
+    /// Those who want to be alone come before others that are still to come.
+    wanted: usize,
+}
+
+impl Locks {
+    async fn take(&self, key: (u32, u32), exclusive: bool) {
+        if !exclusive {
+            let get = || {
+                let mut held = self.held.borrow_mut();
+                let held = held.entry(key).or_default();
+                let is_free = !held.exclusive && held.wanted == 0;
+                held.shared += usize::from(is_free);
+                is_free.then_some(())
+            };
+            return self.bell.until(get).await;
+        }
+        self.held.borrow_mut().entry(key).or_default().wanted += 1;
+        let get = || {
+            let mut held = self.held.borrow_mut();
+            let held = held.entry(key).or_default();
+            if held.exclusive || held.shared > 0 {
+                return None;
+            }
+            (held.exclusive, held.wanted) = (true, held.wanted - 1);
+            Some(())
+        };
+        self.bell.until(get).await;
+    }
+
+    fn release(&self, key: (u32, u32), exclusive: bool) {
+        let mut map = self.held.borrow_mut();
+        let held = map.get_mut(&key).expect("who releases has taken");
+        match exclusive {
+            true => held.exclusive = false,
+            false => held.shared -= 1,
+        }
+        if held.shared == 0 && !held.exclusive && held.wanted == 0 {
+            map.remove(&key);
+        }
+        drop(map);
+        self.bell.ring();
+    }
+}
+
+impl Owner {
+    /// Waits until a volume may change, with room in the tail; nothing has been awaited since when it ends.
+    async fn changeable(self: &Rc<Self>, volume: u32) -> Outcome {
+        loop {
+            self.check_writable()?;
+            self.room().await?;
+            if !self.frozen.borrow().contains(&volume) {
+                return self.check_writable();
+            }
+            self.bell.until(|| (!self.frozen.borrow().contains(&volume)).then_some(())).await;
+        }
+    }
+
+    /// Makes `within..within + len` of an extent of a volume writable: it is mapped, its own, and its regions are marked. The extent is
+    /// held until [`Owner::finish`] when this is `Ok`.
+    pub(crate) async fn prepare(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        (within, len): (u64, u64),
+        exclusive: bool,
+        given_up: Arc<AtomicBool>,
+    ) -> Outcome {
+        self.check_writable()?;
+        self.locks.take((volume, index), exclusive).await;
+        let prepared = async {
+            let extent = self.map(volume, index, &given_up).await?;
+            self.mark_extent(extent, within, len).await
+        };
+        let outcome = prepared.await;
+        if outcome.is_err() {
+            self.locks.release((volume, index), exclusive);
+        }
+        outcome
+    }
+
+    /// The extent at this index, which is the volume's own from now on.
+    async fn map(self: &Rc<Self>, volume: u32, index: u32, given_up: &Arc<AtomicBool>) -> Result<u32, Status> {
+        loop {
+            self.changeable(volume).await?;
+            let (mapped, is_exclusive, can_rebirth, birth) = {
+                let meta = self.meta.borrow();
+                if meta.volume(volume).is_none() {
+                    return Err(Status::Invalid);
+                }
+                let is_exclusive = meta.is_exclusive(volume, index);
+                let can_rebirth = !is_exclusive && meta.can_rebirth(volume, index);
+                (meta.entry(volume, index), is_exclusive, can_rebirth, meta.generation())
+            };
+            let extent = match mapped {
+                Mapped::None => NONE,
+                Mapped::Full { extent, .. } | Mapped::Partial { extent, .. } => extent,
+            };
+            if is_exclusive {
+                return Ok(extent);
+            }
+            if can_rebirth {
+                self.make(&Record::Rebirth { volume, index, birth });
+                return Ok(extent);
+            }
+            if !self.meta.borrow().has_room_for_metadata(1) {
+                return Err(Status::NoSpace);
+            }
+            let Some(new) = self.meta.borrow_mut().allocate() else {
+                self.make_space(given_up).await?;
+                continue;
+            };
+            let fallback = match mapped {
+                Mapped::None => NONE,
+                Mapped::Full { extent, .. } => extent,
+                Mapped::Partial { extent, fallback, bits, .. } => {
+                    let copied = self.copy_partial(new, (extent, fallback, bits)).await;
+                    let copied = match copied {
+                        Ok(()) => self.changeable(volume).await,
+                        error => error,
+                    };
+                    // Others who write whole units may have been faster.
+                    let is_late = self.meta.borrow().entry(volume, index) != mapped;
+                    if copied.is_err() || is_late {
+                        self.meta.borrow_mut().give_back(new);
+                        copied?;
+                        continue;
+                    }
+                    let bits = if fallback == NONE { bits } else { self.all_units() };
+                    let birth = self.meta.borrow().generation();
+                    coverage::count(coverage::Event::CopyOnWrite);
+                    self.make(&Record::Map { volume, index, birth, extent: new, fallback: NONE, bits });
+                    return Ok(new);
+                }
+            };
+            if fallback != NONE {
+                coverage::count(coverage::Event::CopyOnWrite);
+            }
+            self.make(&Record::Map { volume, index, birth, extent: new, fallback, bits: [0; 4] });
+            return Ok(new);
+        }
+    }
+
+    fn all_units(&self) -> [u64; 4] {
+        self.view().thin.full_bits()
+    }
+
+    /// Copies what a partial shows to a new extent.
+    async fn copy_partial(self: &Rc<Self>, to: u32, (extent, fallback, bits): (u32, u32, [u64; 4])) -> Outcome {
+        let view = self.view();
+        let extent_bytes = view.thin.extent_bytes;
+        let parts: Vec<_> = runs(bits, view.thin.unit_shift(), 0, extent_bytes)
+            .filter_map(|(valid, at, len)| {
+                let from = if valid { extent } else { fallback };
+                (from != NONE).then_some((from, at, len))
+            })
+            .collect();
+        for (from, at, len) in parts {
+            self.mark_extent(to, at, len).await?;
+            let _under_way = self.place.under_way();
+            let size = usize::try_from(len).expect("extents are small");
+            let bounce = Rc::new(Bounce::zeroed(size));
+            self.read_extent(&view, from, at, &bounce).await?;
+            self.write_extent(&view, to, at, &bounce).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes of an extent from its first copies that are in sync.
+    pub(crate) async fn read_extent(
+        self: &Rc<Self>,
+        view: &Arc<View>,
+        extent: u32,
+        within: u64,
+        into: &Rc<Bounce>,
+    ) -> Outcome {
+        let (set, address) = view.array.locate(extent);
+        let set = view.array.set(set);
+        for piece in set.pieces(address + within, into.len() as u64) {
+            let at = usize::try_from(piece.start).expect("extents are small");
+            self.read_first(view, set, &piece, into, at).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of an extent that nobody else uses to all copies.
+    async fn write_extent(
+        self: &Rc<Self>,
+        view: &Arc<View>,
+        extent: u32,
+        within: u64,
+        from: &Rc<Bounce>,
+    ) -> Outcome {
+        let (set, address) = view.array.locate(extent);
+        let set = view.array.set(set);
+        let mut writes = Vec::new();
+        for piece in set.pieces(address + within, from.len() as u64) {
+            let at = usize::try_from(piece.start).expect("extents are small");
+            for copy in piece.copies.as_slice() {
+                if set.mode(copy.member - set.first_member()) != Mode::Away
+                    && let Some(leaf) = &view.leaves[usize::from(copy.member)]
+                {
+                    writes.push((copy.member, leaf, view.data_offset + copy.offset, at, piece.len as usize));
+                }
+            }
+            let regions = if view.is_redundant { regions_of(set, &piece) } else { BTreeSet::new() };
+            for region in regions {
+                set.touched.mark(region);
+            }
+        }
+        let requests = writes.into_iter().map(|(member, leaf, offset, at, len)| async move {
+            (member, self.lanes.write(leaf, offset, from, at, len, false).await)
+        });
+        for (member, outcome) in all(requests).await {
+            if let Err(status) = outcome {
+                self.report(1 << member, status).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks the regions of an extent's bytes.
+    async fn mark_extent(self: &Rc<Self>, extent: u32, within: u64, len: u64) -> Outcome {
+        let view = self.view();
+        if !view.is_redundant {
+            return Ok(());
+        }
+        let (set_index, address) = view.array.locate(extent);
+        let set = view.array.set(set_index);
+        let regions: BTreeSet<u32> =
+            set.pieces(address + within, len).flat_map(|piece| regions_of(set, &piece)).collect();
+        self.mark(set_index, &regions).await
+    }
+
+    /// The write that was prepared has ended; these units are valid now.
+    pub(crate) async fn finish(self: Rc<Self>, volume: u32, index: u32, exclusive: bool, bits: [u64; 4]) -> Outcome {
+        let outcome = self.validate_units(volume, index, bits).await;
+        self.locks.release((volume, index), exclusive);
+        outcome
+    }
+
+    /// These units have been written.
+    pub(crate) async fn validate(self: Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Outcome {
+        self.validate_units(volume, index, bits).await
+    }
+
+    async fn validate_units(self: &Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Outcome {
+        if bits == [0; 4] {
+            return Ok(());
+        }
+        self.room().await?;
+        let mapped = self.meta.borrow().entry(volume, index);
+        if let Mapped::Partial { bits: before, .. } = mapped
+            && bits.iter().zip(before).any(|(bits, before)| bits & !before != 0)
+        {
+            self.make(&Record::Valid { volume, index, bits });
+        }
+        Ok(())
+    }
+
+    /// These units read as zeroes from now on; `false`: only when they are written.
+    pub(crate) async fn invalidate(self: Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Result<bool, Status> {
+        self.locks.take((volume, index), true).await;
+        let changeable = self.changeable(volume).await;
+        let done = changeable.map(|()| {
+            let (mapped, is_exclusive) = {
+                let meta = self.meta.borrow();
+                (meta.entry(volume, index), meta.is_exclusive(volume, index))
+            };
+            match mapped {
+                Mapped::None => true,
+                Mapped::Partial { fallback, .. } if fallback != NONE => false,
+                _ if !is_exclusive || !self.meta.borrow().has_room_for_metadata(1) => false,
+                _ => {
+                    self.make(&Record::Invalid { volume, index, bits });
+                    true
+                }
+            }
+        });
+        self.locks.release((volume, index), true);
+        done
+    }
+
+    /// Gives extents back.
+    pub(crate) async fn unmap(self: Rc<Self>, volume: u32, index: u32, count: u32) -> Outcome {
+        let end = index.saturating_add(count);
+        let mut at = index;
+        while at < end {
+            let upto = end.min(at.saturating_add(UNMAP_EXTENTS));
+            for index in at..upto {
+                self.locks.take((volume, index), true).await;
+            }
+            let outcome = self.unmap_held(volume, at, upto).await;
+            for index in at..upto {
+                self.locks.release((volume, index), true);
+            }
+            outcome?;
+            at = upto;
+        }
+        Ok(())
+    }
+
+    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Outcome {
+        self.changeable(volume).await?;
+        let is_mapped = |index: &u32| self.meta.borrow().entry(volume, *index) != Mapped::None;
+        if (from..to).any(|index| is_mapped(&index)) {
+            if !self.meta.borrow().has_room_for_metadata(1) {
+                return Err(Status::NoSpace);
+            }
+            self.make(&Record::Unmap { volume, index: from, count: to - from });
+            self.space.ring();
+        }
+        Ok(())
+    }
+
+    /// There is no free extent: finds some, or says that there are none.
+    async fn make_space(self: &Rc<Self>, given_up: &Arc<AtomicBool>) -> Outcome {
+        if self.has_garbage() {
+            self.reclaim().await?;
+            if self.meta.borrow().free_extents() > 0 {
+                return Ok(());
+            }
+        }
+        if self.options.no_space == NoSpacePolicy::Error {
+            return Err(Status::NoSpace);
+        }
+        if given_up.load(Ordering::Relaxed) {
+            return Err(Status::Aborted);
+        }
+        self.check_writable()?;
+        self.runtime.sleep(Duration::from_millis(100)).await;
+        Ok(())
+    }
+
+    pub(crate) fn has_garbage(&self) -> bool {
+        !self.freed.borrow().is_empty() || self.meta.borrow().quarantined_extents() > 0
+    }
+
+    /// Makes what nobody needs any more free again: its records are durable, and all who could name it have ended.
+    pub(crate) async fn reclaim(self: &Rc<Self>) -> Outcome {
+        let _turn = self.turns.reclaim.take().await;
+        loop {
+            let more = self.meta.borrow_mut().release_some(RELEASE_CHUNKS);
+            self.take_freed();
+            if !more {
+                break;
+            }
+            self.runtime.sleep(Duration::ZERO).await;
+        }
+        if self.freed.borrow().is_empty() {
+            return Ok(());
+        }
+        if !is_broken("reuse_before_durable") {
+            self.flush().await?;
+        }
+        let durable = match is_broken("reuse_before_durable") {
+            true => u64::MAX,
+            false => self.durable.get(),
+        };
+        let ready: Vec<_> = self.freed.borrow_mut().extract_if(.., |(seq, _)| *seq < durable).collect();
+        if !is_broken("reuse_without_barrier") {
+            self.barrier().await;
+        }
+        for (_, freed) in ready {
+            coverage::count(coverage::Event::Recycled);
+            self.meta.borrow_mut().recycle(freed);
+        }
+        self.space.ring();
+        Ok(())
+    }
+}
+
+/// The regions of all copies of a piece.
+pub(crate) fn regions_of(set: &Set, piece: &crate::raid::Piece) -> BTreeSet<u32> {
+    let each = piece.copies.as_slice().iter().flat_map(|copy| {
+        let last = copy.offset + u64::from(piece.len) - 1;
+        set.region_of(copy.offset)..=set.region_of(last)
+    });
+    each.collect()
+}

@@ -1,0 +1,392 @@
+//! Who has the data, and where that is written down.
+//!
+//! A member that failed a write is out when the superblocks of the others say so; only then does the write end. Whoever is the last to have some
+//! data is not put out: then the write fails.
+
+use super::Owner;
+use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
+use crate::pool::bounce::Bounce;
+use crate::pool::coverage;
+use crate::pool::lanes::Leaf;
+use crate::pool::shared::{View, lock};
+use crate::pool::wait::all;
+use crate::pool::{MemberState, MemberView};
+use crate::raid::{Level, Mode, Set};
+use crate::simulated::is_broken;
+use hawser_block::{Outcome, Status};
+use hawser_runtime::Instant;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+/// A member, by its number.
+pub(crate) struct Member {
+    pub(crate) uuid: Uuid,
+    pub(crate) leaf: Option<Leaf>,
+    /// The superblocks say that it has all the data.
+    pub(crate) is_recorded: bool,
+    /// Why it does not, or empty.
+    pub(crate) why: String,
+    /// Read errors that were repaired.
+    pub(crate) repaired: u64,
+    pub(crate) away_since: Option<Instant>,
+    /// When it was last tried to bring it back.
+    pub(crate) tried: Instant,
+    /// The volatile cache that its writes are in.
+    pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
+    /// It has lost its cache, or may have: its data is not what was written.
+    pub(crate) is_doubted: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Member {
+    pub(crate) fn new(uuid: Uuid, leaf: Option<Leaf>, is_recorded: bool, now: Instant) -> Member {
+        let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+        Member {
+            uuid,
+            leaf,
+            is_recorded,
+            why: String::new(),
+            repaired: 0,
+            away_since: (!is_recorded).then_some(now),
+            tried: now,
+            cache: Arc::new(Mutex::new(cache)),
+            is_doubted: Arc::default(),
+        }
+    }
+}
+
+/// Members of a set that hold the same data as `member`, each group with it.
+fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
+    let count = set.members();
+    match set.level() {
+        Level::Raid1 => vec![(0..count).collect()],
+        Level::Raid10 if count.is_multiple_of(2) => vec![vec![member & !1, member | 1]],
+        // Strips go round: each member shares with both neighbours.
+        Level::Raid10 => vec![vec![(member + count - 1) % count, member], vec![member, (member + 1) % count]],
+        _ => vec![vec![member]],
+    }
+}
+
+/// Whether all data is still there without these members of a set, given as bits.
+pub(crate) fn survives(set: &Set, without: u64) -> bool {
+    (0..set.members()).filter(|member| without & 1 << member != 0).all(|member| {
+        let has_it = |other: &u16| without & 1 << other == 0 && set.mode(*other) == Mode::InSync;
+        groups(set, member).iter().all(|group| group.iter().any(has_it))
+    })
+}
+
+impl Owner {
+    /// Where a member is: its set, and its place there.
+    pub(crate) fn place_of(&self, member: u16) -> (Arc<Set>, u16) {
+        let view = self.view();
+        let (set, index) = view.array.set_of_member(member).expect("every member is in a set");
+        (Arc::clone(view.array.set(set)), index)
+    }
+
+    pub(crate) fn mode_of(&self, member: u16) -> Mode {
+        let (set, index) = self.place_of(member);
+        set.mode(index)
+    }
+
+    /// The members that are written to.
+    pub(crate) fn targets(&self) -> Vec<(u16, Leaf)> {
+        let members = self.members.borrow();
+        let numbered = (0u16..).zip(members.iter());
+        let there = numbered.filter_map(|(number, member)| Some((number, member.leaf.clone()?)));
+        there.filter(|(number, _)| self.mode_of(*number) != Mode::Away).collect()
+    }
+
+    /// Those of them that have metadata.
+    fn metadata_targets(&self) -> Vec<(u16, Leaf)> {
+        let count = self.book.borrow().metadata_members();
+        self.targets().into_iter().filter(|(member, _)| *member < count).collect()
+    }
+
+    /// Writes metadata to all who have it.
+    pub(crate) async fn write_everywhere(
+        self: &Rc<Self>,
+        offset: u64,
+        bounce: &Rc<Bounce>,
+        len: usize,
+        fua: bool,
+    ) -> Outcome {
+        if self.is_read_only {
+            return Err(Status::ReadOnly);
+        }
+        let targets = self.metadata_targets();
+        let results = self.lanes.write_to_all(&targets, offset, bounce, len, fua).await;
+        self.all_or_failed(results).await
+    }
+
+    /// Those who failed what others did are out when it ends.
+    async fn all_or_failed(self: &Rc<Self>, results: Vec<(u16, Outcome)>) -> Outcome {
+        let (mut failed, mut status, mut is_done) = (0u64, Status::Path, false);
+        for (member, outcome) in results {
+            match outcome {
+                Ok(()) => is_done |= self.mode_of(member) == Mode::InSync,
+                Err(why) => (failed, status) = (failed | 1 << member, why),
+            }
+        }
+        match (failed, is_done) {
+            (0, true) => Ok(()),
+            (_, false) => {
+                if status == Status::Conflict {
+                    self.lose("another host has reserved it");
+                }
+                Err(status)
+            }
+            (failed, true) => self.report(failed, status).await,
+        }
+    }
+
+    /// Makes what members have durable.
+    pub(crate) async fn flush_members(self: &Rc<Self>) -> Outcome {
+        if is_broken("skip_member_flush") {
+            return Ok(());
+        }
+        let targets = self.targets();
+        let flushes = targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
+        let results = all(flushes).await;
+        let failed = results.iter().filter(|(_, outcome)| outcome.is_err());
+        let failed: Vec<(u16, Status)> = failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
+        for (member, status) in failed {
+            // What it had not made durable may be lost: it has not got all the data any more.
+            self.report(1 << member, status).await?;
+        }
+        Ok(())
+    }
+
+    /// Members have failed what others may have done: they are out when it ends, or it has failed.
+    pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status) -> Outcome {
+        if status == Status::Conflict {
+            self.lose("another host has reserved it");
+            return Err(status);
+        }
+        for member in (0..64).filter(|member| failed & 1 << member != 0) {
+            if !self.put_out(member, status.name()).await {
+                return Err(status);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on without a member; `false` when that cannot be.
+    pub(crate) async fn put_out(self: &Rc<Self>, member: u16, why: &str) -> bool {
+        let _turn = self.turns.superblock.take().await;
+        let (set, index) = self.place_of(member);
+        if !self.members.borrow()[usize::from(member)].is_recorded {
+            // The superblocks say it already.
+            self.away(&set, index, member, why);
+            return true;
+        }
+        if !survives(&set, 1 << index) {
+            return false;
+        }
+        let mut out = BTreeSet::from([member]);
+        loop {
+            for member in &out {
+                let (set, index) = self.place_of(*member);
+                self.members.borrow_mut()[usize::from(*member)].is_recorded = false;
+                self.away(&set, index, *member, why);
+            }
+            let (written, failed) = self.write_superblocks().await;
+            let also: Vec<u16> = failed
+                .iter()
+                .copied()
+                .filter(|other| {
+                    let (set, index) = self.place_of(*other);
+                    survives(&set, 1 << index)
+                })
+                .collect();
+            let first = set.first_member();
+            let is_of_set = |member: &u16| (first..first + set.members()).contains(member);
+            let is_stuck = failed.iter().any(|other| is_of_set(other) && !also.contains(other));
+            if !written.iter().any(is_of_set) || is_stuck {
+                break;
+            }
+            if also.is_empty() {
+                for member in &out {
+                    coverage::count(coverage::Event::Stale);
+                    log::error!(
+                        "pool {}: member {member} ({}) is out: {why}; the others go on without it",
+                        self.shared.name,
+                        self.device_name(*member)
+                    );
+                }
+                self.publish();
+                return true;
+            }
+            out.extend(also);
+        }
+        // Nobody could write it down, so it is not so; what was written meanwhile may differ.
+        for member in &out {
+            let (set, index) = self.place_of(*member);
+            {
+                let member = &mut self.members.borrow_mut()[usize::from(*member)];
+                (member.is_recorded, member.away_since) = (true, None);
+                member.why.clear();
+            }
+            for region in set.intents.iter_set().collect::<Vec<_>>() {
+                set.unsynced.set(region);
+            }
+            set.set_mode(index, Mode::InSync);
+        }
+        false
+    }
+
+    fn away(&self, set: &Set, index: u16, member: u16, why: &str) {
+        set.set_mode(index, Mode::Away);
+        let member = &mut self.members.borrow_mut()[usize::from(member)];
+        why.clone_into(&mut member.why);
+        member.away_since.get_or_insert(self.runtime.now());
+        member.tried = self.runtime.now();
+    }
+
+    pub(crate) fn device_name(&self, member: u16) -> String {
+        let members = self.members.borrow();
+        members[usize::from(member)].leaf.as_ref().map_or_else(|| "missing".to_owned(), |leaf| leaf.name().to_owned())
+    }
+
+    /// What the superblocks shall say now.
+    fn next_superblock(&self) -> Superblock {
+        let mut book = self.book.borrow_mut();
+        book.generation += 1;
+        let members = self.members.borrow();
+        for (record, member) in book.members.iter_mut().zip(members.iter()) {
+            (record.uuid, record.in_sync) = (member.uuid, member.is_recorded);
+        }
+        book.spares = self.spares.borrow().iter().map(|(uuid, _)| *uuid).collect();
+        book.clone()
+    }
+
+    /// Writes the superblocks of all members that are written to, and of spares: who has them now, and who failed.
+    /// The turn is the caller's.
+    pub(crate) async fn write_superblocks(self: &Rc<Self>) -> (Vec<u16>, Vec<u16>) {
+        let book = self.next_superblock();
+        let targets = self.targets();
+        let uuids: Vec<Uuid> = self.members.borrow().iter().map(|member| member.uuid).collect();
+        let spares: Vec<(Uuid, Leaf)> =
+            self.spares.borrow().iter().filter_map(|(uuid, leaf)| Some((*uuid, leaf.clone()?))).collect();
+        let writes = targets.iter().map(|(member, leaf)| {
+            let own = Superblock { this: uuids[usize::from(*member)], ..book.clone() };
+            async move { (*member, write_superblock(self, leaf, &own).await) }
+        });
+        let results = all(writes).await;
+        for (uuid, leaf) in spares {
+            let own = Superblock { this: uuid, ..book.clone() };
+            if let Err(status) = write_superblock(self, &leaf, &own).await {
+                log::warn!("pool {}: spare {}: {}", self.shared.name, leaf.name(), status.name());
+            }
+        }
+        let (mut written, mut failed) = (Vec::new(), Vec::new());
+        for (member, outcome) in results {
+            match outcome {
+                Ok(()) if self.mode_of(member) == Mode::InSync => written.push(member),
+                Ok(()) => {}
+                Err(status) => {
+                    if status == Status::Conflict {
+                        self.lose("another host has reserved it");
+                    }
+                    failed.push(member);
+                }
+            }
+        }
+        (written, failed)
+    }
+
+    /// Writes down a change of members that is not a failure. The turn is the caller's.
+    pub(crate) async fn record_members(self: &Rc<Self>) -> Outcome {
+        let (written, failed) = self.write_superblocks().await;
+        match written.is_empty() {
+            true => Err(Status::Path),
+            false if failed.is_empty() => Ok(()),
+            false => {
+                // They are found out by the next write to them; what was recorded is on the others.
+                log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
+                let sets = self.view().array.sets().to_vec();
+                let all_sets = sets.iter().all(|set| {
+                    let range = set.first_member()..set.first_member() + set.members();
+                    written.iter().any(|member| range.contains(member))
+                });
+                if all_sets { Ok(()) } else { Err(Status::Path) }
+            }
+        }
+    }
+
+    /// The array as all see it, with the members' devices as they are now.
+    pub(crate) fn new_view(&self) {
+        let old = self.view();
+        let leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
+        self.shared.set_view(View { array: old.array.clone(), table: Arc::clone(&old.table), leaves, ..*old });
+    }
+
+    /// From now on a loss of the member's cache puts it out at once.
+    pub(crate) fn watch(self: &Rc<Self>, member: u16) {
+        let (set, index) = self.place_of(member);
+        let members = self.members.borrow();
+        let entry = &members[usize::from(member)];
+        let Some(leaf) = entry.leaf.clone() else { return };
+        let (cache, doubted) = (Arc::clone(&entry.cache), Arc::clone(&entry.is_doubted));
+        let device = Arc::downgrade(&leaf.device);
+        let shared = Arc::downgrade(&self.shared);
+        leaf.device.subscribe(Box::new(move || {
+            let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
+            let now = device.cache_identity();
+            let mut before = lock(&cache);
+            if let (Some(old), Some(new)) = (*before, now)
+                && old != new
+                && set.level().is_redundant()
+            {
+                // Nobody reads from it any more; the owner writes it down, and brings it back.
+                doubted.store(true, std::sync::atomic::Ordering::Release);
+                if survives(&set, 1 << index) {
+                    set.set_mode(index, Mode::Away);
+                }
+            }
+            if now.is_some() {
+                *before = now;
+            }
+            drop(before);
+            shared.ask(|owner| async move { owner.bell.ring() });
+        }));
+    }
+
+    /// For people.
+    pub(crate) fn member_views(&self) -> Vec<MemberView> {
+        let members = self.members.borrow();
+        let numbered = (0u16..).zip(members.iter());
+        let views = numbered.map(|(number, member)| {
+            let state = match (self.mode_of(number), &member.leaf) {
+                (_, None) => MemberState::Missing,
+                (Mode::InSync, _) => MemberState::InSync,
+                (Mode::Syncing, _) => MemberState::Syncing,
+                (Mode::Away, _) => MemberState::Stale,
+            };
+            MemberView {
+                place: Some(number),
+                device: member.leaf.as_ref().map(|leaf| leaf.name().to_owned()),
+                state,
+                why: member.why.clone(),
+                repaired: member.repaired,
+            }
+        });
+        let mut views: Vec<MemberView> = views.collect();
+        views.extend(self.spares.borrow().iter().map(|(_, leaf)| MemberView {
+            place: None,
+            device: leaf.as_ref().map(|leaf| leaf.name().to_owned()),
+            state: MemberState::Spare,
+            why: String::new(),
+            repaired: 0,
+        }));
+        views
+    }
+}
+
+/// One copy after the other, so that one is whole at any time.
+pub(crate) async fn write_superblock(owner: &Rc<Owner>, leaf: &Leaf, superblock: &Superblock) -> Outcome {
+    let bounce = Rc::new(Bounce::holding(&superblock.encode()));
+    for offset in Layout::SUPERBLOCKS {
+        owner.lanes.write(leaf, offset, &bounce, 0, PAGE_BYTES, true).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! The owner of a pool: the only one who changes what it is. It lives on one reactor; others ask it by message.
+//!
+//! ```text
+//!   journal    records → tail → (members flush) → log → checkpoints
+//!   mapping    extents for writes, discards, space
+//!   intents    regions that may differ
+//!   members    who has the data: superblocks
+//!   volumes    what people ask for
+//!   resync     what makes members the same again
+//! ```
+//!
+//! Invariants:
+//! - State is changed without awaiting in between, so that every task sees it whole.
+//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents, superblock. The turns
+//!   of window and barrier are taken by who holds none of flush to superblock.
+//! - Nobody who is under way ([`super::place`]) waits for a barrier.
+
+mod intents;
+mod journal;
+mod mapping;
+mod members;
+mod resync;
+mod tick;
+mod volumes;
+
+pub(crate) use intents::Intents;
+pub(crate) use journal::Log;
+pub(crate) use mapping::Locks;
+pub(crate) use members::survives;
+pub(crate) use members::Member;
+pub(crate) use resync::Work;
+
+use super::ask::{self};
+use super::lanes::{Lanes, Leaf};
+use super::place::Place;
+use super::shared::{Shared, View};
+use super::wait::{Bell, Turn, all};
+use super::{OpenOptions, PoolError, Tail};
+use crate::format::{Superblock, Uuid};
+use crate::thin::{Freed, Metadata};
+use hawser_block::{Outcome, Status};
+use hawser_runtime::Runtime;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, VecDeque};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// The owners on this reactor, by the pool's number.
+#[derive(Default)]
+struct Owners(RefCell<Vec<(u64, Weak<Owner>)>>);
+
+/// The owner of the pool of this number, if it is on this reactor.
+pub(crate) fn find(runtime: &Runtime, number: u64) -> Option<Rc<Owner>> {
+    let owners = runtime.local::<Owners>();
+    let owners = owners.0.borrow();
+    owners.iter().find(|(other, _)| *other == number).and_then(|(_, owner)| owner.upgrade())
+}
+
+/// A change of the mapping that is not durable on the members.
+pub(crate) struct Pending {
+    pub(crate) seq: u64,
+    /// As in the log.
+    pub(crate) record: Vec<u8>,
+    /// As in the tail.
+    pub(crate) entry: Vec<u8>,
+}
+
+/// The turns, each for one at a time.
+#[derive(Default)]
+pub(crate) struct Turns {
+    pub(crate) change: Turn,
+    pub(crate) reclaim: Turn,
+    pub(crate) checkpoint: Turn,
+    pub(crate) flush: Turn,
+    pub(crate) commit: Turn,
+    pub(crate) intents: Turn,
+    pub(crate) superblock: Turn,
+    pub(crate) window: Turn,
+    pub(crate) barrier: Turn,
+}
+
+/// Rounds of flushing, which all share who came before one began.
+#[derive(Default)]
+pub(crate) struct Rounds {
+    pub(crate) begun: Cell<u64>,
+    pub(crate) done: Cell<u64>,
+    pub(crate) failed: Cell<u64>,
+    pub(crate) status: Cell<Option<Status>>,
+}
+
+/// A pool's owner.
+pub(crate) struct Owner {
+    pub(crate) runtime: Runtime,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) place: Rc<Place>,
+    /// The owner's own ways to the members, which nobody else aborts.
+    pub(crate) lanes: Rc<Lanes>,
+    pub(crate) meta: RefCell<Metadata>,
+    /// What the superblocks say, as last recorded.
+    pub(crate) book: RefCell<Superblock>,
+    pub(crate) members: RefCell<Vec<Member>>,
+    pub(crate) spares: RefCell<Vec<(Uuid, Option<Leaf>)>>,
+    pub(crate) options: Options,
+    pub(crate) tail: RefCell<Box<dyn Tail>>,
+    pub(crate) tail_used: Cell<usize>,
+    /// The next record's number.
+    pub(crate) seq: Cell<u64>,
+    /// Records before this one are durable.
+    pub(crate) durable: Cell<u64>,
+    pub(crate) pending: RefCell<VecDeque<Pending>>,
+    pub(crate) log: Cell<Log>,
+    pub(crate) intents: RefCell<Intents>,
+    pub(crate) turns: Turns,
+    pub(crate) rounds: Rounds,
+    /// What lost its last reference with the record of this number.
+    pub(crate) freed: RefCell<Vec<(u64, Freed)>>,
+    pub(crate) locks: Locks,
+    /// Volumes that are just being copied: nothing of them changes.
+    pub(crate) frozen: RefCell<BTreeSet<u32>>,
+    /// Something has changed that somebody may wait for.
+    pub(crate) bell: Bell,
+    /// There may be space again.
+    pub(crate) space: Bell,
+    pub(crate) work: Work,
+    pub(crate) lost: RefCell<Option<String>>,
+    pub(crate) is_closing: Cell<bool>,
+    pub(crate) is_read_only: bool,
+}
+
+/// What was asked for when the pool was opened.
+pub(crate) struct Options {
+    pub(crate) no_space: super::NoSpacePolicy,
+    pub(crate) low_water_permille: u32,
+    pub(crate) sync_bytes_per_second: u64,
+    pub(crate) intent_idle: std::time::Duration,
+    pub(crate) spare_delay: std::time::Duration,
+}
+
+impl Options {
+    pub(crate) fn of(options: &OpenOptions) -> Options {
+        Options {
+            no_space: options.no_space,
+            low_water_permille: options.low_water_permille,
+            sync_bytes_per_second: options.sync_bytes_per_second,
+            intent_idle: options.intent_idle,
+            spare_delay: options.spare_delay,
+        }
+    }
+}
+
+impl Owner {
+    /// Lets others on this reactor find it.
+    pub(crate) fn register(self: &Rc<Self>) {
+        let owners = self.runtime.local::<Owners>();
+        owners.0.borrow_mut().retain(|(_, owner)| owner.strong_count() > 0);
+        owners.0.borrow_mut().push((self.shared.number, Rc::downgrade(self)));
+        // The owner lives until it is closed.
+        let keeper = self.runtime.local::<Keeper>();
+        keeper.0.borrow_mut().push(Rc::clone(self));
+    }
+
+    /// Nobody finds it any more.
+    pub(crate) fn unregister(&self) {
+        let keeper = self.runtime.local::<Keeper>();
+        let number = self.shared.number;
+        let kept: Vec<_> = keeper.0.borrow_mut().extract_if(.., |owner| owner.shared.number == number).collect();
+        drop(kept);
+        self.runtime.local::<Owners>().0.borrow_mut().retain(|(other, _)| *other != number);
+    }
+
+    pub(crate) fn view(&self) -> Arc<View> {
+        self.shared.view()
+    }
+
+    /// Whether writes are taken.
+    pub(crate) fn check_writable(&self) -> Outcome {
+        match self.shared.is_writable.load(Ordering::Relaxed) && !self.is_closing.get() {
+            true => Ok(()),
+            false => Err(Status::ReadOnly),
+        }
+    }
+
+    /// The pool is not ours to write any more, or cannot be: reads go on.
+    pub(crate) fn lose(&self, why: &str) {
+        let mut lost = self.lost.borrow_mut();
+        if lost.is_none() {
+            log::error!("pool {}: takes no more writes: {why}", self.shared.name);
+            *lost = Some(why.to_owned());
+        }
+        drop(lost);
+        self.shared.is_writable.store(false, Ordering::Release);
+        self.publish();
+        self.bell.ring();
+        self.space.ring();
+    }
+
+    /// Waits until all have ended that are under way now, on all reactors.
+    pub(crate) async fn barrier(&self) {
+        let _turn = self.turns.barrier.take().await;
+        let answers = self.shared.reactors().into_iter().map(|reactor| {
+            let (reply, answer) = ask::channel();
+            let shared = Arc::clone(&self.shared);
+            reactor.run(move |runtime| {
+                if let Some(place) = Place::find(runtime, &shared) {
+                    place.barrier(reply);
+                }
+            });
+            answer
+        });
+        all(answers.collect::<Vec<_>>()).await;
+    }
+
+    /// Makes everything durable that has ended before: data, then mappings. Who comes while a round runs shares the next one.
+    pub(crate) async fn flush(self: &Rc<Self>) -> Outcome {
+        let need = self.rounds.begun.get() + 1;
+        let _turn = self.turns.flush.take().await;
+        if self.rounds.done.get() < need {
+            self.rounds.begun.set(need);
+            let outcome = self.flush_once().await;
+            self.rounds.done.set(need);
+            if let Err(status) = outcome {
+                self.rounds.failed.set(need);
+                self.rounds.status.set(Some(status));
+            }
+        }
+        match self.rounds.status.get() {
+            Some(status) if self.rounds.failed.get() >= need => Err(status),
+            _ => Ok(()),
+        }
+    }
+
+    async fn flush_once(self: &Rc<Self>) -> Outcome {
+        // Records that are made while the members flush may be of data that is not durable.
+        let upto = self.seq.get();
+        self.flush_members().await?;
+        let upto = match crate::simulated::is_broken("log_records_made_after_flush_began") {
+            true => self.seq.get(),
+            false => upto,
+        };
+        self.commit(upto).await
+    }
+
+    /// An error for people, of what a request would get as a status.
+    pub(crate) fn failed(&self, what: &str, status: Status) -> PoolError {
+        let why = self.lost.borrow().clone().unwrap_or_else(|| status.name().to_owned());
+        PoolError::Failed(format!("pool {}: {what}: {why}", self.shared.name))
+    }
+}
+
+/// Keeps owners alive.
+#[derive(Default)]
+struct Keeper(RefCell<Vec<Rc<Owner>>>);
+

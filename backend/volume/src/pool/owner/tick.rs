@@ -1,0 +1,126 @@
+//! What has to be done from time to time, and what people see.
+
+use super::Owner;
+use crate::pool::shared::{Told, lock};
+use crate::pool::{PoolView, TaskView};
+use crate::raid::Mode;
+use hawser_block::DeviceState;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often it looks.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a member is left alone after it could not be brought back.
+const REJOIN_AFTER: Duration = Duration::from_secs(2);
+
+impl Owner {
+    /// Runs until the pool is closed.
+    pub(crate) async fn tick(self: Rc<Self>) {
+        let mut intents_at = self.runtime.now() + self.options.intent_idle;
+        let mut commit_at = self.runtime.now() + self.options.intent_idle;
+        while !self.is_closing.get() {
+            self.runtime.sleep(TICK).await;
+            if self.is_closing.get() {
+                return;
+            }
+            if self.lost.borrow().is_none() {
+                self.look_after_members().await;
+                let now = self.runtime.now();
+                if now >= commit_at {
+                    commit_at = now + self.options.intent_idle;
+                    let has_old = !self.pending.borrow().is_empty();
+                    if has_old && let Err(status) = self.flush().await {
+                        log::warn!("pool {}: cannot make changes durable: {}", self.shared.name, status.name());
+                    }
+                }
+                if now >= intents_at {
+                    intents_at = now + self.options.intent_idle;
+                    // What fails here is tried again; who it fails has been put out.
+                    let _ = self.clear_idle_intents(false).await;
+                }
+                if self.has_garbage() {
+                    let _ = self.reclaim().await;
+                }
+            }
+            self.publish();
+        }
+    }
+
+    /// Puts out who has lost something, and brings back who is there again.
+    async fn look_after_members(self: &Rc<Self>) {
+        let count = self.members.borrow().len();
+        for member in 0..u16::try_from(count).unwrap_or(0) {
+            let (leaf, is_recorded, is_doubted, tried) = {
+                let members = self.members.borrow();
+                let entry = &members[usize::from(member)];
+                let doubted = entry.is_doubted.swap(false, Ordering::AcqRel);
+                (entry.leaf.clone(), entry.is_recorded, doubted, entry.tried)
+            };
+            if is_doubted {
+                if self.put_out(member, "lost its volatile cache").await {
+                    self.rejoin(member).await;
+                }
+                continue;
+            }
+            let Some(leaf) = leaf else { continue };
+            let is_due = self.runtime.now() >= tried + REJOIN_AFTER;
+            if !is_recorded && self.mode_of(member) == Mode::Away && is_due && leaf.device.state() == DeviceState::Ready {
+                self.members.borrow_mut()[usize::from(member)].tried = self.runtime.now();
+                self.rejoin(member).await;
+            }
+        }
+        self.use_spare().await;
+    }
+
+    /// Tells people how things are.
+    pub(crate) fn publish(&self) {
+        let view = self.view();
+        let meta = self.meta.borrow();
+        let book = self.book.borrow();
+        let extent_bytes = view.thin.extent_bytes;
+        let size_bytes = u64::from(meta.thin().extents) * extent_bytes;
+        let free_bytes = u64::from(meta.free_extents()) * extent_bytes;
+        let members = self.member_views();
+        let is_degraded = view.array.sets().iter().any(|set| {
+            (0..set.members()).any(|member| set.mode(member) != Mode::InSync)
+        });
+        let mut troubles = Vec::new();
+        if let Some(why) = &*self.lost.borrow() {
+            troubles.push(format!("takes no more writes: {why}"));
+        }
+        for member in members.iter().filter(|member| !member.why.is_empty()) {
+            let place = member.place.map_or_else(|| "spare".to_owned(), |place| format!("member {place}"));
+            let device = member.device.as_deref().unwrap_or("missing");
+            troubles.push(format!("{place} ({device}): {}: {}", member.state.name(), member.why));
+        }
+        if size_bytes > 0 && free_bytes * 1000 / size_bytes < u64::from(self.options.low_water_permille) {
+            troubles.push(format!("{} % of its space is free", free_bytes * 100 / size_bytes));
+        }
+        let pool = PoolView {
+            name: book.name.clone(),
+            uuid: book.pool_uuid,
+            level: book.level,
+            strip_bytes: book.strip_bytes,
+            extent_bytes,
+            size_bytes,
+            free_bytes,
+            metadata_bytes: u64::from(book.layout.metadata_pages) * 4096,
+            metadata_used_bytes: u64::from(meta.metadata_pages_used()) * 4096,
+            troubles,
+            is_degraded,
+            is_failed: self.lost.borrow().is_some(),
+            members,
+            tasks: self.work.views(self.runtime.now()).into_iter().collect::<Vec<TaskView>>(),
+        };
+        let volumes: BTreeMap<u32, (u64, Option<String>)> = meta
+            .volumes()
+            .map(|(id, volume)| {
+                let origin = meta.volume(volume.origin()).map(|origin| origin.name().to_owned());
+                (id, (volume.mapped_extents() * extent_bytes, origin))
+            })
+            .collect();
+        *lock(&self.shared.told) = Told { pool, volumes };
+    }
+}

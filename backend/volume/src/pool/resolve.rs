@@ -1,0 +1,256 @@
+//! `resolve()`: from a volume's request to members' requests, in one pass. Pure: it reads the tables and marks nothing but regions as
+//! touched.
+//!
+//! ```text
+//!   blocks of the volume ── table: one load per extent ──► extent, birth, which units are valid
+//!        extent + offset ── RAID arithmetic ──► member, offset          a read takes one copy, a write all
+//! ```
+//!
+//! What cannot be planned so is [`Resolved::Slow`], with the reason.
+
+use super::shared::{Class, View};
+use crate::plan::TRANSFER_BYTES_MAX;
+use crate::raid::{self, Set};
+use crate::thin::VolumeMap;
+use hawser_block::{Operation, Request, Status};
+
+/// A request to one member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The member's number.
+    pub member: u16,
+    /// Where on its device, in bytes.
+    pub offset: u64,
+    /// Where in the request's payload, in bytes.
+    pub start: u32,
+    /// How many bytes.
+    pub len: u32,
+}
+
+/// What a request becomes.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// Requests to members. Copies of the same bytes follow each other.
+    pub steps: Vec<Step>,
+    /// Parts of the payload, as start and length, that read as zeroes.
+    pub zeroes: Vec<(u32, u32)>,
+}
+
+impl Plan {
+    /// With room for the longest request in the smallest strips, on two members.
+    #[must_use]
+    pub fn new() -> Plan {
+        let most = (TRANSFER_BYTES_MAX as usize >> 12) + 2;
+        Plan { steps: Vec::with_capacity(2 * most), zeroes: Vec::with_capacity(most) }
+    }
+
+    fn clear(&mut self) {
+        self.steps.clear();
+        self.zeroes.clear();
+    }
+
+    fn zero(&mut self, start: u64, len: u64) {
+        let (start, len) = (narrow(start), narrow(len));
+        match self.zeroes.last_mut() {
+            Some((before, so_far)) if *before + *so_far == start => *so_far += len,
+            _ => self.zeroes.push((start, len)),
+        }
+    }
+}
+
+/// How a request goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    /// By the plan.
+    Plan,
+    /// Slowly, for this reason.
+    Slow(Class),
+    /// Not at all.
+    Refused(Status),
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a request has at most 4 MiB")]
+fn narrow(bytes: u64) -> u32 {
+    debug_assert!(bytes <= u64::from(u32::MAX));
+    bytes as u32
+}
+
+/// What `request` is to `volume`, in bytes: where it begins, and how many.
+///
+/// # Errors
+/// When it cannot be right.
+pub fn bounds(view: &View, map: &VolumeMap, request: &Request) -> Result<(u64, u64), Status> {
+    let shift = view.block_shift;
+    let len = u64::from(request.blocks.0) << shift;
+    let size = map.size_bytes();
+    let blocks = size >> shift;
+    if len == 0 || request.lba.0 >= blocks || u64::from(request.blocks.0) > blocks - request.lba.0 {
+        return Err(Status::Invalid);
+    }
+    if request.operation.has_payload()
+        && (request.buffers.len() as u64 != len || len > u64::from(TRANSFER_BYTES_MAX))
+    {
+        return Err(Status::Invalid);
+    }
+    Ok((request.lba.0 << shift, len))
+}
+
+/// Plans a read or a write; `rotor` chooses among copies and is moved on.
+#[must_use]
+pub fn resolve(view: &View, map: &VolumeMap, request: &Request, rotor: &mut u32, plan: &mut Plan) -> Resolved {
+    plan.clear();
+    let (first, len) = match bounds(view, map, request) {
+        Ok(bounds) => bounds,
+        Err(status) => return Resolved::Refused(status),
+    };
+    match request.operation {
+        Operation::Read => {
+            *rotor = rotor.wrapping_add(1);
+            read(view, map, (first, len), *rotor, plan)
+        }
+        Operation::Write { .. } if map.is_read_only() => Resolved::Refused(Status::ReadOnly),
+        Operation::Write { .. } => write(view, map, (first, len), plan),
+        _ if map.is_read_only() => Resolved::Refused(Status::ReadOnly),
+        _ => Resolved::Slow(Class::Discard),
+    }
+}
+
+/// The parts of bytes of a volume that lie in one extent each: its index, where in it, where in the request, how many.
+pub(crate) fn by_extent(extent_bytes: u64, (first, len): (u64, u64)) -> impl Iterator<Item = (u32, u64, u64, u64)> {
+    let mut done = 0;
+    let (mut index, mut within) = match extent_bytes.is_power_of_two() {
+        true => (first >> extent_bytes.trailing_zeros(), first & (extent_bytes - 1)),
+        false => (first / extent_bytes, first % extent_bytes),
+    };
+    std::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let here = (extent_bytes - within).min(len - done);
+        let part = (narrow(index), within, done, here);
+        (index, within, done) = (index + 1, 0, done + here);
+        Some(part)
+    })
+}
+
+/// Runs of units in bytes `within..within + len` of an extent that are alike valid or not: which, where, how many bytes.
+pub(crate) fn runs(bits: [u64; 4], unit_shift: u32, within: u64, len: u64) -> impl Iterator<Item = (bool, u64, u64)> {
+    let is_valid = move |unit: u64| bits[usize::try_from(unit >> 6).unwrap_or(3)] >> (unit & 63) & 1 != 0;
+    let (mut at, end) = (within, within + len);
+    std::iter::from_fn(move || {
+        if at == end {
+            return None;
+        }
+        let (from, valid) = (at, is_valid(at >> unit_shift));
+        while at < end && is_valid(at >> unit_shift) == valid {
+            at = end.min(((at >> unit_shift) + 1) << unit_shift);
+        }
+        Some((valid, from, at - from))
+    })
+}
+
+fn read(view: &View, map: &VolumeMap, range: (u64, u64), rotor: u32, plan: &mut Plan) -> Resolved {
+    for (index, within, start, len) in by_extent(view.thin.extent_bytes, range) {
+        let entry = view.table.lookup(map, index);
+        if !entry.is_mapped() {
+            plan.zero(start, len);
+            continue;
+        }
+        if !entry.is_partial() {
+            if let Err(class) = read_extent(view, entry.low(), within, (start, len), rotor, plan) {
+                return Resolved::Slow(class);
+            }
+            continue;
+        }
+        let partial = view.table.partial(entry.low());
+        for (valid, at, len) in runs(partial.bits, view.thin.unit_shift(), within, len) {
+            let start = start + (at - within);
+            let extent = if valid { partial.extent } else { partial.fallback };
+            if extent == crate::format::NONE {
+                plan.zero(start, len);
+            } else if let Err(class) = read_extent(view, extent, at, (start, len), rotor, plan) {
+                return Resolved::Slow(class);
+            }
+        }
+    }
+    Resolved::Plan
+}
+
+fn class_of(slow: raid::Slow) -> Class {
+    match slow {
+        raid::Slow::Unsynced => Class::ReadMiss,
+        raid::Slow::Window | raid::Slow::Intent => Class::Intent,
+        raid::Slow::Degraded => Class::Degraded,
+    }
+}
+
+/// Plans a read of an extent's bytes.
+pub(crate) fn read_extent(
+    view: &View,
+    extent: u32,
+    within: u64,
+    (start, len): (u64, u64),
+    rotor: u32,
+    plan: &mut Plan,
+) -> Result<(), Class> {
+    let (set, address) = view.array.locate(extent);
+    let set = view.array.set(set);
+    for piece in set.pieces(address + within, len) {
+        let copy = set.choose(&piece, rotor).map_err(class_of)?;
+        plan.steps.push(Step {
+            member: copy.member,
+            offset: view.data_offset + copy.offset,
+            start: narrow(start + piece.start),
+            len: piece.len,
+        });
+    }
+    Ok(())
+}
+
+fn write(view: &View, map: &VolumeMap, range: (u64, u64), plan: &mut Plan) -> Resolved {
+    let shared_generation = map.shared_generation();
+    for (index, within, start, len) in by_extent(view.thin.extent_bytes, range) {
+        let entry = view.table.lookup(map, index);
+        if !entry.is_mapped() {
+            return Resolved::Slow(Class::WriteMiss);
+        }
+        if entry.birth() <= shared_generation {
+            return Resolved::Slow(Class::CopyOnWrite);
+        }
+        let extent = if entry.is_partial() {
+            let partial = view.table.partial(entry.low());
+            if runs(partial.bits, view.thin.unit_shift(), within, len).any(|(valid, ..)| !valid) {
+                return Resolved::Slow(Class::WriteMiss);
+            }
+            partial.extent
+        } else {
+            entry.low()
+        };
+        if let Err(class) = write_extent(view, extent, within, (start, len), plan) {
+            return Resolved::Slow(class);
+        }
+    }
+    Resolved::Plan
+}
+
+/// Plans a write of an extent's bytes to all copies.
+pub(crate) fn write_extent(
+    view: &View,
+    extent: u32,
+    within: u64,
+    (start, len): (u64, u64),
+    plan: &mut Plan,
+) -> Result<(), Class> {
+    let (set, address) = view.array.locate(extent);
+    let set: &Set = view.array.set(set);
+    for piece in set.pieces(address + within, len) {
+        let copies = set.writable(&piece).map_err(class_of)?;
+        plan.steps.extend(copies.as_slice().iter().map(|copy| Step {
+            member: copy.member,
+            offset: view.data_offset + copy.offset,
+            start: narrow(start + piece.start),
+            len: piece.len,
+        }));
+    }
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! What every reactor sees of a pool, without asking anybody.
+
+use super::lanes::Leaf;
+use super::owner::{self, Owner};
+use super::{Ask, PoolError, PoolView};
+use super::ask::{self, Answer};
+use crate::raid::Array;
+use crate::thin::{Table, Thin, VolumeMap};
+use hawser_block::{StatsSet, Status};
+use hawser_runtime::ReactorHandle;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::BTreeMap;
+
+/// Why a request did not take the hot path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// A read of blocks whose copies may differ, or more than once because a copy could not be read.
+    ReadMiss,
+    /// A write to blocks that are not there yet.
+    WriteMiss,
+    /// A write to blocks that a snapshot shares.
+    CopyOnWrite,
+    /// A write of a part of a parity stripe.
+    PartialStripe,
+    /// A request to a set that lacks members.
+    Degraded,
+    /// A request that a member failed.
+    DeviceFailure,
+    /// A request whose mapping could not be changed.
+    MappingFailure,
+    /// A write for which there was no space.
+    NoSpace,
+    /// A write to a region that is not marked yet, or that is just being resynchronised.
+    Intent,
+    /// A discard or write-zeroes.
+    Discard,
+}
+
+impl Class {
+    /// All, in the order of their numbers.
+    pub const ALL: [Class; 10] = [
+        Class::ReadMiss,
+        Class::WriteMiss,
+        Class::CopyOnWrite,
+        Class::PartialStripe,
+        Class::Degraded,
+        Class::DeviceFailure,
+        Class::MappingFailure,
+        Class::NoSpace,
+        Class::Intent,
+        Class::Discard,
+    ];
+
+    /// The name in metrics and status.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::ReadMiss => "read_miss",
+            Class::WriteMiss => "write_miss",
+            Class::CopyOnWrite => "copy_on_write",
+            Class::PartialStripe => "partial_stripe",
+            Class::Degraded => "degraded",
+            Class::DeviceFailure => "device_failure",
+            Class::MappingFailure => "mapping_failure",
+            Class::NoSpace => "no_space",
+            Class::Intent => "intent",
+            Class::Discard => "discard",
+        }
+    }
+}
+
+/// The array and the tables as they are now. A change of members makes another one.
+pub struct View {
+    /// Where data is.
+    pub array: Array,
+    /// The mappings.
+    pub table: Arc<Table>,
+    /// What an extent is.
+    pub thin: Thin,
+    /// Where data begins on each member.
+    pub data_offset: u64,
+    /// log2 of the block size.
+    pub block_shift: u32,
+    /// Several members have the same data.
+    pub is_redundant: bool,
+    /// The members' devices, those that are there.
+    pub(crate) leaves: Vec<Option<Leaf>>,
+}
+
+/// A volume as all reactors see it.
+pub(crate) struct VolumeShared {
+    pub(crate) id: u32,
+    pub(crate) name: String,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) is_snapshot: bool,
+    /// Replaced when it grows.
+    pub(crate) map: Mutex<Arc<VolumeMap>>,
+    pub(crate) slow: [AtomicU64; Class::ALL.len()],
+    /// Payload of writes that was copied, because it went to several members.
+    pub(crate) copied_bytes: AtomicU64,
+    /// Channels that are open.
+    pub(crate) users: AtomicUsize,
+    /// It is being deleted.
+    pub(crate) is_gone: AtomicBool,
+    pub(crate) stats: Arc<StatsSet>,
+    pub(crate) listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+}
+
+impl VolumeShared {
+    pub(crate) fn count(&self, class: Class) {
+        self.slow[class as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn slow_counts(&self) -> Vec<(&'static str, u64)> {
+        Class::ALL.map(|class| (class.name(), self.slow[class as usize].load(Ordering::Relaxed))).to_vec()
+    }
+
+    pub(crate) fn map(&self) -> Arc<VolumeMap> {
+        Arc::clone(&lock(&self.map))
+    }
+
+    pub(crate) fn tell(&self) {
+        for listener in lock(&self.listeners).iter() {
+            listener();
+        }
+    }
+}
+
+/// A pool as all threads see it.
+pub(crate) struct Shared {
+    /// Tells pools apart within a process.
+    pub(crate) number: u64,
+    pub(crate) name: String,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) owner: ReactorHandle,
+    view: Mutex<Arc<View>>,
+    /// Raised with each change of `view`, or of a volume's map.
+    pub(crate) version: AtomicU64,
+    /// Changes of the mapping that are not durable yet.
+    pub(crate) pending: AtomicU64,
+    /// Writes are taken.
+    pub(crate) is_writable: AtomicBool,
+    reactors: Mutex<Vec<ReactorHandle>>,
+    unsynced_marks: AtomicU64,
+    pub(crate) volumes: Mutex<BTreeMap<u32, Arc<VolumeShared>>>,
+    /// As the owner last told.
+    pub(crate) told: Mutex<Told>,
+}
+
+/// What the owner tells people.
+pub(crate) struct Told {
+    pub(crate) pool: PoolView,
+    /// Extents that each volume has mapped, and where it came from.
+    pub(crate) volumes: BTreeMap<u32, (u64, Option<String>)>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn new(pool: PoolView, owner: ReactorHandle, view: View) -> Arc<Shared> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        Arc::new(Shared {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            name: pool.name.clone(),
+            uuid: pool.uuid,
+            owner,
+            view: Mutex::new(Arc::new(view)),
+            version: AtomicU64::new(1),
+            pending: AtomicU64::new(0),
+            is_writable: AtomicBool::new(false),
+            reactors: Mutex::default(),
+            unsynced_marks: AtomicU64::new(0),
+            volumes: Mutex::default(),
+            told: Mutex::new(Told { pool, volumes: BTreeMap::new() }),
+        })
+    }
+
+    /// Raised before a region is marked as not the same everywhere.
+    pub(crate) fn unsynced_marks(&self) -> u64 {
+        self.unsynced_marks.load(Ordering::SeqCst)
+    }
+
+    /// A region is about to be marked as not the same everywhere.
+    pub(crate) fn mark_unsynced(&self) {
+        self.unsynced_marks.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn view(&self) -> Arc<View> {
+        Arc::clone(&lock(&self.view))
+    }
+
+    pub(crate) fn set_view(&self, view: View) {
+        *lock(&self.view) = Arc::new(view);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    pub(crate) fn volume_named(&self, name: &str) -> Option<Arc<VolumeShared>> {
+        lock(&self.volumes).values().find(|volume| volume.name == name).cloned()
+    }
+
+    pub(crate) fn add_reactor(&self, reactor: ReactorHandle) {
+        let mut reactors = lock(&self.reactors);
+        if !reactors.iter().any(|other| other.same(&reactor)) {
+            reactors.push(reactor);
+        }
+    }
+
+    pub(crate) fn reactors(&self) -> Vec<ReactorHandle> {
+        lock(&self.reactors).clone()
+    }
+
+    /// Asks the owner to do something; `None` when it is not there any more.
+    pub(crate) fn ask<T, F>(&self, work: impl FnOnce(Rc<Owner>) -> F + Send + 'static) -> Answer<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+    {
+        let (reply, answer) = ask::channel();
+        let number = self.number;
+        self.owner.run(move |runtime| {
+            let Some(owner) = owner::find(runtime, number) else { return };
+            let task = work(owner);
+            runtime.spawn(async move { reply.send(task.await) });
+        });
+        answer
+    }
+
+    /// The same for a request, which fails when there is no owner.
+    pub(crate) async fn request<T, F>(&self, work: impl FnOnce(Rc<Owner>) -> F + Send + 'static) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Status>> + 'static,
+    {
+        self.ask(work).await.unwrap_or(Err(Status::Aborted))
+    }
+
+    /// The same for people.
+    pub(crate) fn control<T, F>(&self, work: impl FnOnce(Rc<Owner>) -> F + Send + 'static) -> Ask<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, PoolError>> + 'static,
+    {
+        let (number, name) = (self.number, self.name.clone());
+        Ask::of(&self.owner, move |runtime| {
+            let task = owner::find(&runtime, number).map(work);
+            async move {
+                match task {
+                    Some(task) => task.await,
+                    None => Err(PoolError::Failed(format!("pool {name} is closed"))),
+                }
+            }
+        })
+    }
+}

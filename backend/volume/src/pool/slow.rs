@@ -1,0 +1,536 @@
+//! What does not take the hot path: straight-line tasks on the queue's own reactor, over the same members.
+//!
+//! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
+//! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
+
+use super::bounce::{Bounce, zero_payload};
+use super::channel::Core;
+use super::owner::Owner;
+use super::resolve::{self, by_extent, runs};
+use super::shared::{Class, View};
+use super::wait::all;
+use crate::format::NONE;
+use crate::raid::{Mode, Piece, Set};
+use crate::simulated::is_broken;
+use crate::thin::{Entry, VolumeMap};
+use hawser_block::{Buffers, Operation, Outcome, Request, Status};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Bytes that a request has in extents: index, where in the extent, where in the request, how many.
+type Part = (u32, u64, u64, u64);
+
+/// How often a read is tried while members come and go.
+const READS_MAX: u32 = 1000;
+
+/// Carries a request out.
+pub(super) async fn carry_out(core: Rc<Core>, request: Request) -> Outcome {
+    match request.operation {
+        Operation::Read => read(&core, &request).await,
+        Operation::Flush => core.shared.request(|owner| async move { owner.flush().await }).await,
+        Operation::Write { fua } => {
+            let payload = Payload::Guest(request.buffers);
+            write(&core, bounds(&core, &request)?, &payload).await?;
+            finish_fua(&core, fua).await
+        }
+        Operation::Discard => {
+            let range = bounds(&core, &request)?;
+            core.shared.request(check_writable).await?;
+            discard(&core, range).await.map(drop)
+        }
+        Operation::WriteZeroes { unmap, fua } => {
+            let range = bounds(&core, &request)?;
+            core.shared.request(check_writable).await?;
+            let left = match unmap {
+                true => discard(&core, range).await?,
+                false => vec![range],
+            };
+            for range in left {
+                write_zeroes(&core, range).await?;
+            }
+            finish_fua(&core, fua).await
+        }
+    }
+}
+
+async fn check_writable(owner: Rc<Owner>) -> Outcome {
+    owner.check_writable()
+}
+
+fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
+    resolve::bounds(&core.shared.view(), &core.volume.map(), request)
+}
+
+/// Data and mapping are durable when it ends.
+async fn finish_fua(core: &Core, fua: bool) -> Outcome {
+    match fua {
+        true => core.shared.request(|owner| async move { owner.flush().await }).await,
+        false => Ok(()),
+    }
+}
+
+/// Members have failed a part of a write that others have: it has ended when that is recorded.
+pub(super) async fn report_failures(core: Rc<Core>, failed: u64, status: Status) -> Outcome {
+    if status == Status::Aborted {
+        // Given up, not failed; what was marked is made the same again.
+        return Err(status);
+    }
+    if is_broken("ack_before_stale_recorded") {
+        core.shared.request(move |owner| async move { owner.report(failed, status).await }).await.ok();
+        return Ok(());
+    }
+    core.shared.request(move |owner| async move { owner.report(failed, status).await }).await
+}
+
+/// The regions that a write goes to are not the same on all members, or may not be.
+pub(super) fn mark_unsynced(core: &Core, view: &View, map: &VolumeMap, request: &Request) {
+    core.shared.mark_unsynced();
+    let Ok(range) = resolve::bounds(view, map, request) else { return };
+    for (index, within, _, len) in by_extent(view.thin.extent_bytes, range) {
+        let entry = view.table.lookup(map, index);
+        if entry.is_mapped() {
+            mark_extent(view, extent_of(view, entry), within, len);
+        }
+    }
+}
+
+fn mark_extent(view: &View, extent: u32, within: u64, len: u64) {
+    let (set, address) = view.array.locate(extent);
+    let set = view.array.set(set);
+    for piece in set.pieces(address + within, len) {
+        mark_piece(set, &piece);
+    }
+}
+
+fn mark_piece(set: &Set, piece: &Piece) {
+    for copy in piece.copies.as_slice() {
+        let last = copy.offset + u64::from(piece.len) - 1;
+        for region in set.region_of(copy.offset)..=set.region_of(last) {
+            set.unsynced.set(region);
+        }
+    }
+}
+
+fn extent_of(view: &View, entry: Entry) -> u32 {
+    match entry.is_partial() {
+        true => view.table.partial(entry.low()).extent,
+        false => entry.low(),
+    }
+}
+
+/// A part of a read: bytes of an extent, and where they go.
+struct Wanted {
+    set: usize,
+    piece: Piece,
+    /// In the request's payload, or in a buffer.
+    start: u64,
+}
+
+/// What a range of a volume is made of now: pieces to read, and zeroes.
+fn wanted(view: &View, map: &VolumeMap, range: (u64, u64)) -> (Vec<Wanted>, Vec<(u64, u64)>) {
+    let (mut pieces, mut zeroes) = (Vec::new(), Vec::new());
+    for (index, within, start, len) in by_extent(view.thin.extent_bytes, range) {
+        let entry = view.table.lookup(map, index);
+        content(view, entry, (within, len), start, &mut pieces, &mut zeroes);
+    }
+    (pieces, zeroes)
+}
+
+/// The same of one extent, whose mapping is `entry`.
+fn content(
+    view: &View,
+    entry: Entry,
+    (within, len): (u64, u64),
+    start: u64,
+    pieces: &mut Vec<Wanted>,
+    zeroes: &mut Vec<(u64, u64)>,
+) {
+    let mut add = |extent: u32, at: u64, len: u64| {
+        let start = start + (at - within);
+        if extent == NONE {
+            zeroes.push((start, len));
+            return;
+        }
+        let (set, address) = view.array.locate(extent);
+        for piece in view.array.set(set).pieces(address + at, len) {
+            pieces.push(Wanted { set, piece, start: start + piece.start });
+        }
+    };
+    if !entry.is_mapped() {
+        add(NONE, within, len);
+    } else if entry.is_partial() {
+        let partial = view.table.partial(entry.low());
+        for (valid, at, len) in runs(partial.bits, view.thin.unit_shift(), within, len) {
+            add(if valid { partial.extent } else { partial.fallback }, at, len);
+        }
+    } else {
+        add(entry.low(), within, len);
+    }
+}
+
+/// Whether copies of a piece may differ, so that it matters which is read.
+fn is_unsettled(set: &Set, piece: &Piece) -> bool {
+    let copies = piece.copies.as_slice();
+    let with_data = copies.iter().filter(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync).count();
+    with_data > 1
+        && copies.iter().any(|copy| {
+            let last = copy.offset + u64::from(piece.len) - 1;
+            (set.region_of(copy.offset)..=set.region_of(last)).any(|region| set.unsynced.get(region))
+        })
+}
+
+/// A piece, as settled ones are remembered.
+fn name_of(wanted: &Wanted) -> (usize, u16, u64, u32) {
+    let copy = wanted.piece.copies.as_slice()[0];
+    (wanted.set, copy.member, copy.offset, wanted.piece.len)
+}
+
+/// Reads where it matters which copy, or after a copy could not be read.
+async fn read(core: &Rc<Core>, request: &Request) -> Outcome {
+    let range = bounds(core, request)?;
+    let mut settled = BTreeSet::new();
+    for _ in 0..READS_MAX {
+        let under_way = core.place.under_way();
+        let (view, map) = (core.shared.view(), core.volume.map());
+        let (pieces, zeroes) = wanted(&view, &map, range);
+        let is_redundant = view.is_redundant && !is_broken("read_unsynced_from_any");
+        let unsettled: Vec<_> = pieces
+            .iter()
+            .filter(|wanted| is_redundant && is_unsettled(view.array.set(wanted.set), &wanted.piece))
+            .filter(|wanted| !settled.contains(&name_of(wanted)))
+            .map(|wanted| (wanted.set, wanted.piece))
+            .collect();
+        if !unsettled.is_empty() {
+            drop(under_way);
+            for (set, piece) in unsettled {
+                core.shared.request(move |owner| async move { owner.settle(set, piece).await }).await?;
+                settled.insert(name_of(&Wanted { set, piece, start: 0 }));
+            }
+            continue;
+        }
+        for (start, len) in zeroes {
+            zero_payload(&request.buffers.slice(usize_of(start), usize_of(len)));
+        }
+        let reads = pieces.iter().map(|wanted| {
+            let into = request.buffers.slice(usize_of(wanted.start), wanted.piece.len as usize);
+            read_piece(core, &view, wanted, into, None)
+        });
+        let outcomes = all(reads).await;
+        drop(under_way);
+        match outcomes.into_iter().find(Result::is_err) {
+            None => return Ok(()),
+            Some(Err(Status::Aborted)) if !core.is_given_up.load(Ordering::Relaxed) => pause(core).await,
+            Some(other) => return other,
+        }
+    }
+    Err(Status::Path)
+}
+
+async fn pause(core: &Core) {
+    core.runtime.sleep(Duration::from_millis(10)).await;
+}
+
+fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a request is far below 4 GiB")
+}
+
+/// Reads a piece from its first copy that has it and gives it; bad ones are rewritten.
+async fn read_piece(
+    core: &Rc<Core>,
+    view: &Arc<View>,
+    wanted: &Wanted,
+    into: Buffers,
+    kept: Option<Rc<Bounce>>,
+) -> Outcome {
+    let set = view.array.set(wanted.set);
+    let (mut tried, mut bad, mut last) = (0u64, false, Status::Path);
+    loop {
+        let copy = wanted.piece.copies.as_slice().iter().find(|copy| {
+            tried & 1 << copy.member == 0
+                && (set.mode(copy.member - set.first_member()) == Mode::InSync || is_broken("stale_member_read"))
+                && view.leaves[usize::from(copy.member)].is_some()
+        });
+        let Some(copy) = copy else { return Err(last) };
+        let leaf = view.leaves[usize::from(copy.member)].as_ref().expect("looked at just now");
+        let at = view.data_offset + copy.offset;
+        let outcome = core.place.lanes.start(leaf, Operation::Read, at, into, kept.clone()).await;
+        tried |= 1 << copy.member;
+        let is_there = set.mode(copy.member - set.first_member()) == Mode::InSync;
+        match outcome {
+            Ok(()) if is_there || !view.is_redundant => {
+                if bad {
+                    let (set, piece) = (wanted.set, wanted.piece);
+                    // It goes on by itself.
+                    drop(core.shared.ask(move |owner| async move { owner.repair(set, piece).await }));
+                }
+                return Ok(());
+            }
+            Ok(()) => {}
+            Err(Status::Aborted) => return Err(Status::Aborted),
+            Err(status) => {
+                core.volume.count(Class::DeviceFailure);
+                bad |= status == Status::Media;
+                last = status;
+            }
+        }
+    }
+}
+
+/// What a write writes.
+enum Payload {
+    Guest(Buffers),
+    Zeroes,
+}
+
+/// Writes bytes of the volume, whatever is there before.
+async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload) -> Outcome {
+    if core.volume.is_snapshot {
+        return Err(Status::ReadOnly);
+    }
+    let extent_bytes = core.shared.view().thin.extent_bytes;
+    // One extent at a time: what waits for space in the second has not kept anybody from the first.
+    for (_, _, start, here) in by_extent(extent_bytes, (first, len)) {
+        let part = match payload {
+            Payload::Guest(buffers) => Payload::Guest(buffers.slice(usize_of(start), usize_of(here))),
+            Payload::Zeroes => Payload::Zeroes,
+        };
+        write_extent(core, (first + start, here), &part).await?;
+    }
+    Ok(())
+}
+
+/// Writes within one extent.
+async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> Outcome {
+    let id = core.volume.id;
+    loop {
+        let view = core.shared.view();
+        let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
+        let unit = u64::from(view.thin.unit_bytes);
+        let (_, within, _, len) = part;
+        let end = within + len;
+        // Only who fills a unit whose rest it does not have must be alone with it.
+        let is_whole = within % unit == 0 && (end % unit == 0 || end == view.thin.extent_bytes);
+        let (index, given_up) = (part.0, Arc::clone(&core.is_given_up));
+        let prepared = core.shared.request(move |owner| async move {
+            owner.prepare(id, index, (within, len), !is_whole, given_up).await
+        });
+        let class = match prepared.await {
+            Err(Status::NoSpace) => Some((Class::NoSpace, Status::NoSpace)),
+            Err(status) => Some((Class::MappingFailure, status)),
+            Ok(()) => None,
+        };
+        if let Some((class, status)) = class {
+            core.volume.count(class);
+            return Err(status);
+        }
+        // Until the units are noted: a snapshot waits for that too.
+        let under_way = core.place.under_way();
+        let outcome = write_prepared(core, part, payload).await;
+        let bits = match outcome {
+            Ok(Some(bits)) => bits,
+            _ => [0; 4],
+        };
+        let finished = core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
+        let finished = finished.await;
+        drop(under_way);
+        match outcome? {
+            Some(_) => return finished,
+            None => pause_if_busy(core).await,
+        }
+        if core.is_given_up.load(Ordering::Relaxed) {
+            return Err(Status::Aborted);
+        }
+    }
+}
+
+async fn pause_if_busy(core: &Core) {
+    core.runtime.sleep(Duration::from_micros(50)).await;
+}
+
+/// Writes into an extent that is ours, while the caller is under way; says which units are valid now, or `None` when it is not ours after all.
+async fn write_prepared(core: &Rc<Core>, part: Part, payload: &Payload) -> Result<Option<[u64; 4]>, Status> {
+    let (view, map) = (core.shared.view(), core.volume.map());
+    let (index, within, _, len) = part;
+    let entry = view.table.lookup(&map, index);
+    if !entry.is_mapped() || entry.birth() <= map.shared_generation() {
+        return Ok(None);
+    }
+    if is_broken("valid_before_data") {
+        let bits = bits_of(&view, within, within + len);
+        let id = core.volume.id;
+        core.shared.request(move |owner| async move { owner.validate(id, index, bits).await }).await?;
+    }
+    // Units that are not valid are written whole.
+    let (mut from, mut to) = (within, within + len);
+    let unit = u64::from(view.thin.unit_bytes);
+    if entry.is_partial() {
+        let bits = view.table.partial(entry.low()).bits;
+        let is_valid = |at: u64| runs(bits, view.thin.unit_shift(), at, 1).all(|(valid, ..)| valid);
+        if !is_valid(from) {
+            from -= from % unit;
+        }
+        if !is_valid(to - 1) {
+            to = (to.div_ceil(unit) * unit).min(view.thin.extent_bytes);
+        }
+    }
+    let size = usize_of(to - from);
+    let bounce = Rc::new(core.place.spare.take(size));
+    for (edge, edge_end) in [(from, within), (within + len, to)] {
+        if edge < edge_end {
+            fill(core, &view, entry, (edge, edge_end - edge), usize_of(edge - from), &bounce).await?;
+        }
+    }
+    let at = usize_of(within - from);
+    match payload {
+        Payload::Guest(buffers) => bounce.copy_payload(at, buffers),
+        Payload::Zeroes => bounce.zero(at, usize_of(len)),
+    }
+    core.volume.copied_bytes.fetch_add(len, Ordering::Relaxed);
+    let extent = extent_of(&view, entry);
+    match write_copies(core, &view, extent, from, &bounce, size).await? {
+        true => Ok(Some(bits_of(&view, from, to))),
+        false => Ok(None),
+    }
+}
+
+/// Reads what an extent shows at `within..within + len` into the bounce.
+async fn fill(
+    core: &Rc<Core>,
+    view: &Arc<View>,
+    entry: Entry,
+    (within, len): (u64, u64),
+    at: usize,
+    bounce: &Rc<Bounce>,
+) -> Outcome {
+    let (mut pieces, mut zeroes) = (Vec::new(), Vec::new());
+    content(view, entry, (within, len), 0, &mut pieces, &mut zeroes);
+    for (start, len) in zeroes {
+        bounce.zero(at + usize_of(start), usize_of(len));
+    }
+    for wanted in &pieces {
+        // A shared extent is not written any more, but after a crash its copies may differ still. Who reads the first copy that is in
+        // sync gets what a resync will make of all.
+        let into = bounce.buffers(at + usize_of(wanted.start), wanted.piece.len as usize);
+        read_piece(core, view, wanted, into, Some(Rc::clone(bounce))).await?;
+    }
+    Ok(())
+}
+
+/// Writes to all members that have the extent; `false`: not now, because it is being resynchronised or is not marked.
+async fn write_copies(
+    core: &Rc<Core>,
+    view: &Arc<View>,
+    extent: u32,
+    within: u64,
+    bounce: &Rc<Bounce>,
+    len: usize,
+) -> Result<bool, Status> {
+    let (set, address) = view.array.locate(extent);
+    let set = view.array.set(set);
+    let mut writes = Vec::new();
+    for piece in set.pieces(address + within, len as u64) {
+        let copies = match set.writable(&piece) {
+            Ok(copies) => copies,
+            Err(crate::raid::Slow::Degraded) => return Err(Status::Path),
+            Err(_) => return Ok(false),
+        };
+        writes.extend(copies.as_slice().iter().map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)));
+    }
+    let lanes = &core.place.lanes;
+    let requests = writes.iter().map(|(member, offset, start, len)| async move {
+        let Some(leaf) = &view.leaves[usize::from(*member)] else { return (*member, Err(Status::Path)) };
+        (*member, lanes.write(leaf, view.data_offset + offset, bounce, *start, *len, false).await)
+    });
+    let (mut failed, mut status) = (0u64, None);
+    for (member, outcome) in all(requests).await {
+        if let Err(why) = outcome {
+            failed |= 1 << member;
+            if matches!(status, None | Some(Status::Aborted)) {
+                status = Some(why);
+            }
+        }
+    }
+    let Some(status) = status else { return Ok(true) };
+    if !view.is_redundant {
+        return Err(status);
+    }
+    core.volume.count(Class::DeviceFailure);
+    core.shared.mark_unsynced();
+    mark_extent(view, extent, within, len as u64);
+    if status == Status::Aborted {
+        return match core.is_given_up.load(Ordering::Relaxed) {
+            true => Err(Status::Aborted),
+            // Somebody else's abort: again.
+            false => Ok(false),
+        };
+    }
+    core.shared.request(move |owner| async move { owner.report(failed, status).await }).await?;
+    Ok(true)
+}
+
+/// The units that lie wholly in bytes `from..to` of an extent.
+fn bits_of(view: &View, from: u64, to: u64) -> [u64; 4] {
+    let unit = u64::from(view.thin.unit_bytes);
+    let first = from.div_ceil(unit);
+    let last = if to == view.thin.extent_bytes { u64::from(view.thin.units()) } else { to / unit };
+    let mut bits = [0u64; 4];
+    for at in first..last {
+        bits[usize::try_from(at >> 6).unwrap_or(3)] |= 1 << (at & 63);
+    }
+    bits
+}
+
+/// Writes zeroes where something is mapped; what is not reads as zeroes.
+async fn write_zeroes(core: &Rc<Core>, (first, len): (u64, u64)) -> Outcome {
+    let view = core.shared.view();
+    for (index, _, start, here) in by_extent(view.thin.extent_bytes, (first, len)) {
+        if view.table.lookup(&core.volume.map(), index).is_mapped() {
+            write_extent(core, (first + start, here), &Payload::Zeroes).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives back what can be; returns the bytes that do not read as zeroes for certain.
+async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, u64)>, Status> {
+    let view = core.shared.view();
+    let map = core.volume.map();
+    let size = map.size_bytes();
+    let unit = u64::from(view.thin.unit_bytes);
+    let id = core.volume.id;
+    let mut left = Vec::new();
+    let mut whole: Option<(u32, u32)> = None;
+    let parts: Vec<Part> = by_extent(view.thin.extent_bytes, (first, len)).collect();
+    for (index, within, start, here) in parts {
+        let reaches_end = within == 0 && first + start + here == size;
+        if here == view.thin.extent_bytes || reaches_end {
+            whole = Some(whole.map_or((index, 1), |(from, count)| (from, count + 1)));
+            continue;
+        }
+        if !view.table.lookup(&map, index).is_mapped() {
+            continue;
+        }
+        let (from, to) = (within.div_ceil(unit) * unit, (within + here) / unit * unit);
+        let base = first + start - within;
+        if from >= to {
+            left.push((first + start, here));
+            continue;
+        }
+        let bits = bits_of(&view, from, to);
+        let done = core.shared.request(move |owner| async move { owner.invalidate(id, index, bits).await }).await?;
+        match done {
+            true => {
+                left.extend([(base + within, from - within), (base + to, within + here - to)]);
+            }
+            false => left.push((first + start, here)),
+        }
+    }
+    left.retain(|(_, len)| *len > 0);
+    if let Some((index, count)) = whole {
+        core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+    }
+    Ok(left)
+}

@@ -1,0 +1,154 @@
+//! The state of a set's members, and what it allows: which copy a read takes, which copies a write goes to.
+//!
+//! Owns: nothing that it decides itself. One owner changes the modes, the bits (but `touched`) and the window; every reactor
+//! reads them, without locks. When the owner must know that nobody works by the old state any more, it changes the state,
+//! then waits for a barrier: until every reactor has finished what it began before.
+//!
+//! Invariants:
+//! - A read never takes a copy that may be older than another one.
+//! - A write goes to every copy that is or becomes readable, or is not done here.
+
+use super::{COPIES_MAX, Copies, Copy, Piece, Set, Slow};
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+/// What a member takes part in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Mode {
+    /// In nothing.
+    Away = 0,
+    /// In writes only: what it holds is not yet all right.
+    Syncing = 1,
+    /// In everything.
+    InSync = 2,
+}
+
+impl Set {
+    /// The mode of a member, by place in the set.
+    #[must_use]
+    #[inline]
+    pub fn mode(&self, member_in_set: u16) -> Mode {
+        match self.modes[usize::from(member_in_set)].load(Ordering::Acquire) {
+            0 => Mode::Away,
+            1 => Mode::Syncing,
+            _ => Mode::InSync,
+        }
+    }
+
+    /// Changes the mode of a member. The owner's.
+    pub fn set_mode(&self, member_in_set: u16, mode: Mode) {
+        assert!(member_in_set < self.members(), "member {member_in_set} of {}", self.members());
+        self.modes[usize::from(member_in_set)].store(mode as u8, Ordering::Release);
+    }
+
+    #[inline]
+    fn mode_of(&self, copy: &Copy) -> Mode {
+        self.mode(copy.member - self.first_member)
+    }
+
+    /// Announces that these bytes of the members' data areas are being resynchronised; `None`: none are. The owner's.
+    ///
+    /// It holds for all only after a barrier, which the owner makes before it reads the first byte of the window. Until then
+    /// a reader may see the old window, the new one, or one's start with the other's end. The end is stored first when that
+    /// makes it wider and last when not, and readers load the start first; so, whatever they see:
+    /// - a byte that is in both the old and the new window is in it: what was held stays held while the window moves;
+    /// - if the window moves forward, or there was none, it is as wide as the old or the new one, or wider.
+    pub fn set_window(&self, window: Option<Range<u64>>) {
+        let Range { start, end } = window.unwrap_or(0..0);
+        let wide_start = start.min(self.window_start.load(Ordering::Relaxed));
+        let wide_end = end.max(self.window_end.load(Ordering::Relaxed));
+        self.window_end.store(wide_end, Ordering::Release);
+        self.window_start.store(wide_start, Ordering::Release);
+        self.window_start.store(start, Ordering::Release);
+        self.window_end.store(end, Ordering::Release);
+    }
+
+    /// Says whether some of [offset, offset + len) of the members' data areas is being resynchronised.
+    #[must_use]
+    #[inline]
+    pub fn in_window(&self, offset: u64, len: u64) -> bool {
+        let start = self.window_start.load(Ordering::Acquire);
+        let end = self.window_end.load(Ordering::Acquire);
+        // What is empty overlaps with nothing, an empty window too.
+        offset.max(start) < end.min(offset + len)
+    }
+
+    /// Whether `check` is true of some region that some copy of `piece` is in.
+    #[inline]
+    fn any_region(&self, piece: &Piece, check: impl Fn(u32) -> bool) -> bool {
+        // Most copies are at the same offset: those regions are looked at once.
+        let mut seen = None;
+        piece.copies.as_slice().iter().any(|copy| {
+            if seen.replace(copy.offset) == Some(copy.offset) {
+                return false;
+            }
+            let last = self.region_of(copy.offset + u64::from(piece.len) - 1);
+            (self.region_of(copy.offset)..=last).any(&check)
+        })
+    }
+
+    /// The copy that a read of `piece` takes: of those in sync, another one with each `rotor`.
+    ///
+    /// # Errors
+    /// [`Slow::Degraded`] when no copy can be read; [`Slow::Unsynced`] when more than one can be read and they may differ.
+    #[inline]
+    pub fn choose(&self, piece: &Piece, rotor: u32) -> Result<Copy, Slow> {
+        let (mut readable, mut readable_count) = ([0_u8; COPIES_MAX], 0);
+        for (index, copy) in (0..).zip(piece.copies.as_slice()) {
+            match self.mode_of(copy) {
+                Mode::Away | Mode::Syncing => {}
+                Mode::InSync => {
+                    readable[readable_count] = index;
+                    readable_count += 1;
+                }
+            }
+        }
+        let turn = match readable_count {
+            0 => return Err(Slow::Degraded),
+            1 => 0,
+            2 => (rotor & 1) as usize,
+            count => rotor as usize % count,
+        };
+        if readable_count > 1 && self.any_region(piece, |region| self.unsynced.get(region)) {
+            return Err(Slow::Unsynced);
+        }
+        Ok(piece.copies.as_slice()[usize::from(readable[turn])])
+    }
+
+    /// The copies that a write of `piece` goes to. Marks its regions as touched when it may be done.
+    ///
+    /// # Errors
+    /// [`Slow::Degraded`] when none of them can be read; then, at redundant levels, [`Slow::Intent`] when the mark of a region
+    /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised.
+    #[inline]
+    pub fn writable(&self, piece: &Piece) -> Result<Copies, Slow> {
+        let (mut copies, mut is_readable) = (Copies::default(), false);
+        for copy in piece.copies.as_slice() {
+            let mode = self.mode_of(copy);
+            if mode != Mode::Away {
+                copies.push(*copy);
+                is_readable |= mode == Mode::InSync;
+            }
+        }
+        if !is_readable {
+            return Err(Slow::Degraded);
+        }
+        if !self.level.is_redundant() {
+            return Ok(copies);
+        }
+        // A copy of a member that is away counts too: its region is what a resync will look for.
+        if self.any_region(piece, |region| !self.intents.get(region)) {
+            return Err(Slow::Intent);
+        }
+        let len = u64::from(piece.len);
+        if piece.copies.as_slice().iter().any(|copy| self.in_window(copy.offset, len)) {
+            return Err(Slow::Window);
+        }
+        self.any_region(piece, |region| {
+            self.touched.mark(region);
+            false
+        });
+        Ok(copies)
+    }
+}
