@@ -203,6 +203,8 @@ fn snapshots_keep_what_was_and_clones_go_their_own_way() {
         assert!(scene.read(&pool, "c", 0, 128 << 10) == want, "{level:?}: the clone");
         let write = scene.io(&pool, "s", Operation::Write { fua: false }, 0, &[0; 512]).0;
         assert_eq!(write, Err(Status::ReadOnly));
+        // What people see is a second old at most.
+        scene.wait(Duration::from_secs(2));
         let free = pool.view().free_bytes;
         scene.ask(pool.delete_volume("s")).unwrap();
         scene.ask(pool.delete_volume("v")).unwrap();
