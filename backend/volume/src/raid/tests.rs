@@ -389,7 +389,7 @@ fn raid1_choices_and_writes_by_every_mode_and_mark() {
                 let choice = chosen(&set, &piece);
                 if readable.is_empty() {
                     assert_eq!(choice, Err(Slow::Degraded));
-                } else if written.len() > 1 && (has(0) || has(1)) {
+                } else if readable.len() > 1 && (has(0) || has(1)) {
                     assert_eq!(choice, Err(Slow::Unsynced));
                 } else {
                     let choice = choice.expect("readable");

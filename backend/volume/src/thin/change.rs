@@ -3,7 +3,7 @@
 //! Nothing here fails: the callers have checked that the change makes sense, and asked for room.
 
 use super::chunks::Stored;
-use super::entry::{Entry, Mapped, NO_BITS};
+use super::entry::{Entry, Mapped};
 use super::metadata::Metadata;
 use super::table::{PartialView, split};
 use crate::format::{CHUNK_ENTRIES, DIR_POINTERS, NONE};

@@ -1,6 +1,6 @@
 //! [`Metadata::verify`]: everything that is kept twice is counted again and compared.
 
-use super::entry::{Entry, Mapped, NO_BITS, is_within};
+use super::entry::{Entry, Mapped, is_within};
 use super::metadata::Metadata;
 use super::pages::ROOT_PAGES;
 use crate::format::{CHUNK_ENTRIES, DIR_POINTERS, NONE};
@@ -105,7 +105,7 @@ impl Metadata {
         if entry.birth() > v.shared_generation && (is_shared || v.is_snapshot) {
             fault("it is shared and yet exclusive");
         }
-        if let Mapped::Partial { extent, fallback, bits, .. } = self.table.resolve(entry)
+        if let Mapped::Partial { extent, bits, .. } = self.table.resolve(entry)
             && (!is_within(bits, self.full) || bits == self.full )
         {
             fault(&format!("the bits of partly valid extent {extent} are {bits:x?}"));

@@ -125,7 +125,7 @@ impl World {
                 let background =
                     held.map_or(NONE, |h| if h.bits == self.naive.full { h.extent } else { h.fallback });
                 let fallback = if self.random.one_in(3) { NONE } else { background };
-                let bits = if fallback != NONE && self.random.one_in(5) { [0; 4] } else { self.bits() };
+                let bits = if self.random.one_in(5) { [0; 4] } else { self.bits() };
                 let extent = self.metadata.allocate()?;
                 Record::Map { volume, index, birth: self.naive.generation, extent, fallback, bits }
             }
@@ -202,7 +202,7 @@ impl World {
             3 => map(writable, 600 * 448, now, free, NONE, full),
             4 => map(snapshot, 0, now, free, NONE, full),
             5 => map(writable, 0, now, free, free, full),
-            6 => map(writable, 0, now, free, NONE, [0; 4]),
+            6 => map(writable, 0, now, self.naive.extents, NONE, full),
             7 => Record::Valid { volume: writable, index: 3, bits: [1, 0, 0, 0] },
             8 => Record::Invalid { volume: snapshot, index: 0, bits: full },
             9 => Record::Unmap { volume: writable, index: 0, count: u32::MAX },

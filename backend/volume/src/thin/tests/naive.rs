@@ -72,8 +72,10 @@ impl Naive {
             }
             &Record::Invalid { volume, index, bits } => {
                 let held = self.at(volume).held.get_mut(&index).unwrap();
+                let before = held.bits;
                 held.bits.iter_mut().zip(bits).for_each(|(held, bits)| *held &= !bits);
-                if held.bits == [0; 4] {
+                // What had nothing valid before is about to be written.
+                if held.bits == [0; 4] && before != held.bits {
                     self.at(volume).held.remove(&index);
                 }
             }
