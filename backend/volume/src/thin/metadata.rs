@@ -1,5 +1,6 @@
 //! [`Metadata`]: all volumes of a pool and what they hold, owned by one thread. Here: its parts, and questions to it.
 
+use crate::format::CHUNK_ENTRIES;
 use super::checkpoint::Checkpoint;
 use super::chunks::Chunks;
 use super::dirs::Dirs;
@@ -166,6 +167,18 @@ impl Metadata {
     #[must_use]
     pub fn entry(&self, volume: u32, index: u32) -> Mapped {
         self.table.resolve(self.raw_entry(volume, index))
+    }
+
+    /// The first index from `from` on that has something mapped.
+    #[must_use]
+    pub fn next_mapped(&self, volume: u32, from: u32) -> Option<u32> {
+        let map = self.volumes.get(&volume)?.map();
+        let (first, _) = split(from);
+        (first..map.chunk_count()).filter(|at| map.chunk(*at) != 0).find_map(|at| {
+            let base = u32::try_from(at * CHUNK_ENTRIES).ok()?;
+            let entries = (base..).zip(self.table.entries(map.chunk(at)));
+            entries.into_iter().find(|(index, entry)| *index >= from && entry.is_mapped()).map(|(index, _)| index)
+        })
     }
 
     /// What is mapped there belongs to this volume alone: it may be written in place.

@@ -98,6 +98,15 @@ impl VolumeMap {
         self.chunks.iter().map(|id| id.load(Ordering::Relaxed)).collect()
     }
 
+    pub(super) fn chunk_count(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Whoever still has it finds nothing: the volume is gone.
+    pub(crate) fn forget(&self) {
+        self.set_size(0);
+    }
+
     /// The chunk at this place; 0: none.
     pub(super) fn chunk(&self, at: usize) -> u32 {
         self.chunks.get(at).map_or(0, |id| id.load(Ordering::Relaxed))

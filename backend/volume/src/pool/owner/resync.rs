@@ -26,11 +26,14 @@ use std::time::Duration;
 /// What is copied while writers keep out.
 const WINDOW_BYTES: u64 = 1 << 20;
 
+const SCRUB: &str = "scrub";
+
 /// Work that takes long.
 #[derive(Default)]
 pub(crate) struct Work {
     running: Cell<Option<Progress>>,
-    last: Cell<Option<Progress>>,
+    /// The last resync or rebuild, and the last scrub.
+    last: [Cell<Option<Progress>>; 2],
     scrub_wanted: RefCell<Option<bool>>,
 }
 
@@ -59,12 +62,22 @@ impl Work {
     }
 
     fn end(&self, now: Instant) {
-        let ended = self.running.take().map(|progress| Progress { ended: Some(now), ..progress });
-        self.last.set(ended);
+        if let Some(progress) = self.running.take() {
+            let place = usize::from(progress.kind == SCRUB);
+            self.last[place].set(Some(Progress { ended: Some(now), ..progress }));
+        }
     }
 
     pub(crate) fn views(&self, now: Instant) -> Vec<TaskView> {
-        let each = [self.running.get(), self.last.get()].into_iter().flatten();
+        let waiting = self.scrub_wanted.borrow().map(|_| Progress {
+            kind: SCRUB,
+            done_bytes: 0,
+            total_bytes: 0,
+            began: now,
+            ended: None,
+            mismatches: 0,
+        });
+        let each = [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
         each.map(|progress| TaskView {
             kind: progress.kind,
             done_bytes: progress.done_bytes,
@@ -660,12 +673,14 @@ impl Owner {
             return Err(PoolError::Wrong(format!("pool {} has nothing to compare", self.shared.name)));
         }
         let mut wanted = self.work.scrub_wanted.borrow_mut();
-        if wanted.is_some() {
+        if wanted.is_some() || self.work.running.get().is_some_and(|running| running.kind == SCRUB) {
             return Err(PoolError::Conflict(format!("pool {} is being scrubbed", self.shared.name)));
         }
         *wanted = Some(repair);
         // What is told of the last one is not told of this one.
-        self.work.last.set(None);
+        self.work.last[1].set(None);
+        drop(wanted);
+        self.publish();
         Ok(())
     }
 
@@ -673,15 +688,14 @@ impl Owner {
     async fn scrub_all(self: &Rc<Self>, repair: bool) {
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
-        let volumes: Vec<(u32, u64)> =
-            self.meta.borrow().volumes().map(|(id, volume)| (id, volume.size_bytes().div_ceil(extent_bytes))).collect();
+        let volumes: Vec<u32> = self.meta.borrow().volumes().map(|(id, _)| id).collect();
         let total = self.meta.borrow().volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>() * extent_bytes;
-        self.work.begin("scrub", total, self.runtime.now());
+        self.work.begin(SCRUB, total, self.runtime.now());
         let mut seen = BTreeSet::new();
-        for (id, extents) in volumes {
-            let mut at = 0;
-            while let Some(index) = self.next_mapped(id, at, extents) {
-                at = u64::from(index) + 1;
+        for id in volumes {
+            let mut at = Some(0);
+            while let Some(index) = at.and_then(|at| self.meta.borrow().next_mapped(id, at)) {
+                at = index.checked_add(1);
                 if self.is_closing.get() || self.lost.borrow().is_some() {
                     break;
                 }
@@ -693,13 +707,6 @@ impl Owner {
         }
         self.work.end(self.runtime.now());
         self.publish();
-    }
-
-    fn next_mapped(&self, id: u32, from: u64, end: u64) -> Option<u32> {
-        let meta = self.meta.borrow();
-        meta.volume(id)?;
-        let mut indices = (from..end).filter_map(|index| u32::try_from(index).ok());
-        indices.find(|index| meta.entry(id, *index) != Mapped::None)
     }
 
     async fn scrub_extent(self: &Rc<Self>, id: u32, index: u32, repair: bool, seen: &mut BTreeSet<u32>) -> u64 {

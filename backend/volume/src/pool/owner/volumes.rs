@@ -5,7 +5,7 @@ use crate::format::{self, NAME_BYTES_MAX, NewSnapshot, Record, Uuid};
 use crate::pool::PoolError;
 use crate::pool::shared::{VolumeShared, lock};
 use crate::simulated::is_broken;
-use crate::thin::{Mapped, Metadata};
+use crate::thin::Metadata;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -143,10 +143,10 @@ impl Owner {
                 if shown.as_ref().is_some_and(|shown| shown.users.load(Ordering::Acquire) > 0) {
                     return Err(PoolError::Conflict(format!("volume {name} is in use, it can only grow now")));
                 }
-                let (first, end) = (size_bytes / extent_bytes, before.div_ceil(extent_bytes));
-                let index = |at: u64| u32::try_from(at).unwrap_or(u32::MAX);
-                let mapped = (index(first)..index(end)).rev().find(|at| meta.entry(id, *at) != Mapped::None);
-                if let Some(last) = mapped {
+                let first = u32::try_from(size_bytes / extent_bytes).unwrap_or(u32::MAX);
+                let after = |at: Option<u32>| at.and_then(|at| meta.next_mapped(id, at));
+                let mapped = std::iter::successors(after(Some(first)), |at| after(at.checked_add(1)));
+                if let Some(last) = mapped.last() {
                     let needed = ((u64::from(last) + 1) * extent_bytes).min(before);
                     return Err(PoolError::Conflict(format!(
                         "volume {name} has data up to {needed} bytes, want at least that, or discard it first"
@@ -254,7 +254,15 @@ impl Owner {
             }
         }
         let what = format!("volume {name} cannot be deleted");
-        let done = self.change(&what, || Ok(Record::Delete { id })).await;
+        let done = self
+            .change(&what, || {
+                // Who opens it from now on finds nothing.
+                if let Some(shown) = &shown {
+                    shown.map().forget();
+                }
+                Ok(Record::Delete { id })
+            })
+            .await;
         if done.is_err() && self.meta.borrow().volume(id).is_some() {
             if let Some(shown) = &shown {
                 shown.is_gone.store(false, Ordering::SeqCst);
