@@ -725,6 +725,7 @@ async fn start(
         space: super::wait::Bell::default(),
         work: super::owner::Work::default(),
         lost: RefCell::new(None),
+        is_open: Cell::new(false),
         is_closing: Cell::new(false),
         is_read_only,
     });
@@ -743,6 +744,7 @@ async fn start(
                 )));
             }
         }
+        owner.is_open.set(true);
         if !was_closed {
             // Writes of the process before us are over only now.
             drop(tables.take());

@@ -252,7 +252,9 @@ impl Metadata {
     pub fn has_room_for_metadata(&self, new_chunks: u32) -> bool {
         let pages = self.pages.count();
         let limit = (pages - RESERVE_PAGES.min(pages / 4)) / 2;
-        self.pages_needed() + u64::from(new_chunks) <= u64::from(limit)
+        // What a record takes of the arenas, and those that cannot be refused after it.
+        let has_arenas = self.chunks.has_room(16, 16 * CHUNK_ENTRIES);
+        has_arenas && self.pages_needed() + u64::from(new_chunks) <= u64::from(limit)
     }
 
     /// Pages of the metadata area in use: the last durable tree's, and what a running checkpoint has written.

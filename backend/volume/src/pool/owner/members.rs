@@ -34,6 +34,8 @@ pub(crate) struct Member {
     pub(crate) tried: Instant,
     /// The volatile cache that its writes are in.
     pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
+    /// It gets all writes, and is not ready to be taken for whole.
+    pub(crate) is_joining: bool,
     /// It has lost its cache, or may have: its data is not what was written.
     pub(crate) is_doubted: Arc<std::sync::atomic::AtomicBool>,
 }
@@ -50,6 +52,7 @@ impl Member {
             away_since: (!is_recorded).then_some(now),
             tried: now,
             cache: Arc::new(Mutex::new(cache)),
+            is_joining: false,
             is_doubted: Arc::default(),
         }
     }
@@ -259,9 +262,32 @@ impl Owner {
         book.clone()
     }
 
+    /// Looks whether another host has opened the pool over us: then it is not ours to write any more. Where members know reservations, they
+    /// refuse us before that.
+    pub(crate) async fn check_owner(self: &Rc<Self>) {
+        let Some((_, leaf)) = self.targets().into_iter().find(|(member, _)| self.mode_of(*member) == Mode::InSync) else {
+            return;
+        };
+        let Ok(Some(label)) = self.label_of(&leaf).await else { return };
+        let (epoch, opened_by) = {
+            let book = self.book.borrow();
+            (book.epoch, book.opened_by)
+        };
+        let is_ours = label.pool_uuid == self.shared.uuid && label.epoch <= epoch;
+        if !is_ours || (label.epoch == epoch && label.opened_by.is_some() && label.opened_by != opened_by) {
+            self.lose("another host has opened it");
+        }
+    }
+
     /// Writes the superblocks of all members that are written to, and of spares: who has them now, and who failed.
     /// The turn is the caller's.
     pub(crate) async fn write_superblocks(self: &Rc<Self>) -> (Vec<u16>, Vec<u16>) {
+        if self.is_open.get() {
+            self.check_owner().await;
+        }
+        if self.lost.borrow().is_some() {
+            return (Vec::new(), self.targets().into_iter().map(|(member, _)| member).collect());
+        }
         let book = self.next_superblock();
         let targets = self.targets();
         let uuids: Vec<Uuid> = self.members.borrow().iter().map(|member| member.uuid).collect();
@@ -337,17 +363,17 @@ impl Owner {
                 && old != new
                 && set.level().is_redundant()
             {
-                // Nobody reads from it any more; the owner writes it down, and brings it back.
+                // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
                 doubted.store(true, std::sync::atomic::Ordering::Release);
-                if survives(&set, 1 << index) {
-                    set.set_mode(index, Mode::Away);
+                if set.mode(index) == Mode::InSync && survives(&set, 1 << index) {
+                    set.set_mode(index, Mode::Syncing);
                 }
             }
             if now.is_some() {
                 *before = now;
             }
             drop(before);
-            shared.ask(|owner| async move { owner.bell.ring() });
+            drop(shared.ask(|owner| async move { owner.look_after_members().await }));
         }));
     }
 

@@ -124,6 +124,8 @@ pub(crate) struct Owner {
     pub(crate) space: Bell,
     pub(crate) work: Work,
     pub(crate) lost: RefCell<Option<String>>,
+    /// The superblocks say that we have it.
+    pub(crate) is_open: Cell<bool>,
     pub(crate) is_closing: Cell<bool>,
     pub(crate) is_read_only: bool,
 }

@@ -322,7 +322,12 @@ impl Owner {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
         self.lanes.flush(&leaf).await?;
         let _turn = self.turns.superblock.take().await;
-        if set.mode(member) != Mode::Syncing || set.unsynced.any() {
+        let is_ready = {
+            let members = self.members.borrow();
+            let member = &members[usize::from(number)];
+            !member.is_joining && !member.is_recorded && !member.is_doubted.load(std::sync::atomic::Ordering::Acquire)
+        };
+        if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
         }
         self.members.borrow_mut()[usize::from(number)].is_recorded = true;
@@ -395,27 +400,32 @@ impl Owner {
             }
         }
         self.new_view();
-        // From now on it gets all writes; what it lacks from before is marked.
-        set.set_mode(index, Mode::Syncing);
-        self.barrier().await;
-        let first = self.first_region_of(&set);
+        self.members.borrow_mut()[usize::from(number)].is_joining = true;
+        let joined = self.join(number, &set, index).await;
+        self.members.borrow_mut()[usize::from(number)].is_joining = false;
+        if let Err(status) = joined {
+            set.set_mode(index, Mode::Away);
+            return Err(status.name().to_owned());
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
+    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        self.shared.mark_unsynced();
+        let first = self.first_region_of(set);
         for region in 0..set.regions() {
             if self.intents.borrow().is_durable(first + region) {
                 set.unsynced.set(region);
             }
         }
-        self.shared.mark_unsynced();
+        set.set_mode(index, Mode::Syncing);
+        self.barrier().await;
         if number < self.book.borrow().metadata_members() {
-            let metadata = async {
-                self.checkpoint(true).await?;
-                self.rewrite_intents().await
-            };
-            if let Err(status) = metadata.await {
-                set.set_mode(index, Mode::Away);
-                return Err(status.name().to_owned());
-            }
+            self.checkpoint(true).await?;
+            self.rewrite_intents().await?;
         }
-        self.publish();
         Ok(())
     }
 

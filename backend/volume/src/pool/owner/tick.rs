@@ -26,6 +26,7 @@ impl Owner {
                 return;
             }
             if self.lost.borrow().is_none() {
+                self.check_owner().await;
                 self.look_after_members().await;
                 let now = self.runtime.now();
                 if now >= commit_at {
@@ -49,7 +50,12 @@ impl Owner {
     }
 
     /// Puts out who has lost something, and brings back who is there again.
-    async fn look_after_members(self: &Rc<Self>) {
+    pub(crate) async fn look_after_members(self: &Rc<Self>) {
+        if self.is_closing.get() || self.is_read_only || self.lost.borrow().is_some() {
+            return;
+        }
+        // A replacement may be under way.
+        let turn = self.turns.change.take().await;
         let count = self.members.borrow().len();
         for member in 0..u16::try_from(count).unwrap_or(0) {
             let (leaf, is_recorded, is_doubted, tried) = {
@@ -71,6 +77,7 @@ impl Owner {
                 self.rejoin(member).await;
             }
         }
+        drop(turn);
         self.use_spare().await;
     }
 
