@@ -269,12 +269,9 @@ impl Owner {
             return;
         };
         let Ok(Some(label)) = self.label_of(&leaf).await else { return };
-        let (epoch, opened_by) = {
-            let book = self.book.borrow();
-            (book.epoch, book.opened_by)
-        };
+        let epoch = self.book.borrow().epoch;
         let is_ours = label.pool_uuid == self.shared.uuid && label.epoch <= epoch;
-        if !is_ours || (label.epoch == epoch && label.opened_by.is_some() && label.opened_by != opened_by) {
+        if !is_ours || (label.epoch == epoch && label.opened_by.is_some_and(|host| host != self.options.host)) {
             self.lose("another host has opened it");
         }
     }
