@@ -1,18 +1,18 @@
 //! From a disk's request to member I/O, in one pass.
 //!
-//! Owns: [`plan::resolve`], which is pure; the [`Volume`], a device made of member devices; its channels, which carry
-//! plans out. Must not know: rings, NVMe commands, paths.
-//!
-//! Today a volume is one whole member: a plan is the request itself, or its pieces where the member takes less at a time.
-//!
 //! ```text
-//!   Request ── resolve() ──► Plan: Whole            ──► the same request, the same token
-//!                            Plan: Pieces(n)        ──► n member requests, one slot that counts them down
-//!                            Refused(status)        ──► ended on the spot
+//!   plan, engine    a whole device, which splits what is too long for it
+//!   pool            an array of devices with thin volumes in it: the hot path, the owner, its log
+//!     ├─ thin       what is mapped where, snapshots, allocation: a state machine without I/O
+//!     ├─ raid       where levels put data: arithmetic, and which members have it
+//!     └─ format     what stands on the members: bytes
 //! ```
 //!
+//! Owns: [`plan::resolve`] and [`pool::resolve`], which are pure; the devices [`Volume`] and those of a [`pool::Pool`]; the tasks that do what is not hot.
+//! Must not know: rings, NVMe commands, paths, files.
+//!
 //! Invariants:
-//! - `resolve()` allocates nothing, locks nothing, calls nothing, and reads nothing but its arguments.
+//! - Resolving allocates nothing, locks nothing, calls nothing, and reads nothing but its arguments.
 //! - A request that was split ends when its last piece has ended, with the first failure among them.
 
 #![deny(unsafe_code)]
