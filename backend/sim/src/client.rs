@@ -7,8 +7,8 @@ use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Event, Runtime, Slab, Source, SourceId};
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
-use std::task::{Poll, Waker};
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
 struct Under {
     buffer: AlignedBuffer,

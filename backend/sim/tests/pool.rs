@@ -73,7 +73,14 @@ impl Scene {
         self.try_open(devices, false).unwrap()
     }
 
-    fn io(&mut self, pool: &Pool, volume: &str, operation: Operation, offset: u64, bytes: &[u8]) -> (Outcome, Vec<u8>) {
+    fn io(
+        &mut self,
+        pool: &Pool,
+        volume: &str,
+        operation: Operation,
+        offset: u64,
+        bytes: &[u8],
+    ) -> (Outcome, Vec<u8>) {
         let device = pool.device(volume).unwrap();
         let client = Client::new(self.reactors[0].runtime(), &device);
         let bytes = bytes.to_vec();

@@ -105,6 +105,8 @@ impl<T> Future for Ask<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = Pin::new(&mut self.0).poll(cx);
-        answer.map(|answer| answer.unwrap_or_else(|| Err(PoolError::Failed("its reactor has ended".to_owned()))))
+        answer.map(|answer| {
+            answer.unwrap_or_else(|| Err(PoolError::Failed("its reactor has ended".to_owned())))
+        })
     }
 }

@@ -58,12 +58,15 @@ pub(crate) async fn read_superblock(lanes: &Rc<Lanes>, leaf: &Leaf) -> Result<Op
             continue;
         }
         let decoded = match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
-            Ok(page) => Superblock::decode(page.bytes(0, PAGE_BYTES))
-                .map_err(|error| PoolError::Failed(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))),
+            Ok(page) => Superblock::decode(page.bytes(0, PAGE_BYTES)).map_err(|error| {
+                PoolError::Failed(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))
+            }),
             Err(status) => Err(failed(leaf, "its superblock cannot be read", status)),
         };
         match decoded {
-            Ok(Some(found)) if best.as_ref().is_none_or(|best| best.generation < found.generation) => best = Some(found),
+            Ok(Some(found)) if best.as_ref().is_none_or(|best| best.generation < found.generation) => {
+                best = Some(found)
+            }
             Ok(_) => {}
             Err(error) => fault = Some(error),
         }
@@ -75,7 +78,11 @@ pub(crate) async fn read_superblock(lanes: &Rc<Lanes>, leaf: &Leaf) -> Result<Op
 }
 
 /// The set that members from `first` on make.
-pub(crate) fn new_set(book: &Superblock, first: usize, count: usize) -> Result<(Arc<Set>, SetRecord), String> {
+pub(crate) fn new_set(
+    book: &Superblock,
+    first: usize,
+    count: usize,
+) -> Result<(Arc<Set>, SetRecord), String> {
     let set = Set::new(SetConfig {
         level: book.level,
         first_member: u16::try_from(first).map_err(|_| "too many members".to_owned())?,
@@ -94,14 +101,19 @@ fn array_of(book: &Superblock) -> Result<Array, PoolError> {
     let mut sets = Vec::new();
     for record in &book.sets {
         let count = usize::from(record.members);
-        let (set, _) = new_set(book, first, count).map_err(|what| PoolError::Failed(format!("pool {}: {what}", book.name)))?;
+        let (set, _) = new_set(book, first, count)
+            .map_err(|what| PoolError::Failed(format!("pool {}: {what}", book.name)))?;
         sets.push(set);
         first += count;
     }
     Array::new(sets).map_err(|what| PoolError::Failed(format!("pool {}: {what}", book.name)))
 }
 
-pub(super) fn create(reactor: &ReactorHandle, devices: Vec<Arc<dyn Device>>, options: CreateOptions) -> Ask<()> {
+pub(super) fn create(
+    reactor: &ReactorHandle,
+    devices: Vec<Arc<dyn Device>>,
+    options: CreateOptions,
+) -> Ask<()> {
     Ask::of(reactor, move |runtime| async move {
         let lanes = Lanes::new(&runtime);
         let made = make(&runtime, &lanes, devices, options).await;
@@ -136,14 +148,20 @@ async fn make(
     if array.extents() == 0 {
         return Err(wrong(format!("pool {}: its members are too small for one extent", book.name)));
     }
-    let thin = Thin { extents: array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
+    let thin =
+        Thin { extents: array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
     let count = usize::from(book.metadata_members());
     let (members, rest) = leaves.split_at(leaves.len() - spares.len());
     for leaf in &members[..count] {
-        write_empty_tables(lanes, leaf, &book, thin).await.map_err(|status| failed(leaf, "cannot be written", status))?;
+        write_empty_tables(lanes, leaf, &book, thin)
+            .await
+            .map_err(|status| failed(leaf, "cannot be written", status))?;
     }
     // Last: what has no superblock is no pool.
-    let named = members.iter().zip(book.members.iter().map(|member| member.uuid)).chain(rest.iter().zip(spares.iter().copied()));
+    let named = members
+        .iter()
+        .zip(book.members.iter().map(|member| member.uuid))
+        .chain(rest.iter().zip(spares.iter().copied()));
     for (leaf, uuid) in named {
         let own = Superblock { this: uuid, ..book.clone() };
         let bounce = Rc::new(Bounce::holding(&own.encode()));
@@ -164,7 +182,11 @@ fn random_uuid(runtime: &Runtime) -> Uuid {
 }
 
 /// The superblock of a new pool, and the UUIDs of its spares.
-fn plan_pool(runtime: &Runtime, leaves: &[Leaf], options: &CreateOptions) -> Result<(Superblock, Vec<Uuid>), PoolError> {
+fn plan_pool(
+    runtime: &Runtime,
+    leaves: &[Leaf],
+    options: &CreateOptions,
+) -> Result<(Superblock, Vec<Uuid>), PoolError> {
     let CreateOptions { name, level, strip_bytes, .. } = options;
     if !format::is_name(name) {
         return Err(wrong(format!(
@@ -172,7 +194,7 @@ fn plan_pool(runtime: &Runtime, leaves: &[Leaf], options: &CreateOptions) -> Res
             format::NAME_BYTES_MAX
         )));
     }
-    let count = leaves.len().checked_sub(options.spares).unwrap_or(0);
+    let count = leaves.len().saturating_sub(options.spares);
     let (least, most) = (usize::from(level.members_min()), usize::from(level.members_max()));
     if !(least..=most).contains(&count) {
         return Err(wrong(format!("{} has {least} to {most} members, and {count} are given", level.name())));
@@ -181,7 +203,9 @@ fn plan_pool(runtime: &Runtime, leaves: &[Leaf], options: &CreateOptions) -> Res
         return Err(wrong(format!("{} is not supported by this version", level.name())));
     }
     if !strip_bytes.is_power_of_two() || !(4096..=1 << 20).contains(strip_bytes) {
-        return Err(wrong(format!("a strip of {strip_bytes} bytes cannot be, want a power of two from 4KiB to 1MiB")));
+        return Err(wrong(format!(
+            "a strip of {strip_bytes} bytes cannot be, want a power of two from 4KiB to 1MiB"
+        )));
     }
     let geometries: Vec<_> = leaves.iter().filter_map(|leaf| leaf.device.geometry()).collect();
     let block_bytes = geometries[0].block_size.bytes();
@@ -212,7 +236,10 @@ fn plan_pool(runtime: &Runtime, leaves: &[Leaf], options: &CreateOptions) -> Res
     let stripe = data_strips as u64 * u64::from(*strip_bytes);
     let extent_bytes = options.extent_bytes.max(1).div_ceil(stripe) * stripe;
     if options.extent_bytes > 64 << 20 || extent_bytes > format::superblock::EXTENT_BYTES_MAX {
-        return Err(wrong(format!("an extent of {} bytes cannot be, want at most 64MiB", options.extent_bytes)));
+        return Err(wrong(format!(
+            "an extent of {} bytes cannot be, want at most 64MiB",
+            options.extent_bytes
+        )));
     }
     let sizes: Vec<u64> = geometries[..count].iter().map(|geometry| geometry.size_bytes()).collect();
     let smallest = sizes.iter().copied().min().unwrap_or(0);
@@ -277,7 +304,12 @@ fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64) -> Layout
     }
 }
 
-async fn write_empty_tables(lanes: &Rc<Lanes>, leaf: &Leaf, book: &Superblock, thin: Thin) -> Result<(), Status> {
+async fn write_empty_tables(
+    lanes: &Rc<Lanes>,
+    leaf: &Leaf,
+    book: &Superblock,
+    thin: Thin,
+) -> Result<(), Status> {
     let layout = book.layout;
     for page in 0..layout.intent_pages {
         let bytes = format::encode_intents(&book.pool_uuid, page, &[0; 504]);
@@ -370,7 +402,9 @@ impl Found {
                 continue;
             }
             match book.members.iter().position(|member| member.uuid == label.this) {
-                None => log::warn!("{} was a member of pool {} and has been replaced", leaf.name(), book.name),
+                None => {
+                    log::warn!("{} was a member of pool {} and has been replaced", leaf.name(), book.name)
+                }
                 Some(number) => {
                     if let Some((other, _)) = &members[number] {
                         return Err(PoolError::Conflict(format!(
@@ -397,8 +431,10 @@ impl Found {
                 let calls_stale = |label: &Superblock, member: usize| {
                     label.members.get(member).is_some_and(|record| !record.in_sync)
                 };
-                if calls_stale(label, other) && calls_stale(rival_label, one)
-                    && !calls_stale(label, one) && !calls_stale(rival_label, other)
+                if calls_stale(label, other)
+                    && calls_stale(rival_label, one)
+                    && !calls_stale(label, one)
+                    && !calls_stale(rival_label, other)
                 {
                     return Err(PoolError::Conflict(format!(
                         "{} and {} were each used without the other, so they differ: pool {} opens with one of them; the other \
@@ -422,7 +458,10 @@ impl Found {
         let name = &self.book.name;
         let mut missing = Vec::new();
         for (number, record) in self.book.members.iter().enumerate() {
-            let (set, index) = self.array.set_of_member(u16::try_from(number).unwrap_or(0)).expect("every member is in a set");
+            let (set, index) = self
+                .array
+                .set_of_member(u16::try_from(number).unwrap_or(0))
+                .expect("every member is in a set");
             match self.is_in_sync(number) {
                 true => self.array.set(set).set_mode(index, Mode::InSync),
                 false if record.in_sync => missing.push(number),
@@ -430,9 +469,8 @@ impl Found {
             }
         }
         for set in self.array.sets() {
-            let has_all = (0..set.members()).all(|member| {
-                set.mode(member) == Mode::InSync || super::owner::survives(set, 1 << member)
-            });
+            let has_all = (0..set.members())
+                .all(|member| set.mode(member) == Mode::InSync || super::owner::survives(set, 1 << member));
             if !has_all {
                 let lacking: Vec<String> = (0..set.members())
                     .filter(|member| set.mode(*member) != Mode::InSync)
@@ -492,7 +530,8 @@ async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tables, PoolErr
         }
     }
     let root = root.ok_or_else(|| corrupt(book, "no member has a root of the tables that is whole"))?;
-    let thin = Thin { extents: found.array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
+    let thin =
+        Thin { extents: found.array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
     if root.extents > thin.extents {
         return Err(corrupt(book, "its tables name more extents than its members have"));
     }
@@ -511,7 +550,8 @@ async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tables, PoolErr
         });
         for (page, bytes) in super::wait::all(reads).await {
             pages_read += 1;
-            let first = bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
+            let first =
+                bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
             let Err(mut what) = loader.give(page, first.bytes(0, PAGE_BYTES)) else { continue };
             let mut is_good = false;
             for leaf in &from {
@@ -583,12 +623,13 @@ async fn replay(
         let places = [log.position, 0];
         let next = places.iter().find_map(|place| {
             let at = usize::try_from(*place).ok()?;
-            logs.iter().find_map(|bytes| Some((*place, format::decode_batch(bytes.get(at..)?, &book.pool_uuid, log.batch)?)))
+            logs.iter().find_map(|bytes| {
+                Some((*place, format::decode_batch(bytes.get(at..)?, &book.pool_uuid, log.batch)?))
+            })
         });
         let Some((place, batch)) = next else { break };
         let batch = batch.map_err(|error| corrupt(book, &format!("its log at {place}: {}", error.0)))?;
-        let mut number = batch.first_seq;
-        for record in &batch.records {
+        for (number, record) in (batch.first_seq..).zip(&batch.records) {
             if number > seq {
                 return Err(corrupt(book, &format!("its log at {place} lacks records before {number}")));
             }
@@ -598,7 +639,6 @@ async fn replay(
                 seq += 1;
                 replayed += 1;
             }
-            number += 1;
         }
         if place != log.position {
             log.head += layout.log_bytes - log.position;
@@ -626,7 +666,9 @@ async fn read_intents(lanes: &Rc<Lanes>, found: &Found) -> Vec<Option<Vec<u64>>>
                 Ok(bytes) => format::decode_intents(bytes.bytes(0, PAGE_BYTES), &found.book.pool_uuid, page),
                 Err(_) => None,
             };
-            all = all.zip(words).map(|(all, words)| all.iter().zip(&words).map(|(one, other)| one | other).collect());
+            all = all
+                .zip(words)
+                .map(|(all, words)| all.iter().zip(&words).map(|(one, other)| one | other).collect());
         }
         pages.push(all);
     }
@@ -688,15 +730,23 @@ async fn start(
         })
         .collect();
     let leaves: Vec<Option<Leaf>> = members.iter().map(|member| member.leaf.clone()).collect();
-    let shared = Shared::new(PoolView::empty(&book), handle, View {
-        is_redundant: book.level.is_redundant(),
-        data_offset: book.layout.data_offset(),
-        block_shift: book.block_bytes.trailing_zeros(),
-        table: tables.as_ref().expect("read just now").meta.table(),
-        thin: Thin { extents: found.array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes },
-        array: found.array.clone(),
-        leaves,
-    });
+    let shared = Shared::new(
+        PoolView::empty(&book),
+        handle,
+        View {
+            is_redundant: book.level.is_redundant(),
+            data_offset: book.layout.data_offset(),
+            block_shift: book.block_bytes.trailing_zeros(),
+            table: tables.as_ref().expect("read just now").meta.table(),
+            thin: Thin {
+                extents: found.array.extents(),
+                extent_bytes: book.extent_bytes,
+                unit_bytes: book.unit_bytes,
+            },
+            array: found.array.clone(),
+            leaves,
+        },
+    );
     let is_read_only = options.read_only;
     let nothing = Thin { extents: 1, extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
     let owner = Rc::new(Owner {
@@ -826,7 +876,10 @@ fn replay_tail(owner: &Rc<Owner>, seq: u64, entries: Vec<(u64, Record)>) -> u64 
             continue;
         }
         if number > next {
-            log::error!("pool {}: what its last process left lacks records before {number}", owner.shared.name);
+            log::error!(
+                "pool {}: what its last process left lacks records before {number}",
+                owner.shared.name
+            );
             break;
         }
         if let Err(what) = owner.replay_one(number, &record) {
@@ -870,7 +923,8 @@ impl Owner {
         let sets = self.view().array.sets().to_vec();
         for (index, set) in sets.iter().enumerate().filter(|(_, set)| set.level().is_redundant()) {
             let first = self.first_region(index);
-            for region in (0..set.regions()).filter(|region| self.intents.borrow().is_durable(first + region)) {
+            for region in (0..set.regions()).filter(|region| self.intents.borrow().is_durable(first + region))
+            {
                 set.intents.set(region);
                 if !was_closed {
                     set.unsynced.set(region);
@@ -932,11 +986,15 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
     for leaf in &leaves {
         for offset in Layout::SUPERBLOCKS {
             match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
-                Err(status) => report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), status.name())),
+                Err(status) => {
+                    report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), status.name()))
+                }
                 Ok(page) => match Superblock::decode(page.bytes(0, PAGE_BYTES)) {
                     Ok(Some(_)) => {}
                     Ok(None) => report.faults.push(format!("{}: no superblock at {offset}", leaf.name())),
-                    Err(error) => report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), error.0)),
+                    Err(error) => {
+                        report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))
+                    }
                 },
             }
         }
@@ -946,7 +1004,9 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
     for (number, record) in found.book.members.iter().enumerate() {
         match &found.members[number] {
             None => report.faults.push(format!("member {number} is missing")),
-            Some((leaf, _)) if !record.in_sync => report.faults.push(format!("member {number} ({}) is stale", leaf.name())),
+            Some((leaf, _)) if !record.in_sync => {
+                report.faults.push(format!("member {number} ({}) is stale", leaf.name()))
+            }
             Some(_) => {}
         }
     }
@@ -959,14 +1019,17 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
             members: vec![None; found.members.len()],
             spares: Vec::new(),
         };
-        let place = found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));
+        let place =
+            found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));
         let Some(place) = place else { continue };
         alone.members[place].clone_from(&found.members[place]);
         match read_tables(lanes, &alone).await {
             Err(PoolError::Failed(what)) => report.faults.push(format!("{}: {what}", leaf.name())),
             Err(error) => return Err(error),
             Ok(tables) => {
-                report.faults.extend(tables.meta.verify().into_iter().map(|fault| format!("{}: {fault}", leaf.name())));
+                report.faults.extend(
+                    tables.meta.verify().into_iter().map(|fault| format!("{}: {fault}", leaf.name())),
+                );
                 if number == 0 {
                     best.insert("pages of tables", tables.pages_read);
                     best.insert("records of the log", tables.replayed);
@@ -980,8 +1043,13 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
     }
     for (page, words) in read_intents(lanes, &found).await.into_iter().enumerate() {
         match words {
-            None => report.faults.push(format!("page {page} of the marks of regions is not whole: all of it counts as marked")),
-            Some(words) => *best.entry("marked regions").or_default() += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>(),
+            None => report.faults.push(format!(
+                "page {page} of the marks of regions is not whole: all of it counts as marked"
+            )),
+            Some(words) => {
+                *best.entry("marked regions").or_default() +=
+                    words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
+            }
         }
     }
     report.checked = best.into_iter().collect();
@@ -992,4 +1060,3 @@ fn uuid_text(uuid: &Uuid) -> String {
     let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
-

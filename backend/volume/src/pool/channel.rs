@@ -163,7 +163,12 @@ struct VolumeChannel {
 }
 
 impl VolumeChannel {
-    fn new(runtime: &Runtime, user: SourceId, shared: &Arc<Shared>, volume: &Arc<VolumeShared>) -> VolumeChannel {
+    fn new(
+        runtime: &Runtime,
+        user: SourceId,
+        shared: &Arc<Shared>,
+        volume: &Arc<VolumeShared>,
+    ) -> VolumeChannel {
         let place = Place::of(runtime, shared);
         volume.users.fetch_add(1, Ordering::AcqRel);
         let core = Rc::new(Core {
@@ -416,7 +421,9 @@ impl Channel for VolumeChannel {
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         let mut reaped = std::mem::take(&mut self.reaped);
         for member in 0..self.lanes.len() {
-            let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else { continue };
+            let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
+                continue;
+            };
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {

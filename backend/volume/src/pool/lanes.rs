@@ -160,13 +160,25 @@ impl Lanes {
         Io { lanes: Rc::clone(self), key, is_over: false }
     }
 
-    pub(crate) async fn read(self: &Rc<Self>, leaf: &Leaf, offset: u64, into: &Rc<Bounce>, at: usize, len: usize) -> Outcome {
+    pub(crate) async fn read(
+        self: &Rc<Self>,
+        leaf: &Leaf,
+        offset: u64,
+        into: &Rc<Bounce>,
+        at: usize,
+        len: usize,
+    ) -> Outcome {
         let buffers = into.buffers(at, len);
         self.start(leaf, Operation::Read, offset, buffers, Some(Rc::clone(into))).await
     }
 
     /// Reads a device's bytes into a buffer of their own.
-    pub(crate) async fn read_bytes(self: &Rc<Self>, leaf: &Leaf, offset: u64, len: usize) -> Result<Rc<Bounce>, Status> {
+    pub(crate) async fn read_bytes(
+        self: &Rc<Self>,
+        leaf: &Leaf,
+        offset: u64,
+        len: usize,
+    ) -> Result<Rc<Bounce>, Status> {
         let into = Rc::new(Bounce::zeroed(len));
         self.read(leaf, offset, &into, 0, len).await?;
         Ok(into)

@@ -57,9 +57,10 @@ pub enum PoolError {
 impl fmt::Display for PoolError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            PoolError::Wrong(what) | PoolError::Unknown(what) | PoolError::Conflict(what) | PoolError::Failed(what) => {
-                f.write_str(what)
-            }
+            PoolError::Wrong(what)
+            | PoolError::Unknown(what)
+            | PoolError::Conflict(what)
+            | PoolError::Failed(what) => f.write_str(what),
         }
     }
 }

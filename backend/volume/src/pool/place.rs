@@ -43,7 +43,8 @@ impl Place {
     pub(crate) fn of(runtime: &Runtime, shared: &Arc<Shared>) -> Rc<Place> {
         let key = shared.number;
         let places = runtime.local::<Places>();
-        let found = places.0.borrow().iter().find(|(other, _)| *other == key).and_then(|(_, place)| place.upgrade());
+        let found =
+            places.0.borrow().iter().find(|(other, _)| *other == key).and_then(|(_, place)| place.upgrade());
         if let Some(place) = found {
             return place;
         }

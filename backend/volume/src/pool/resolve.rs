@@ -97,7 +97,13 @@ pub fn bounds(view: &View, map: &VolumeMap, request: &Request) -> Result<(u64, u
 
 /// Plans a read or a write; `rotor` chooses among copies and is moved on.
 #[must_use]
-pub fn resolve(view: &View, map: &VolumeMap, request: &Request, rotor: &mut u32, plan: &mut Plan) -> Resolved {
+pub fn resolve(
+    view: &View,
+    map: &VolumeMap,
+    request: &Request,
+    rotor: &mut u32,
+    plan: &mut Plan,
+) -> Resolved {
     plan.clear();
     let (first, len) = match bounds(view, map, request) {
         Ok(bounds) => bounds,
@@ -116,7 +122,10 @@ pub fn resolve(view: &View, map: &VolumeMap, request: &Request, rotor: &mut u32,
 }
 
 /// The parts of bytes of a volume that lie in one extent each: its index, where in it, where in the request, how many.
-pub(crate) fn by_extent(extent_bytes: u64, (first, len): (u64, u64)) -> impl Iterator<Item = (u32, u64, u64, u64)> {
+pub(crate) fn by_extent(
+    extent_bytes: u64,
+    (first, len): (u64, u64),
+) -> impl Iterator<Item = (u32, u64, u64, u64)> {
     let mut done = 0;
     let (mut index, mut within) = match extent_bytes.is_power_of_two() {
         true => (first >> extent_bytes.trailing_zeros(), first & (extent_bytes - 1)),
@@ -134,7 +143,12 @@ pub(crate) fn by_extent(extent_bytes: u64, (first, len): (u64, u64)) -> impl Ite
 }
 
 /// Runs of units in bytes `within..within + len` of an extent that are alike valid or not: which, where, how many bytes.
-pub(crate) fn runs(bits: [u64; 4], unit_shift: u32, within: u64, len: u64) -> impl Iterator<Item = (bool, u64, u64)> {
+pub(crate) fn runs(
+    bits: [u64; 4],
+    unit_shift: u32,
+    within: u64,
+    len: u64,
+) -> impl Iterator<Item = (bool, u64, u64)> {
     let is_valid = move |unit: u64| bits[usize::try_from(unit >> 6).unwrap_or(3)] >> (unit & 63) & 1 != 0;
     let (mut at, end) = (within, within + len);
     std::iter::from_fn(move || {

@@ -1,18 +1,18 @@
 //! What every reactor sees of a pool, without asking anybody.
 
+use super::ask::{self, Answer};
 use super::lanes::Leaf;
 use super::owner::{self, Owner};
 use super::{Ask, PoolError, PoolView};
-use super::ask::{self, Answer};
 use crate::raid::Array;
 use crate::thin::{Table, Thin, VolumeMap};
 use hawser_block::{StatsSet, Status};
 use hawser_runtime::ReactorHandle;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::collections::BTreeMap;
 
 /// Why a request did not take the hot path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,7 +231,10 @@ impl Shared {
     }
 
     /// The same for a request, which fails when there is no owner.
-    pub(crate) async fn request<T, F>(&self, work: impl FnOnce(Rc<Owner>) -> F + Send + 'static) -> Result<T, Status>
+    pub(crate) async fn request<T, F>(
+        &self,
+        work: impl FnOnce(Rc<Owner>) -> F + Send + 'static,
+    ) -> Result<T, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Status>> + 'static,

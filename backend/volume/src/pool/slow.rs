@@ -174,7 +174,8 @@ fn content(
 /// Whether copies of a piece may differ, so that it matters which is read.
 fn is_unsettled(set: &Set, piece: &Piece) -> bool {
     let copies = piece.copies.as_slice();
-    let with_data = copies.iter().filter(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync).count();
+    let with_data =
+        copies.iter().filter(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync).count();
     with_data > 1
         && copies.iter().any(|copy| {
             let last = copy.offset + u64::from(piece.len) - 1;
@@ -250,7 +251,8 @@ async fn read_piece(
     loop {
         let copy = wanted.piece.copies.as_slice().iter().find(|copy| {
             tried & 1 << copy.member == 0
-                && (set.mode(copy.member - set.first_member()) == Mode::InSync || is_broken("stale_member_read"))
+                && (set.mode(copy.member - set.first_member()) == Mode::InSync
+                    || is_broken("stale_member_read"))
                 && view.leaves[usize::from(copy.member)].is_some()
         });
         let Some(copy) = copy else { return Err(last) };
@@ -333,7 +335,8 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             Ok(Some(bits)) => bits,
             _ => [0; 4],
         };
-        let finished = core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
+        let finished =
+            core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
         let finished = finished.await;
         drop(under_way);
         match outcome? {
@@ -437,7 +440,12 @@ async fn write_copies(
             Err(crate::raid::Slow::Degraded) => return Err(Status::Path),
             Err(_) => return Ok(false),
         };
-        writes.extend(copies.as_slice().iter().map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)));
+        writes.extend(
+            copies
+                .as_slice()
+                .iter()
+                .map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)),
+        );
     }
     let lanes = &core.place.lanes;
     let requests = writes.iter().map(|(member, offset, start, len)| async move {
@@ -520,7 +528,8 @@ async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, 
             continue;
         }
         let bits = bits_of(&view, from, to);
-        let done = core.shared.request(move |owner| async move { owner.invalidate(id, index, bits).await }).await?;
+        let done =
+            core.shared.request(move |owner| async move { owner.invalidate(id, index, bits).await }).await?;
         match done {
             true => {
                 left.extend([(base + within, from - within), (base + to, within + here - to)]);

@@ -296,8 +296,7 @@ impl Loader {
             let entry = if slot < CHUNK_ENTRIES { table.entry(chunk, slot) } else { Entry::EMPTY };
             let (extent, fallback, bits) = (record.extent, record.fallback, record.bits);
             let is_in_range = extent < extents && (fallback == NONE || fallback < extents);
-            let has_sound_bits = is_within(bits, self.metadata.full)
-                && bits != self.metadata.full;
+            let has_sound_bits = is_within(bits, self.metadata.full) && bits != self.metadata.full;
             let is_expected = entry.is_partial() && table.partial(entry.low()).extent == NONE;
             if !is_in_range || !has_sound_bits || !is_expected {
                 return Err(wrong(&format!("partial {at} makes no sense: {record:?}")));

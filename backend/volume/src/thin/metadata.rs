@@ -1,6 +1,5 @@
 //! [`Metadata`]: all volumes of a pool and what they hold, owned by one thread. Here: its parts, and questions to it.
 
-use crate::format::CHUNK_ENTRIES;
 use super::checkpoint::Checkpoint;
 use super::chunks::Chunks;
 use super::dirs::Dirs;
@@ -10,6 +9,7 @@ use super::pages::{Pages, ROOT_PAGES};
 use super::release::Freed;
 use super::table::{Table, split};
 use super::volume::Volume;
+use crate::format::CHUNK_ENTRIES;
 use crate::format::DIR_POINTERS;
 use crate::format::record::VOLUME_BYTES_MAX;
 use std::collections::BTreeMap;
@@ -177,7 +177,10 @@ impl Metadata {
         (first..map.chunk_count()).filter(|at| map.chunk(*at) != 0).find_map(|at| {
             let base = u32::try_from(at * CHUNK_ENTRIES).ok()?;
             let entries = (base..).zip(self.table.entries(map.chunk(at)));
-            entries.into_iter().find(|(index, entry)| *index >= from && entry.is_mapped()).map(|(index, _)| index)
+            entries
+                .into_iter()
+                .find(|(index, entry)| *index >= from && entry.is_mapped())
+                .map(|(index, _)| index)
         })
     }
 

@@ -106,7 +106,7 @@ impl Metadata {
             fault("it is shared and yet exclusive");
         }
         if let Mapped::Partial { extent, bits, .. } = self.table.resolve(entry)
-            && (!is_within(bits, self.full) || bits == self.full )
+            && (!is_within(bits, self.full) || bits == self.full)
         {
             fault(&format!("the bits of partly valid extent {extent} are {bits:x?}"));
         }

@@ -58,7 +58,8 @@ impl Owner {
     /// Marks regions of a set; when it ends, writes may go there.
     pub(crate) async fn mark(self: &Rc<Self>, set_index: usize, regions: &BTreeSet<u32>) -> Outcome {
         let array_set = Arc::clone(self.view().array.set(set_index));
-        let missing: Vec<u32> = regions.iter().copied().filter(|region| !array_set.intents.get(*region)).collect();
+        let missing: Vec<u32> =
+            regions.iter().copied().filter(|region| !array_set.intents.get(*region)).collect();
         if missing.is_empty() {
             return Ok(());
         }

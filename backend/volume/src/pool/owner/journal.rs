@@ -89,7 +89,8 @@ impl Owner {
             }
             let layout = self.book.borrow().layout;
             let block_bytes = self.book.borrow().block_bytes;
-            let batch_bytes_max = BATCH_BYTES_MAX.min(usize::try_from(layout.log_bytes / 4).unwrap_or(BATCH_BYTES_MAX));
+            let batch_bytes_max =
+                BATCH_BYTES_MAX.min(usize::try_from(layout.log_bytes / 4).unwrap_or(BATCH_BYTES_MAX));
             let (mut records, mut count, mut first, mut next) = (Vec::new(), 0u32, upto, upto);
             for pending in self.pending.borrow().iter().take_while(|pending| pending.seq < upto) {
                 if count > 0 && records.len() + pending.record.len() > batch_bytes_max {
@@ -115,7 +116,8 @@ impl Owner {
             if wraps {
                 log.position = 0;
             }
-            let batch = format::encode_batch(&self.shared.uuid, log.batch, first, count, &records, block_bytes);
+            let batch =
+                format::encode_batch(&self.shared.uuid, log.batch, first, count, &records, block_bytes);
             let bounce = Rc::new(Bounce::holding(&batch));
             self.write_everywhere(layout.log_offset() + log.position, &bounce, batch.len(), true).await?;
             log.position += len;
@@ -218,7 +220,9 @@ impl Owner {
             while at < pages.len() {
                 let first = pages[at].0;
                 let mut bytes = Vec::new();
-                while at < pages.len() && u64::from(pages[at].0) == u64::from(first) + (bytes.len() / PAGE_BYTES) as u64 {
+                while at < pages.len()
+                    && u64::from(pages[at].0) == u64::from(first) + (bytes.len() / PAGE_BYTES) as u64
+                {
                     bytes.extend_from_slice(&pages[at].1);
                     at += 1;
                 }

@@ -116,7 +116,12 @@ impl Owner {
     }
 
     /// The extent at this index, which is the volume's own from now on.
-    async fn map(self: &Rc<Self>, volume: u32, index: u32, given_up: &Arc<AtomicBool>) -> Result<u32, Status> {
+    async fn map(
+        self: &Rc<Self>,
+        volume: u32,
+        index: u32,
+        given_up: &Arc<AtomicBool>,
+    ) -> Result<u32, Status> {
         loop {
             self.changeable(volume).await?;
             let (mapped, is_exclusive, can_rebirth, birth) = {
@@ -182,7 +187,11 @@ impl Owner {
     }
 
     /// Copies what a partial shows to a new extent.
-    async fn copy_partial(self: &Rc<Self>, to: u32, (extent, fallback, bits): (u32, u32, [u64; 4])) -> Outcome {
+    async fn copy_partial(
+        self: &Rc<Self>,
+        to: u32,
+        (extent, fallback, bits): (u32, u32, [u64; 4]),
+    ) -> Outcome {
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
         let parts: Vec<_> = runs(bits, view.thin.unit_shift(), 0, extent_bytes)
@@ -269,7 +278,13 @@ impl Owner {
     }
 
     /// The write that was prepared has ended; these units are valid now.
-    pub(crate) async fn finish(self: Rc<Self>, volume: u32, index: u32, exclusive: bool, bits: [u64; 4]) -> Outcome {
+    pub(crate) async fn finish(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        exclusive: bool,
+        bits: [u64; 4],
+    ) -> Outcome {
         let outcome = self.validate_units(volume, index, bits).await;
         self.locks.release((volume, index), exclusive);
         outcome
@@ -295,7 +310,12 @@ impl Owner {
     }
 
     /// These units read as zeroes from now on; `false`: only when they are written.
-    pub(crate) async fn invalidate(self: Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Result<bool, Status> {
+    pub(crate) async fn invalidate(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        bits: [u64; 4],
+    ) -> Result<bool, Status> {
         self.locks.take((volume, index), true).await;
         let changeable = self.changeable(volume).await;
         let done = changeable.map(|()| {

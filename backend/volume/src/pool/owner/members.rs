@@ -148,10 +148,12 @@ impl Owner {
             return Ok(());
         }
         let targets = self.targets();
-        let flushes = targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
+        let flushes =
+            targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
         let results = all(flushes).await;
         let failed = results.iter().filter(|(_, outcome)| outcome.is_err());
-        let failed: Vec<(u16, Status)> = failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
+        let failed: Vec<(u16, Status)> =
+            failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
         for (member, status) in failed {
             // What it had not made durable may be lost: it has not got all the data any more.
             self.report(1 << member, status).await?;
@@ -247,7 +249,10 @@ impl Owner {
 
     pub(crate) fn device_name(&self, member: u16) -> String {
         let members = self.members.borrow();
-        members[usize::from(member)].leaf.as_ref().map_or_else(|| "missing".to_owned(), |leaf| leaf.name().to_owned())
+        members[usize::from(member)]
+            .leaf
+            .as_ref()
+            .map_or_else(|| "missing".to_owned(), |leaf| leaf.name().to_owned())
     }
 
     /// What the superblocks shall say now.
@@ -265,13 +270,16 @@ impl Owner {
     /// Looks whether another host has opened the pool over us: then it is not ours to write any more. Where members know reservations, they
     /// refuse us before that.
     pub(crate) async fn check_owner(self: &Rc<Self>) {
-        let Some((_, leaf)) = self.targets().into_iter().find(|(member, _)| self.mode_of(*member) == Mode::InSync) else {
+        let Some((_, leaf)) =
+            self.targets().into_iter().find(|(member, _)| self.mode_of(*member) == Mode::InSync)
+        else {
             return;
         };
         let Ok(Some(label)) = self.label_of(&leaf).await else { return };
         let epoch = self.book.borrow().epoch;
         let is_ours = label.pool_uuid == self.shared.uuid && label.epoch <= epoch;
-        if !is_ours || (label.epoch == epoch && label.opened_by.is_some_and(|host| host != self.options.host)) {
+        if !is_ours || (label.epoch == epoch && label.opened_by.is_some_and(|host| host != self.options.host))
+        {
             self.lose("another host has opened it");
         }
     }
@@ -325,7 +333,10 @@ impl Owner {
             false if failed.is_empty() => Ok(()),
             false => {
                 // They are found out by the next write to them; what was recorded is on the others.
-                log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
+                log::warn!(
+                    "pool {}: superblocks of members {failed:?} could not be written",
+                    self.shared.name
+                );
                 let sets = self.view().array.sets().to_vec();
                 let all_sets = sets.iter().all(|set| {
                     let range = set.first_member()..set.first_member() + set.members();
@@ -340,7 +351,12 @@ impl Owner {
     pub(crate) fn new_view(&self) {
         let old = self.view();
         let leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
-        self.shared.set_view(View { array: old.array.clone(), table: Arc::clone(&old.table), leaves, ..*old });
+        self.shared.set_view(View {
+            array: old.array.clone(),
+            table: Arc::clone(&old.table),
+            leaves,
+            ..*old
+        });
     }
 
     /// From now on a loss of the member's cache puts it out at once.

@@ -26,8 +26,8 @@ mod volumes;
 pub(crate) use intents::Intents;
 pub(crate) use journal::Log;
 pub(crate) use mapping::Locks;
-pub(crate) use members::survives;
 pub(crate) use members::Member;
+pub(crate) use members::survives;
 pub(crate) use resync::Work;
 
 use super::ask::{self};
@@ -168,7 +168,8 @@ impl Owner {
     pub(crate) fn unregister(&self) {
         let keeper = self.runtime.local::<Keeper>();
         let number = self.shared.number;
-        let kept: Vec<_> = keeper.0.borrow_mut().extract_if(.., |owner| owner.shared.number == number).collect();
+        let kept: Vec<_> =
+            keeper.0.borrow_mut().extract_if(.., |owner| owner.shared.number == number).collect();
         drop(kept);
         self.runtime.local::<Owners>().0.borrow_mut().retain(|(other, _)| *other != number);
     }
@@ -255,4 +256,3 @@ impl Owner {
 /// Keeps owners alive.
 #[derive(Default)]
 struct Keeper(RefCell<Vec<Rc<Owner>>>);
-

@@ -77,7 +77,8 @@ impl Work {
             ended: None,
             mismatches: 0,
         });
-        let each = [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
+        let each =
+            [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
         each.map(|progress| TaskView {
             kind: progress.kind,
             done_bytes: progress.done_bytes,
@@ -116,7 +117,13 @@ impl Owner {
     }
 
     /// Makes all copies of a piece those of the first that is in sync. The window is the caller's.
-    async fn copy_piece(self: &Rc<Self>, view: &View, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
+    async fn copy_piece(
+        self: &Rc<Self>,
+        view: &View,
+        set: &Set,
+        piece: &Piece,
+        only: Option<u16>,
+    ) -> Outcome {
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != first.member) {
@@ -134,7 +141,12 @@ impl Owner {
     }
 
     /// Keeps writers out of a window while `work` runs.
-    async fn in_window<T>(self: &Rc<Self>, set: &Arc<Set>, window: Range<u64>, work: impl Future<Output = T>) -> T {
+    async fn in_window<T>(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        window: Range<u64>,
+        work: impl Future<Output = T>,
+    ) -> T {
         let _turn = self.turns.window.take().await;
         if !is_broken("resync_without_window") {
             set.set_window(Some(window));
@@ -182,7 +194,10 @@ impl Owner {
                     coverage::count(coverage::Event::Repaired);
                     self.members.borrow_mut()[usize::from(copy.member)].repaired += 1;
                     let name = leaf.name().to_owned();
-                    log::warn!("pool {}: {name}: bytes that could not be read at {offset} are written again", self.shared.name);
+                    log::warn!(
+                        "pool {}: {name}: bytes that could not be read at {offset} are written again",
+                        self.shared.name
+                    );
                 }
                 Err(status) => self.report(1 << copy.member, status).await?,
             }
@@ -217,7 +232,8 @@ impl Owner {
     }
 
     async fn resync_set(self: &Rc<Self>, set: &Arc<Set>) {
-        let syncing: Vec<u16> = (0..set.members()).filter(|member| set.mode(*member) == Mode::Syncing).collect();
+        let syncing: Vec<u16> =
+            (0..set.members()).filter(|member| set.mode(*member) == Mode::Syncing).collect();
         let regions: Vec<u32> = set.unsynced.iter_set().collect();
         let in_sync = (0..set.members()).filter(|member| set.mode(*member) == Mode::InSync).count();
         if (regions.is_empty() || in_sync + syncing.len() < 2) && syncing.is_empty() {
@@ -262,7 +278,9 @@ impl Owner {
             let len = WINDOW_BYTES.min(end - at);
             let began = self.runtime.now();
             let copied = match self.is_in_use(set, at, len) {
-                true => self.in_window(set, wide_window(set, at, len), self.resync_window(set, at, len)).await,
+                true => {
+                    self.in_window(set, wide_window(set, at, len), self.resync_window(set, at, len)).await
+                }
                 false => Ok(()),
             };
             if copied.is_err() {
@@ -296,7 +314,13 @@ impl Owner {
         let data = set.data_of_rows(offset, len);
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
-        let before: u64 = view.array.sets().iter().take_while(|other| other.first_member() < set.first_member()).map(|other| u64::from(other.extents())).sum();
+        let before: u64 = view
+            .array
+            .sets()
+            .iter()
+            .take_while(|other| other.first_member() < set.first_member())
+            .map(|other| u64::from(other.extents()))
+            .sum();
         let meta = self.meta.borrow();
         let (first, last) = (data.start / extent_bytes, data.end.div_ceil(extent_bytes));
         (first..last).any(|extent| u32::try_from(before + extent).is_ok_and(|extent| !meta.is_free(extent)))
@@ -325,7 +349,9 @@ impl Owner {
         let is_ready = {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
-            !member.is_joining && !member.is_recorded && !member.is_doubted.load(std::sync::atomic::Ordering::Acquire)
+            !member.is_joining
+                && !member.is_recorded
+                && !member.is_doubted.load(std::sync::atomic::Ordering::Acquire)
         };
         if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
@@ -348,7 +374,11 @@ impl Owner {
         }
         set.set_mode(member, Mode::InSync);
         coverage::count(coverage::Event::Rejoined);
-        log::info!("pool {}: member {number} ({}) has all data again", self.shared.name, self.device_name(number));
+        log::info!(
+            "pool {}: member {number} ({}) has all data again",
+            self.shared.name,
+            self.device_name(number)
+        );
         self.publish();
         Ok(())
     }
@@ -364,7 +394,9 @@ impl Owner {
                     self.members.borrow_mut()[usize::from(number)].why = what;
                 }
             }
-            Ok(_) => self.members.borrow_mut()[usize::from(number)].why = "another device than it was".to_owned(),
+            Ok(_) => {
+                self.members.borrow_mut()[usize::from(number)].why = "another device than it was".to_owned()
+            }
             Err(_) => {}
         }
     }
@@ -466,12 +498,17 @@ impl Owner {
             return Ok(());
         }
         let number = number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| {
-            PoolError::Conflict(format!("{name} was a member of pool {} and has been replaced", self.shared.name))
+            PoolError::Conflict(format!(
+                "{name} was a member of pool {} and has been replaced",
+                self.shared.name
+            ))
         })?;
         if self.mode_of(number) != Mode::Away {
             return Ok(());
         }
-        self.bring_back(number, leaf, Some(&label)).await.map_err(|what| PoolError::Conflict(format!("{name}: {what}")))
+        self.bring_back(number, leaf, Some(&label))
+            .await
+            .map_err(|what| PoolError::Conflict(format!("{name}: {what}")))
     }
 
     fn leaf_of(&self, device: Arc<dyn Device>) -> Result<Leaf, PoolError> {
@@ -482,7 +519,8 @@ impl Owner {
     /// A device that belongs to nobody and is large enough.
     async fn check_new(&self, leaf: &Leaf, data_bytes: u64, force: bool) -> Result<(), PoolError> {
         let name = leaf.name();
-        let geometry = leaf.device.geometry().ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))?;
+        let geometry =
+            leaf.device.geometry().ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))?;
         let (block_bytes, needed) = {
             let book = self.book.borrow();
             (book.block_bytes, book.layout.data_offset() + data_bytes)
@@ -499,10 +537,21 @@ impl Owner {
                 geometry.size_bytes()
             )));
         }
-        let is_ours = self.members.borrow().iter().any(|member| member.leaf.as_ref().is_some_and(|other| other.same(leaf)))
-            || self.spares.borrow().iter().any(|(_, spare)| spare.as_ref().is_some_and(|other| other.same(leaf)));
+        let is_ours = self
+            .members
+            .borrow()
+            .iter()
+            .any(|member| member.leaf.as_ref().is_some_and(|other| other.same(leaf)))
+            || self
+                .spares
+                .borrow()
+                .iter()
+                .any(|(_, spare)| spare.as_ref().is_some_and(|other| other.same(leaf)));
         if is_ours {
-            return Err(PoolError::Conflict(format!("{name} is a member of pool {} already", self.shared.name)));
+            return Err(PoolError::Conflict(format!(
+                "{name} is a member of pool {} already",
+                self.shared.name
+            )));
         }
         let label = self.label_of(leaf).await.map_err(|status| self.failed(name, status))?;
         match label {
@@ -521,13 +570,26 @@ impl Owner {
         uuid
     }
 
-    pub(crate) async fn replace(self: Rc<Self>, old: String, device: Arc<dyn Device>, force: bool) -> Result<(), PoolError> {
+    pub(crate) async fn replace(
+        self: Rc<Self>,
+        old: String,
+        device: Arc<dyn Device>,
+        force: bool,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
-        let by_name = self.members.borrow().iter().position(|member| member.leaf.as_ref().is_some_and(|leaf| leaf.name() == old));
-        let number = by_name.or_else(|| old.parse().ok()).filter(|number| *number < self.members.borrow().len());
+        let by_name = self
+            .members
+            .borrow()
+            .iter()
+            .position(|member| member.leaf.as_ref().is_some_and(|leaf| leaf.name() == old));
+        let number =
+            by_name.or_else(|| old.parse().ok()).filter(|number| *number < self.members.borrow().len());
         let number = number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| {
-            PoolError::Unknown(format!("pool {} has no member {old}, want a device or a place", self.shared.name))
+            PoolError::Unknown(format!(
+                "pool {} has no member {old}, want a device or a place",
+                self.shared.name
+            ))
         })?;
         let leaf = self.leaf_of(device)?;
         let data_bytes = self.book.borrow().members[usize::from(number)].data_bytes;
@@ -564,14 +626,20 @@ impl Owner {
             }
             self.record_members().await.map_err(|status| self.failed(&name, status))?;
             let own = Superblock { this: uuid, ..self.book.borrow().clone() };
-            super::members::write_superblock(self, &leaf, &own).await.map_err(|status| self.failed(&name, status))?;
+            super::members::write_superblock(self, &leaf, &own)
+                .await
+                .map_err(|status| self.failed(&name, status))?;
         }
         self.watch(number);
         debug_assert!(set.mode(index) == Mode::Away);
         self.bring_back(number, leaf, None).await.map_err(|what| PoolError::Failed(format!("{name}: {what}")))
     }
 
-    pub(crate) async fn add_spare(self: Rc<Self>, device: Arc<dyn Device>, force: bool) -> Result<(), PoolError> {
+    pub(crate) async fn add_spare(
+        self: Rc<Self>,
+        device: Arc<dyn Device>,
+        force: bool,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
         let leaf = self.leaf_of(device)?;
@@ -610,7 +678,11 @@ impl Owner {
         }
     }
 
-    pub(crate) async fn grow(self: Rc<Self>, devices: Vec<Arc<dyn Device>>, force: bool) -> Result<(), PoolError> {
+    pub(crate) async fn grow(
+        self: Rc<Self>,
+        devices: Vec<Arc<dyn Device>>,
+        force: bool,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
         let wanted = usize::from(self.book.borrow().sets[0].members);
@@ -640,9 +712,8 @@ impl Owner {
         let mut book = before.clone();
         let first = book.members.len();
         book.members.extend(records);
-        let (set, record) = crate::pool::assemble::new_set(&book, first, wanted).map_err(|what| {
-            PoolError::Wrong(format!("pool {}: {what}", self.shared.name))
-        })?;
+        let (set, record) = crate::pool::assemble::new_set(&book, first, wanted)
+            .map_err(|what| PoolError::Wrong(format!("pool {}: {what}", self.shared.name)))?;
         book.sets.push(record);
         book.validate().map_err(|error| PoolError::Wrong(format!("pool {}: {error}", self.shared.name)))?;
         let mut sets = self.view().array.sets().to_vec();
@@ -667,7 +738,10 @@ impl Owner {
             // The new ones first: nobody is told of them before they know of it.
             let (_, failed) = self.write_superblocks().await;
             if !failed.is_empty() {
-                log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
+                log::warn!(
+                    "pool {}: superblocks of members {failed:?} could not be written",
+                    self.shared.name
+                );
             }
         }
         for number in first..self.members.borrow().len() {
@@ -699,7 +773,8 @@ impl Owner {
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
         let volumes: Vec<u32> = self.meta.borrow().volumes().map(|(id, _)| id).collect();
-        let total = self.meta.borrow().volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>() * extent_bytes;
+        let total = self.meta.borrow().volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>()
+            * extent_bytes;
         self.work.begin(SCRUB, total, self.runtime.now());
         let mut seen = BTreeSet::new();
         for id in volumes {
@@ -719,7 +794,13 @@ impl Owner {
         self.publish();
     }
 
-    async fn scrub_extent(self: &Rc<Self>, id: u32, index: u32, repair: bool, seen: &mut BTreeSet<u32>) -> u64 {
+    async fn scrub_extent(
+        self: &Rc<Self>,
+        id: u32,
+        index: u32,
+        repair: bool,
+        seen: &mut BTreeSet<u32>,
+    ) -> u64 {
         let mapped = self.meta.borrow().entry(id, index);
         let (extent, bits) = match mapped {
             Mapped::None => return 0,
@@ -733,9 +814,10 @@ impl Owner {
         let (set, address) = view.array.locate(extent);
         let set = Arc::clone(view.array.set(set));
         let mut mismatches = 0;
-        let parts: Vec<_> = crate::pool::resolve::runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
-            .filter(|(valid, ..)| *valid)
-            .collect();
+        let parts: Vec<_> =
+            crate::pool::resolve::runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
+                .filter(|(valid, ..)| *valid)
+                .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 let work = self.compare(&view, &set, &piece, repair);

@@ -33,7 +33,11 @@ impl Owner {
                     commit_at = now + self.options.intent_idle;
                     let has_old = !self.pending.borrow().is_empty();
                     if has_old && let Err(status) = self.flush().await {
-                        log::warn!("pool {}: cannot make changes durable: {}", self.shared.name, status.name());
+                        log::warn!(
+                            "pool {}: cannot make changes durable: {}",
+                            self.shared.name,
+                            status.name()
+                        );
                     }
                 }
                 if now >= intents_at {
@@ -72,7 +76,11 @@ impl Owner {
             }
             let Some(leaf) = leaf else { continue };
             let is_due = self.runtime.now() >= tried + REJOIN_AFTER;
-            if !is_recorded && self.mode_of(member) == Mode::Away && is_due && leaf.device.state() == DeviceState::Ready {
+            if !is_recorded
+                && self.mode_of(member) == Mode::Away
+                && is_due
+                && leaf.device.state() == DeviceState::Ready
+            {
                 self.members.borrow_mut()[usize::from(member)].tried = self.runtime.now();
                 self.rejoin(member).await;
             }
@@ -90,9 +98,11 @@ impl Owner {
         let size_bytes = u64::from(meta.thin().extents) * extent_bytes;
         let free_bytes = u64::from(meta.free_extents()) * extent_bytes;
         let members = self.member_views();
-        let is_degraded = view.array.sets().iter().any(|set| {
-            (0..set.members()).any(|member| set.mode(member) != Mode::InSync)
-        });
+        let is_degraded = view
+            .array
+            .sets()
+            .iter()
+            .any(|set| (0..set.members()).any(|member| set.mode(member) != Mode::InSync));
         let mut troubles = Vec::new();
         if let Some(why) = &*self.lost.borrow() {
             troubles.push(format!("takes no more writes: {why}"));

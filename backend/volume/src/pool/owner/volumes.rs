@@ -50,7 +50,11 @@ impl Owner {
     }
 
     /// Room for a change, and everything made durable when it was made.
-    async fn change(self: &Rc<Self>, what: &str, record: impl FnOnce() -> Result<Record, PoolError>) -> Result<(), PoolError> {
+    async fn change(
+        self: &Rc<Self>,
+        what: &str,
+        record: impl FnOnce() -> Result<Record, PoolError>,
+    ) -> Result<(), PoolError> {
         self.check_change()?;
         self.room().await.map_err(|status| self.failed(what, status))?;
         let record = record()?;
@@ -62,9 +66,10 @@ impl Owner {
     }
 
     fn find(&self, name: &str) -> Result<u32, PoolError> {
-        self.meta.borrow().volume_named(name).ok_or_else(|| {
-            PoolError::Unknown(format!("volume {}/{name} is not there", self.shared.name))
-        })
+        self.meta
+            .borrow()
+            .volume_named(name)
+            .ok_or_else(|| PoolError::Unknown(format!("volume {}/{name} is not there", self.shared.name)))
     }
 
     fn check_new_name(&self, name: &str, meta: &Metadata) -> Result<(), PoolError> {
@@ -80,14 +85,19 @@ impl Owner {
             )));
         }
         if meta.volumes().count() >= VOLUMES_MAX {
-            return Err(PoolError::Conflict(format!("pool {} has {VOLUMES_MAX} volumes, the most", self.shared.name)));
+            return Err(PoolError::Conflict(format!(
+                "pool {} has {VOLUMES_MAX} volumes, the most",
+                self.shared.name
+            )));
         }
         Ok(())
     }
 
     fn check_size(&self, size_bytes: u64) -> Result<(), PoolError> {
         let block_bytes = u64::from(self.book.borrow().block_bytes);
-        let most = (u64::from(u32::MAX) / 2).saturating_mul(self.view().thin.extent_bytes).min(format::record::VOLUME_BYTES_MAX);
+        let most = (u64::from(u32::MAX) / 2)
+            .saturating_mul(self.view().thin.extent_bytes)
+            .min(format::record::VOLUME_BYTES_MAX);
         if size_bytes == 0 || !size_bytes.is_multiple_of(block_bytes) || size_bytes > most {
             return Err(PoolError::Wrong(format!(
                 "a size of {size_bytes} bytes cannot be, want a multiple of {block_bytes} from {block_bytes} to {most}"
@@ -110,7 +120,11 @@ impl Owner {
         PoolError::Failed(format!("pool {}: its room for metadata is used up", self.shared.name))
     }
 
-    pub(crate) async fn create_volume(self: Rc<Self>, name: String, size_bytes: u64) -> Result<(), PoolError> {
+    pub(crate) async fn create_volume(
+        self: Rc<Self>,
+        name: String,
+        size_bytes: u64,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         let what = format!("volume {name} cannot be made");
         self.change(&what, || {
@@ -120,12 +134,21 @@ impl Owner {
             if !meta.has_room_for_metadata(1) {
                 return Err(self.no_room());
             }
-            Ok(Record::CreateVolume { id: meta.next_volume(), uuid: self.uuid(), name: name.clone(), size_bytes })
+            Ok(Record::CreateVolume {
+                id: meta.next_volume(),
+                uuid: self.uuid(),
+                name: name.clone(),
+                size_bytes,
+            })
         })
         .await
     }
 
-    pub(crate) async fn resize_volume(self: Rc<Self>, name: String, size_bytes: u64) -> Result<(), PoolError> {
+    pub(crate) async fn resize_volume(
+        self: Rc<Self>,
+        name: String,
+        size_bytes: u64,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         let what = format!("volume {name} cannot be resized");
         let id = self.find(&name)?;
@@ -133,7 +156,8 @@ impl Owner {
         self.change(&what, || {
             self.check_size(size_bytes)?;
             let meta = self.meta.borrow();
-            let volume = meta.volume(id).ok_or_else(|| PoolError::Unknown(format!("volume {name} is gone")))?;
+            let volume =
+                meta.volume(id).ok_or_else(|| PoolError::Unknown(format!("volume {name} is gone")))?;
             if volume.is_snapshot() {
                 return Err(PoolError::Wrong(format!("{name} is a snapshot, whose size does not change")));
             }
@@ -141,7 +165,9 @@ impl Owner {
             if size_bytes < before {
                 let extent_bytes = meta.thin().extent_bytes;
                 if shown.as_ref().is_some_and(|shown| shown.users.load(Ordering::Acquire) > 0) {
-                    return Err(PoolError::Conflict(format!("volume {name} is in use, it can only grow now")));
+                    return Err(PoolError::Conflict(format!(
+                        "volume {name} is in use, it can only grow now"
+                    )));
                 }
                 let first = u32::try_from(size_bytes / extent_bytes).unwrap_or(u32::MAX);
                 let after = |at: Option<u32>| at.and_then(|at| meta.next_mapped(id, at));
@@ -221,7 +247,11 @@ impl Owner {
         Ok(items)
     }
 
-    pub(crate) async fn clone_volume(self: Rc<Self>, snapshot: String, name: String) -> Result<(), PoolError> {
+    pub(crate) async fn clone_volume(
+        self: Rc<Self>,
+        snapshot: String,
+        name: String,
+    ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         let what = format!("volume {name} cannot be made");
         self.change(&what, || {
@@ -237,7 +267,12 @@ impl Owner {
             if !meta.has_room_for_metadata(1) {
                 return Err(self.no_room());
             }
-            Ok(Record::Clone { snapshot: from, id: meta.next_volume(), uuid: self.uuid(), name: name.clone() })
+            Ok(Record::Clone {
+                snapshot: from,
+                id: meta.next_volume(),
+                uuid: self.uuid(),
+                name: name.clone(),
+            })
         })
         .await
     }
@@ -287,4 +322,3 @@ impl Owner {
         Ok(())
     }
 }
-
