@@ -6,7 +6,7 @@
 //!   intents    regions that may differ
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
-//!   resync     what makes members the same again
+//!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
 //! ```
 //!
 //! Invariants:
@@ -19,7 +19,10 @@ mod intents;
 mod journal;
 mod mapping;
 mod members;
+mod rejoin;
+mod replace;
 mod resync;
+mod scrub;
 mod tick;
 mod volumes;
 

@@ -1,0 +1,98 @@
+//! What is wrong with a pool, each fault with its place. Nothing is written.
+
+use super::found::Found;
+use super::leaves_of;
+use super::tables::{read_intents, read_tables};
+use crate::format::{Layout, PAGE_BYTES, Superblock};
+use crate::pool::lanes::Lanes;
+use crate::pool::{Ask, CheckReport, PoolError};
+use hawser_block::Device;
+use hawser_runtime::ReactorHandle;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub(in crate::pool) fn check(reactor: &ReactorHandle, devices: Vec<Arc<dyn Device>>) -> Ask<CheckReport> {
+    Ask::of(reactor, move |runtime| async move {
+        let lanes = Lanes::new(&runtime);
+        let report = look(&lanes, devices).await;
+        lanes.close();
+        report
+    })
+}
+
+async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckReport, PoolError> {
+    let mut report = CheckReport::default();
+    let leaves = leaves_of(devices.clone())?;
+    for leaf in &leaves {
+        for offset in Layout::SUPERBLOCKS {
+            match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
+                Err(status) => {
+                    report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), status.name()))
+                }
+                Ok(page) => match Superblock::decode(page.bytes(0, PAGE_BYTES)) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => report.faults.push(format!("{}: no superblock at {offset}", leaf.name())),
+                    Err(error) => {
+                        report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))
+                    }
+                },
+            }
+        }
+    }
+    let found = Found::read(lanes, devices).await?;
+    found.set_modes(true)?;
+    for (number, record) in found.book.members.iter().enumerate() {
+        match &found.members[number] {
+            None => report.faults.push(format!("member {number} is missing")),
+            Some((leaf, _)) if !record.in_sync => {
+                report.faults.push(format!("member {number} ({}) is stale", leaf.name()))
+            }
+            Some(_) => {}
+        }
+    }
+    let mut best: BTreeMap<&'static str, u64> = BTreeMap::new();
+    // Each by itself: a fault of one may be hidden by another.
+    for (number, leaf) in found.with_tables().iter().enumerate() {
+        let mut alone = Found {
+            book: found.book.clone(),
+            array: found.array.clone(),
+            members: vec![None; found.members.len()],
+            spares: Vec::new(),
+        };
+        let place =
+            found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));
+        let Some(place) = place else { continue };
+        alone.members[place].clone_from(&found.members[place]);
+        match read_tables(lanes, &alone).await {
+            Err(PoolError::Failed(what)) => report.faults.push(format!("{}: {what}", leaf.name())),
+            Err(error) => return Err(error),
+            Ok(tables) => {
+                report.faults.extend(
+                    tables.meta.verify().into_iter().map(|fault| format!("{}: {fault}", leaf.name())),
+                );
+                if number == 0 {
+                    best.insert("pages of tables", tables.pages_read);
+                    best.insert("records of the log", tables.replayed);
+                    best.insert("volumes", tables.meta.volumes().count() as u64);
+                    let mapped = tables.meta.volumes().map(|(_, volume)| volume.mapped_extents()).sum();
+                    best.insert("mapped extents", mapped);
+                    best.insert("free extents", u64::from(tables.meta.free_extents()));
+                }
+            }
+        }
+    }
+    for (page, words) in read_intents(lanes, &found).await.into_iter().enumerate() {
+        match words {
+            None => report.faults.push(format!(
+                "page {page} of the marks of regions is not whole: all of it counts as marked"
+            )),
+            Some(words) => {
+                *best.entry("marked regions").or_default() +=
+                    words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
+            }
+        }
+    }
+    report.checked = best.into_iter().collect();
+    Ok(report)
+}

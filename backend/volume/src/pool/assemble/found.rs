@@ -1,0 +1,153 @@
+//! Who is a member, and who has the data: what the superblocks say, put together.
+
+use super::{array_of, leaves_of, read_superblock, wrong};
+use crate::format::{Superblock, Uuid};
+use crate::pool::PoolError;
+use crate::pool::lanes::{Lanes, Leaf};
+use crate::pool::owner::survives;
+use crate::raid::{Array, Mode};
+use hawser_block::Device;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// The members that are there, and what they say.
+pub(super) struct Found {
+    pub(super) book: Superblock,
+    pub(super) array: Array,
+    /// By the member's number: its device, and what it says.
+    pub(super) members: Vec<Option<(Leaf, Superblock)>>,
+    pub(super) spares: Vec<(Uuid, Option<Leaf>)>,
+}
+
+impl Found {
+    /// Finds out who has the data. Marks them in sync in the array.
+    pub(super) async fn read(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<Found, PoolError> {
+        let mut labels: Vec<(Leaf, Superblock)> = Vec::new();
+        for leaf in leaves_of(devices)? {
+            match read_superblock(lanes, &leaf).await {
+                Ok(Some(label)) => labels.push((leaf, label)),
+                Ok(None) => return Err(PoolError::Unknown(format!("{} belongs to no pool", leaf.name()))),
+                Err(error) => return Err(error),
+            }
+        }
+        let knows_best = |(_, label): &&(Leaf, Superblock)| {
+            (label.generation, label.epoch, label.members.iter().filter(|member| !member.in_sync).count())
+        };
+        let Some((best_leaf, book)) = labels.iter().max_by_key(knows_best).cloned() else {
+            return Err(wrong("no device is given".to_owned()));
+        };
+        let array = array_of(&book)?;
+        let mut members: Vec<Option<(Leaf, Superblock)>> = vec![None; book.members.len()];
+        let mut spares: Vec<(Uuid, Option<Leaf>)> = book.spares.iter().map(|uuid| (*uuid, None)).collect();
+        for (leaf, label) in labels {
+            if label.pool_uuid != book.pool_uuid {
+                return Err(PoolError::Conflict(format!(
+                    "{} belongs to pool {} and {} to pool {}",
+                    leaf.name(),
+                    label.name,
+                    best_leaf.name(),
+                    book.name
+                )));
+            }
+            if let Some(spare) = spares.iter_mut().find(|(uuid, _)| *uuid == label.this) {
+                spare.1 = Some(leaf);
+                continue;
+            }
+            match book.members.iter().position(|member| member.uuid == label.this) {
+                None => {
+                    log::warn!("{} was a member of pool {} and has been replaced", leaf.name(), book.name)
+                }
+                Some(number) => {
+                    if let Some((other, _)) = &members[number] {
+                        return Err(PoolError::Conflict(format!(
+                            "{} and {} both say that they are member {number} of pool {}",
+                            other.name(),
+                            leaf.name(),
+                            book.name
+                        )));
+                    }
+                    members[number] = Some((leaf, label));
+                }
+            }
+        }
+        let found = Found { book, array, members, spares };
+        found.check_no_rivals()?;
+        Ok(found)
+    }
+
+    /// Members that each went on without the other.
+    pub(super) fn check_no_rivals(&self) -> Result<(), PoolError> {
+        for (one, place) in self.members.iter().enumerate() {
+            for (other, rival) in self.members.iter().enumerate().skip(one + 1) {
+                let (Some((leaf, label)), Some((rival_leaf, rival_label))) = (place, rival) else { continue };
+                let calls_stale = |label: &Superblock, member: usize| {
+                    label.members.get(member).is_some_and(|record| !record.in_sync)
+                };
+                if calls_stale(label, other)
+                    && calls_stale(rival_label, one)
+                    && !calls_stale(label, one)
+                    && !calls_stale(rival_label, other)
+                {
+                    return Err(PoolError::Conflict(format!(
+                        "{} and {} were each used without the other, so they differ: pool {} opens with one of them; the other \
+                         can be put in as a replacement",
+                        leaf.name(),
+                        rival_leaf.name(),
+                        self.book.name
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_in_sync(&self, number: usize) -> bool {
+        self.book.members[number].in_sync && self.members[number].is_some()
+    }
+
+    /// Sets who is in sync; says who should be there and is not.
+    pub(super) fn set_modes(&self, degraded: bool) -> Result<(), PoolError> {
+        let name = &self.book.name;
+        let mut missing = Vec::new();
+        for (number, record) in self.book.members.iter().enumerate() {
+            let (set, index) = self
+                .array
+                .set_of_member(u16::try_from(number).unwrap_or(0))
+                .expect("every member is in a set");
+            match self.is_in_sync(number) {
+                true => self.array.set(set).set_mode(index, Mode::InSync),
+                false if record.in_sync => missing.push(number),
+                false => {}
+            }
+        }
+        for set in self.array.sets() {
+            let has_all = (0..set.members())
+                .all(|member| set.mode(member) == Mode::InSync || survives(set, 1 << member));
+            if !has_all {
+                let lacking: Vec<String> = (0..set.members())
+                    .filter(|member| set.mode(*member) != Mode::InSync)
+                    .map(|member| (set.first_member() + member).to_string())
+                    .collect();
+                return Err(PoolError::Conflict(format!(
+                    "pool {name} lacks data without its members {}",
+                    lacking.join(", ")
+                )));
+            }
+        }
+        if !missing.is_empty() && !degraded {
+            let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+            return Err(PoolError::Conflict(format!(
+                "pool {name} is not complete: members {} are missing",
+                missing.join(", ")
+            )));
+        }
+        Ok(())
+    }
+
+    /// Those who have the tables.
+    pub(super) fn with_tables(&self) -> Vec<Leaf> {
+        let count = usize::from(self.book.metadata_members());
+        let numbers = (0..count).filter(|number| self.is_in_sync(*number));
+        numbers.filter_map(|number| Some(self.members[number].as_ref()?.0.clone())).collect()
+    }
+}

@@ -1,0 +1,325 @@
+//! Opening and closing. The order: the tail is made ours, then the superblocks say that we have the pool (from then on nothing of a process before us is
+//! under way), then everything is read, then a checkpoint is made that all who have tables agree on.
+
+use super::found::Found;
+use super::tables::{read_intents, read_tables};
+use crate::format::{self, Record, Superblock, Uuid};
+use crate::pool::lanes::{Lanes, Leaf};
+use crate::pool::owner::{Intents, Locks, Log, Member, Options, Owner, Pending, Rounds, Turns, Work};
+use crate::pool::place::Place;
+use crate::pool::shared::{Shared, View};
+use crate::pool::wait::Bell;
+use crate::pool::{Ask, MemoryTail, OpenOptions, Pool, PoolError, PoolView, coverage};
+use crate::thin::{Metadata, Thin};
+use hawser_block::Device;
+use hawser_runtime::{ReactorHandle, Runtime};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub(in crate::pool) fn open(
+    owner: &ReactorHandle,
+    devices: Vec<Arc<dyn Device>>,
+    options: OpenOptions,
+) -> Ask<Pool> {
+    let handle = owner.clone();
+    Ask::of(owner, move |runtime| async move {
+        let lanes = Lanes::new(&runtime);
+        match start(&runtime, handle, &lanes, devices, options).await {
+            Ok(pool) => Ok(pool),
+            Err(error) => {
+                lanes.close();
+                Err(error)
+            }
+        }
+    })
+}
+
+async fn start(
+    runtime: &Runtime,
+    handle: ReactorHandle,
+    lanes: &Rc<Lanes>,
+    devices: Vec<Arc<dyn Device>>,
+    mut options: OpenOptions,
+) -> Result<Pool, PoolError> {
+    let found = Found::read(lanes, devices).await?;
+    found.set_modes(options.degraded || options.read_only)?;
+    let was_closed = found.book.opened_by.is_none();
+    if let Some(other) = found.book.opened_by
+        && other != options.host
+        && !options.assume_exclusive
+        && !options.read_only
+    {
+        return Err(PoolError::Conflict(format!(
+            "pool {} is open on host {}, or was not closed there: want it closed, or --assume-exclusive when that host is dead",
+            found.book.name,
+            uuid_text(&other)
+        )));
+    }
+    // Before anything is changed: whether it can be opened at all.
+    let mut tables = Some(read_tables(lanes, &found).await?);
+    let entries = tail_entries(&found.book, &options);
+    let book = next_book(&found.book, &options);
+    let now = runtime.now();
+    let members: Vec<Member> = book
+        .members
+        .iter()
+        .zip(&found.members)
+        .map(|(record, place)| {
+            let leaf = place.as_ref().map(|(leaf, _)| leaf.clone());
+            let is_recorded = record.in_sync && leaf.is_some();
+            let mut member = Member::new(record.uuid, leaf, is_recorded, now);
+            if !is_recorded {
+                member.why = if place.is_some() { "was away" } else { "is missing" }.to_owned();
+            }
+            member
+        })
+        .collect();
+    let leaves: Vec<Option<Leaf>> = members.iter().map(|member| member.leaf.clone()).collect();
+    let shared = Shared::new(
+        PoolView::empty(&book),
+        handle,
+        View {
+            is_redundant: book.level.is_redundant(),
+            data_offset: book.layout.data_offset(),
+            block_shift: book.block_bytes.trailing_zeros(),
+            table: tables.as_ref().expect("read just now").meta.table(),
+            thin: Thin {
+                extents: found.array.extents(),
+                extent_bytes: book.extent_bytes,
+                unit_bytes: book.unit_bytes,
+            },
+            array: found.array.clone(),
+            leaves,
+        },
+    );
+    let is_read_only = options.read_only;
+    let nothing = Thin { extents: 1, extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
+    let owner = Rc::new(Owner {
+        runtime: runtime.clone(),
+        place: Place::of(runtime, &shared),
+        shared,
+        lanes: Rc::clone(lanes),
+        meta: RefCell::new(Metadata::new(nothing, book.layout.metadata_pages)),
+        book: RefCell::new(book),
+        members: RefCell::new(members),
+        spares: RefCell::new(found.spares.clone()),
+        options: Options::of(&options),
+        tail: RefCell::new(std::mem::replace(&mut options.tail, Box::new(MemoryTail::default()))),
+        tail_used: Cell::new(0),
+        seq: Cell::new(0),
+        durable: Cell::new(0),
+        pending: RefCell::new(VecDeque::new()),
+        log: Cell::new(Log::default()),
+        intents: RefCell::new(Intents::default()),
+        turns: Turns::default(),
+        rounds: Rounds::default(),
+        freed: RefCell::default(),
+        locks: Locks::default(),
+        frozen: RefCell::default(),
+        bell: Bell::default(),
+        space: Bell::default(),
+        work: Work::default(),
+        lost: RefCell::new(None),
+        is_open: Cell::new(false),
+        is_closing: Cell::new(false),
+        is_read_only,
+    });
+    if !is_read_only {
+        // The tail is ready for us before anybody may take it for another's.
+        keep_tail(&owner, &entries);
+        {
+            let _turn = owner.turns.superblock.take().await;
+            let (_, failed) = owner.write_superblocks().await;
+            if !failed.is_empty() {
+                let names: Vec<String> = failed.iter().map(|member| owner.device_name(*member)).collect();
+                return Err(PoolError::Failed(format!(
+                    "pool {}: superblocks of {} cannot be written",
+                    owner.shared.name,
+                    names.join(", ")
+                )));
+            }
+        }
+        owner.is_open.set(true);
+        if !was_closed {
+            // Writes of the process before us are over only now.
+            drop(tables.take());
+            tables = Some(read_tables(lanes, &found).await?);
+        }
+    }
+    let tables = tables.expect("read just now");
+    let pages = read_intents(lanes, &found).await;
+    owner.take_over(tables.meta, tables.seq, tables.log);
+    owner.begin_intents(pages, was_closed);
+    let replayed = replay_tail(&owner, tables.seq, entries);
+    if !is_read_only {
+        owner.begin_tail();
+    }
+    owner.register();
+    owner.show_volumes();
+    if !is_read_only {
+        let ready = async {
+            owner.checkpoint(false).await?;
+            owner.rewrite_intents().await
+        };
+        if let Err(status) = ready.await {
+            owner.unregister();
+            return Err(owner.failed("cannot be opened", status));
+        }
+        owner.shared.is_writable.store(true, Ordering::Release);
+        owner.use_all_extents().await?;
+        for member in 0..owner.members.borrow().len() {
+            owner.watch(u16::try_from(member).unwrap_or(0));
+        }
+        runtime.spawn(Rc::clone(&owner).tick());
+        runtime.spawn(Rc::clone(&owner).resync());
+    }
+    owner.publish();
+    log::info!(
+        "pool {}: open, {} records of its log and {replayed} of its last process were done again",
+        owner.shared.name,
+        tables.replayed
+    );
+    Ok(Pool::of(Arc::clone(&owner.shared)))
+}
+
+/// What the process before us acknowledged and may not have made durable; of this pool, this host, and its last opening.
+fn tail_entries(book: &Superblock, options: &OpenOptions) -> Vec<(u64, Record)> {
+    let content = options.tail.content();
+    if book.opened_by == Some(options.host) {
+        let entries = format::decode_tail(&content, &book.pool_uuid, book.epoch);
+        if !entries.is_empty() {
+            return entries;
+        }
+    }
+    // A process that died while it opened the pool.
+    format::decode_tail(&content, &book.pool_uuid, book.epoch + 1)
+}
+
+/// What the superblocks say while we have it open.
+fn next_book(book: &Superblock, options: &OpenOptions) -> Superblock {
+    let mut next = book.clone();
+    if !options.read_only {
+        next.epoch += 1;
+        next.opened_by = Some(options.host);
+    }
+    next
+}
+
+fn keep_tail(owner: &Rc<Owner>, entries: &[(u64, Record)]) {
+    let mut content = format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch);
+    for (seq, record) in entries {
+        format::encode_tail_entry(*seq, record, &mut content);
+    }
+    owner.tail.borrow_mut().replace(&content);
+}
+
+/// Applies what the members' log does not have.
+fn replay_tail(owner: &Rc<Owner>, seq: u64, entries: Vec<(u64, Record)>) -> u64 {
+    let mut next = seq;
+    for (number, record) in entries {
+        if number < next {
+            continue;
+        }
+        if number > next {
+            log::error!(
+                "pool {}: what its last process left lacks records before {number}",
+                owner.shared.name
+            );
+            break;
+        }
+        if let Err(what) = owner.replay_one(number, &record) {
+            log::error!("pool {}: what its last process left cannot be done: {what}", owner.shared.name);
+            break;
+        }
+        next += 1;
+    }
+    if next > seq {
+        coverage::count(coverage::Event::TailReplayed);
+    }
+    next - seq
+}
+
+impl Owner {
+    fn take_over(&self, meta: Metadata, seq: u64, log: Log) {
+        let view = self.view();
+        let table = meta.table();
+        *self.meta.borrow_mut() = meta;
+        self.seq.set(seq);
+        self.durable.set(seq);
+        self.log.set(log);
+        let leaves = view.leaves.clone();
+        self.shared.set_view(View { array: view.array.clone(), table, leaves, ..*view });
+    }
+
+    fn replay_one(&self, seq: u64, record: &Record) -> Result<(), String> {
+        self.meta.borrow_mut().apply(record)?;
+        let (mut bytes, mut entry) = (Vec::new(), Vec::new());
+        record.encode(&mut bytes);
+        format::encode_tail_entry(seq, record, &mut entry);
+        self.seq.set(seq + 1);
+        self.pending.borrow_mut().push_back(Pending { seq, record: bytes, entry });
+        self.take_freed();
+        Ok(())
+    }
+
+    /// Takes the marks over. After a death, what is marked may differ.
+    fn begin_intents(&self, pages: Vec<Option<Vec<u64>>>, was_closed: bool) {
+        *self.intents.borrow_mut() = Intents::new(pages);
+        let sets = self.view().array.sets().to_vec();
+        for (index, set) in sets.iter().enumerate().filter(|(_, set)| set.level().is_redundant()) {
+            let first = self.first_region(index);
+            for region in (0..set.regions()).filter(|region| self.intents.borrow().is_durable(first + region))
+            {
+                set.intents.set(region);
+                if !was_closed {
+                    set.unsynced.set(region);
+                }
+            }
+        }
+    }
+
+    /// Makes everything durable and lets go. Nobody uses a volume any more.
+    pub(crate) async fn close(self: Rc<Self>) -> Result<(), PoolError> {
+        if self.is_closing.get() {
+            return Err(PoolError::Conflict(format!("pool {} is being closed", self.shared.name)));
+        }
+        let _turn = self.turns.change.take().await;
+        if !self.is_read_only && self.lost.borrow().is_none() {
+            let closed = async {
+                self.flush().await?;
+                self.clear_idle_intents(true).await?;
+                self.checkpoint(false).await
+            };
+            closed.await.map_err(|status| self.failed("cannot be closed", status))?;
+        }
+        self.shared.is_writable.store(false, Ordering::Release);
+        self.is_closing.set(true);
+        self.bell.ring();
+        self.space.ring();
+        if !self.is_read_only && self.lost.borrow().is_none() {
+            // Writes that came after the checkpoint are in the log.
+            let closed = async {
+                self.flush().await?;
+                let _turn = self.turns.superblock.take().await;
+                let is_same = self.view().array.sets().iter().all(|set| !set.unsynced.any());
+                if is_same {
+                    self.book.borrow_mut().opened_by = None;
+                }
+                self.record_members().await
+            };
+            closed.await.map_err(|status| self.failed("cannot be closed", status))?;
+            self.begin_tail();
+        }
+        // Tasks that sleep still name it.
+        self.unregister();
+        Ok(())
+    }
+}
+
+fn uuid_text(uuid: &Uuid) -> String {
+    let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}

@@ -1,0 +1,158 @@
+//! Members that come back: from the first write that they get again to the superblocks that say that they have everything.
+
+use super::Owner;
+use crate::format::Superblock;
+use crate::pool::coverage;
+use crate::pool::lanes::Leaf;
+use crate::pool::shared::lock;
+use crate::raid::{Mode, Set};
+use hawser_block::{Outcome, Status};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+impl Owner {
+    /// A member has everything: that is written down, and it is read from again.
+    pub(super) async fn is_whole_again(self: &Rc<Self>, set: &Arc<Set>, member: u16) -> Outcome {
+        let number = set.first_member() + member;
+        if set.unsynced.any() {
+            return Ok(());
+        }
+        // Before it may be taken for the first copy that is in sync.
+        let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
+        self.lanes.flush(&leaf).await?;
+        let _turn = self.turns.superblock.take().await;
+        let is_ready = {
+            let members = self.members.borrow();
+            let member = &members[usize::from(number)];
+            !member.is_joining && !member.is_recorded && !member.is_doubted.load(Ordering::Acquire)
+        };
+        if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
+            return Ok(());
+        }
+        self.members.borrow_mut()[usize::from(number)].is_recorded = true;
+        // It has everything, whoever could write that down: those who could not are found out by the next write to them.
+        let (_, failed) = self.write_superblocks().await;
+        if !failed.is_empty() {
+            log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
+        }
+        if set.mode(member) != Mode::Syncing {
+            // It failed meanwhile, and may be called in sync by some: that must not stay.
+            self.members.borrow_mut()[usize::from(number)].is_recorded = false;
+            return self.record_members().await;
+        }
+        {
+            let member = &mut self.members.borrow_mut()[usize::from(number)];
+            member.why.clear();
+            member.away_since = None;
+        }
+        set.set_mode(member, Mode::InSync);
+        coverage::count(coverage::Event::Rejoined);
+        log::info!(
+            "pool {}: member {number} ({}) has all data again",
+            self.shared.name,
+            self.device_name(number)
+        );
+        self.publish();
+        Ok(())
+    }
+
+    /// Begins to bring a member up to date, whose device is there.
+    pub(crate) async fn rejoin(self: &Rc<Self>, number: u16) {
+        let leaf = self.members.borrow()[usize::from(number)].leaf.clone();
+        let Some(leaf) = leaf else { return };
+        let uuid = self.members.borrow()[usize::from(number)].uuid;
+        match self.label_of(&leaf).await {
+            Ok(Some(label)) if label.this == uuid => {
+                if let Err(what) = self.bring_back(number, leaf, Some(&label)).await {
+                    self.members.borrow_mut()[usize::from(number)].why = what;
+                }
+            }
+            Ok(_) => {
+                self.members.borrow_mut()[usize::from(number)].why = "another device than it was".to_owned()
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// What a device says of itself.
+    pub(crate) async fn label_of(&self, leaf: &Leaf) -> Result<Option<Superblock>, Status> {
+        crate::pool::assemble::read_superblock(&self.lanes, leaf).await.map_err(|_| Status::Path)
+    }
+
+    /// Takes a device as this member, which gets everything that it lacks. `label`: what it says of itself; `None`: it is new.
+    pub(crate) async fn bring_back(
+        self: &Rc<Self>,
+        number: u16,
+        leaf: Leaf,
+        label: Option<&Superblock>,
+    ) -> Result<(), String> {
+        if let Some(label) = label {
+            self.check_no_split(number, label)?;
+        }
+        let (set, index) = self.place_of(number);
+        if set.mode(index) != Mode::Away {
+            return Ok(());
+        }
+        {
+            let mut members = self.members.borrow_mut();
+            let member = &mut members[usize::from(number)];
+            *lock(&member.cache) = leaf.device.cache_identity();
+            let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
+            member.leaf = Some(leaf);
+            drop(members);
+            if is_new {
+                self.watch(number);
+            }
+        }
+        self.new_view();
+        self.members.borrow_mut()[usize::from(number)].is_joining = true;
+        let joined = self.join(number, &set, index).await;
+        self.members.borrow_mut()[usize::from(number)].is_joining = false;
+        if let Err(status) = joined {
+            set.set_mode(index, Mode::Away);
+            return Err(status.name().to_owned());
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
+    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        self.shared.mark_unsynced();
+        let first = self.first_region_of(set);
+        for region in 0..set.regions() {
+            if self.intents.borrow().is_durable(first + region) {
+                set.unsynced.set(region);
+            }
+        }
+        set.set_mode(index, Mode::Syncing);
+        self.barrier().await;
+        if number < self.book.borrow().metadata_members() {
+            self.checkpoint(true).await?;
+            self.rewrite_intents().await?;
+        }
+        Ok(())
+    }
+
+    fn first_region_of(&self, set: &Arc<Set>) -> u32 {
+        let view = self.view();
+        let index = view.array.sets().iter().position(|other| Arc::ptr_eq(other, set)).unwrap_or(0);
+        self.first_region(index)
+    }
+
+    /// Refuses a member that went on without the others.
+    fn check_no_split(&self, number: u16, label: &Superblock) -> Result<(), String> {
+        let (set, _) = self.place_of(number);
+        let members = self.members.borrow();
+        let is_rival = (0..set.members()).map(|other| usize::from(set.first_member() + other)).any(|other| {
+            other != usize::from(number)
+                && members[other].is_recorded
+                && label.members.get(other).is_some_and(|record| !record.in_sync)
+        });
+        match is_rival {
+            true => Err("it was used without the others, and they without it: want it put in as a replacement, with --force".to_owned()),
+            false => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Other members: replacements, spares, more of them.
+
+use super::Owner;
+use super::members::write_superblock;
+use crate::format::{MemberRecord, Superblock, Uuid};
+use crate::pool::PoolError;
+use crate::pool::assemble::new_set;
+use crate::pool::lanes::Leaf;
+use crate::pool::shared::View;
+use crate::raid::Mode;
+use hawser_block::Device;
+use std::rc::Rc;
+use std::sync::Arc;
+
+impl Owner {
+    pub(crate) async fn add_member(self: Rc<Self>, device: Arc<dyn Device>) -> Result<(), PoolError> {
+        let _turn = self.turns.change.take().await;
+        let leaf = self.leaf_of(device)?;
+        let name = leaf.name().to_owned();
+        let label = self.label_of(&leaf).await.map_err(|status| self.failed(&name, status))?;
+        let label = label.filter(|label| label.pool_uuid == self.shared.uuid).ok_or_else(|| {
+            PoolError::Conflict(format!("{name} is no member of pool {}", self.shared.name))
+        })?;
+        let number = self.members.borrow().iter().position(|member| member.uuid == label.this);
+        let spare = self.spares.borrow().iter().position(|(uuid, _)| *uuid == label.this);
+        if let Some(spare) = spare {
+            self.spares.borrow_mut()[spare].1 = Some(leaf);
+            self.publish();
+            return Ok(());
+        }
+        let number = number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| {
+            PoolError::Conflict(format!(
+                "{name} was a member of pool {} and has been replaced",
+                self.shared.name
+            ))
+        })?;
+        if self.mode_of(number) != Mode::Away {
+            return Ok(());
+        }
+        self.bring_back(number, leaf, Some(&label))
+            .await
+            .map_err(|what| PoolError::Conflict(format!("{name}: {what}")))
+    }
+
+    fn leaf_of(&self, device: Arc<dyn Device>) -> Result<Leaf, PoolError> {
+        let name = device.name().to_owned();
+        Leaf::new(device).ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))
+    }
+
+    /// A device that belongs to nobody and is large enough.
+    async fn check_new(&self, leaf: &Leaf, data_bytes: u64, force: bool) -> Result<(), PoolError> {
+        let name = leaf.name();
+        let geometry =
+            leaf.device.geometry().ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))?;
+        let (block_bytes, needed) = {
+            let book = self.book.borrow();
+            (book.block_bytes, book.layout.data_offset() + data_bytes)
+        };
+        if geometry.block_size.bytes() != block_bytes {
+            return Err(PoolError::Wrong(format!(
+                "{name} has blocks of {} bytes, want {block_bytes} as the pool",
+                geometry.block_size.bytes()
+            )));
+        }
+        if geometry.size_bytes() < needed {
+            return Err(PoolError::Wrong(format!(
+                "{name} has {} bytes, want at least {needed}",
+                geometry.size_bytes()
+            )));
+        }
+        let is_ours = self
+            .members
+            .borrow()
+            .iter()
+            .any(|member| member.leaf.as_ref().is_some_and(|other| other.same(leaf)))
+            || self
+                .spares
+                .borrow()
+                .iter()
+                .any(|(_, spare)| spare.as_ref().is_some_and(|other| other.same(leaf)));
+        if is_ours {
+            return Err(PoolError::Conflict(format!(
+                "{name} is a member of pool {} already",
+                self.shared.name
+            )));
+        }
+        let label = self.label_of(leaf).await.map_err(|status| self.failed(name, status))?;
+        match label {
+            Some(label) if !force => Err(PoolError::Conflict(format!(
+                "{name} belongs to pool {}, want another device, or --force",
+                label.name
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn random_uuid(&self) -> Uuid {
+        let mut uuid = [0; 16];
+        uuid[..8].copy_from_slice(&self.runtime.random().to_le_bytes());
+        uuid[8..].copy_from_slice(&self.runtime.random().to_le_bytes());
+        uuid
+    }
+
+    pub(crate) async fn replace(
+        self: Rc<Self>,
+        old: String,
+        device: Arc<dyn Device>,
+        force: bool,
+    ) -> Result<(), PoolError> {
+        let _turn = self.turns.change.take().await;
+        self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
+        let by_name = self
+            .members
+            .borrow()
+            .iter()
+            .position(|member| member.leaf.as_ref().is_some_and(|leaf| leaf.name() == old));
+        let number =
+            by_name.or_else(|| old.parse().ok()).filter(|number| *number < self.members.borrow().len());
+        let number = number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| {
+            PoolError::Unknown(format!(
+                "pool {} has no member {old}, want a device or a place",
+                self.shared.name
+            ))
+        })?;
+        let leaf = self.leaf_of(device)?;
+        let data_bytes = self.book.borrow().members[usize::from(number)].data_bytes;
+        self.check_new(&leaf, data_bytes, force).await?;
+        self.put_in(number, leaf).await
+    }
+
+    /// Puts a device that has nothing in the place of a member.
+    pub(super) async fn put_in(self: &Rc<Self>, number: u16, leaf: Leaf) -> Result<(), PoolError> {
+        let (set, index) = self.place_of(number);
+        let name = leaf.name().to_owned();
+        if !set.level().is_redundant() {
+            return Err(PoolError::Conflict(format!(
+                "pool {} has no second copy of what member {number} has",
+                self.shared.name
+            )));
+        }
+        if !self.put_out(number, "is being replaced").await {
+            return Err(PoolError::Conflict(format!(
+                "member {number} of pool {} is the last with some data",
+                self.shared.name
+            )));
+        }
+        let set_index = self.view().array.set_of_member(number).map_or(0, |(set, _)| set);
+        // All of it is lacking: that is durable before anybody may take the new one for a member.
+        self.mark_all(set_index).await.map_err(|status| self.failed(&name, status))?;
+        {
+            let _turn = self.turns.superblock.take().await;
+            let uuid = self.random_uuid();
+            {
+                let mut members = self.members.borrow_mut();
+                let member = &mut members[usize::from(number)];
+                (member.uuid, member.leaf, member.is_recorded) = (uuid, Some(leaf.clone()), false);
+            }
+            self.record_members().await.map_err(|status| self.failed(&name, status))?;
+            let own = Superblock { this: uuid, ..self.book.borrow().clone() };
+            write_superblock(self, &leaf, &own).await.map_err(|status| self.failed(&name, status))?;
+        }
+        self.watch(number);
+        debug_assert!(set.mode(index) == Mode::Away);
+        self.bring_back(number, leaf, None).await.map_err(|what| PoolError::Failed(format!("{name}: {what}")))
+    }
+
+    pub(crate) async fn add_spare(
+        self: Rc<Self>,
+        device: Arc<dyn Device>,
+        force: bool,
+    ) -> Result<(), PoolError> {
+        let _turn = self.turns.change.take().await;
+        self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
+        let leaf = self.leaf_of(device)?;
+        let data_bytes = self.book.borrow().members.iter().map(|member| member.data_bytes).min().unwrap_or(0);
+        self.check_new(&leaf, data_bytes, force).await?;
+        if self.spares.borrow().len() >= crate::format::superblock::SPARES_MAX {
+            return Err(PoolError::Conflict(format!("pool {} has enough spares", self.shared.name)));
+        }
+        let name = leaf.name().to_owned();
+        self.spares.borrow_mut().push((self.random_uuid(), Some(leaf)));
+        let _turn = self.turns.superblock.take().await;
+        self.record_members().await.map_err(|status| self.failed(&name, status))?;
+        self.publish();
+        Ok(())
+    }
+
+    /// A spare takes the place of a member that has been away for long.
+    pub(crate) async fn use_spare(self: &Rc<Self>) {
+        let now = self.runtime.now();
+        let away = self.members.borrow().iter().position(|member| {
+            member.away_since.is_some_and(|since| now >= since + self.options.spare_delay)
+        });
+        let spare = self.spares.borrow().iter().position(|(_, leaf)| leaf.is_some());
+        let (Some(away), Some(spare)) = (away, spare) else { return };
+        let number = u16::try_from(away).unwrap_or(0);
+        if self.mode_of(number) != Mode::Away {
+            return;
+        }
+        let _turn = self.turns.change.take().await;
+        let (uuid, leaf) = self.spares.borrow_mut().remove(spare);
+        let Some(leaf) = leaf else { return };
+        log::warn!("pool {}: spare {} takes the place of member {number}", self.shared.name, leaf.name());
+        if let Err(what) = self.put_in(number, leaf.clone()).await {
+            log::error!("pool {}: {what:?}", self.shared.name);
+            self.spares.borrow_mut().push((uuid, Some(leaf)));
+        }
+    }
+
+    pub(crate) async fn grow(
+        self: Rc<Self>,
+        devices: Vec<Arc<dyn Device>>,
+        force: bool,
+    ) -> Result<(), PoolError> {
+        let _turn = self.turns.change.take().await;
+        self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
+        let wanted = usize::from(self.book.borrow().sets[0].members);
+        if devices.len() != wanted {
+            return Err(PoolError::Wrong(format!(
+                "pool {} grows by {wanted} members at a time, and {} are given",
+                self.shared.name,
+                devices.len()
+            )));
+        }
+        let leaves = devices.into_iter().map(|device| self.leaf_of(device)).collect::<Result<Vec<_>, _>>()?;
+        for (index, leaf) in leaves.iter().enumerate() {
+            if leaves[..index].iter().any(|other| other.same(leaf)) {
+                return Err(PoolError::Wrong(format!("{} is given twice", leaf.name())));
+            }
+            self.check_new(leaf, 1 << 20, force).await?;
+        }
+        let before = self.book.borrow().clone();
+        let data_offset = before.layout.data_offset();
+        let records: Vec<MemberRecord> = leaves
+            .iter()
+            .map(|leaf| {
+                let bytes = leaf.device.geometry().map_or(0, |geometry| geometry.size_bytes()) - data_offset;
+                MemberRecord { uuid: self.random_uuid(), in_sync: true, data_bytes: bytes }
+            })
+            .collect();
+        let mut book = before.clone();
+        let first = book.members.len();
+        book.members.extend(records);
+        let (set, record) = new_set(&book, first, wanted)
+            .map_err(|what| PoolError::Wrong(format!("pool {}: {what}", self.shared.name)))?;
+        book.sets.push(record);
+        book.validate().map_err(|error| PoolError::Wrong(format!("pool {}: {error}", self.shared.name)))?;
+        let mut sets = self.view().array.sets().to_vec();
+        sets.push(Arc::clone(&set));
+        let array = crate::raid::Array::new(sets).map_err(PoolError::Wrong)?;
+        for index in 0..set.members() {
+            set.set_mode(index, Mode::InSync);
+        }
+        {
+            let _turn = self.turns.superblock.take().await;
+            let now = self.runtime.now();
+            let old_view = self.view();
+            for (leaf, record) in leaves.iter().zip(&book.members[first..]) {
+                let member = super::Member::new(record.uuid, Some(leaf.clone()), true, now);
+                self.members.borrow_mut().push(member);
+            }
+            *self.book.borrow_mut() = Superblock { generation: self.book.borrow().generation, ..book };
+            let all_leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
+            let thin = crate::thin::Thin { extents: array.extents(), ..old_view.thin };
+            let table = Arc::clone(&old_view.table);
+            self.shared.set_view(View { array, table, thin, leaves: all_leaves, ..*old_view });
+            // The new ones first: nobody is told of them before they know of it.
+            let (_, failed) = self.write_superblocks().await;
+            if !failed.is_empty() {
+                log::warn!(
+                    "pool {}: superblocks of members {failed:?} could not be written",
+                    self.shared.name
+                );
+            }
+        }
+        for number in first..self.members.borrow().len() {
+            self.watch(u16::try_from(number).unwrap_or(0));
+        }
+        self.use_all_extents().await?;
+        self.space.ring();
+        Ok(())
+    }
+}
