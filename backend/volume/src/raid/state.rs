@@ -9,6 +9,7 @@
 //! - A write goes to every copy that is or becomes readable, or is not done here.
 
 use super::{COPIES_MAX, Copies, Copy, Piece, Set, Slow};
+use crate::simulated::is_broken;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -96,12 +97,11 @@ impl Set {
     pub fn choose(&self, piece: &Piece, rotor: u32) -> Result<Copy, Slow> {
         let (mut readable, mut readable_count) = ([0_u8; COPIES_MAX], 0);
         for (index, copy) in (0..).zip(piece.copies.as_slice()) {
-            match self.mode_of(copy) {
-                Mode::Away | Mode::Syncing => {}
-                Mode::InSync => {
-                    readable[readable_count] = index;
-                    readable_count += 1;
-                }
+            if self.mode_of(copy) == Mode::InSync
+                || (self.mode_of(copy) == Mode::Syncing && is_broken("stale_member_read"))
+            {
+                readable[readable_count] = index;
+                readable_count += 1;
             }
         }
         let turn = match readable_count {
@@ -110,7 +110,8 @@ impl Set {
             2 => (rotor & 1) as usize,
             count => rotor as usize % count,
         };
-        if readable_count > 1 && self.any_region(piece, |region| self.unsynced.get(region)) {
+        let is_unsynced = readable_count > 1 && self.any_region(piece, |region| self.unsynced.get(region));
+        if is_unsynced && !is_broken("read_unsynced_from_any") {
             return Err(Slow::Unsynced);
         }
         Ok(piece.copies.as_slice()[usize::from(readable[turn])])

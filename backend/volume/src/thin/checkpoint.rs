@@ -22,6 +22,7 @@ use crate::format::{
     CHUNK_ENTRIES, ChunkPage, DIR_POINTERS, PARTIAL_PAGES, PARTIALS_PER_PAGE, PagePtr, PartialRecord, Root,
     Uuid, VolumeRecord, crc_of, encode_dir, encode_partials, encode_volumes,
 };
+use crate::simulated::is_broken;
 use std::sync::Arc;
 
 /// A volume as it was, and the ids of its dirs.
@@ -96,6 +97,11 @@ impl Metadata {
             },
             dirs: v.dirs[..v.dirs.iter().rposition(|dir| *dir != 0).map_or(0, |last| last + 1)].to_vec(),
         });
+        if is_broken("checkpoint_overwrites_live_pages") {
+            for page in std::mem::take(&mut self.list_pages) {
+                self.pages.release(page);
+            }
+        }
         let frees = std::mem::take(&mut self.obsolete);
         self.checkpoint = Some(Box::new(Checkpoint {
             generation: self.generation,
