@@ -18,7 +18,6 @@ use hawser_block::{
 };
 use hawser_runtime::{Runtime, Slab, SourceId};
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -157,8 +156,6 @@ struct VolumeChannel {
     slots: Slab<Slot>,
     plan: Plan,
     rotor: u32,
-    /// Waiting until less is copied.
-    delayed: VecDeque<Request>,
     reaped: Vec<Completion>,
 }
 
@@ -191,7 +188,6 @@ impl VolumeChannel {
             slots: Slab::with_capacity(256),
             plan: Plan::new(),
             rotor: 0,
-            delayed: VecDeque::new(),
             reaped: Vec::with_capacity(64),
         };
         channel.refresh();
@@ -267,6 +263,13 @@ impl VolumeChannel {
     /// Carries out the plan that `resolve` has made.
     fn start(&mut self, request: Request, turn: usize) {
         let core = &self.core;
+        let has_lane = |member: u16| self.lanes.get(usize::from(member)).is_some_and(Option::is_some);
+        if !self.plan.steps.iter().all(|step| has_lane(step.member)) {
+            // A member has come since we looked.
+            core.place.leave(turn);
+            self.slowly(request, Some(Class::Degraded));
+            return;
+        }
         let is_write = request.operation.is_write();
         if is_write && !core.shared.is_writable.load(Ordering::Relaxed) {
             core.place.leave(turn);
@@ -279,7 +282,8 @@ impl VolumeChannel {
             let copied = core.place.copied_bytes.get();
             if copied > 0 && copied + len > COPIED_BYTES_MAX {
                 core.place.leave(turn);
-                self.delayed.push_back(request);
+                let waits = slow::when_less_is_copied(Rc::clone(core), request, COPIED_BYTES_MAX - len);
+                spawn(core, request.token, waits);
                 return;
             }
             let bounce = core.place.spare.take(len);
@@ -349,6 +353,7 @@ impl VolumeChannel {
         let Slot { request, turn, members, failed, status, copy, .. } = slot;
         if copy.is_some() {
             core.place.copied_bytes.set(core.place.copied_bytes.get() - request.buffers.len());
+            core.place.less_is_copied.ring();
         }
         let is_write = request.operation.is_write();
         let Some(status) = status else {
@@ -375,10 +380,10 @@ impl VolumeChannel {
             }
             return;
         }
-        // Before anybody may take this write for ended: its copies may differ.
-        slow::mark_unsynced(core, &self.view, &self.map, &request);
-        core.place.leave(turn);
-        let failure = slow::report_failures(Rc::clone(core), failed, status);
+        // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
+        slow::mark_unsynced(core, &request);
+        let under_way = core.place.still_under_way(turn);
+        let failure = slow::report_failures(Rc::clone(core), failed, status, under_way);
         spawn(core, request.token, failure);
     }
 
@@ -443,14 +448,6 @@ impl Channel for VolumeChannel {
         self.retired = retired;
         self.reaped = reaped;
         ended.append(&mut self.core.ended.borrow_mut());
-        if !self.delayed.is_empty() {
-            for _ in 0..self.delayed.len() {
-                if let Some(request) = self.delayed.pop_front() {
-                    self.take(request);
-                }
-            }
-            self.submit_lanes();
-        }
     }
 
     fn is_working(&self) -> bool {
@@ -459,9 +456,7 @@ impl Channel for VolumeChannel {
 
     fn abort(&mut self) {
         self.core.is_given_up.store(true, Ordering::Relaxed);
-        for request in self.delayed.drain(..) {
-            self.core.end(request.token, Err(Status::Aborted));
-        }
+        self.core.place.less_is_copied.ring();
         for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
             lane.channel.abort();
         }

@@ -12,6 +12,7 @@ use super::ask::Reply;
 use super::bounce::Spare;
 use super::lanes::Lanes;
 use super::shared::Shared;
+use super::wait::Bell;
 use hawser_runtime::Runtime;
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -23,6 +24,7 @@ pub(crate) struct Place {
     pub(crate) spare: Rc<Spare>,
     /// Bytes of guests' writes that are copied now.
     pub(crate) copied_bytes: Cell<usize>,
+    pub(crate) less_is_copied: Bell,
     turn: Cell<usize>,
     under_way: [Cell<usize>; 2],
     barrier: RefCell<Option<Reply<()>>>,
@@ -52,6 +54,7 @@ impl Place {
             lanes: Lanes::new(runtime),
             spare: Rc::default(),
             copied_bytes: Cell::new(0),
+            less_is_copied: Bell::default(),
             turn: Cell::new(0),
             under_way: [Cell::new(0), Cell::new(0)],
             barrier: RefCell::new(None),
@@ -83,6 +86,11 @@ impl Place {
         if left == 0 && turn != self.turn.get() {
             self.over();
         }
+    }
+
+    /// Who got under way with [`Place::enter`] is so until the result is dropped.
+    pub(crate) fn still_under_way(self: &Rc<Self>, turn: usize) -> UnderWay {
+        UnderWay { place: Rc::clone(self), turn }
     }
 
     /// The same, until the result is dropped.

@@ -207,6 +207,10 @@ pub(crate) fn read_extent(
     rotor: u32,
     plan: &mut Plan,
 ) -> Result<(), Class> {
+    if extent >= view.array.extents() {
+        // The pool has grown since we looked.
+        return Err(Class::ReadMiss);
+    }
     let (set, address) = view.array.locate(extent);
     let set = view.array.set(set);
     for piece in set.pieces(address + within, len) {
@@ -255,6 +259,9 @@ pub(crate) fn write_extent(
     (start, len): (u64, u64),
     plan: &mut Plan,
 ) -> Result<(), Class> {
+    if extent >= view.array.extents() {
+        return Err(Class::WriteMiss);
+    }
     let (set, address) = view.array.locate(extent);
     let set: &Set = view.array.set(set);
     for piece in set.pieces(address + within, len) {

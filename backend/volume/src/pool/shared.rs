@@ -103,8 +103,6 @@ pub(crate) struct VolumeShared {
     pub(crate) copied_bytes: AtomicU64,
     /// Channels that are open.
     pub(crate) users: AtomicUsize,
-    /// It is being deleted.
-    pub(crate) is_gone: AtomicBool,
     pub(crate) stats: Arc<StatsSet>,
     pub(crate) listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
 }

@@ -6,6 +6,7 @@
 use super::bounce::{Bounce, zero_payload};
 use super::channel::Core;
 use super::owner::Owner;
+use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, View};
 use super::wait::all;
@@ -72,8 +73,25 @@ async fn finish_fua(core: &Core, fua: bool) -> Outcome {
     }
 }
 
+/// A write that waits until not more than `most` bytes of others are copied.
+pub(super) async fn when_less_is_copied(core: Rc<Core>, request: Request, most: usize) -> Outcome {
+    let is_time = || {
+        let given_up = core.is_given_up.load(Ordering::Relaxed);
+        (given_up || core.place.copied_bytes.get() <= most).then_some(given_up)
+    };
+    if core.place.less_is_copied.until(is_time).await {
+        return Err(Status::Aborted);
+    }
+    carry_out(core, request).await
+}
+
 /// Members have failed a part of a write that others have: it has ended when that is recorded.
-pub(super) async fn report_failures(core: Rc<Core>, failed: u64, status: Status) -> Outcome {
+pub(super) async fn report_failures(
+    core: Rc<Core>,
+    failed: u64,
+    status: Status,
+    _under_way: UnderWay,
+) -> Outcome {
     if status == Status::Aborted {
         // Given up, not failed; what was marked is made the same again.
         return Err(status);
@@ -86,8 +104,10 @@ pub(super) async fn report_failures(core: Rc<Core>, failed: u64, status: Status)
 }
 
 /// The regions that a write goes to are not the same on all members, or may not be.
-pub(super) fn mark_unsynced(core: &Core, view: &View, map: &VolumeMap, request: &Request) {
+pub(super) fn mark_unsynced(core: &Core, request: &Request) {
     core.shared.mark_unsynced();
+    // As they are now: an extent that was unmapped meanwhile is nobody's, and need not be the same.
+    let (view, map) = (&core.shared.view(), &core.volume.map());
     let Ok(range) = resolve::bounds(view, map, request) else { return };
     for (index, within, _, len) in by_extent(view.thin.extent_bytes, range) {
         let entry = view.table.lookup(map, index);

@@ -153,10 +153,17 @@ impl Table {
     #[must_use]
     #[inline]
     pub fn lookup(&self, map: &VolumeMap, index: u32) -> Entry {
+        self.lookup_while(map, index, || {})
+    }
+
+    /// `between` runs after the chunk's id is known and before its entry is: tests let the owner change things there.
+    #[inline]
+    pub(super) fn lookup_while(&self, map: &VolumeMap, index: u32, mut between: impl FnMut()) -> Entry {
         let (at, slot) = split(index);
         let Some(place) = map.chunks.get(at) else { return Entry::EMPTY };
         let mut id = place.load(Ordering::Acquire);
         loop {
+            between();
             let entry = self.entry(id, slot);
             let again = place.load(Ordering::Acquire);
             if again == id {

@@ -14,7 +14,7 @@ use crate::thin::{Metadata, Thin};
 use hawser_block::Device;
 use hawser_runtime::{ReactorHandle, Runtime};
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -132,7 +132,7 @@ async fn start(
         keep_tail(&owner, &entries);
         {
             let _turn = owner.turns.superblock.take().await;
-            let (_, failed) = owner.write_superblocks().await;
+            let (_, failed) = owner.write_superblocks(&BTreeSet::new()).await;
             if !failed.is_empty() {
                 let names: Vec<String> = failed.iter().map(|member| owner.device_name(*member)).collect();
                 return Err(PoolError::Failed(format!(

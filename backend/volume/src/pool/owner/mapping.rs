@@ -8,7 +8,7 @@ use crate::pool::coverage;
 use crate::pool::resolve::runs;
 use crate::pool::shared::View;
 use crate::pool::wait::{Bell, all};
-use crate::raid::{Mode, Set};
+use crate::raid::{Mode, Set, Slow};
 use crate::simulated::is_broken;
 use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
@@ -201,8 +201,21 @@ impl Owner {
             })
             .collect();
         for (from, at, len) in parts {
-            self.mark_extent(to, at, len).await?;
-            let _under_way = self.place.under_way();
+            let _under_way = loop {
+                self.mark_extent(to, at, len).await?;
+                let under_way = self.place.under_way();
+                let (set, address) = view.array.locate(to);
+                let set = view.array.set(set);
+                match set.pieces(address + at, len).find_map(|piece| set.writable(&piece).err()) {
+                    None => break under_way,
+                    Some(Slow::Degraded) => return Err(Status::Path),
+                    Some(_) => {
+                        // It is just being resynchronised, or its mark was just being cleared.
+                        drop(under_way);
+                        self.runtime.sleep(Duration::from_micros(100)).await;
+                    }
+                }
+            };
             let size = usize::try_from(len).expect("extents are small");
             let bounce = Rc::new(Bounce::zeroed(size));
             self.read_extent(&view, from, at, &bounce).await?;

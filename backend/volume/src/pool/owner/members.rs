@@ -190,11 +190,12 @@ impl Owner {
         let mut out = BTreeSet::from([member]);
         loop {
             for member in &out {
+                // It still gets all writes: who ends one without it has waited until that is written down.
                 let (set, index) = self.place_of(*member);
+                set.set_mode(index, Mode::Syncing);
                 self.members.borrow_mut()[usize::from(*member)].is_recorded = false;
-                self.away(&set, index, *member, why);
             }
-            let (written, failed) = self.write_superblocks().await;
+            let (written, failed) = self.write_superblocks(&out).await;
             let also: Vec<u16> = failed
                 .iter()
                 .copied()
@@ -211,6 +212,8 @@ impl Owner {
             }
             if also.is_empty() {
                 for member in &out {
+                    let (set, index) = self.place_of(*member);
+                    self.away(&set, index, *member, why);
                     coverage::count(coverage::Event::Stale);
                     log::error!(
                         "pool {}: member {member} ({}) is out: {why}; the others go on without it",
@@ -223,14 +226,11 @@ impl Owner {
             }
             out.extend(also);
         }
-        // Nobody could write it down, so it is not so; what was written meanwhile may differ.
+        // Nobody could write it down, so it is not so. What was written meanwhile was written to it too, or has failed.
         for member in &out {
             let (set, index) = self.place_of(*member);
-            {
-                let member = &mut self.members.borrow_mut()[usize::from(*member)];
-                (member.is_recorded, member.away_since) = (true, None);
-                member.why.clear();
-            }
+            self.members.borrow_mut()[usize::from(*member)].is_recorded = true;
+            self.shared.mark_unsynced();
             for region in set.intents.iter_set().collect::<Vec<_>>() {
                 set.unsynced.set(region);
             }
@@ -284,9 +284,9 @@ impl Owner {
         }
     }
 
-    /// Writes the superblocks of all members that are written to, and of spares: who has them now, and who failed.
+    /// Writes the superblocks of all members that are written to, but for some, and of spares: who has them now, and who failed.
     /// The turn is the caller's.
-    pub(crate) async fn write_superblocks(self: &Rc<Self>) -> (Vec<u16>, Vec<u16>) {
+    pub(crate) async fn write_superblocks(self: &Rc<Self>, without: &BTreeSet<u16>) -> (Vec<u16>, Vec<u16>) {
         if self.is_open.get() {
             self.check_owner().await;
         }
@@ -294,7 +294,8 @@ impl Owner {
             return (Vec::new(), self.targets().into_iter().map(|(member, _)| member).collect());
         }
         let book = self.next_superblock();
-        let targets = self.targets();
+        let mut targets = self.targets();
+        targets.retain(|(member, _)| !without.contains(member));
         let uuids: Vec<Uuid> = self.members.borrow().iter().map(|member| member.uuid).collect();
         let spares: Vec<(Uuid, Leaf)> =
             self.spares.borrow().iter().filter_map(|(uuid, leaf)| Some((*uuid, leaf.clone()?))).collect();
@@ -327,7 +328,7 @@ impl Owner {
 
     /// Writes down a change of members that is not a failure. The turn is the caller's.
     pub(crate) async fn record_members(self: &Rc<Self>) -> Outcome {
-        let (written, failed) = self.write_superblocks().await;
+        let (written, failed) = self.write_superblocks(&BTreeSet::new()).await;
         match written.is_empty() {
             true => Err(Status::Path),
             false if failed.is_empty() => Ok(()),

@@ -7,6 +7,7 @@ use crate::pool::lanes::Leaf;
 use crate::pool::shared::lock;
 use crate::raid::{Mode, Set};
 use hawser_block::{Outcome, Status};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,12 +33,12 @@ impl Owner {
         }
         self.members.borrow_mut()[usize::from(number)].is_recorded = true;
         // It has everything, whoever could write that down: those who could not are found out by the next write to them.
-        let (_, failed) = self.write_superblocks().await;
+        let (_, failed) = self.write_superblocks(&BTreeSet::new()).await;
         if !failed.is_empty() {
             log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
         }
-        if set.mode(member) != Mode::Syncing {
-            // It failed meanwhile, and may be called in sync by some: that must not stay.
+        if set.mode(member) != Mode::Syncing || set.unsynced.any() {
+            // It failed meanwhile, or lacks a write, and may be called in sync by some: that must not stay.
             self.members.borrow_mut()[usize::from(number)].is_recorded = false;
             return self.record_members().await;
         }
@@ -119,6 +120,20 @@ impl Owner {
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
     async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
+        self.mark_lacking(set);
+        set.set_mode(index, Mode::Syncing);
+        self.barrier().await;
+        self.mark_lacking(set);
+        if number < self.book.borrow().metadata_members() {
+            self.checkpoint(true).await?;
+            self.rewrite_intents().await?;
+        }
+        Ok(())
+    }
+
+    /// Regions that are marked may lack something on a member that was away.
+    fn mark_lacking(&self, set: &Arc<Set>) {
         self.shared.mark_unsynced();
         let first = self.first_region_of(set);
         for region in 0..set.regions() {
@@ -126,13 +141,6 @@ impl Owner {
                 set.unsynced.set(region);
             }
         }
-        set.set_mode(index, Mode::Syncing);
-        self.barrier().await;
-        if number < self.book.borrow().metadata_members() {
-            self.checkpoint(true).await?;
-            self.rewrite_intents().await?;
-        }
-        Ok(())
     }
 
     fn first_region_of(&self, set: &Arc<Set>) -> u32 {

@@ -9,6 +9,7 @@ use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
 use hawser_block::Device;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -265,7 +266,7 @@ impl Owner {
             let table = Arc::clone(&old_view.table);
             self.shared.set_view(View { array, table, thin, leaves: all_leaves, ..*old_view });
             // The new ones first: nobody is told of them before they know of it.
-            let (_, failed) = self.write_superblocks().await;
+            let (_, failed) = self.write_superblocks(&BTreeSet::new()).await;
             if !failed.is_empty() {
                 log::warn!(
                     "pool {}: superblocks of members {failed:?} could not be written",

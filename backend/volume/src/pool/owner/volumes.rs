@@ -8,7 +8,7 @@ use crate::simulated::is_broken;
 use crate::thin::Metadata;
 use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Tables that readers hold as arrays: volumes of a pool at most.
@@ -34,7 +34,6 @@ impl Owner {
                 slow: [const { AtomicU64::new(0) }; super::super::shared::Class::ALL.len()],
                 copied_bytes: AtomicU64::new(0),
                 users: AtomicUsize::new(0),
-                is_gone: AtomicBool::new(false),
                 stats: Arc::default(),
                 listeners: Mutex::default(),
             };
@@ -281,27 +280,23 @@ impl Owner {
         let _turn = self.turns.change.take().await;
         let id = self.find(&name)?;
         let shown = lock(&self.shared.volumes).get(&id).cloned();
-        if let Some(shown) = &shown {
-            shown.is_gone.store(true, Ordering::SeqCst);
-            if shown.users.load(Ordering::SeqCst) > 0 {
-                shown.is_gone.store(false, Ordering::SeqCst);
-                return Err(PoolError::Conflict(format!("volume {}/{name} is in use", self.shared.name)));
-            }
-        }
         let what = format!("volume {name} cannot be deleted");
         let done = self
             .change(&what, || {
-                // Who opens it from now on finds nothing.
                 if let Some(shown) = &shown {
+                    if shown.users.load(Ordering::SeqCst) > 0 {
+                        return Err(PoolError::Conflict(format!(
+                            "volume {}/{name} is in use",
+                            self.shared.name
+                        )));
+                    }
+                    // Who opens it from now on finds nothing; who has just looked ends before anything of it is used again.
                     shown.map().forget();
                 }
                 Ok(Record::Delete { id })
             })
             .await;
-        if done.is_err() && self.meta.borrow().volume(id).is_some() {
-            if let Some(shown) = &shown {
-                shown.is_gone.store(false, Ordering::SeqCst);
-            }
+        if self.meta.borrow().volume(id).is_some() {
             return done;
         }
         let owner = Rc::clone(&self);
