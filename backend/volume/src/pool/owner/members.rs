@@ -177,6 +177,9 @@ impl Owner {
 
     /// Goes on without a member; `false` when that cannot be.
     pub(crate) async fn put_out(self: &Rc<Self>, member: u16, why: &str) -> bool {
+        if self.is_read_only {
+            return false;
+        }
         let _turn = self.turns.superblock.take().await;
         let (set, index) = self.place_of(member);
         if !self.members.borrow()[usize::from(member)].is_recorded {
@@ -287,6 +290,7 @@ impl Owner {
     /// Writes the superblocks of all members that are written to, but for some, and of spares: who has them now, and who failed.
     /// The turn is the caller's.
     pub(crate) async fn write_superblocks(self: &Rc<Self>, without: &BTreeSet<u16>) -> (Vec<u16>, Vec<u16>) {
+        assert!(!self.is_read_only, "nothing is written to a pool that is only looked at");
         if self.is_open.get() {
             self.check_owner().await;
         }

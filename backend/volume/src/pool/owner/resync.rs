@@ -156,6 +156,10 @@ impl Owner {
 
     /// Makes the copies of a piece the same before it is read.
     pub(crate) async fn settle(self: Rc<Self>, set: usize, piece: Piece) -> Outcome {
+        if self.is_read_only {
+            // The first copy is read all the same.
+            return Ok(());
+        }
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
         coverage::count(coverage::Event::Settled);
@@ -164,6 +168,7 @@ impl Owner {
 
     /// A copy could not be read and another could: it is written again.
     pub(crate) async fn repair(self: Rc<Self>, set: usize, piece: Piece) -> Outcome {
+        self.check_writable()?;
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
         let outcome = self.in_window(&set, window_of(&piece), self.rewrite_bad(&view, &set, &piece)).await;
