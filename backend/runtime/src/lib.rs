@@ -23,6 +23,7 @@ pub mod op;
 pub mod reactor;
 pub mod simulated;
 pub mod slab;
+pub mod table;
 pub mod time;
 mod timers;
 pub mod uring;

@@ -1,5 +1,6 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+use hawser_block::held::HeldDevice;
 use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};
 use hawser_runtime::Reactor;
 use hawser_sim::{Client, SimDisk, World, WorldConfig};
@@ -298,4 +299,171 @@ fn a_full_pool_says_so_and_goes_on_when_there_is_space() {
     scene.write(&pool, "big", at, &pattern(4, 64 << 10));
     assert_eq!(scene.read(&pool, "big", 0, 4096), vec![0; 4096]);
     assert_eq!(scene.read(&pool, "big", at, 64 << 10), pattern(4, 64 << 10));
+}
+
+/// The whole of what is slow waits for a log that does not answer; what is mapped does not notice.
+#[test]
+fn a_stopped_slow_path_leaves_mapped_blocks_at_full_speed() {
+    let mut scene = Scene::new(7, 2);
+    scene.create(Level::Raid1);
+    let held: Vec<Arc<HeldDevice>> =
+        scene.devices().into_iter().map(|device| Arc::new(HeldDevice::new(device))).collect();
+    let devices = held.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect();
+    let pool = scene.try_open(devices, false).unwrap();
+    scene.ask(pool.create_volume("v", 10 << 20)).unwrap();
+    scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+    // From now on nothing that belongs to the pool itself is written.
+    for device in &held {
+        device.hold(|request| request.operation.is_write() && request.lba.0 << 9 < 2 << 20);
+    }
+    let device = pool.device("v").unwrap();
+    let client = Rc::new(Client::new(scene.reactors[0].runtime(), &device));
+    let stuck = Rc::new(RefCell::new(false));
+    let (other, ended) = (Rc::clone(&client), Rc::clone(&stuck));
+    scene.reactors[0].runtime().spawn(async move {
+        // A region that is not marked.
+        let write = other.io(Operation::Write { fua: false }, 1 << 20, pattern(2, 64 << 10)).await;
+        let flush = other.io(Operation::Flush, 0, Vec::new()).await;
+        *ended.borrow_mut() = write.0.is_ok() && flush.0.is_ok();
+    });
+    let began = scene.world.now();
+    for round in 0..200 {
+        scene.write(&pool, "v", 4096, &pattern(round, 8192));
+        assert_eq!(scene.read(&pool, "v", 4096, 8192), pattern(round, 8192));
+    }
+    assert!(scene.world.now() - began < Duration::from_secs(1), "{:?}", scene.world.now() - began);
+    assert!(!*stuck.borrow());
+    held.iter().for_each(|device| device.release());
+    scene.wait(Duration::from_secs(5));
+    assert!(*stuck.borrow());
+    drop(client);
+}
+
+#[test]
+fn what_cannot_be_a_pool_is_refused_by_name_and_left_as_it_was() {
+    let mut scene = Scene::new(8, 4);
+    let handle = scene.reactors[0].runtime().handle();
+    let devices = scene.devices();
+    let small = Arc::new(SimDisk::new("small", Geometry::new(BlockSize::B512, 1 << 11), [77; 16]));
+    let large_blocks = Arc::new(SimDisk::new("4k", Geometry::new(BlockSize::B4096, 4 << 10), [78; 16]));
+    let options = |level| CreateOptions {
+        metadata_bytes: Some(1 << 20),
+        log_bytes: 64 << 10,
+        ..CreateOptions::new("p0", [9; 16], level)
+    };
+    let bad_name = CreateOptions { name: "p 0".to_owned(), ..options(Level::Raid1) };
+    let bad_strip = CreateOptions { strip_bytes: 5000, ..options(Level::Raid1) };
+    let bad_extent = CreateOptions { extent_bytes: 65 << 20, ..options(Level::Raid1) };
+    let cases: Vec<(Vec<Arc<dyn Device>>, CreateOptions, &str)> = vec![
+        (devices[..1].to_vec(), options(Level::Raid1), "raid1 has 2 to 4 members, and 1 are given"),
+        (devices[..1].to_vec(), options(Level::Raid10), "raid10 has 2 to 32 members, and 1 are given"),
+        (vec![Arc::clone(&devices[0]), Arc::clone(&devices[0])], options(Level::Raid1), "d0 is given twice"),
+        (
+            vec![Arc::clone(&devices[0]), small],
+            options(Level::Raid1),
+            "small has 1048576 bytes, want at least",
+        ),
+        (
+            vec![Arc::clone(&devices[0]), large_blocks],
+            options(Level::Raid1),
+            "4k has blocks of 4096 bytes and d0 of 512",
+        ),
+        (devices[..2].to_vec(), bad_name, "\"p 0\" is no name for a pool"),
+        (devices[..2].to_vec(), bad_strip, "a strip of 5000 bytes cannot be"),
+        (devices[..2].to_vec(), bad_extent, "want at most 64MiB"),
+        (devices[..3].to_vec(), options(Level::Raid5), "raid5 is not supported by this version"),
+    ];
+    for (devices, options, want) in cases {
+        let created = pool::create(&handle, devices, options);
+        let Err(PoolError::Wrong(what)) = scene.ask(created) else { panic!("{want}: it was made") };
+        assert!(what.contains(want), "{what}");
+    }
+    for device in &devices {
+        let probed = pool::probe(&handle, Arc::clone(device));
+        assert_eq!(scene.ask(probed), Ok(None), "nothing was written");
+    }
+    let created = pool::create(&handle, devices[..2].to_vec(), options(Level::Raid1));
+    scene.ask(created).unwrap();
+    let other = CreateOptions { name: "p1".to_owned(), uuid: [10; 16], ..options(Level::Raid1) };
+    let created = pool::create(&handle, devices[1..3].to_vec(), other.clone());
+    let Err(PoolError::Conflict(what)) = scene.ask(created) else { panic!("a member was taken") };
+    assert!(what.contains("d1 belongs to pool p0, want another device, or --force"), "{what}");
+    let created = pool::create(&handle, devices[2..4].to_vec(), other);
+    scene.ask(created).unwrap();
+    let mixed = vec![Arc::clone(&devices[0]), Arc::clone(&devices[2])];
+    let Err(PoolError::Conflict(what)) = scene.try_open(mixed, true) else { panic!("two pools in one") };
+    assert!(what.contains("belongs to pool"), "{what}");
+    let pool = scene.try_open(devices[..2].to_vec(), false).unwrap();
+    for (name, size, want) in [
+        ("a b", 1 << 20, "is no name for a volume"),
+        ("v", 0, "a size of 0 bytes"),
+        ("v", 1000, "want a multiple of 512"),
+    ] {
+        let Err(PoolError::Wrong(what)) = scene.ask(pool.create_volume(name, size)) else { panic!("{want}") };
+        assert!(what.contains(want), "{what}");
+    }
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    assert!(matches!(scene.ask(pool.create_volume("v", 1 << 20)), Err(PoolError::Conflict(_))));
+    assert!(matches!(scene.ask(pool.snapshot(vec![])), Err(PoolError::Wrong(_))));
+    let nothing = scene.ask(pool.snapshot(vec![("w".to_owned(), "s".to_owned())]));
+    assert_eq!(nothing, Err(PoolError::Unknown("volume p0/w is not there".to_owned())));
+    assert!(matches!(scene.ask(pool.clone_volume("v", "c")), Err(PoolError::Wrong(_))));
+    scene.write(&pool, "v", 512 << 10, &pattern(1, 4096));
+    let Err(PoolError::Conflict(what)) = scene.ask(pool.resize_volume("v", 4096)) else {
+        panic!("it was cut")
+    };
+    assert!(what.contains("volume v has data up to"), "{what}");
+    scene.ask(pool.resize_volume("v", 2 << 20)).unwrap();
+    assert_eq!(scene.read(&pool, "v", 512 << 10, 4096), pattern(1, 4096));
+    assert_eq!(scene.read(&pool, "v", (2 << 20) - 512, 512), vec![0; 512]);
+}
+
+#[test]
+fn damage_is_found_and_the_other_copy_is_used() {
+    for at in ["superblock", "log", "root"] {
+        let mut scene = Scene::new(9, 2);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(5, 64 << 10));
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        {
+            let mut disk = scene.disks[0].state();
+            let ranges: &[std::ops::Range<usize>] = match at {
+                "superblock" => &[4196..8192, 65636..69632],
+                // Roots and tables.
+                "root" => &[(1 << 20) + 4096 + (64 << 10)..(2 << 20)],
+                _ => &[(1 << 20) + 4096..(1 << 20) + 4096 + (64 << 10)],
+            };
+            for range in ranges {
+                for byte in range.clone().step_by(100) {
+                    disk.content[byte] ^= 0x40;
+                    disk.stable[byte] ^= 0x40;
+                }
+            }
+        }
+        let handle = scene.reactors[0].runtime().handle();
+        let checked = pool::check(&handle, scene.devices());
+        match at {
+            "superblock" => {
+                let Err(PoolError::Failed(what)) = scene.ask(checked) else { panic!("it was taken") };
+                assert!(what.starts_with("d0: superblock at"), "{what}");
+                let devices = scene.devices();
+                let Err(PoolError::Failed(what)) = scene.try_open(devices, false) else {
+                    panic!("it was taken")
+                };
+                assert!(what.starts_with("d0: superblock at"), "{what}");
+                continue;
+            }
+            // What is behind the last checkpoint is not looked at.
+            "log" => assert_eq!(scene.ask(checked).unwrap().faults, Vec::<String>::new()),
+            _ => {
+                let faults = scene.ask(checked).unwrap().faults;
+                assert!(faults.iter().any(|fault| fault.starts_with("d0: pool p0: ")), "{faults:?}");
+            }
+        }
+        let pool = scene.open();
+        assert_eq!(scene.read(&pool, "v", 0, 64 << 10), pattern(5, 64 << 10), "{at}");
+    }
 }

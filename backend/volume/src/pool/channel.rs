@@ -7,7 +7,7 @@
 use super::bounce::{Bounce, zero_payload};
 use super::lanes::Leaf;
 use super::place::Place;
-use super::resolve::{Plan, Resolved, resolve};
+use super::resolve::{Plan, Resolved, prefetch, resolve};
 use super::shared::{Class, Shared, View, VolumeShared, lock};
 use super::slow;
 use crate::raid::Mode;
@@ -23,8 +23,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What guests' writes may have copied at a time, on each reactor.
-const COPIED_BYTES_MAX: usize = 64 << 20;
 /// The most that one discard covers.
 const DISCARD_BYTES_MAX: u64 = 1 << 30;
 /// The most that one write-zeroes covers: it may have to be written.
@@ -134,7 +132,7 @@ struct Slot {
     members: u64,
     failed: u64,
     status: Option<Status>,
-    copy: Option<Rc<Bounce>>,
+    copy: Option<Bounce>,
 }
 
 struct Lane {
@@ -279,18 +277,15 @@ impl VolumeChannel {
         let mut copy = None;
         let len = request.buffers.len();
         if is_write && self.view.is_redundant {
-            let copied = core.place.copied_bytes.get();
-            if copied > 0 && copied + len > COPIED_BYTES_MAX {
+            if !core.place.begin_copy(len) {
                 core.place.leave(turn);
-                let waits = slow::when_less_is_copied(Rc::clone(core), request, COPIED_BYTES_MAX - len);
-                spawn(core, request.token, waits);
+                self.slowly(request, None);
                 return;
             }
             let bounce = core.place.spare.take(len);
             bounce.copy_payload(0, &request.buffers);
-            core.place.copied_bytes.set(copied + len);
             core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
-            copy = Some(Rc::new(bounce));
+            copy = Some(bounce);
         }
         for (start, len) in &self.plan.zeroes {
             zero_payload(&request.buffers.slice(*start as usize, *len as usize));
@@ -352,8 +347,7 @@ impl VolumeChannel {
         let core = &self.core;
         let Slot { request, turn, members, failed, status, copy, .. } = slot;
         if copy.is_some() {
-            core.place.copied_bytes.set(core.place.copied_bytes.get() - request.buffers.len());
-            core.place.less_is_copied.ring();
+            core.place.end_copy(request.buffers.len());
         }
         let is_write = request.operation.is_write();
         let Some(status) = status else {
@@ -417,6 +411,13 @@ impl Channel for VolumeChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         self.refresh();
         self.core.is_given_up.store(false, Ordering::Relaxed);
+        // At random across a large table each look-up waits for memory. All of a batch wait at once: of 32 reads in 64 TiB each takes
+        // 50 ns instead of 167 (benches/resolve.rs).
+        if batch.len() > 1 {
+            for request in batch.iter() {
+                prefetch(&self.view, &self.map, request);
+            }
+        }
         for request in batch.drain(..) {
             self.take(request);
         }
@@ -456,7 +457,7 @@ impl Channel for VolumeChannel {
 
     fn abort(&mut self) {
         self.core.is_given_up.store(true, Ordering::Relaxed);
-        self.core.place.less_is_copied.ring();
+        self.core.place.bell.ring();
         for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
             lane.channel.abort();
         }

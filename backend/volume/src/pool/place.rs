@@ -18,16 +18,26 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
+/// What guests' writes may have copied at a time, on each reactor.
+const COPIED_BYTES_MAX: usize = 64 << 20;
+
 /// A pool on a reactor.
 pub(crate) struct Place {
     pub(crate) lanes: Rc<Lanes>,
     pub(crate) spare: Rc<Spare>,
     /// Bytes of guests' writes that are copied now.
-    pub(crate) copied_bytes: Cell<usize>,
-    pub(crate) less_is_copied: Bell,
+    copied_bytes: Cell<usize>,
+    /// Rung when less is copied, and when somebody gives up.
+    pub(crate) bell: Bell,
     turn: Cell<usize>,
     under_way: [Cell<usize>; 2],
     barrier: RefCell<Option<Reply<()>>>,
+}
+
+/// Bytes of a guest's write that are copied, until it is dropped.
+pub(crate) struct Copied {
+    place: Rc<Place>,
+    bytes: usize,
 }
 
 /// Somebody is under way, until it is dropped.
@@ -54,7 +64,7 @@ impl Place {
             lanes: Lanes::new(runtime),
             spare: Rc::default(),
             copied_bytes: Cell::new(0),
-            less_is_copied: Bell::default(),
+            bell: Bell::default(),
             turn: Cell::new(0),
             under_way: [Cell::new(0), Cell::new(0)],
             barrier: RefCell::new(None),
@@ -71,6 +81,30 @@ impl Place {
         let places = runtime.local::<Places>();
         let places = places.0.borrow();
         places.iter().find(|(other, _)| *other == key).and_then(|(_, place)| place.upgrade())
+    }
+
+    /// Whether so much more may be copied; the first always may. If so, it counts until [`Place::end_copy`].
+    pub(crate) fn begin_copy(&self, bytes: usize) -> bool {
+        let copied = self.copied_bytes.get();
+        let has_room = copied == 0 || copied + bytes <= COPIED_BYTES_MAX;
+        if has_room {
+            self.copied_bytes.set(copied + bytes);
+        }
+        has_room
+    }
+
+    pub(crate) fn end_copy(&self, bytes: usize) {
+        self.copied_bytes.set(self.copied_bytes.get() - bytes);
+        self.bell.ring();
+    }
+
+    /// Waits until so much more may be copied; `None`: it is not waited for any more.
+    pub(crate) async fn copy(self: &Rc<Self>, bytes: usize, is_over: impl Fn() -> bool) -> Option<Copied> {
+        let look = || match is_over() {
+            true => Some(false),
+            false => self.begin_copy(bytes).then_some(true),
+        };
+        self.bell.until(look).await.then(|| Copied { place: Rc::clone(self), bytes })
     }
 
     /// The turn in which somebody gets under way now; given back to [`Place::leave`].
@@ -114,6 +148,12 @@ impl Place {
         if let Some(reply) = reply {
             reply.send(());
         }
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        self.place.end_copy(self.bytes);
     }
 }
 

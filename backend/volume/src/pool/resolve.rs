@@ -95,6 +95,18 @@ pub fn bounds(view: &View, map: &VolumeMap, request: &Request) -> Result<(u64, u
     Ok((request.lba.0 << shift, len))
 }
 
+/// Has the table's entry for a request in the cache when `resolve` comes to it. Looks at nothing else, and refuses nothing.
+#[inline]
+pub fn prefetch(view: &View, map: &VolumeMap, request: &Request) {
+    let extent_bytes = view.thin.extent_bytes;
+    let first = request.lba.0.wrapping_shl(view.block_shift);
+    let index = match extent_bytes.is_power_of_two() {
+        true => first >> extent_bytes.trailing_zeros(),
+        false => first / extent_bytes,
+    };
+    view.table.prefetch(map, u32::try_from(index).unwrap_or(u32::MAX));
+}
+
 /// Plans a read or a write; `rotor` chooses among copies and is moved on.
 #[must_use]
 pub fn resolve(

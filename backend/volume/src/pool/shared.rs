@@ -90,6 +90,15 @@ pub struct View {
     pub(crate) leaves: Vec<Option<Leaf>>,
 }
 
+impl View {
+    /// For benches and tests of [`super::resolve`], which asks nothing of devices.
+    #[must_use]
+    pub fn without_devices(array: Array, table: Arc<Table>, thin: Thin, data_offset: u64, block_shift: u32) -> View {
+        let is_redundant = array.sets().iter().any(|set| set.level().is_redundant());
+        View { array, table, thin, data_offset, block_shift, is_redundant, leaves: Vec::new() }
+    }
+}
+
 /// A volume as all reactors see it.
 pub(crate) struct VolumeShared {
     pub(crate) id: u32,
@@ -143,6 +152,8 @@ pub(crate) struct Shared {
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
+    /// Held by who takes a member out of those that are read, so that the last is never taken.
+    pub(crate) modes: Mutex<()>,
     pub(crate) volumes: Mutex<BTreeMap<u32, Arc<VolumeShared>>>,
     /// As the owner last told.
     pub(crate) told: Mutex<Told>,
@@ -173,6 +184,7 @@ impl Shared {
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
+            modes: Mutex::default(),
             volumes: Mutex::default(),
             told: Mutex::new(Told { pool, volumes: BTreeMap::new() }),
         })

@@ -31,7 +31,7 @@ const READS_MAX: u32 = 1000;
 pub(super) async fn carry_out(core: Rc<Core>, request: Request) -> Outcome {
     match request.operation {
         Operation::Read => read(&core, &request).await,
-        Operation::Flush => core.shared.request(|owner| async move { owner.flush().await }).await,
+        Operation::Flush => flush(&core).await,
         Operation::Write { fua } => {
             let payload = Payload::Guest(request.buffers);
             write(&core, bounds(&core, &request)?, &payload).await?;
@@ -65,24 +65,19 @@ fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
     resolve::bounds(&core.shared.view(), &core.volume.map(), request)
 }
 
+/// Makes everything durable. Who has waited long enough does not wait for the round's end.
+async fn flush(core: &Core) -> Outcome {
+    let mut answer = core.shared.ask(|owner| async move { owner.flush().await });
+    let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed));
+    ended.await.flatten().unwrap_or(Err(Status::Aborted))
+}
+
 /// Data and mapping are durable when it ends.
 async fn finish_fua(core: &Core, fua: bool) -> Outcome {
     match fua {
-        true => core.shared.request(|owner| async move { owner.flush().await }).await,
+        true => flush(core).await,
         false => Ok(()),
     }
-}
-
-/// A write that waits until not more than `most` bytes of others are copied.
-pub(super) async fn when_less_is_copied(core: Rc<Core>, request: Request, most: usize) -> Outcome {
-    let is_time = || {
-        let given_up = core.is_given_up.load(Ordering::Relaxed);
-        (given_up || core.place.copied_bytes.get() <= most).then_some(given_up)
-    };
-    if core.place.less_is_copied.until(is_time).await {
-        return Err(Status::Aborted);
-    }
-    carry_out(core, request).await
 }
 
 /// Members have failed a part of a write that others have: it has ended when that is recorded.
@@ -327,6 +322,10 @@ async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload) -> 
 /// Writes within one extent.
 async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> Outcome {
     let id = core.volume.id;
+    let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
+    let Some(_copied) = core.place.copy(usize_of(range.1), is_given_up).await else {
+        return Err(Status::Aborted);
+    };
     loop {
         let view = core.shared.view();
         let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
@@ -350,7 +349,11 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         }
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
-        let outcome = write_prepared(core, part, payload).await;
+        let outcome = match write_prepared(core, part, payload).await {
+            // Somebody else's abort.
+            Err(Status::Aborted) if !core.is_given_up.load(Ordering::Relaxed) => Ok(None),
+            outcome => outcome,
+        };
         let bits = match outcome {
             Ok(Some(bits)) => bits,
             _ => [0; 4],

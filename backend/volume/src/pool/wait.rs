@@ -32,6 +32,25 @@ impl Bell {
         })
         .await
     }
+
+    /// Waits for an answer, or until `is_over`; it looks after each ring.
+    pub(crate) async fn until_or<F: Future + Unpin>(
+        &self,
+        answer: &mut F,
+        is_over: impl Fn() -> bool,
+    ) -> Option<F::Output> {
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(answer) = Pin::new(&mut *answer).poll(cx) {
+                return Poll::Ready(Some(answer));
+            }
+            if is_over() {
+                return Poll::Ready(None);
+            }
+            self.waiting.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
 }
 
 /// One at a time, in the order in which they came.

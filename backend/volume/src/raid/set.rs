@@ -29,7 +29,7 @@ const MEMBERS: usize = MEMBERS_MAX as usize;
 pub const SET_BYTES_MAX: u64 = 1 << 58;
 
 /// The longest piece. Only linear and RAID 1 have pieces longer than a strip.
-pub const PIECE_BYTES_MAX: u64 = 1 << 31;
+pub const PIECE_BYTES_MAX: u64 = 1 << 20;
 
 /// What a set is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 //! One thread writes, any number read. The arenas grow by blocks that never move or go away, so that an id is an address.
 //!
 //! ```text
-//!  VolumeMap.chunks[index / 448] ─ id ─► chunks[id / 512][(id % 512) * 448 + index % 448] ─► Entry
-//!                                        partials[id / 4096][id % 4096]                   ─► extent, fallback, bits
+//!  VolumeMap.chunks[index / 448] ─ id ─► chunks[id / 4096][(id % 4096) * 448 + index % 448] ─► Entry
+//!                                        partials[id / 4096][id % 4096]                     ─► extent, fallback, bits
 //! ```
 //!
 //! Why a lookup looks twice: between loading a chunk's id and its entry, our volume may have got a copy of the chunk, and the
@@ -18,11 +18,13 @@
 
 use super::entry::{Bits, Entry, Mapped};
 use crate::format::{CHUNK_ENTRIES, NONE};
+use hawser_runtime::table::{HUGE_PAGE_BYTES, TableMemory};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Chunks in a block: 512 * 448 * 8 bytes = 1.75 MiB, close to a huge page.
-const BLOCK_CHUNKS: usize = 512;
+/// Chunks in a block: 4096 * 448 * 8 bytes = 14 MiB, 7 huge pages to the byte. What is not used of it takes no memory.
+const BLOCK_CHUNKS: usize = 4096;
+const _: () = assert!((BLOCK_CHUNKS * CHUNK_ENTRIES * 8).is_multiple_of(HUGE_PAGE_BYTES));
 /// Chunks at most: 2^22 of them map 1.9 * 10^9 extents.
 pub(super) const CHUNKS_MAX: usize = 1 << 22;
 /// Partials in a block: 4096 * 64 bytes = 256 KiB.
@@ -135,7 +137,7 @@ pub(super) const fn split(index: u32) -> (usize, usize) {
 
 /// The arenas.
 pub struct Table {
-    chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
+    chunks: Box<[OnceLock<TableMemory>]>,
     partials: Box<[OnceLock<Box<[PartialSlot]>>]>,
 }
 
@@ -257,8 +259,7 @@ impl Table {
     }
 
     fn chunk_block(&self, block: usize) -> &[AtomicU64] {
-        self.chunks[block]
-            .get_or_init(|| (0..BLOCK_CHUNKS * CHUNK_ENTRIES).map(|_| AtomicU64::new(0)).collect())
+        self.chunks[block].get_or_init(|| TableMemory::new(BLOCK_CHUNKS * CHUNK_ENTRIES))
     }
 
     #[inline]

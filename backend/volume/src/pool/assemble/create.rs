@@ -56,6 +56,16 @@ async fn make(
     }
     let thin =
         Thin { extents: array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
+    if options.force {
+        // What they belonged to does not take them for whole any more.
+        let nothing = Rc::new(Bounce::zeroed(PAGE_BYTES));
+        for leaf in &leaves {
+            for offset in Layout::SUPERBLOCKS {
+                let written = lanes.write(leaf, offset, &nothing, 0, PAGE_BYTES, true).await;
+                written.map_err(|status| failed(leaf, "cannot be written", status))?;
+            }
+        }
+    }
     let count = usize::from(book.metadata_members());
     let (members, rest) = leaves.split_at(leaves.len() - spares.len());
     for leaf in &members[..count] {

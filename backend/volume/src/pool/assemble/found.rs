@@ -30,6 +30,7 @@ impl Found {
                 Err(error) => return Err(error),
             }
         }
+        check_no_rivals(&labels)?;
         let knows_best = |(_, label): &&(Leaf, Superblock)| {
             (label.generation, label.epoch, label.members.iter().filter(|member| !member.in_sync).count())
         };
@@ -58,6 +59,15 @@ impl Found {
                     log::warn!("{} was a member of pool {} and has been replaced", leaf.name(), book.name)
                 }
                 Some(number) => {
+                    let needed = book.layout.data_offset() + book.members[number].data_bytes;
+                    let size = leaf.device.geometry().map_or(0, |geometry| geometry.size_bytes());
+                    if size < needed {
+                        return Err(PoolError::Failed(format!(
+                            "{} has {size} bytes, and as member {number} of pool {} it had at least {needed}",
+                            leaf.name(),
+                            book.name
+                        )));
+                    }
                     if let Some((other, _)) = &members[number] {
                         return Err(PoolError::Conflict(format!(
                             "{} and {} both say that they are member {number} of pool {}",
@@ -71,34 +81,7 @@ impl Found {
             }
         }
         let found = Found { book, array, members, spares };
-        found.check_no_rivals()?;
         Ok(found)
-    }
-
-    /// Members that each went on without the other.
-    pub(super) fn check_no_rivals(&self) -> Result<(), PoolError> {
-        for (one, place) in self.members.iter().enumerate() {
-            for (other, rival) in self.members.iter().enumerate().skip(one + 1) {
-                let (Some((leaf, label)), Some((rival_leaf, rival_label))) = (place, rival) else { continue };
-                let calls_stale = |label: &Superblock, member: usize| {
-                    label.members.get(member).is_some_and(|record| !record.in_sync)
-                };
-                if calls_stale(label, other)
-                    && calls_stale(rival_label, one)
-                    && !calls_stale(label, one)
-                    && !calls_stale(rival_label, other)
-                {
-                    return Err(PoolError::Conflict(format!(
-                        "{} and {} were each used without the other, so they differ: pool {} opens with one of them; the other \
-                         can be put in as a replacement",
-                        leaf.name(),
-                        rival_leaf.name(),
-                        self.book.name
-                    )));
-                }
-            }
-        }
-        Ok(())
     }
 
     pub(super) fn is_in_sync(&self, number: usize) -> bool {
@@ -150,4 +133,29 @@ impl Found {
         let numbers = (0..count).filter(|number| self.is_in_sync(*number));
         numbers.filter_map(|number| Some(self.members[number].as_ref()?.0.clone())).collect()
     }
+}
+
+/// Members that each went on without the other: neither knows the other as one that has the data.
+fn check_no_rivals(labels: &[(Leaf, Superblock)]) -> Result<(), PoolError> {
+    let trusts = |label: &Superblock, other: &Uuid| {
+        label.members.iter().any(|member| member.uuid == *other && member.in_sync)
+    };
+    for (one, (leaf, label)) in labels.iter().enumerate() {
+        for (other_leaf, other) in &labels[one + 1..] {
+            let are_members = label.place().is_some() && other.place().is_some();
+            let is_of_pool = label.pool_uuid == other.pool_uuid;
+            let both_have_data = trusts(label, &label.this) && trusts(other, &other.this);
+            let both_refuse = !trusts(label, &other.this) && !trusts(other, &label.this);
+            if are_members && is_of_pool && both_have_data && both_refuse {
+                return Err(PoolError::Conflict(format!(
+                    "{} and {} were each used without the other, so they differ: pool {} opens with one of them; the other \
+                     can be put in as a replacement",
+                    leaf.name(),
+                    other_leaf.name(),
+                    label.name
+                )));
+            }
+        }
+    }
+    Ok(())
 }

@@ -96,8 +96,14 @@ pub(super) fn array_of(book: &Superblock) -> Result<Array, PoolError> {
     let mut sets = Vec::new();
     for record in &book.sets {
         let count = usize::from(record.members);
-        let (set, _) = new_set(book, first, count)
+        let (set, again) = new_set(book, first, count)
             .map_err(|what| PoolError::Failed(format!("pool {}: {what}", book.name)))?;
+        if again.regions != record.regions {
+            return Err(PoolError::Failed(format!(
+                "pool {}: its superblock names {} regions where its members have {}",
+                book.name, record.regions, again.regions
+            )));
+        }
         sets.push(set);
         first += count;
     }

@@ -11,7 +11,7 @@ use crate::pool::shared::{Shared, View};
 use crate::pool::wait::Bell;
 use crate::pool::{Ask, MemoryTail, OpenOptions, Pool, PoolError, PoolView, coverage};
 use crate::thin::{Metadata, Thin};
-use hawser_block::Device;
+use hawser_block::{Device, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
@@ -123,6 +123,7 @@ async fn start(
         space: Bell::default(),
         work: Work::default(),
         lost: RefCell::new(None),
+        is_low: Cell::new(false),
         is_open: Cell::new(false),
         is_closing: Cell::new(false),
         is_read_only,
@@ -153,7 +154,7 @@ async fn start(
     let pages = read_intents(lanes, &found).await;
     owner.take_over(tables.meta, tables.seq, tables.log);
     owner.begin_intents(pages, was_closed);
-    let replayed = replay_tail(&owner, tables.seq, entries);
+    let replayed = replay_tail(&owner, tables.seq, entries)?;
     if !is_read_only {
         owner.begin_tail();
     }
@@ -161,7 +162,8 @@ async fn start(
     owner.show_volumes();
     if !is_read_only {
         let ready = async {
-            owner.checkpoint(false).await?;
+            // A page that was bad somewhere is written anew everywhere.
+            owner.checkpoint(tables.bad_pages > 0).await?;
             owner.rewrite_intents().await
         };
         if let Err(status) = ready.await {
@@ -169,11 +171,15 @@ async fn start(
             return Err(owner.failed("cannot be opened", status));
         }
         owner.shared.is_writable.store(true, Ordering::Release);
-        owner.use_all_extents().await?;
+        if let Err(error) = owner.use_all_extents().await {
+            owner.unregister();
+            return Err(error);
+        }
         for member in 0..owner.members.borrow().len() {
             owner.watch(u16::try_from(member).unwrap_or(0));
         }
         runtime.spawn(Rc::clone(&owner).tick());
+        runtime.spawn(Rc::clone(&owner).housekeeping());
         runtime.spawn(Rc::clone(&owner).resync());
     }
     owner.publish();
@@ -217,29 +223,29 @@ fn keep_tail(owner: &Rc<Owner>, entries: &[(u64, Record)]) {
 }
 
 /// Applies what the members' log does not have.
-fn replay_tail(owner: &Rc<Owner>, seq: u64, entries: Vec<(u64, Record)>) -> u64 {
+fn replay_tail(owner: &Rc<Owner>, seq: u64, entries: Vec<(u64, Record)>) -> Result<u64, PoolError> {
     let mut next = seq;
     for (number, record) in entries {
         if number < next {
             continue;
         }
-        if number > next {
-            log::error!(
-                "pool {}: what its last process left lacks records before {number}",
+        let failed = |what: String| {
+            PoolError::Failed(format!(
+                "pool {}: what its last process acknowledged and left in its run folder {what}: want that file back, or removed if \
+                 it may be lost",
                 owner.shared.name
-            );
-            break;
+            ))
+        };
+        if number > next {
+            return Err(failed(format!("lacks records before {number}")));
         }
-        if let Err(what) = owner.replay_one(number, &record) {
-            log::error!("pool {}: what its last process left cannot be done: {what}", owner.shared.name);
-            break;
-        }
+        owner.replay_one(number, &record).map_err(|what| failed(format!("cannot be done: {what}")))?;
         next += 1;
     }
     if next > seq {
         coverage::count(coverage::Event::TailReplayed);
     }
-    next - seq
+    Ok(next - seq)
 }
 
 impl Owner {
@@ -249,7 +255,8 @@ impl Owner {
         *self.meta.borrow_mut() = meta;
         self.seq.set(seq);
         self.durable.set(seq);
-        self.log.set(log);
+        // A batch of this number may stand on somebody who was away.
+        self.log.set(Log { batch: log.batch + 1, ..log });
         let leaves = view.leaves.clone();
         self.shared.set_view(View { array: view.array.clone(), table, leaves, ..*view });
     }
@@ -281,40 +288,36 @@ impl Owner {
         }
     }
 
-    /// Makes everything durable and lets go. Nobody uses a volume any more.
+    /// Makes everything durable and lets go. Nobody uses a volume any more. What fails is made good by the next opening, as after a death.
     pub(crate) async fn close(self: Rc<Self>) -> Result<(), PoolError> {
-        if self.is_closing.get() {
+        if self.is_closing.replace(true) {
             return Err(PoolError::Conflict(format!("pool {} is being closed", self.shared.name)));
         }
-        let _turn = self.turns.change.take().await;
-        if !self.is_read_only && self.lost.borrow().is_none() {
-            let closed = async {
-                self.flush().await?;
-                self.clear_idle_intents(true).await?;
-                self.checkpoint(false).await
-            };
-            closed.await.map_err(|status| self.failed("cannot be closed", status))?;
-        }
         self.shared.is_writable.store(false, Ordering::Release);
-        self.is_closing.set(true);
         self.bell.ring();
         self.space.ring();
-        if !self.is_read_only && self.lost.borrow().is_none() {
-            // Writes that came after the checkpoint are in the log.
-            let closed = async {
-                self.flush().await?;
-                let _turn = self.turns.superblock.take().await;
-                let is_same = self.view().array.sets().iter().all(|set| !set.unsynced.any());
-                if is_same {
-                    self.book.borrow_mut().opened_by = None;
-                }
-                self.record_members().await
-            };
-            closed.await.map_err(|status| self.failed("cannot be closed", status))?;
-            self.begin_tail();
-        }
+        let closed = match self.is_read_only || self.lost.borrow().is_some() {
+            true => Ok(()),
+            false => self.make_whole().await,
+        };
         // Tasks that sleep still name it.
         self.unregister();
+        closed.map_err(|status| self.failed("is closed as after a crash", status))
+    }
+
+    async fn make_whole(self: &Rc<Self>) -> Result<(), Status> {
+        let _turn = self.turns.change.take().await;
+        self.barrier().await;
+        self.flush().await?;
+        self.clear_idle_intents(true).await?;
+        self.checkpoint(false).await?;
+        let _turn = self.turns.superblock.take().await;
+        let is_same = self.view().array.sets().iter().all(|set| !set.unsynced.any());
+        if is_same {
+            self.book.borrow_mut().opened_by = None;
+        }
+        self.record_members().await?;
+        self.begin_tail();
         Ok(())
     }
 }

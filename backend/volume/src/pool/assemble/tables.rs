@@ -23,6 +23,8 @@ pub(super) struct Tables {
     pub(super) log: Log,
     pub(super) pages_read: u64,
     pub(super) replayed: u64,
+    /// Pages that somebody had not whole.
+    pub(super) bad_pages: u64,
 }
 
 pub(super) fn corrupt(book: &Superblock, what: &str) -> PoolError {
@@ -50,8 +52,11 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
     if root.extents > thin.extents {
         return Err(corrupt(book, "its tables name more extents than its members have"));
     }
+    if root.log_position > layout.log_bytes {
+        return Err(corrupt(book, "its root names a place beyond the log"));
+    }
     let mut loader = Loader::new(thin, layout.metadata_pages, &root);
-    let mut pages_read = 0;
+    let (mut pages_read, mut bad_pages) = (0, 0);
     loop {
         let wanted = loader.wanted(PAGES_AT_A_TIME);
         if wanted.is_empty() {
@@ -68,6 +73,7 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
             let first =
                 bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
             let Err(mut what) = loader.give(page, first.bytes(0, PAGE_BYTES)) else { continue };
+            bad_pages += 1;
             let mut is_good = false;
             for leaf in &from {
                 if let Ok(bytes) = lanes.read_bytes(leaf, layout.page_offset(page), PAGE_BYTES).await {
@@ -87,7 +93,7 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
     }
     let mut meta = loader.finish().map_err(|what| corrupt(book, &what))?;
     let (seq, log, replayed) = replay(lanes, found, &from, &root, &mut meta).await?;
-    Ok(Tables { meta, seq, log, pages_read, replayed })
+    Ok(Tables { meta, seq, log, pages_read, replayed, bad_pages })
 }
 
 fn from_leaves(found: &Found) -> Vec<Leaf> {

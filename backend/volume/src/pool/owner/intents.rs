@@ -1,7 +1,8 @@
 //! Which regions may differ between members after a crash: marks that are durable before a region is written.
 //!
 //! Regions are numbered through all sets. A mark is set before the first write, and cleared lazily: hidden from writers; all who were under
-//! way have ended; all members have flushed; all of the set are in sync; then the page is written.
+//! way have ended; all members have flushed; no member of the set is away, and none lacks the region; then the page is written. So the marks
+//! that are left tell how far a rebuild had come when it was interrupted.
 
 use super::Owner;
 use crate::format::{self, INTENTS_PER_PAGE, PAGE_BYTES};
@@ -131,7 +132,7 @@ impl Owner {
         let sets: Vec<Arc<Set>> = self.view().array.sets().to_vec();
         let mut hidden: Vec<(usize, u32)> = Vec::new();
         for (index, array_set) in sets.iter().enumerate() {
-            if !has_all(array_set) {
+            if !are_all_there(array_set) {
                 continue;
             }
             for region in array_set.intents.iter_set().collect::<Vec<_>>() {
@@ -160,7 +161,7 @@ impl Owner {
             if is_still_wanted {
                 continue;
             }
-            let is_same = flushed.is_ok() && has_all(array_set) && !array_set.unsynced.get(*region);
+            let is_same = flushed.is_ok() && are_all_there(array_set) && !array_set.unsynced.get(*region);
             if is_same {
                 set(&mut self.intents.borrow_mut().wanted, flat, false);
                 coverage::count(coverage::Event::IntentCleared);
@@ -173,7 +174,7 @@ impl Owner {
     }
 }
 
-/// Whether all members of a set have all the data.
-fn has_all(set: &Set) -> bool {
-    (0..set.members()).all(|member| set.mode(member) == Mode::InSync)
+/// Whether all members of a set get all writes: then what is not marked as differing is the same on all of them.
+fn are_all_there(set: &Set) -> bool {
+    (0..set.members()).all(|member| set.mode(member) != Mode::Away)
 }

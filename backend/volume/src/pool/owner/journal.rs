@@ -56,6 +56,8 @@ impl Owner {
             self.tail.borrow_mut().append(&entry);
         }
         self.tail_used.set(self.tail_used.get() + entry.len());
+        // Before anybody can see it: who finds none pending takes all that he sees for durable.
+        self.shared.pending.store(self.pending.borrow().len() as u64 + 1, Ordering::Release);
         if let Err(what) = self.meta.borrow_mut().apply(record) {
             panic!("pool {}: a change of our own does not go: {record:?}: {what}", self.shared.name);
         }

@@ -102,26 +102,34 @@ impl Owner {
         exclusive: bool,
         given_up: Arc<AtomicBool>,
     ) -> Outcome {
-        self.check_writable()?;
-        self.locks.take((volume, index), exclusive).await;
-        let prepared = async {
-            let extent = self.map(volume, index, &given_up).await?;
-            self.mark_extent(extent, within, len).await
-        };
-        let outcome = prepared.await;
-        if outcome.is_err() {
-            self.locks.release((volume, index), exclusive);
+        loop {
+            self.check_writable()?;
+            self.locks.take((volume, index), exclusive).await;
+            let prepared = async {
+                let extent = self.map(volume, index).await?;
+                // Units that are not valid are written whole.
+                let unit = u64::from(self.view().thin.unit_bytes);
+                let from = within / unit * unit;
+                let to = ((within + len).div_ceil(unit) * unit).min(self.view().thin.extent_bytes);
+                self.mark_extent(extent, from, to - from).await
+            };
+            let outcome = prepared.await;
+            if outcome.is_err() {
+                self.locks.release((volume, index), exclusive);
+            }
+            if outcome != Err(Status::NoSpace) || self.options.no_space == NoSpacePolicy::Error {
+                return outcome;
+            }
+            // Whoever makes space may need this extent.
+            if given_up.load(Ordering::Relaxed) {
+                return Err(Status::Aborted);
+            }
+            self.runtime.sleep(Duration::from_millis(100)).await;
         }
-        outcome
     }
 
     /// The extent at this index, which is the volume's own from now on.
-    async fn map(
-        self: &Rc<Self>,
-        volume: u32,
-        index: u32,
-        given_up: &Arc<AtomicBool>,
-    ) -> Result<u32, Status> {
+    async fn map(self: &Rc<Self>, volume: u32, index: u32) -> Result<u32, Status> {
         loop {
             self.changeable(volume).await?;
             let (mapped, is_exclusive, can_rebirth, birth) = {
@@ -141,6 +149,18 @@ impl Owner {
                 return Ok(extent);
             }
             if can_rebirth {
+                // Whoever held it too may still be reading it.
+                self.barrier().await;
+                self.changeable(volume).await?;
+                let is_same = {
+                    let meta = self.meta.borrow();
+                    meta.entry(volume, index) == mapped
+                        && meta.can_rebirth(volume, index)
+                        && meta.generation() == birth
+                };
+                if !is_same {
+                    continue;
+                }
                 self.make(&Record::Rebirth { volume, index, birth });
                 return Ok(extent);
             }
@@ -148,7 +168,7 @@ impl Owner {
                 return Err(Status::NoSpace);
             }
             let Some(new) = self.meta.borrow_mut().allocate() else {
-                self.make_space(given_up).await?;
+                self.make_space().await?;
                 continue;
             };
             let fallback = match mapped {
@@ -383,22 +403,14 @@ impl Owner {
     }
 
     /// There is no free extent: finds some, or says that there are none.
-    async fn make_space(self: &Rc<Self>, given_up: &Arc<AtomicBool>) -> Outcome {
+    async fn make_space(self: &Rc<Self>) -> Outcome {
         if self.has_garbage() {
             self.reclaim().await?;
             if self.meta.borrow().free_extents() > 0 {
                 return Ok(());
             }
         }
-        if self.options.no_space == NoSpacePolicy::Error {
-            return Err(Status::NoSpace);
-        }
-        if given_up.load(Ordering::Relaxed) {
-            return Err(Status::Aborted);
-        }
-        self.check_writable()?;
-        self.runtime.sleep(Duration::from_millis(100)).await;
-        Ok(())
+        Err(Status::NoSpace)
     }
 
     pub(crate) fn has_garbage(&self) -> bool {

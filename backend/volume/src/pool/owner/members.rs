@@ -17,6 +17,7 @@ use hawser_block::{Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A member, by its number.
@@ -37,7 +38,7 @@ pub(crate) struct Member {
     /// It gets all writes, and is not ready to be taken for whole.
     pub(crate) is_joining: bool,
     /// It has lost its cache, or may have: its data is not what was written.
-    pub(crate) is_doubted: Arc<std::sync::atomic::AtomicBool>,
+    pub(crate) is_doubted: Arc<AtomicBool>,
 }
 
 impl Member {
@@ -167,10 +168,34 @@ impl Owner {
             self.lose("another host has reserved it");
             return Err(status);
         }
+        if matches!(status, Status::Invalid | Status::Unsupported | Status::NoSpace) {
+            // Not the member's fault, or all of them have it.
+            return Err(status);
+        }
         for member in (0..64).filter(|member| failed & 1 << member != 0) {
             if !self.put_out(member, status.name()).await {
                 return Err(status);
             }
+        }
+        Ok(())
+    }
+
+    /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
+    pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
+        let is_doubted = |member: &Member| member.is_recorded && member.is_doubted.load(Ordering::Acquire);
+        let doubted: Vec<u16> = {
+            let members = self.members.borrow();
+            (0u16..)
+                .zip(members.iter())
+                .filter(|(_, member)| is_doubted(member))
+                .map(|(number, _)| number)
+                .collect()
+        };
+        for member in doubted {
+            if !self.put_out(member, "lost its volatile cache").await {
+                return Err(Status::Path);
+            }
+            self.members.borrow()[usize::from(member)].is_doubted.store(false, Ordering::Release);
         }
         Ok(())
     }
@@ -187,8 +212,13 @@ impl Owner {
             self.away(&set, index, member, why);
             return true;
         }
-        if !survives(&set, 1 << index) {
-            return false;
+        {
+            // A cache that is lost at this moment takes another member out of those that are read.
+            let _one = lock(&self.shared.modes);
+            if !survives(&set, 1 << index) {
+                return false;
+            }
+            set.set_mode(index, Mode::Syncing);
         }
         let mut out = BTreeSet::from([member]);
         loop {
@@ -237,7 +267,10 @@ impl Owner {
             for region in set.intents.iter_set().collect::<Vec<_>>() {
                 set.unsynced.set(region);
             }
-            set.set_mode(index, Mode::InSync);
+            let is_doubted = self.members.borrow()[usize::from(*member)].is_doubted.load(Ordering::Acquire);
+            if !is_doubted {
+                set.set_mode(index, Mode::InSync);
+            }
         }
         false
     }
@@ -370,11 +403,13 @@ impl Owner {
         let members = self.members.borrow();
         let entry = &members[usize::from(member)];
         let Some(leaf) = entry.leaf.clone() else { return };
-        let (cache, doubted) = (Arc::clone(&entry.cache), Arc::clone(&entry.is_doubted));
+        // Gone when another device has taken the place.
+        let (cache, doubted) = (Arc::downgrade(&entry.cache), Arc::downgrade(&entry.is_doubted));
         let device = Arc::downgrade(&leaf.device);
         let shared = Arc::downgrade(&self.shared);
         leaf.device.subscribe(Box::new(move || {
             let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
+            let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
             let now = device.cache_identity();
             let mut before = lock(&cache);
             if let (Some(old), Some(new)) = (*before, now)
@@ -382,7 +417,8 @@ impl Owner {
                 && set.level().is_redundant()
             {
                 // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
-                doubted.store(true, std::sync::atomic::Ordering::Release);
+                doubted.store(true, Ordering::Release);
+                let _one = lock(&shared.modes);
                 if set.mode(index) == Mode::InSync && survives(&set, 1 << index) {
                     set.set_mode(index, Mode::Syncing);
                 }

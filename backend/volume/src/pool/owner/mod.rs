@@ -127,6 +127,8 @@ pub(crate) struct Owner {
     pub(crate) space: Bell,
     pub(crate) work: Work,
     pub(crate) lost: RefCell<Option<String>>,
+    /// There is little space left, and it was said.
+    pub(crate) is_low: Cell<bool>,
     /// The superblocks say that we have it.
     pub(crate) is_open: Cell<bool>,
     pub(crate) is_closing: Cell<bool>,
@@ -241,7 +243,9 @@ impl Owner {
     async fn flush_once(self: &Rc<Self>) -> Outcome {
         // Records that are made while the members flush may be of data that is not durable.
         let upto = self.seq.get();
+        self.put_out_doubted().await?;
         self.flush_members().await?;
+        self.put_out_doubted().await?;
         let upto = match crate::simulated::is_broken("log_records_made_after_flush_began") {
             true => self.seq.get(),
             false => upto,

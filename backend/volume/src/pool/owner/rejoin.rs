@@ -98,8 +98,11 @@ impl Owner {
         {
             let mut members = self.members.borrow_mut();
             let member = &mut members[usize::from(number)];
-            *lock(&member.cache) = leaf.device.cache_identity();
             let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
+            if is_new {
+                (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
+            }
+            *lock(&member.cache) = leaf.device.cache_identity();
             member.leaf = Some(leaf);
             drop(members);
             if is_new {

@@ -188,23 +188,38 @@ impl Owner {
 
     /// A spare takes the place of a member that has been away for long.
     pub(crate) async fn use_spare(self: &Rc<Self>) {
-        let now = self.runtime.now();
-        let away = self.members.borrow().iter().position(|member| {
-            member.away_since.is_some_and(|since| now >= since + self.options.spare_delay)
-        });
-        let spare = self.spares.borrow().iter().position(|(_, leaf)| leaf.is_some());
-        let (Some(away), Some(spare)) = (away, spare) else { return };
-        let number = u16::try_from(away).unwrap_or(0);
-        if self.mode_of(number) != Mode::Away {
+        if self.spares.borrow().is_empty() {
             return;
         }
         let _turn = self.turns.change.take().await;
+        let now = self.runtime.now();
+        let chosen = {
+            let (members, spares, book) = (self.members.borrow(), self.spares.borrow(), self.book.borrow());
+            let is_away = |number: &u16| {
+                let since = members[usize::from(*number)].away_since;
+                self.mode_of(*number) == Mode::Away
+                    && since.is_some_and(|since| now >= since + self.options.spare_delay)
+            };
+            let away = (0u16..).take(members.len()).filter(is_away);
+            away.filter_map(|number| {
+                let needed = book.layout.data_offset() + book.members[usize::from(number)].data_bytes;
+                let fits = |leaf: &Leaf| leaf.device.geometry().is_some_and(|it| it.size_bytes() >= needed);
+                let spare = spares.iter().position(|(_, leaf)| leaf.as_ref().is_some_and(fits))?;
+                Some((number, spare))
+            })
+            .next()
+        };
+        let Some((number, spare)) = chosen else { return };
         let (uuid, leaf) = self.spares.borrow_mut().remove(spare);
         let Some(leaf) = leaf else { return };
         log::warn!("pool {}: spare {} takes the place of member {number}", self.shared.name, leaf.name());
         if let Err(what) = self.put_in(number, leaf.clone()).await {
-            log::error!("pool {}: {what:?}", self.shared.name);
-            self.spares.borrow_mut().push((uuid, Some(leaf)));
+            log::error!("{what}");
+            let is_member =
+                self.members.borrow()[usize::from(number)].leaf.as_ref().is_some_and(|it| it.same(&leaf));
+            if !is_member {
+                self.spares.borrow_mut().push((uuid, Some(leaf)));
+            }
         }
     }
 
@@ -254,6 +269,16 @@ impl Owner {
         }
         {
             let _turn = self.turns.superblock.take().await;
+            // The new ones first: nobody is told of members that do not know that they are.
+            for (leaf, record) in leaves.iter().zip(&book.members[first..]) {
+                let own = Superblock {
+                    this: record.uuid,
+                    generation: self.book.borrow().generation + 1,
+                    ..book.clone()
+                };
+                let written = write_superblock(&self, leaf, &own).await;
+                written.map_err(|status| self.failed(leaf.name(), status))?;
+            }
             let now = self.runtime.now();
             let old_view = self.view();
             for (leaf, record) in leaves.iter().zip(&book.members[first..]) {
@@ -265,7 +290,6 @@ impl Owner {
             let thin = crate::thin::Thin { extents: array.extents(), ..old_view.thin };
             let table = Arc::clone(&old_view.table);
             self.shared.set_view(View { array, table, thin, leaves: all_leaves, ..*old_view });
-            // The new ones first: nobody is told of them before they know of it.
             let (_, failed) = self.write_superblocks(&BTreeSet::new()).await;
             if !failed.is_empty() {
                 log::warn!(

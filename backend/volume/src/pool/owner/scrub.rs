@@ -49,6 +49,10 @@ impl Owner {
                 self.throttle(began, extent_bytes * 2).await;
             }
         }
+        if repair {
+            // The tables too: all of them anew, on all who have them.
+            let _ = self.checkpoint(true).await;
+        }
         self.work.end(self.runtime.now());
         self.publish();
     }
@@ -90,7 +94,17 @@ impl Owner {
     async fn compare(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
         let len = piece.len as usize;
         let first = Rc::new(self.place.spare.take(len));
-        let Ok(from) = self.read_first(view, set, piece, &first, 0).await else { return 0 };
+        let from = match self.read_first(view, set, piece, &first, 0).await {
+            Ok(from) => from,
+            Err(status) => {
+                log::error!(
+                    "pool {}: no copy of some bytes can be read: {}",
+                    self.shared.name,
+                    status.name()
+                );
+                return 1;
+            }
+        };
         let mut mismatches = 0;
         let mut has_bad = false;
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != from.member) {

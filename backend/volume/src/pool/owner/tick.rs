@@ -7,7 +7,6 @@ use crate::raid::Mode;
 use hawser_block::DeviceState;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// How often it looks.
@@ -16,40 +15,38 @@ const TICK: Duration = Duration::from_secs(1);
 const REJOIN_AFTER: Duration = Duration::from_secs(2);
 
 impl Owner {
-    /// Runs until the pool is closed.
+    /// Runs until the pool is closed: looks after the members, and tells people.
     pub(crate) async fn tick(self: Rc<Self>) {
-        let mut intents_at = self.runtime.now() + self.options.intent_idle;
-        let mut commit_at = self.runtime.now() + self.options.intent_idle;
         while !self.is_closing.get() {
             self.runtime.sleep(TICK).await;
-            if self.is_closing.get() {
-                return;
-            }
-            if self.lost.borrow().is_none() {
+            if self.lost.borrow().is_none() && !self.is_closing.get() {
                 self.check_owner().await;
                 self.look_after_members().await;
-                let now = self.runtime.now();
-                if now >= commit_at {
-                    commit_at = now + self.options.intent_idle;
-                    let has_old = !self.pending.borrow().is_empty();
-                    if has_old && let Err(status) = self.flush().await {
-                        log::warn!(
-                            "pool {}: cannot make changes durable: {}",
-                            self.shared.name,
-                            status.name()
-                        );
-                    }
-                }
-                if now >= intents_at {
-                    intents_at = now + self.options.intent_idle;
-                    // What fails here is tried again; who it fails has been put out.
-                    let _ = self.clear_idle_intents(false).await;
-                }
-                if self.has_garbage() {
-                    let _ = self.reclaim().await;
-                }
             }
             self.publish();
+        }
+    }
+
+    /// Runs until the pool is closed: makes durable what nobody flushes, clears marks, finds space. What fails is tried again; a member that
+    /// fails it is put out, and one that does not answer holds up nobody else.
+    pub(crate) async fn housekeeping(self: Rc<Self>) {
+        let mut due = self.runtime.now() + self.options.intent_idle;
+        while !self.is_closing.get() {
+            self.runtime.sleep(TICK).await;
+            if self.lost.borrow().is_some() || self.is_closing.get() {
+                continue;
+            }
+            if self.runtime.now() >= due {
+                due = self.runtime.now() + self.options.intent_idle;
+                let has_old = !self.pending.borrow().is_empty();
+                if has_old && let Err(status) = self.flush().await {
+                    log::warn!("pool {}: cannot make changes durable: {}", self.shared.name, status.name());
+                }
+                let _ = self.clear_idle_intents(false).await;
+            }
+            if self.has_garbage() {
+                let _ = self.reclaim().await;
+            }
         }
     }
 
@@ -58,22 +55,17 @@ impl Owner {
         if self.is_closing.get() || self.is_read_only || self.lost.borrow().is_some() {
             return;
         }
+        // What fails is tried again.
+        let _ = self.put_out_doubted().await;
         // A replacement may be under way.
         let turn = self.turns.change.take().await;
         let count = self.members.borrow().len();
         for member in 0..u16::try_from(count).unwrap_or(0) {
-            let (leaf, is_recorded, is_doubted, tried) = {
+            let (leaf, is_recorded, tried) = {
                 let members = self.members.borrow();
                 let entry = &members[usize::from(member)];
-                let doubted = entry.is_doubted.swap(false, Ordering::AcqRel);
-                (entry.leaf.clone(), entry.is_recorded, doubted, entry.tried)
+                (entry.leaf.clone(), entry.is_recorded, entry.tried)
             };
-            if is_doubted {
-                if self.put_out(member, "lost its volatile cache").await {
-                    self.rejoin(member).await;
-                }
-                continue;
-            }
             let Some(leaf) = leaf else { continue };
             let is_due = self.runtime.now() >= tried + REJOIN_AFTER;
             if !is_recorded
@@ -112,9 +104,19 @@ impl Owner {
             let device = member.device.as_deref().unwrap_or("missing");
             troubles.push(format!("{place} ({device}): {}: {}", member.state.name(), member.why));
         }
-        if size_bytes > 0 && free_bytes * 1000 / size_bytes < u64::from(self.options.low_water_permille) {
-            troubles.push(format!("{} % of its space is free", free_bytes * 100 / size_bytes));
+        let is_low =
+            size_bytes > 0 && free_bytes * 1000 / size_bytes < u64::from(self.options.low_water_permille);
+        if is_low {
+            let what = format!("{} % of its space is free", free_bytes / (size_bytes / 100).max(1));
+            if !self.is_low.get() {
+                log::warn!(
+                    "pool {}: {what}: add members (hawser pool grow), or delete what is not needed",
+                    book.name
+                );
+            }
+            troubles.push(what);
         }
+        self.is_low.set(is_low);
         let pool = PoolView {
             name: book.name.clone(),
             uuid: book.pool_uuid,

@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex};
 
 /// Tables that readers hold as arrays: volumes of a pool at most.
 const VOLUMES_MAX: usize = 4096;
+/// An entry has 28 bits for it.
+const GENERATION_MAX: u32 = (1 << 28) - 2;
 
 impl Owner {
     /// Volumes that are in the tables and not yet seen by others, and those that have grown.
@@ -113,6 +115,17 @@ impl Owner {
         uuid[6] = uuid[6] & 0x0f | 0x40;
         uuid[8] = uuid[8] & 0x3f | 0x80;
         uuid
+    }
+
+    /// Births are told apart by numbers, of which there are many and not endless ones.
+    fn check_generation(&self, meta: &Metadata) -> Result<(), PoolError> {
+        match meta.generation() < GENERATION_MAX {
+            true => Ok(()),
+            false => Err(PoolError::Conflict(format!(
+                "pool {} has had {GENERATION_MAX} snapshots, the most",
+                self.shared.name
+            ))),
+        }
     }
 
     fn no_room(&self) -> PoolError {
@@ -226,6 +239,7 @@ impl Owner {
 
     fn snapshot_items(&self, snapshots: &[(String, String)]) -> Result<Vec<NewSnapshot>, PoolError> {
         let meta = self.meta.borrow();
+        self.check_generation(&meta)?;
         let mut items: Vec<NewSnapshot> = Vec::new();
         for (origin, name) in snapshots {
             let origin = self.find(origin)?;
@@ -256,6 +270,7 @@ impl Owner {
         self.change(&what, || {
             let from = self.find(&snapshot)?;
             let meta = self.meta.borrow();
+            self.check_generation(&meta)?;
             self.check_new_name(&name, &meta)?;
             if !meta.volume(from).is_some_and(|volume| volume.is_snapshot()) {
                 return Err(PoolError::Wrong(format!(
