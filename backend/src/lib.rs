@@ -10,3 +10,4 @@ mod durable;
 pub mod image;
 mod sandbox;
 mod sys;
+mod tail;

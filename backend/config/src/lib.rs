@@ -8,7 +8,10 @@
 #![forbid(unsafe_code)]
 
 mod place;
+mod pool;
 pub mod value;
+
+pub use pool::{Backing, NoSpace, PoolConfig};
 
 use place::Place;
 use serde::{Deserialize, Serialize};
@@ -17,7 +20,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use value::{Listen, Name, Nqn, Serial, SocketMode, SocketPath, Uris, Uuid};
+use value::{Listen, Name, Nqn, Serial, SocketMode, SocketPath, Uris, Uuid, VolumePath};
 
 /// A wrong configuration, or one that cannot be read. Its text is one line.
 #[derive(Debug)]
@@ -48,6 +51,8 @@ pub struct Config {
     pub disks: Vec<Placed<DiskConfig>>,
     /// `[[subsystem]]`
     pub subsystems: Vec<Placed<SubsystemConfig>>,
+    /// `[[pool]]`
+    pub pools: Vec<Placed<PoolConfig>>,
     daemon_place: Option<Place>,
 }
 
@@ -193,14 +198,18 @@ impl DeviceConfig {
     }
 }
 
-/// `[[disk]]`: a device offered to a VM at a vhost-user socket. Also what `disk add` sends and `--save` writes.
+/// `[[disk]]`: a device or volume offered to a VM at a vhost-user socket. Also what `disk add` sends and `--save` writes.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// Its name.
     pub name: Name,
-    /// The device behind it.
-    pub device: Name,
+    /// The device behind it, or
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<Name>,
+    /// the volume behind it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<VolumePath>,
     /// The vhost-user socket.
     pub socket: SocketPath,
     /// The socket's permissions; default: what the umask leaves.
@@ -221,7 +230,7 @@ pub struct DiskConfig {
     /// The VM may not write.
     #[serde(default)]
     pub read_only: bool,
-    /// Other disks of the same device may write too: the VMs know how to share its blocks.
+    /// Other disks of the same device or volume may write too: the VMs know how to share its blocks.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
 }
@@ -237,11 +246,20 @@ impl DiskConfig {
         self.serial.clone().unwrap_or_else(|| Serial::from_name(&self.name))
     }
 
+    /// What is behind it.
+    ///
+    /// # Errors
+    /// When that is not exactly one thing: the key that is wrong, and why. Never of one that was checked.
+    pub fn backing(&self) -> Result<Backing, (&'static str, String)> {
+        Backing::of(&self.device, &self.volume)
+    }
+
     /// Checks the values that are not checked by their types.
     ///
     /// # Errors
     /// The key that is wrong, and why.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
+        self.backing()?;
         if self.queues == 0 || self.queues > QUEUES_MAX {
             return Err(("queues", format!("{} is out of range, want 1 to {QUEUES_MAX}", self.queues)));
         }
@@ -264,19 +282,31 @@ pub struct SubsystemConfig {
     pub namespaces: Vec<NamespaceConfig>,
 }
 
-/// `[[subsystem.namespace]]`: a device inside a subsystem.
+/// `[[subsystem.namespace]]`: a device or volume inside a subsystem.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NamespaceConfig {
     /// Its number in the subsystem.
     pub nsid: u32,
-    /// The device behind it.
-    pub device: Name,
+    /// The device behind it, or
+    pub device: Option<Name>,
+    /// the volume behind it.
+    pub volume: Option<VolumePath>,
     /// Its UUID, where the device's own is not wanted.
     pub uuid: Option<Uuid>,
     /// The ANA group that it is in.
     #[serde(default = "ana_group")]
     pub ana_group: u32,
+}
+
+impl NamespaceConfig {
+    /// As [`DiskConfig::backing`].
+    ///
+    /// # Errors
+    /// As [`DiskConfig::backing`].
+    pub fn backing(&self) -> Result<Backing, (&'static str, String)> {
+        Backing::of(&self.device, &self.volume)
+    }
 }
 
 fn ana_group() -> u32 {
@@ -296,6 +326,8 @@ struct Document {
     disk: Vec<toml::Spanned<DiskConfig>>,
     #[serde(default)]
     subsystem: Vec<toml::Spanned<SubsystemConfig>>,
+    #[serde(default)]
+    pool: Vec<toml::Spanned<PoolConfig>>,
 }
 
 impl Config {
@@ -346,6 +378,7 @@ impl Config {
             place_all(document.device, &mut config.devices, |start| at("[[device]]", start));
             place_all(document.disk, &mut config.disks, |start| at("[[disk]]", start));
             place_all(document.subsystem, &mut config.subsystems, |start| at("[[subsystem]]", start));
+            place_all(document.pool, &mut config.pools, |start| at("[[pool]]", start));
         }
         config.check()?;
         Ok(config)
@@ -356,6 +389,10 @@ impl Config {
         unique(&self.disks, "name", |disk| disk.name.clone())?;
         unique(&self.disks, "socket", |disk| disk.socket.clone())?;
         unique(&self.subsystems, "nqn", |subsystem| subsystem.nqn.clone())?;
+        unique(&self.pools, "name", |pool| pool.name.clone())?;
+        for pool in &self.pools {
+            pool.value.check().map_err(|(key, what)| pool.error(key, what))?;
+        }
         for device in &self.devices {
             let known = device.value.block_size.is_none_or(|bytes| bytes == 512 || bytes == 4096);
             if !known {
@@ -371,9 +408,10 @@ impl Config {
         }
         for (index, disk) in self.disks.iter().enumerate() {
             disk.value.check().map_err(|(key, what)| disk.error(key, what))?;
-            self.check_device(&disk.value.device).map_err(|what| disk.error("device", what))?;
+            let backing = disk.value.backing().map_err(|(key, what)| disk.error(key, what))?;
+            self.check_backing(&backing).map_err(|what| disk.error(backing.key(), what))?;
             let before = self.disks[..index].iter().map(|other| &other.value);
-            self.check_sharing(&disk.value, before).map_err(|what| disk.error("device", what))?;
+            self.check_sharing(&disk.value, before).map_err(|what| disk.error(backing.key(), what))?;
             if disk.value.socket == self.daemon.api {
                 let what = format!("{:?} is the API's own, want another path", disk.value.socket.to_string());
                 return Err(disk.error("socket", what));
@@ -408,7 +446,8 @@ impl Config {
                 );
                 return Err(subsystem.error("nsid", what));
             }
-            self.check_device(&namespace.device).map_err(|what| subsystem.error("device", what))?;
+            let backing = namespace.backing().map_err(|(key, what)| subsystem.error(key, what))?;
+            self.check_backing(&backing).map_err(|what| subsystem.error(backing.key(), what))?;
         }
         Ok(())
     }
@@ -424,8 +463,33 @@ impl Config {
         Err(format!("{:?} is no [[device]], {}", name.as_str(), self.device_names()))
     }
 
-    /// Checks that `disk` may be there beside `others`: two disks may both write to one device only where both say that
-    /// they share it.
+    /// Checks that what is behind a disk or namespace can be there: volumes are known when their pool is open.
+    ///
+    /// # Errors
+    /// As [`Config::check_device`].
+    pub fn check_backing(&self, backing: &Backing) -> Result<(), String> {
+        match backing {
+            Backing::Device(name) => self.check_device(name),
+            Backing::Volume(_) => Ok(()),
+        }
+    }
+
+    /// What disks and namespaces of the files use, each as often as it is used.
+    pub fn used(&self) -> impl Iterator<Item = Backing> {
+        let namespaces = self.subsystems.iter().flat_map(|subsystem| &subsystem.value.namespaces);
+        let disks = self.disks.iter().filter_map(|disk| disk.value.backing().ok());
+        disks.chain(namespaces.filter_map(|namespace| namespace.backing().ok()))
+    }
+
+    /// The policies of the pool called `name`.
+    #[must_use]
+    pub fn pool(&self, name: &Name) -> PoolConfig {
+        let section = self.pools.iter().find(|pool| pool.value.name == *name);
+        section.map_or_else(|| PoolConfig::default_of(name), |pool| pool.value.clone())
+    }
+
+    /// Checks that `disk` may be there beside `others`: two disks may both write to one device or volume only where both say
+    /// that they share it.
     ///
     /// # Errors
     /// Which disk is in the way, and what would be right.
@@ -434,16 +498,18 @@ impl Config {
         disk: &DiskConfig,
         others: impl IntoIterator<Item = &'a DiskConfig>,
     ) -> Result<(), String> {
-        let name = disk.device.as_str();
-        let writes = |disk: &DiskConfig| disk.device.as_str() == name && !disk.read_only;
-        if !writes(disk) || self.device(name).is_some_and(|device| device.value.read_only) {
+        let Ok(backing) = disk.backing() else { return Ok(()) };
+        let writes =
+            |disk: &DiskConfig| disk.backing().is_ok_and(|other| other == backing) && !disk.read_only;
+        let device = backing.device().and_then(|name| self.device(name.as_str()));
+        if !writes(disk) || device.is_some_and(|device| device.value.read_only) {
             return Ok(());
         }
         match others.into_iter().find(|other| writes(other) && !(disk.shared && other.shared)) {
             None => Ok(()),
             Some(other) => Err(format!(
-                "{name:?} is disk {}'s too, want read_only = true on one of them, or shared = true on both if their VMs \
-                 know how to share it",
+                "\"{backing}\" is disk {}'s too, want read_only = true on one of them, or shared = true on both if their \
+                 VMs know how to share it",
                 other.name
             )),
         }

@@ -63,6 +63,78 @@ impl FromStr for Name {
     }
 }
 
+/// A volume of a pool, `POOL/VOLUME`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumePath {
+    /// The pool.
+    pub pool: Name,
+    /// The volume in it.
+    pub volume: Name,
+}
+
+text_value!(VolumePath);
+
+impl fmt::Display for VolumePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.pool, self.volume)
+    }
+}
+
+impl FromStr for VolumePath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VolumePath, String> {
+        let parts = text.split_once('/').map(|(pool, volume)| (pool.parse(), volume.parse()));
+        let Some((Ok(pool), Ok(volume))) = parts else {
+            return Err(format!(
+                "{text:?} is no volume, want POOL/VOLUME, both up to 64 letters, digits, '-', '_' and '.'"
+            ));
+        };
+        Ok(VolumePath { pool, volume })
+    }
+}
+
+/// A number of bytes with a binary unit: `64KiB`, or `0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ByteSize(pub u64);
+
+text_value!(ByteSize);
+
+impl ByteSize {
+    const UNITS: [(&'static str, u32); 4] = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = |shift: u32| self.0 > 0 && self.0.trailing_zeros() >= shift;
+        match ByteSize::UNITS.iter().rev().find(|(_, shift)| whole(*shift)) {
+            Some((unit, shift)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ByteSize, String> {
+        let unit = ByteSize::UNITS.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let size = match unit {
+            Some((number, shift)) if digits(number) => {
+                number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift))
+            }
+            None if digits(text) && text.bytes().all(|byte| byte == b'0') => Some(0),
+            _ => None,
+        };
+        size.map(ByteSize).ok_or_else(|| {
+            format!("{text:?} is no size, want a number and its unit (KiB, MiB, GiB, TiB), such as 4GiB")
+        })
+    }
+}
+
 /// What a disk answers to GET_ID: at most 20 bytes (virtio 1.3, section 5.2.6).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
@@ -325,6 +397,29 @@ mod tests {
         assert_eq!(uuid.to_string(), "0f1e2d3c-4b5a-4978-8695-a4b3c2d1e0ff");
         for wrong in ["", "0f1e2d3c4b5a49788695a4b3c2d1e0ff", "0f1e2d3c-4b5a-4978-8695-a4b3c2d1e0fg"] {
             assert!(wrong.parse::<Uuid>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units_and_read_back() {
+        for (text, bytes) in
+            [("0", 0), ("64KiB", 64 << 10), ("3MiB", 3 << 20), ("20GiB", 20 << 30), ("5TiB", 5 << 40)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)));
+            assert_eq!(ByteSize(bytes).to_string(), text);
+        }
+        for wrong in ["", "4", "4GB", "-4GiB", "GiB", "4 GiB", "99999999999TiB", "0x1GiB"] {
+            assert!(wrong.parse::<ByteSize>().unwrap_err().contains("want a number and its unit"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_volume_is_two_names() {
+        let path: VolumePath = "p0/vm1-root".parse().unwrap();
+        assert_eq!((path.pool.as_str(), path.volume.as_str()), ("p0", "vm1-root"));
+        assert_eq!(path.to_string(), "p0/vm1-root");
+        for wrong in ["", "p0", "/v", "p0/", "p0/a/b", "p0/-x"] {
+            assert!(wrong.parse::<VolumePath>().unwrap_err().contains("want POOL/VOLUME"), "{wrong}");
         }
     }
 

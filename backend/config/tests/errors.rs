@@ -89,7 +89,7 @@ fn mistakes_in_one_file_are_named_line_by_line() {
         ),
         (
             with_device("[deamon]\n"),
-            "h.toml:4:2: [deamon]: unknown field `deamon`, expected one of `daemon`, `host`, `discovery`, `device`, `disk`, `subsystem`",
+            "h.toml:4:2: [deamon]: unknown field `deamon`, expected one of `daemon`, `host`, `discovery`, `device`, `disk`, `subsystem`, `pool`",
         ),
         (
             with_device("[daemon]\nreactors = []\n"),
@@ -279,4 +279,89 @@ fn two_disks_that_write_to_one_device_both_have_to_say_so() {
     let read_only = DEVICE.replace("mem:?size=1GiB\"", "file:///x\"\nread_only = true");
     let both = format!("{read_only}{}{}", disk("a", ""), disk("b", ""));
     assert_eq!(error_of(&[("h.toml", &both)]), "no error", "nobody can write to it");
+}
+
+/// One file `h.toml` with a disk whose keys follow.
+fn volume_disk(keys: &str) -> String {
+    with_device(&format!("[[disk]]\nname = \"d\"\nsocket = \"/run/d.sock\"\n{keys}"))
+}
+
+#[test]
+fn behind_a_disk_is_a_device_or_a_volume() {
+    assert_eq!(
+        volume_disk("volume = \"p0/v\"\n"),
+        "no error",
+        "whether it is there is known when the pool is open"
+    );
+    for (found, wanted) in [
+        (volume_disk(""), "h.toml:4:1: [[disk]] device: is missing, want it, or volume = \"POOL/VOLUME\""),
+        (
+            volume_disk("volume = \"p0/v\"\ndevice = \"n0\"\n"),
+            "h.toml:7:10: [[disk]] volume: \"p0/v\" is there beside device \"n0\", want one of them",
+        ),
+        (
+            volume_disk("volume = \"p0\"\n"),
+            "h.toml:7:10: [[disk]] volume: \"p0\" is no volume, want POOL/VOLUME, both up to 64 letters, digits, '-', '_' and '.'",
+        ),
+        (
+            volume_disk("volume = \"p0/v\"\n[[disk]]\nname = \"e\"\nsocket = \"/e\"\nvolume = \"p0/v\"\n"),
+            "h.toml:11:10: [[disk]] volume: \"p0/v\" is disk d's too, want read_only = true on one of them, or shared = true \
+             on both if their VMs know how to share it",
+        ),
+        (
+            with_device(
+                "[[subsystem]]\nnqn = \"nqn.a\"\nlisten = [\"tcp://127.0.0.1:0\"]\n[[subsystem.namespace]]\nnsid = 1\n",
+            ),
+            "h.toml:4:1: [[subsystem]] device: is missing, want it, or volume = \"POOL/VOLUME\"",
+        ),
+    ] {
+        assert_eq!(found, wanted);
+    }
+}
+
+#[test]
+fn a_pools_policies_are_checked_and_have_defaults() {
+    let pool = |keys: &str| with_device(&format!("[[pool]]\nname = \"p0\"\n{keys}"));
+    for (found, wanted) in [
+        (
+            pool("no_space = \"wait\"\nsync_rate = \"0\"\nlow_water = 0\nassume_exclusive = true\n"),
+            "no error",
+        ),
+        (
+            pool("no_space = \"never\"\n"),
+            "h.toml:6:12: [[pool]] no_space: unknown variant `never`, expected `error` or `wait`",
+        ),
+        (
+            pool("low_water = 101\n"),
+            "h.toml:6:13: [[pool]] low_water: 101 is out of range, want 0 to 100 (percent)",
+        ),
+        (
+            pool("sync_rate = \"fast\"\n"),
+            "h.toml:6:13: [[pool]] sync_rate: \"fast\" is no size, want a number and its unit (KiB, MiB, GiB, TiB), such as 4GiB",
+        ),
+        (
+            pool("spare_delay = 86401\n"),
+            "h.toml:6:15: [[pool]] spare_delay: 86401 is too long, want 0 to 86400 (seconds)",
+        ),
+        (
+            pool("assemble_timeout = 3601\n"),
+            "h.toml:6:20: [[pool]] assemble_timeout: 3601 is too long, want 0 to 3600 (seconds)",
+        ),
+        (
+            pool("raid = \"raid1\"\n"),
+            "h.toml:6:1: [[pool]] raid: unknown field `raid`, expected one of `name`, `no_space`, `low_water`, `sync_rate`, `spare_delay`, `assemble_timeout`, `assume_exclusive`",
+        ),
+        (
+            pool("[[pool]]\nname = \"p0\"\n"),
+            "h.toml:7:8: [[pool]] name: \"p0\" is in h.toml:4 too, want another",
+        ),
+    ] {
+        assert_eq!(found, wanted);
+    }
+    let text = "[[pool]]\nname = \"p0\"\nsync_rate = \"1GiB\"\n".to_owned();
+    let config = Config::parse(&[(PathBuf::from("h.toml"), text)]).unwrap();
+    let (p0, p1) = (config.pool(&"p0".parse().unwrap()), config.pool(&"p1".parse().unwrap()));
+    assert_eq!((p0.sync_rate.0, p1.sync_rate.0), (1 << 30, 200 << 20));
+    assert_eq!((p1.low_water, p1.spare_delay, p1.assemble_timeout), (10, 60, 30));
+    assert!(!p1.assume_exclusive && p1.no_space == hawser_config::NoSpace::Error);
 }

@@ -1,15 +1,15 @@
 //! From a `[[device]]` to a device.
 
 use super::host::{self, HostIdentity};
-use super::reactors::Reactors;
 use crate::daemon::run_state;
 use crate::sandbox;
 use hawser_block::{BlockSize, Device};
-use hawser_config::value::{Name, Uris};
+use hawser_config::value::{ByteSize, Name, Uris};
 use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
 use hawser_fabric::initiator::{self, CacheDoubt, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::uri::NvmeUri;
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
+use hawser_runtime::ReactorHandle;
 use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -97,19 +97,11 @@ fn unknown(uri: &str) -> String {
 fn size_in(uri: &str, rest: &str) -> Result<u64, String> {
     let want = || format!("want {}:?size=4GiB", uri.split(':').next().unwrap_or("mem"));
     let size = rest.strip_prefix("?size=").ok_or_else(|| format!("{uri:?} says no size, {}", want()))?;
-    parse_size(size).ok_or_else(|| {
-        format!("{uri:?}: {size:?} is no size, want a number and its unit (KiB, MiB, GiB, TiB), such as 4GiB")
-    })
-}
-
-/// A number with a binary unit.
-fn parse_size(text: &str) -> Option<u64> {
-    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
-    let (number, shift) = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))?;
-    if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
+    match size.parse::<ByteSize>() {
+        Ok(ByteSize(0)) => Err(format!("{uri:?}: {size:?} is no size, {}", want())),
+        Ok(ByteSize(size)) => Ok(size),
+        Err(what) => Err(format!("{uri:?}: {what}")),
     }
-    number.parse::<u64>().ok()?.checked_mul(1 << shift).filter(|size| *size > 0)
 }
 
 /// What two devices must not both write to.
@@ -204,6 +196,8 @@ pub struct Opening {
     pub had_predecessor: bool,
     /// For a command, whose user waits: what cannot be reached fails, instead of being tried again without end.
     pub offline: bool,
+    /// With `offline`: in place of the daemon, whose record of what it had asked for is used.
+    pub in_run_state: bool,
 }
 
 /// Whether two devices, of which each is understood, are the same file or namespace.
@@ -235,7 +229,7 @@ pub fn open(
     config: &Placed<DeviceConfig>,
     whole: &Config,
     opening: Opening,
-    reactors: &Reactors,
+    reactors: &[ReactorHandle],
 ) -> Result<Arc<dyn Device>, OpenError> {
     let DeviceConfig { name, uri, block_size, read_only, .. } = &config.value;
     let wrong = |key: &str, what: String| OpenError::Config(config.error(key, what));
@@ -263,13 +257,13 @@ pub fn open(
             nvme.had_predecessor = opening.had_predecessor;
             nvme.offline = opening.offline;
             nvme.sysfs = Some(PathBuf::from("/sys"));
-            nvme.record = Some(match opening.offline {
+            nvme.record = Some(match opening.offline && !opening.in_run_state {
                 true => import_record(whole, name),
                 false => {
                     run_state::folder_of(whole.daemon.api.as_path()).join(format!("associations-{name}"))
                 }
             });
-            NvmeDevice::open(nvme, reactors.handles())
+            NvmeDevice::open(nvme, reactors)
                 .map_err(|what| OpenError::Failed(config.error("uri", what).to_string()))?
         }
         Kind::File { path } => {

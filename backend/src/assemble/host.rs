@@ -7,6 +7,7 @@ use hawser_config::HostConfig;
 use hawser_config::value::{Nqn, Uuid};
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Our identity.
@@ -102,6 +103,8 @@ fn keep(file: &Path, text: &str) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let mut new = tempfile::NamedTempFile::new_in(folder)?;
     writeln!(new, "{text}")?;
+    // No secret: who makes it may be root, and who reads it the daemon's user.
+    new.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
     new.as_file().sync_all()?;
     match new.persist_noclobber(file) {
         Ok(_) => {}
@@ -112,7 +115,7 @@ fn keep(file: &Path, text: &str) -> io::Result<()> {
 }
 
 /// The kernel makes one at each read.
-fn random_uuid() -> io::Result<Uuid> {
+pub(super) fn random_uuid() -> io::Result<Uuid> {
     let text = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
     text.trim().parse().map_err(io::Error::other)
 }

@@ -6,5 +6,8 @@ pub(crate) mod ana;
 pub mod device;
 pub mod disk;
 pub mod host;
+pub(crate) mod late;
+pub(crate) mod pool;
 pub mod reactors;
+pub(crate) mod reserve;
 pub mod target;

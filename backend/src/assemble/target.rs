@@ -5,8 +5,8 @@ use super::device::Kind;
 use super::reactors::Reactors;
 use crate::daemon::api::view::{AnaGroupView, NamespaceView, PortView, SubsystemView};
 use hawser_block::Device;
-use hawser_config::Config;
-use hawser_config::value::{Listen, Name, Nqn};
+use hawser_config::value::{Listen, Nqn};
+use hawser_config::{Backing, Config};
 use hawser_fabric::target::{AnaConfig, Lineage, NamespaceConfig, SubsystemConfig, Target};
 use hawser_volume::Volume;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub fn start(
     config: &Config,
     reactors: &Reactors,
     lineage: &Lineage,
-    device: impl Fn(&Name) -> Option<Arc<dyn Device>> + Copy,
+    behind: impl Fn(&Backing) -> Option<Arc<dyn Device>> + Copy,
 ) -> Result<Option<Target>, String> {
     if config.subsystems.is_empty() {
         return Ok(None);
@@ -29,10 +29,11 @@ pub fn start(
         let subsystem = &placed.value;
         let mut namespaces = Vec::new();
         for namespace in &subsystem.namespaces {
-            let device =
-                device(&namespace.device).ok_or_else(|| format!("no device {}", namespace.device))?;
-            let kind = config.device(namespace.device.as_str()).map(|device| Kind::parse(&device.value.uri));
-            let in_memory = matches!(kind, Some(Ok(Kind::Mem { .. })));
+            let backing = namespace.backing().map_err(|(_, what)| what)?;
+            let device = behind(&backing).ok_or_else(|| format!("no {} {backing}", backing.key()))?;
+            let kind = namespace.device.as_ref().and_then(|name| config.device(name.as_str()));
+            let in_memory =
+                matches!(kind.map(|device| Kind::parse(&device.value.uri)), Some(Ok(Kind::Mem { .. })));
             let uuid = namespace.uuid.map(|uuid| uuid.0).or(in_memory.then(|| device.uuid()));
             namespaces.push(NamespaceConfig { nsid: namespace.nsid, device: as_namespace(device), uuid });
         }
@@ -110,7 +111,11 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
             namespaces: subsystem
                 .namespaces
                 .iter()
-                .map(|namespace| NamespaceView { nsid: namespace.nsid, device: namespace.device.to_string() })
+                .map(|namespace| NamespaceView {
+                    nsid: namespace.nsid,
+                    device: namespace.device.as_ref().map(ToString::to_string),
+                    volume: namespace.volume.as_ref().map(ToString::to_string),
+                })
                 .collect(),
         }
     };

@@ -235,6 +235,7 @@ mod tests {
             trouble: None,
             size_bytes: Some(1 << 30),
             block_size: Some(512),
+            pool: None,
             uuid: None,
             paths,
             settings: [("io_policy".to_owned(), "numa".to_owned())].into(),

@@ -10,6 +10,9 @@ pub(super) fn text_of(device: &DeviceView) -> String {
     if let (Some(size), Some(block)) = (device.size_bytes, device.block_size) {
         text.push_str(&format!(", {} in blocks of {block} bytes", table::bytes(size)));
     }
+    if let Some(pool) = &device.pool {
+        text.push_str(&format!(", in pool {pool}"));
+    }
     if let Some(uuid) = &device.uuid {
         text.push_str(&format!(", UUID {uuid}"));
     }

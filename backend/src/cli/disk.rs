@@ -5,14 +5,14 @@ use crate::cli::{ApiArgs, Failure, print_json, say};
 use crate::daemon::api::view::{AddDisk, DiskView};
 use clap::{Args, Subcommand};
 use hawser_config::DiskConfig;
-use hawser_config::value::{Name, Serial, SocketMode, SocketPath};
+use hawser_config::value::{Name, Serial, SocketMode, SocketPath, VolumePath};
 use std::path::PathBuf;
 
 #[derive(Subcommand)]
 pub(super) enum DiskCommand {
     /// Show all disks
     List(ApiArgs),
-    /// Offer a device to a VM
+    /// Offer a device or volume to a VM
     Add(AddArgs),
     /// End a disk's session and remove its socket
     Remove(RemoveArgs),
@@ -25,8 +25,11 @@ pub(super) struct AddArgs {
     /// The new disk's name
     name: Name,
     /// The device behind it, by its name in the configuration
-    #[arg(long, value_name = "DEV")]
-    device: Name,
+    #[arg(long, value_name = "DEV", required_unless_present = "volume", conflicts_with = "volume")]
+    device: Option<Name>,
+    /// The volume behind it, instead of a device
+    #[arg(long, value_name = "POOL/VOLUME")]
+    volume: Option<VolumePath>,
     /// The vhost-user socket to listen at
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
@@ -48,7 +51,7 @@ pub(super) struct AddArgs {
     /// The VM may not write
     #[arg(long)]
     read_only: bool,
-    /// Other disks of the device may write too: the VMs know how to share it
+    /// Other disks of the device or volume may write too: the VMs know how to share it
     #[arg(long)]
     shared: bool,
     /// Keep it in conf.d for the next start
@@ -113,6 +116,7 @@ impl AddArgs {
         let disk = DiskConfig {
             name: self.name.clone(),
             device: self.device.clone(),
+            volume: self.volume.clone(),
             socket,
             socket_mode: self.socket_mode,
             socket_user: self.socket_user.clone(),
@@ -157,7 +161,7 @@ pub(super) fn table_of(disks: &[DiskView]) -> String {
         };
         table.row(vec![
             disk.name.clone(),
-            disk.device.clone(),
+            disk.backing().to_owned(),
             match disk.front_ends.len() {
                 0 | 1 => disk.state.name().to_owned(),
                 count => format!("{} by {count}", disk.state.name()),

@@ -1,23 +1,23 @@
 //! `hawser image import`
 
-use crate::assemble::device::{self, Kind, OpenError, Opening};
+use crate::assemble::device::{self, OpenError, Opening};
 use crate::assemble::reactors::Reactors;
 use crate::cli::client::Client;
+use crate::cli::offline::{Offline, Purpose, WhereArgs};
+use crate::cli::progress::Bar;
+use crate::cli::unfinished::Unfinished;
 use crate::cli::{Failure, say, table, warn};
 use crate::daemon::api::view::StatusView;
-use crate::durable::{self, Machine};
-use crate::image::{self, Image, Progress};
+use crate::image::{self, Image};
 use clap::{Args, Subcommand};
-use hawser_config::value::Uris;
+use hawser_config::value::{Uris, VolumePath};
 use hawser_config::{Config, DeviceConfig, Placed};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::cell::Cell;
-use std::io::IsTerminal;
+use hawser_volume::pool::Pool;
 use std::path::{Path, PathBuf};
 
 #[derive(Subcommand)]
 pub(super) enum ImageCommand {
-    /// Copy a raw or qcow2 image to a device
+    /// Copy a raw or qcow2 image to a device or volume
     Import(ImportArgs),
 }
 
@@ -25,7 +25,8 @@ pub(super) enum ImageCommand {
 pub(super) struct ImportArgs {
     /// The image
     image: PathBuf,
-    /// The device, by its name in the configuration
+    /// The device, by its name in the configuration; or a volume, which is made if it is not there
+    #[arg(value_name = "DEVICE or POOL/VOLUME")]
     name: String,
     /// The configuration file
     #[arg(long, value_name = "FILE")]
@@ -43,6 +44,10 @@ pub(super) struct ImportArgs {
 
 pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     let ImageCommand::Import(args) = command;
+    if args.name.contains('/') {
+        let path = args.name.parse().map_err(Failure::Usage)?;
+        return import_to_volume(args, &path);
+    }
     let config = Config::load(&args.config)?;
     device::check(&config)?;
     let Some(placed) = config.device(&args.name) else {
@@ -58,8 +63,8 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     }
     let unfinished = Unfinished::begin(&config, placed);
     let reactors = Reactors::start(&[None], config.daemon.poll_us).map_err(Failure::Failed)?;
-    let opening = Opening { had_predecessor: unfinished.had_predecessor, offline: true };
-    let device = device::open(placed, &config, opening, &reactors).map_err(|error| match error {
+    let opening = Opening { had_predecessor: unfinished.had_predecessor, offline: true, in_run_state: false };
+    let device = device::open(placed, &config, opening, reactors.handles()).map_err(|error| match error {
         OpenError::Config(error) => Failure::from(error),
         OpenError::Failed(line) => Failure::Failed(line),
     })?;
@@ -69,7 +74,7 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     }
     let progress = Bar::new();
     let done = image::import(&image, &device, &reactors.handles()[0], args.verify, &progress);
-    progress.bar.finish_and_clear();
+    progress.clear();
     if let Err(what) = done {
         // In order where that is possible, so that the next one need not wait for what this one has asked for.
         device::close(vec![device]);
@@ -87,6 +92,46 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A volume that is not there is made as large as the image.
+fn import_to_volume(args: &ImportArgs, path: &VolumePath) -> Result<(), Failure> {
+    let image = Image::open(&args.image)
+        .map_err(|what| Failure::Failed(format!("{}: {what}", args.image.display())))?;
+    let at = WhereArgs::offline(&args.config, args.api.clone());
+    let offline = Offline::begin(&at, &args.config, Purpose::Change)?;
+    let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
+        let is_there = |pool: &Pool| pool.volumes().iter().any(|volume| volume.name == path.volume.as_str());
+        let made = !is_there(pool);
+        if made {
+            pool.create_volume(path.volume.as_str(), image.size_bytes().next_multiple_of(VOLUME_UNIT))
+                .wait()?;
+        }
+        let device = pool.device(path.volume.as_str());
+        let device = device.ok_or_else(|| Failure::Failed(format!("volume {path} is not there")))?;
+        let progress = Bar::new();
+        let done = image::import(&image, &device, offline.reactor(), args.verify, &progress);
+        progress.clear();
+        drop(device);
+        done.map_err(|what| {
+            if made {
+                // Nothing half-created; what cannot be deleted either is said by the import's own error.
+                let _ = pool.delete_volume(path.volume.as_str()).wait();
+            }
+            Failure::Failed(format!("volume {path}: {what}"))
+        })
+    });
+    offline.end(done);
+    let verified = if args.verify { ", verified" } else { "" };
+    say(&format!(
+        "{} imported to {path}: {}{verified}\n",
+        args.image.display(),
+        table::bytes(image.size_bytes())
+    ));
+    Ok(())
+}
+
+/// A volume has whole blocks, of whatever size its pool's are.
+const VOLUME_UNIT: u64 = 4096;
+
 /// Ends the process: a reactor that waits for a lost target would keep it.
 fn give_up(line: &str) -> ! {
     warn(&format!("hawser: {line}"));
@@ -100,11 +145,11 @@ fn refuse_what_is_in_use(daemon: &Client, api: &Path, placed: &Placed<DeviceConf
     let devices = status.devices.iter();
     let same = devices.filter(|device| device::are_the_same(&placed.value.uri, &Uris(device.uri.clone())));
     for device in same {
-        let disk = status.disks.iter().find(|disk| disk.device == device.name && !disk.read_only);
-        let subsystem = status
-            .subsystems
-            .iter()
-            .find(|subsystem| subsystem.namespaces.iter().any(|namespace| namespace.device == device.name));
+        let disk =
+            status.disks.iter().find(|disk| disk.device.as_ref() == Some(&device.name) && !disk.read_only);
+        let subsystem = status.subsystems.iter().find(|subsystem| {
+            subsystem.namespaces.iter().any(|namespace| namespace.device.as_ref() == Some(&device.name))
+        });
         let (user, end) = match (disk, subsystem) {
             (Some(disk), _) => (format!("disk {}", disk.name), "`hawser disk remove` first"),
             (None, Some(subsystem)) => (format!("subsystem {}", subsystem.nqn), "the daemon ended"),
@@ -118,96 +163,4 @@ fn refuse_what_is_in_use(daemon: &Client, api: &Path, placed: &Placed<DeviceConf
         )));
     }
     Ok(())
-}
-
-/// What an import to a target has begun, kept until it has ended in order: what one that failed, or was killed, has asked for
-/// may still be carried out when the next one writes.
-struct Unfinished {
-    /// `None`: nobody needs to know. A file's lock does the same.
-    record: Option<PathBuf>,
-    had_predecessor: bool,
-}
-
-impl Unfinished {
-    fn begin(config: &Config, placed: &Placed<DeviceConfig>) -> Unfinished {
-        if !matches!(Kind::parse(&placed.value.uri), Ok(Kind::Nvme { .. })) {
-            return Unfinished { record: None, had_predecessor: false };
-        }
-        let record = device::import_record(config, &placed.value.name);
-        // Who may not make it is told when the record cannot be written.
-        let _ = durable::make_folder(&Machine, &config.daemon.state_dir, 0o755);
-        let had_predecessor = record.exists();
-        Unfinished { record: Some(record), had_predecessor }
-    }
-
-    fn end(self) {
-        // It may never have come to be.
-        let _ = self.record.map(std::fs::remove_file);
-    }
-}
-
-/// A bar on a terminal, a line every tenth elsewhere.
-struct Bar {
-    bar: ProgressBar,
-    plain: bool,
-    part: Cell<&'static str>,
-    tenths: Cell<u64>,
-}
-
-impl Bar {
-    fn new() -> Bar {
-        let plain = !std::io::stderr().is_terminal();
-        Bar { bar: ProgressBar::hidden(), plain, part: Cell::new(""), tenths: Cell::new(0) }
-    }
-}
-
-impl Progress for Bar {
-    fn begin(&self, part: &'static str, bytes: u64) {
-        self.part.set(part);
-        self.tenths.set(0);
-        self.bar.reset();
-        self.bar.set_length(bytes);
-        self.bar.set_message(part);
-        if !self.plain {
-            self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
-            if let Ok(style) = ProgressStyle::with_template(
-                "{msg:>9} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
-            ) {
-                self.bar.set_style(style);
-            }
-        }
-    }
-
-    fn done(&self, bytes: u64) {
-        self.bar.inc(bytes);
-        let all = self.bar.length().unwrap_or(0).max(1);
-        let tenths = self.bar.position() * 10 / all;
-        if self.plain && tenths > self.tenths.get() {
-            self.tenths.set(tenths);
-            warn(&format!("{} {}0 % of {}", self.part.get(), tenths, table::bytes(all)));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Each import took itself for the first: writes of one that was killed, still under way at the target, landed on those of
-    /// the next.
-    #[test]
-    fn an_import_that_did_not_end_is_known_to_the_next() {
-        let folder = tempfile::tempdir().unwrap();
-        let text = "[daemon]\nstate_dir = \"@/lib\"\n[[device]]\nname = \"r\"\nuri = \"nvme+tcp://h/nqn.x\"\n\
-                    [[device]]\nname = \"m\"\nuri = \"mem:?size=1MiB\"\n";
-        let text = text.replace('@', &folder.path().display().to_string());
-        let config = Config::parse(&[(folder.path().join("h.toml"), text)]).unwrap();
-        let begin = |name: &str| Unfinished::begin(&config, config.device(name).unwrap());
-        assert!(!begin("r").had_predecessor && !begin("r").had_predecessor, "none has reached its target");
-        std::fs::write(folder.path().join("lib/import-r"), "of an association").unwrap();
-        let second = begin("r");
-        assert!(second.had_predecessor && !begin("m").had_predecessor);
-        second.end();
-        assert!(!begin("r").had_predecessor);
-    }
 }

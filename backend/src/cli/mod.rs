@@ -9,11 +9,16 @@ mod device;
 mod device_show;
 mod disk;
 mod image;
+mod offline;
+mod pool;
+mod progress;
 mod reservation;
 mod serve;
 mod status;
 mod subsystem;
 mod table;
+mod unfinished;
+mod volume;
 
 use clap::{Args, Parser, Subcommand};
 use hawser_config::ConfigError;
@@ -59,6 +64,12 @@ enum Command {
     /// Subsystems that a running daemon is the target of
     #[command(subcommand)]
     Subsystem(subsystem::SubsystemCommand),
+    /// Pools: of a running daemon, or with --config of a file's devices without one
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
+    /// Volumes in pools, in the same two ways
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     /// Disk images
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -91,6 +102,8 @@ pub fn run() -> ExitCode {
         Command::Disk(command) => disk::run(command),
         Command::Device(command) => device::run(command),
         Command::Subsystem(command) => subsystem::run(command),
+        Command::Pool(command) => pool::run(command),
+        Command::Volume(command) => volume::run(command),
         Command::Image(command) => image::run(command),
     };
     let (line, code) = match done {

@@ -1,7 +1,7 @@
 //! `hawser status`
 
 use crate::cli::table::{self, Align, Table};
-use crate::cli::{ApiArgs, Failure, device, disk, print_json, say};
+use crate::cli::{ApiArgs, Failure, device, disk, pool, print_json, say, volume};
 use crate::daemon::api::view::{StatusView, SubsystemView};
 use clap::Args;
 
@@ -45,6 +45,15 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
         text.push('\n');
         text.push_str(&disk::table_of(&status.disks));
     }
+    if !status.pools.is_empty() {
+        text.push('\n');
+        text.push_str(&pool::table_of(&status.pools));
+    }
+    if !status.volumes.is_empty() {
+        text.push('\n');
+        text.push_str(&volume::table_of(&status.volumes));
+        text.push_str(&volume::slow_lines(&status.volumes));
+    }
     if !status.devices.is_empty() {
         text.push('\n');
         text.push_str(&device::table_of(&status.devices));
@@ -64,7 +73,7 @@ fn subsystems(subsystems: &[SubsystemView]) -> String {
         let namespaces: Vec<String> = subsystem
             .namespaces
             .iter()
-            .map(|namespace| format!("{}:{}", namespace.nsid, namespace.device))
+            .map(|namespace| format!("{}:{}", namespace.nsid, namespace.backing()))
             .collect();
         table.row(vec![subsystem.nqn.clone(), subsystem.listen.join(" "), namespaces.join(" ")]);
     }

@@ -138,7 +138,7 @@ fn text_of(subsystems: &[SubsystemView]) -> String {
             table.row(vec!["  listen".to_owned(), format!("{}, {states}", port.listen)]);
         }
         for namespace in &subsystem.namespaces {
-            table.row(vec!["  namespace".to_owned(), format!("{}: {}", namespace.nsid, namespace.device)]);
+            table.row(vec!["  namespace".to_owned(), format!("{}: {}", namespace.nsid, namespace.backing())]);
         }
         let allowed = match &subsystem.allowed_hosts {
             None => "any".to_owned(),
@@ -181,7 +181,7 @@ mod tests {
             ],
             allowed_hosts: Some(vec!["nqn.h".to_owned(), "nqn.i".to_owned()]),
             hosts: vec!["nqn.h".to_owned(), "nqn.h".to_owned()],
-            namespaces: vec![NamespaceView { nsid: 1, device: "d".to_owned() }],
+            namespaces: vec![NamespaceView { nsid: 1, device: Some("d".to_owned()), volume: None }],
         };
         let want = "nqn.a\n\
                     \x20 listen         tcp://a:1, optimized\n\

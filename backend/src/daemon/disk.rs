@@ -108,7 +108,8 @@ impl Disk {
         drop(now);
         DiskView {
             name: config.name.to_string(),
-            device: config.device.to_string(),
+            device: config.device.as_ref().map(ToString::to_string),
+            volume: config.volume.as_ref().map(ToString::to_string),
             socket: config.socket.to_string(),
             state,
             trouble,

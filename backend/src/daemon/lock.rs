@@ -10,21 +10,21 @@ use std::time::{Duration, Instant};
 
 /// Held as long as the daemon lives.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     _file: File,
 }
 
 /// A process that is killed gives its memory back before its locks, and a core may be gigabytes.
-const DYING_MAX: Duration = Duration::from_secs(60);
+pub(super) const DYING_MAX: Duration = Duration::from_secs(60);
 /// Between a process's death in `/proc` and the end of its lock lies next to nothing.
-const DEAD_MAX: Duration = Duration::from_secs(5);
+pub(super) const DEAD_MAX: Duration = Duration::from_secs(5);
 
 impl Lock {
     /// Takes the lock at `path`.
     ///
     /// # Errors
     /// When another daemon has it, or it cannot be had: one line.
-    pub(super) fn take(path: &Path) -> Result<Lock, String> {
+    pub(crate) fn take(path: &Path) -> Result<Lock, String> {
         let cannot = |error: io::Error| format!("{}: cannot be locked: {error}", path.display());
         let mut file = OpenOptions::new()
             .read(true)
@@ -59,13 +59,13 @@ impl Lock {
     }
 }
 
-enum Life {
+pub(super) enum Life {
     Lives,
     Dying,
     Gone,
 }
 
-fn life_of(pid: &str) -> Life {
+pub(super) fn life_of(pid: &str) -> Life {
     let Ok(pid) = pid.parse::<u32>() else { return Life::Gone };
     std::fs::read_to_string(format!("/proc/{pid}/status")).map_or(Life::Gone, |status| life_in(&status))
 }

@@ -3,15 +3,19 @@
 //! Owns: the order of starting and stopping, the disks that come and go, the run state. Must not know: how the API or the
 //! command line look, nor what layers do inside.
 //!
-//! Order of starting, so that a failure leaves nothing half-created: lock, run state, devices, reactors, targets, disks,
-//! API. Threads: one for each reactor; `api`; `signals`; and the main thread, which waits for news of devices and for the
-//! end. Only [`Daemon`]'s own locks are taken, none while another is held, except that `changes` and `ana_changes` are outermost.
+//! Order of starting, so that a failure leaves nothing half-created: lock, run state, devices, reactors, targets, pools, disks,
+//! API. Threads: one for each reactor; `api`; `pools`; `signals`; and the main thread, which waits for news of devices and for
+//! the end. Only [`Daemon`]'s own locks are taken, none while another is held (but that of its pools, last), except that `changes`, `ana_changes` and `pool_creation`
+//! are outermost.
 
 pub mod api;
 mod build_id;
 mod disk;
-mod lock;
+pub(crate) mod host_lock;
+pub(crate) mod lock;
 mod notify;
+mod pool_changes;
+mod pools;
 mod reservation;
 pub(crate) mod run_state;
 mod save;
@@ -21,6 +25,9 @@ mod view;
 
 use crate::assemble::device::{self, OpenError, Opening};
 use crate::assemble::disk as assemble_disk;
+use crate::assemble::host;
+use crate::assemble::late::LateDevice;
+use crate::assemble::pool as assemble_pool;
 use crate::assemble::reactors::Reactors;
 use crate::assemble::target as assemble_target;
 use crate::durable::{self, Machine};
@@ -30,10 +37,13 @@ use api::view::{DeviceView, DiskState, DiskView, StatusView};
 use disk::{Disk, Service};
 use hawser_block::{Device, StatsSet};
 use hawser_config::value::{Name, SocketPath};
-use hawser_config::{Config, ConfigError, DeviceConfig, DiskConfig};
+use hawser_config::{Backing, Config, ConfigError, DeviceConfig, DiskConfig};
 use hawser_fabric::target::{Target, TargetStats};
 use hawser_virtio::{LeftBehind, VhostDisk};
+use host_lock::HostLock;
 use lock::Lock;
+use pools::Pools;
+pub(crate) use pools::reserve_all;
 use run_state::RunState;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -101,8 +111,9 @@ pub struct Daemon {
     reactors: Reactors,
     devices: Mutex<Vec<(DeviceConfig, Arc<dyn Device>)>>,
     disks: Mutex<Vec<Arc<Disk>>>,
-    /// What removed disks have left at their devices.
-    left_behind: Mutex<Vec<(Name, LeftBehind)>>,
+    pools: Pools,
+    /// What removed disks have left at their devices and volumes.
+    left_behind: Mutex<Vec<(Backing, LeftBehind)>>,
     target: Mutex<Option<Target>>,
     run_state: Mutex<RunState>,
     /// Held while disks are added or removed: one change at a time.
@@ -110,6 +121,8 @@ pub struct Daemon {
     /// Held while an ANA state is kept and set: what is kept is what is in force. Not `changes`, because a disk that is removed may
     /// take minutes.
     ana_changes: Mutex<()>,
+    /// Held while a pool is made: two at once could take the same name.
+    pool_creation: Mutex<()>,
     disks_started: AtomicUsize,
 }
 
@@ -117,6 +130,8 @@ pub struct Daemon {
 const START_MAX: Duration = Duration::from_secs(120);
 /// How long the start waits for devices that are being reached.
 const ANSWER_AT_ONCE: Duration = Duration::from_secs(1);
+/// How long the start waits for pools that are being opened, whose logs have to be read.
+const POOLS_MAX: Duration = Duration::from_secs(60);
 /// A process that is killed closes its descriptors one after the other: its lock may be free before its sockets are.
 const SOCKETS_LAST: Duration = Duration::from_secs(5);
 
@@ -164,6 +179,12 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         // For `--save`. Who may not make it may still start: saving then says what was wrong.
         let _ = durable::make_folder(&Machine, &config.conf_d(), 0o755);
     }
+    let host_lock = if host_lock::is_needed(&config) {
+        let identity = host::identity(&config.host, &config.daemon.state_dir)?;
+        Some(HostLock::take(&identity)?)
+    } else {
+        None
+    };
     sandbox::enter(&config, &allowed)?;
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;
@@ -178,6 +199,7 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
     notify::ready();
     daemon.run(&inbox);
     drop(socket);
+    drop(host_lock);
     drop(lock);
     Ok(())
 }
@@ -193,21 +215,41 @@ impl Daemon {
         let had_predecessor = run_state.had_predecessor;
         let reactors = Reactors::start(&reactors_wanted, config.daemon.poll_us)?;
         let mut devices: Vec<(DeviceConfig, Arc<dyn Device>)> = Vec::new();
+        // A pool may do without a member whose device has died.
+        let uses_pools = !config.pools.is_empty() || config.used().any(|backing| backing.volume().is_some());
+        let free = assemble_pool::free_devices(&config);
+        let mut absent = Vec::new();
         for placed in &config.devices {
-            let opening = Opening { had_predecessor, offline: false };
-            let device = device::open(placed, &config, opening, &reactors).map_err(|error| match error {
-                OpenError::Config(error) => StartError::Config(error),
-                OpenError::Failed(error) => StartError::Failed(error),
-            })?;
+            let opening = Opening { had_predecessor, offline: false, in_run_state: true };
+            let name = &placed.value.name;
+            let device = match device::open(placed, &config, opening, reactors.handles()) {
+                Ok(device) => device,
+                Err(OpenError::Config(error)) => return Err(StartError::Config(error)),
+                Err(OpenError::Failed(what)) if uses_pools && free.contains(name) => {
+                    log::warn!("{what}; it may be a pool's member, and is tried again");
+                    let place = Arc::new(LateDevice::new(name.to_string()));
+                    place.set_trouble(&what);
+                    absent.push((placed.clone(), Arc::clone(&place)));
+                    place
+                }
+                Err(OpenError::Failed(what)) => return Err(StartError::Failed(what)),
+            };
             devices.push((placed.value.clone(), device));
         }
         let find = |name: &Name| {
             devices.iter().find(|(config, _)| config.name == *name).map(|(_, device)| Arc::clone(device))
         };
+        let all = devices.iter().map(|(config, device)| (config.name.clone(), Arc::clone(device)));
+        let pools = Pools::new(&config, all, absent, reactors.handles());
+        let behind = |backing: &Backing| match backing {
+            Backing::Device(name) => find(name),
+            // Of a snapshot, hosts are told that they may only read.
+            Backing::Volume(path) => Some(pools.volume(path, true) as Arc<dyn Device>),
+        };
         // With the lock and all devices ours, nothing is left of the processes before us.
         let lineage = run_state.begin()?;
         let target =
-            patiently(had_predecessor, || assemble_target::start(&config, &reactors, &lineage, find))
+            patiently(had_predecessor, || assemble_target::start(&config, &reactors, &lineage, behind))
                 .inspect_err(|_| run_state.never_begun())?;
         let daemon = Daemon {
             allowed,
@@ -216,14 +258,17 @@ impl Daemon {
             reactors,
             devices: Mutex::new(devices),
             disks: Mutex::default(),
+            pools,
             left_behind: Mutex::default(),
             target: Mutex::new(target),
             run_state: Mutex::new(run_state),
             changes: Mutex::default(),
             ana_changes: Mutex::default(),
+            pool_creation: Mutex::default(),
             disks_started: AtomicUsize::new(0),
             config,
         };
+        daemon.pools.start().inspect_err(|_| daemon.give_up())?;
         daemon.start_disks(had_predecessor).inspect_err(|_| daemon.give_up())?;
         Ok(daemon)
     }
@@ -235,11 +280,15 @@ impl Daemon {
         }
     }
 
-    /// Gives targets that answer at once the time to, so that being ready means that their disks listen.
+    /// Gives targets that answer at once the time to, and pools that are whole, so that being ready means that their disks listen.
     fn wait_for_disks(&self) {
         let since = Instant::now();
         let waiting = || self.all_disks().iter().any(|disk| disk.view().state == DiskState::Waiting);
-        while waiting() && since.elapsed() < ANSWER_AT_ONCE {
+        let is_soon = || match since.elapsed() {
+            short if short < ANSWER_AT_ONCE => true,
+            long => long < POOLS_MAX && self.pools.is_busy(),
+        };
+        while (waiting() || self.pools.is_busy()) && is_soon() {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -257,7 +306,11 @@ impl Daemon {
 
     fn start_disk(&self, config: DiskConfig, saved_in: Option<PathBuf>) -> Result<Disk, String> {
         let name = &config.name;
-        let device = self.device(&config.device).ok_or_else(|| format!("no device {}", config.device))?;
+        let backing = config.backing().map_err(|(_, what)| what)?;
+        let device: Arc<dyn Device> = match &backing {
+            Backing::Device(device) => self.device(device).ok_or_else(|| format!("no device {device}"))?,
+            Backing::Volume(path) => self.pools.volume(path, config.read_only),
+        };
         let suspended = self.lock_run_state().suspended(name.as_str());
         let service = match suspended {
             Some(why) => {
@@ -274,11 +327,16 @@ impl Daemon {
         let crash_file = Arc::clone(&self.lock_run_state().crash_file);
         let known = device.geometry().is_some();
         let server = assemble_disk::start(config, index, device, &self.reactors, self.drain(), &crash_file)?;
-        let DiskConfig { name, device, socket, .. } = config;
-        if known {
-            log::info!("disk {name}: listening at {socket}");
-        } else {
-            log::info!("disk {name}: {socket} listens once its device {device} is reached");
+        let DiskConfig { name, socket, .. } = config;
+        match config.backing() {
+            _ if known => log::info!("disk {name}: listening at {socket}"),
+            Ok(Backing::Volume(path)) => {
+                log::info!("disk {name}: {socket} listens once its volume {path} is open")
+            }
+            Ok(Backing::Device(device)) => {
+                log::info!("disk {name}: {socket} listens once its device {device} is reached");
+            }
+            Err(_) => {}
         }
         Ok(server)
     }
@@ -302,7 +360,7 @@ impl Daemon {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_left_behind(&self) -> MutexGuard<'_, Vec<(Name, LeftBehind)>> {
+    fn lock_left_behind(&self) -> MutexGuard<'_, Vec<(Backing, LeftBehind)>> {
         self.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -334,7 +392,7 @@ impl Daemon {
         log::info!("ended");
     }
 
-    /// Ends all disks at the same time, then the target, then the devices. Returns whether every request has ended.
+    /// Ends all disks at the same time, then the target, then the pools, then the devices. Returns whether every request has ended.
     fn stop(&self, drain: Duration) -> bool {
         // A disk that is being removed right now takes its own time to drain, as long as that of all disks.
         notify::stopping(drain);
@@ -358,6 +416,9 @@ impl Daemon {
             );
             all_ended = false;
         }
+        let drain_left = drain.saturating_sub(since.elapsed());
+        notify::stopping(drain_left);
+        all_ended &= self.pools.stop(drain_left);
         let devices = std::mem::take(&mut *self.lock_devices());
         device::close(devices.into_iter().map(|(_, device)| device).collect());
         all_ended
@@ -369,10 +430,11 @@ impl Daemon {
     /// When it cannot be had; then nothing has changed.
     pub fn add_disk(&self, config: DiskConfig, save: bool) -> Result<DiskView, ChangeError> {
         let _change = self.lock_changes();
-        config.check().map_err(|(key, what)| ChangeError::Wrong(format!("{key}: {what}")))?;
-        self.config
-            .check_device(&config.device)
-            .map_err(|what| ChangeError::Wrong(format!("device: {what}")))?;
+        let wrong = |(key, what): (&str, String)| ChangeError::Wrong(format!("{key}: {what}"));
+        config.check().map_err(wrong)?;
+        let backing = config.backing().map_err(wrong)?;
+        self.config.check_backing(&backing).map_err(|what| wrong((backing.key(), what)))?;
+        self.check_free(&self.pools, &backing, config.read_only)?;
         for other in self.all_disks() {
             if other.config.name == config.name {
                 return Err(ChangeError::Conflict(format!(
@@ -393,26 +455,31 @@ impl Daemon {
             let what = format!("socket {} is the API's own, want another path", config.socket);
             return Err(ChangeError::Conflict(what));
         }
-        if self.has_left_behind(&config.device) {
+        if self.has_left_behind(&backing) {
             // An old write would land on what the new disk writes.
+            let key = backing.key();
             return Err(ChangeError::Conflict(format!(
-                "device {} still has requests of a disk that was removed, want another device, or wait until it answers",
-                config.device
+                "{key} {backing} still has requests of a disk that was removed, want another {key}, or wait until it answers"
             )));
         }
         self.config
             .check_sharing(&config, self.all_disks().iter().map(|other| &other.config))
-            .map_err(|what| ChangeError::Conflict(format!("device {what}")))?;
+            .map_err(|what| ChangeError::Conflict(format!("{} {what}", backing.key())))?;
+        if let Backing::Device(device) = &backing {
+            self.pools.claim(device).map_err(ChangeError::Conflict)?;
+        }
         let name = config.name.clone();
-        let disk = self
-            .start_disk(config, None)
-            .map_err(|what| ChangeError::Failed(format!("disk {name}: {what}")))?;
+        let disk = self.start_disk(config, None).map_err(|what| {
+            self.release(&backing);
+            ChangeError::Failed(format!("disk {name}: {what}"))
+        })?;
         if save {
             match save::save_disk(&Machine, &self.config, &disk.config) {
                 Ok(file) => disk.set_saved_in(Some(file)),
                 Err(what) => {
                     // A front end may have been faster.
                     self.end_disk(&disk, Duration::ZERO);
+                    self.release(&backing);
                     return Err(ChangeError::Failed(what));
                 }
             }
@@ -438,27 +505,43 @@ impl Daemon {
         let view = disk.view();
         self.end_disk(&disk, self.drain());
         self.lock_disks().retain(|other| !Arc::ptr_eq(other, &disk));
+        if let Ok(backing) = disk.config.backing() {
+            self.release(&backing);
+        }
         Ok(view)
+    }
+
+    /// Leaves a device that nobody has for himself any more to pools.
+    fn release(&self, backing: &Backing) {
+        if let Backing::Device(device) = backing
+            && self.user_of(backing).is_none()
+            && !self.has_left_behind(backing)
+        {
+            self.pools.release(device);
+        }
     }
 
     /// Stops a disk, and remembers what it leaves at its device.
     fn end_disk(&self, disk: &Disk, drain: Duration) {
-        let DiskConfig { name, device, .. } = &disk.config;
+        let name = &disk.config.name;
         let Some(left) = disk.stop(drain) else {
             log::info!("disk {name}: removed");
             return;
         };
-        log::warn!(
-            "disk {name}: removed; device {device} still has requests of it, and cannot be used before they end"
-        );
-        self.lock_left_behind().push((device.clone(), left));
+        if let Ok(backing) = disk.config.backing() {
+            log::warn!(
+                "disk {name}: removed; {} {backing} still has requests of it, and cannot be used before they end",
+                backing.key()
+            );
+            self.lock_left_behind().push((backing, left));
+        }
     }
 
-    /// Whether `device` still has requests of a disk that was removed.
-    fn has_left_behind(&self, device: &Name) -> bool {
+    /// Whether what was behind a disk that was removed still has requests of it.
+    fn has_left_behind(&self, backing: &Backing) -> bool {
         let mut left_behind = self.lock_left_behind();
         left_behind.retain(|(_, left)| !left.has_ended());
-        left_behind.iter().any(|(other, _)| other == device)
+        left_behind.iter().any(|(other, _)| other == backing)
     }
 
     /// Returns a disk that was set aside.
@@ -507,6 +590,8 @@ impl Daemon {
             disks: self.disk_views(),
             devices: self.device_views(),
             subsystems: self.subsystem_views(),
+            pools: self.pool_views(),
+            volumes: self.volume_views(),
         }
     }
 
@@ -519,9 +604,10 @@ impl Daemon {
     /// All devices.
     #[must_use]
     pub fn device_views(&self) -> Vec<DeviceView> {
+        let pool_of = |config: &DeviceConfig| self.pools.pool_of(&config.name);
         self.lock_devices()
             .iter()
-            .map(|(config, device)| view::device_view(config, device.as_ref()))
+            .map(|(config, device)| view::device_view(config, device.as_ref(), pool_of(config)))
             .collect()
     }
 
@@ -537,7 +623,7 @@ impl Daemon {
             let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
             ChangeError::Unknown(format!("device {name:?} is not there; there is {there}"))
         })?;
-        Ok(view::device_view(config, device.as_ref()))
+        Ok(view::device_view(config, device.as_ref(), self.pools.pool_of(&config.name)))
     }
 
     /// Takes a device's paths by another policy, until the daemon ends.

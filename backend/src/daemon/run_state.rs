@@ -158,6 +158,11 @@ impl RunState {
     }
 }
 
+/// Whether the process that used the folder last has ended in order, or there was none.
+pub(crate) fn has_ended(folder: &Path) -> bool {
+    !matches!(read(&folder.join("state.json"), folder), Ok(Some(Data { ended: false, .. })) | Err(_))
+}
+
 /// The kernel's boot; empty where it does not say.
 fn boot() -> String {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();

@@ -78,7 +78,8 @@ mod tests {
     fn disk() -> DiskConfig {
         DiskConfig {
             name: "d".parse().unwrap(),
-            device: "n0".parse().unwrap(),
+            device: Some("n0".parse().unwrap()),
+            volume: None,
             socket: "/run/d.sock".parse().unwrap(),
             socket_mode: Some("0660".parse().unwrap()),
             socket_user: None,

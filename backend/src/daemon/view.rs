@@ -68,7 +68,7 @@ fn named(counts: Vec<(&'static str, u64)>) -> BTreeMap<String, u64> {
     counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()
 }
 
-pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceView {
+pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device, pool: Option<String>) -> DeviceView {
     let geometry = device.geometry();
     let uuid = device.uuid();
     DeviceView {
@@ -78,6 +78,7 @@ pub(super) fn device_view(config: &DeviceConfig, device: &dyn Device) -> DeviceV
         trouble: device_trouble(device),
         size_bytes: geometry.map(|geometry| geometry.size_bytes()),
         block_size: geometry.map(|geometry| geometry.block_size.bytes()),
+        pool,
         uuid: (uuid != [0; 16]).then(|| Uuid(uuid).to_string()),
         paths: device
             .paths()

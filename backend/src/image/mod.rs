@@ -1,11 +1,13 @@
-//! Copying disk images to devices, without a daemon.
+//! Copying disk images to devices, and devices to images, without a daemon.
 //!
-//! Owns: reading images (`source`), keeping several MiB in flight to a device (`lane`), the order of a copy ([`import()`]).
+//! Owns: reading images (`source`), keeping several MiB in flight to a device (`lane`), the order of a copy ([`import()`], [`export()`]).
 //! Must not know: the command line, what kind of device it is.
 
+mod export;
 mod lane;
 mod source;
 
+pub use export::export;
 pub use source::Image;
 
 use hawser_block::{Device, DeviceState, Geometry, Operation, Status};

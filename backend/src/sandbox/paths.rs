@@ -94,7 +94,11 @@ impl AllowedPaths {
 /// Whether anything is kept in the state folder.
 pub(crate) fn uses_state(config: &Config) -> bool {
     let nvme = |uri: &String| uri.starts_with("nvme");
-    !config.subsystems.is_empty() || config.devices.iter().any(|device| device.value.uri.0.iter().any(nvme))
+    !config.subsystems.is_empty()
+        || !config.pools.is_empty()
+        // Who opens a pool says who it is.
+        || config.used().any(|backing| backing.volume().is_some())
+        || config.devices.iter().any(|device| device.value.uri.0.iter().any(nvme))
 }
 
 fn file_of(device: &DeviceConfig) -> Option<PathBuf> {

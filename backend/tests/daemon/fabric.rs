@@ -25,6 +25,7 @@ fn initiator(port: u16) -> String {
         r#"
 [host]
 nqn = "nqn.2026-11.io.hawser:test-host"
+id = "OWN-HOST-ID"
 [[device]]
 name = "r0"
 uri = "nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t?nsid=1"
@@ -268,7 +269,7 @@ fn a_host_is_let_in_and_thrown_out_from_the_command_line() {
     let (nqn, me) = ("nqn.2026-11.io.hawser:guarded", "nqn.2026-11.io.hawser:me");
     let place = Place::new();
     place.configure(&format!(
-        "[host]\nnqn = \"{me}\"\n[[device]]\nname = \"r\"\nuri = \"nvme+{listen}/{nqn}\"\nreconnect_delay = 1\n"
+        "[host]\nnqn = \"{me}\"\nid = \"OWN-HOST-ID\"\n[[device]]\nname = \"r\"\nuri = \"nvme+{listen}/{nqn}\"\nreconnect_delay = 1\n"
     ));
     let daemon = place.serve();
     let trouble = || daemon.status()["devices"][0]["trouble"].as_str().unwrap_or_default().to_owned();
@@ -297,10 +298,10 @@ fn a_device_is_reserved_and_taken_over_from_the_command_line() {
     let storage = storage(0);
     let target = storage.serve();
     let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
-    let hosts = [("one", 1), ("two", 2)].map(|(name, number)| {
+    let hosts = ["one", "two"].map(|name| {
         let place = Place::new();
         place.configure(&format!(
-            "[host]\nnqn = \"nqn.2026-11.io.hawser:{name}\"\nid = \"00000000-0000-4000-8000-{number:012}\"\n\
+            "[host]\nnqn = \"nqn.2026-11.io.hawser:{name}\"\nid = \"OWN-HOST-ID\"\n\
              [[device]]\nname = \"r\"\n\
              uri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
              [[device]]\nname = \"m\"\nuri = \"mem:?size=16MiB\"\n"

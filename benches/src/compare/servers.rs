@@ -6,6 +6,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::cases::{Backing, Rival};
@@ -250,13 +251,14 @@ fn nvme_uri(address: &str, nqn: &str) -> String {
 
 fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
     let folder = folder.display();
-    // Host identities differ, so that neither process takes the other for its predecessor.
-    let host = if name == "t" { 1 } else { 2 };
+    // Host identities differ: a machine is an initiator once under each.
+    static HOSTS: AtomicU32 = AtomicU32::new(0);
+    let host = format!("{:08x}{:04x}", std::process::id(), HOSTS.fetch_add(1, Ordering::Relaxed) & 0xffff);
     format!(
         "[daemon]\napi = \"{folder}/{name}.api\"\nreactors = {cpus:?}\npoll_us = {poll_us}\n\
          state_dir = \"{folder}/{name}.state\"\n\n\
-         [host]\nnqn = \"nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-00000000000{host}\"\n\
-         id = \"00000000-0000-4000-8000-00000000000{host}\"\n\n"
+         [host]\nnqn = \"nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-{host}\"\n\
+         id = \"00000000-0000-4000-8000-{host}\"\n\n"
     )
 }
 

@@ -1,5 +1,6 @@
 //! `GET /metrics`: every number of the daemon in the OpenMetrics text format, read when it is asked for.
 
+use super::pool_view::{PoolView, TaskView, VolumeView};
 use super::view::RingsView;
 use crate::daemon::{Daemon, DeviceNumbers};
 use hawser_block::{IoKind, KindSnapshot, StatsSet, Status};
@@ -60,6 +61,9 @@ const RINGS: [RingsCounter; 8] = [
     }),
 ];
 
+/// All states of a member: one that nobody is in is 0, not away.
+const MEMBER_STATES: [&str; 5] = ["in_sync", "syncing", "stale", "missing", "spare"];
+
 /// Everything, as text.
 pub(super) fn text(daemon: &Daemon) -> String {
     let mut registry = Registry::with_prefix("hawser");
@@ -83,6 +87,8 @@ struct Numbers {
     devices: Vec<DeviceNumbers>,
     device_states: Vec<(String, String)>,
     target: Option<TargetStats>,
+    pools: Vec<PoolView>,
+    volumes: Vec<VolumeView>,
 }
 
 impl fmt::Debug for Numbers {
@@ -116,6 +122,8 @@ impl Numbers {
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
             devices: daemon.device_numbers(),
             target: daemon.target_stats(),
+            pools: status.pools,
+            volumes: status.volumes,
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
         }
     }
@@ -184,6 +192,8 @@ impl Collector for Numbers {
                 one(metric, &[], target.hosts_refused)
             })?;
         }
+        self.pools(&mut encoder)?;
+        self.volumes(&mut encoder)?;
         self.device_numbers(&mut encoder)?;
         let disks: Vec<_> =
             self.disks.iter().map(|(name, stats)| (vec![("disk", name.as_str())], stats)).collect();
@@ -228,6 +238,82 @@ impl Numbers {
                 metric
                     .encode_family(&[("device", device.name.as_str()), ("key", key), ("value", value)])?
                     .encode_gauge(&1u64)
+            })
+        })
+    }
+
+    /// How pools are doing.
+    fn pools(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        states(encoder, "pool", self.pools.iter().map(|pool| (pool.name.as_str(), pool.state.name())))?;
+        type Size = (&'static str, &'static str, fn(&PoolView) -> Option<u64>);
+        let sizes: [Size; 4] = [
+            ("pool_size", "Room for data", |pool| pool.size_bytes),
+            ("pool_free", "Of that, not given to any volume", |pool| pool.free_bytes),
+            ("pool_metadata_size", "Room for mappings", |pool| pool.metadata_bytes),
+            ("pool_metadata_used", "Of that, in use", |pool| pool.metadata_used_bytes),
+        ];
+        for (name, help, size) in sizes {
+            let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
+            for pool in &self.pools {
+                if let Some(size) = size(pool) {
+                    metric.encode_family(&[("pool", pool.name.as_str())])?.encode_gauge(&size)?;
+                }
+            }
+        }
+        let mut metric =
+            encoder.encode_descriptor("pool_members", "Members by state", None, MetricType::Gauge)?;
+        for pool in &self.pools {
+            for state in MEMBER_STATES {
+                let count = pool.members.iter().filter(|member| member.state == state).count() as u64;
+                metric
+                    .encode_family(&[("pool", pool.name.as_str()), ("state", state)])?
+                    .encode_gauge(&count)?;
+            }
+        }
+        counter(encoder, "pool_repaired", "Read errors that were repaired by rewriting", |metric| {
+            self.pools.iter().try_for_each(|pool| {
+                let repaired = pool.members.iter().map(|member| member.repaired).sum();
+                one(metric, &[("pool", pool.name.as_str())], repaired)
+            })
+        })?;
+        type Done = (&'static str, &'static str, fn(&TaskView) -> u64);
+        let tasks: [Done; 2] = [
+            ("pool_task_done", "Bytes of members that are done", |task| task.done_bytes),
+            ("pool_task_total", "Of how many", |task| task.total_bytes),
+        ];
+        for (name, help, bytes) in tasks {
+            let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
+            for pool in &self.pools {
+                for task in pool.tasks.iter().filter(|task| !task.done) {
+                    let labels = [("pool", pool.name.as_str()), ("task", task.kind.as_str())];
+                    metric.encode_family(&labels)?.encode_gauge(&bytes(task))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is counted of volumes.
+    fn volumes(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        type Size = (&'static str, &'static str, fn(&VolumeView) -> u64);
+        let sizes: [Size; 2] = [
+            ("volume_size", "As the VM sees it", |volume| volume.size_bytes),
+            ("volume_mapped", "In extents of the pool, shared ones included", |volume| volume.mapped_bytes),
+        ];
+        for (name, help, size) in sizes {
+            let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
+            for volume in &self.volumes {
+                let labels = [("pool", volume.pool.as_str()), ("volume", volume.name.as_str())];
+                metric.encode_family(&labels)?.encode_gauge(&size(volume))?;
+            }
+        }
+        let help = "Requests that did not take the hot path";
+        counter(encoder, "volume_slow_requests", help, |metric| {
+            self.volumes.iter().try_for_each(|volume| {
+                volume.slow.iter().try_for_each(|(class, count)| {
+                    let (pool, name) = (volume.pool.as_str(), volume.name.as_str());
+                    one(metric, &[("pool", pool), ("volume", name), ("class", class)], *count)
+                })
             })
         })
     }

@@ -4,6 +4,8 @@
 //! Only who may open the socket may use the API: it has no other access control.
 
 pub mod metrics;
+pub mod pool_view;
+mod pools;
 pub mod view;
 
 use super::{ChangeError, Daemon};
@@ -132,6 +134,9 @@ async fn route(daemon: Arc<Daemon>, request: Request<Incoming>) -> Result<Answer
     let path = request.uri().path().to_owned();
     let segments: Vec<&str> = path.split('/').skip(1).collect();
     let get = request.method() == Method::GET;
+    if let ["v1", "pools" | "volumes", ..] = segments.as_slice() {
+        return pools::route(daemon, request, &segments[1..]).await;
+    }
     match segments.as_slice() {
         ["metrics"] if get => Ok(whole(StatusCode::OK, metrics::CONTENT_TYPE, metrics::text(&daemon))),
         ["v1", "openapi.json"] if get => Ok(whole(StatusCode::OK, "application/json", OPENAPI)),

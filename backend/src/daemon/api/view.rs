@@ -2,6 +2,7 @@
 //!
 //! `docs/openapi.json` describes the same for others; a test holds real answers against it.
 
+use super::pool_view::{PoolView, VolumeView};
 use hawser_config::DiskConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,6 +28,10 @@ pub struct StatusView {
     pub devices: Vec<DeviceView>,
     /// As `GET /v1/subsystems`.
     pub subsystems: Vec<SubsystemView>,
+    /// As `GET /v1/pools`.
+    pub pools: Vec<PoolView>,
+    /// As `GET /v1/volumes`.
+    pub volumes: Vec<VolumeView>,
 }
 
 /// One reactor.
@@ -47,8 +52,10 @@ pub struct ReactorView {
 pub struct DiskView {
     /// Its name.
     pub name: String,
-    /// The device behind it.
-    pub device: String,
+    /// The device behind it, or
+    pub device: Option<String>,
+    /// the volume behind it.
+    pub volume: Option<String>,
     /// The vhost-user socket.
     pub socket: String,
     /// How it is doing.
@@ -120,6 +127,22 @@ pub enum DiskState {
     Suspended,
 }
 
+impl DiskView {
+    /// The device or volume behind it.
+    #[must_use]
+    pub fn backing(&self) -> &str {
+        self.device.as_deref().or(self.volume.as_deref()).unwrap_or("-")
+    }
+}
+
+impl NamespaceView {
+    /// The device or volume behind it.
+    #[must_use]
+    pub fn backing(&self) -> &str {
+        self.device.as_deref().or(self.volume.as_deref()).unwrap_or("-")
+    }
+}
+
 impl DiskState {
     /// The word that people see.
     #[must_use]
@@ -148,6 +171,8 @@ pub struct DeviceView {
     pub size_bytes: Option<u64>,
     /// `None` until it was reached once.
     pub block_size: Option<u32>,
+    /// The pool that it is a member of, as far as is known.
+    pub pool: Option<String>,
     /// `None` when not known.
     pub uuid: Option<String>,
     /// How each of its paths is doing; none where there is but the device itself.
@@ -381,8 +406,10 @@ pub struct SetAnaState {
 pub struct NamespaceView {
     /// Its number.
     pub nsid: u32,
-    /// The device behind it.
-    pub device: String,
+    /// The device behind it, or
+    pub device: Option<String>,
+    /// the volume behind it.
+    pub volume: Option<String>,
 }
 
 /// The body of `POST /v1/disks`.

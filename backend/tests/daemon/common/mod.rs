@@ -17,6 +17,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A folder for one test: configuration, sockets, images.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
+    /// A host identifier that no other has; `OWN-HOST-ID` in configurations.
+    pub(crate) host: String,
     /// Locked as long as we live: that is how others' sweeps know.
     _alive: fs::File,
 }
@@ -28,7 +30,8 @@ impl Place {
         let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in("/tmp").unwrap();
         let alive = fs::File::open(folder.path()).unwrap();
         alive.lock_shared().unwrap();
-        Place { folder, _alive: alive }
+        let host = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap().trim().to_owned();
+        Place { folder, host, _alive: alive }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -40,10 +43,18 @@ impl Place {
         self.path(name).display().to_string()
     }
 
-    /// Writes `hawser.toml`: `[daemon]` for this folder, then `rest`, in which `@` stands for the folder.
+    /// Writes `hawser.toml`: `[daemon]` for this folder and a `[host]` of its own, then `rest`, in which `@` stands for the folder.
+    /// A `[host]` in `rest` takes the place of that.
     pub(crate) fn configure(&self, rest: &str) -> PathBuf {
         let folder = self.folder.path().display().to_string();
-        let text = format!("[daemon]\napi = \"@/api\"\nstate_dir = \"@/lib\"\n{rest}").replace('@', &folder);
+        // Else it would be the machine's, and each machine is an initiator once.
+        let id = &self.host;
+        let host = match rest.contains("[host]") {
+            true => String::new(),
+            false => format!("[host]\nnqn = \"nqn.2014-08.org.nvmexpress:uuid:{id}\"\nid = \"{id}\"\n"),
+        };
+        let text = format!("[daemon]\napi = \"@/api\"\nstate_dir = \"@/lib\"\n{rest}\n{host}");
+        let text = text.replace('@', &folder).replace("OWN-HOST-ID", id);
         let file = self.path("hawser.toml");
         fs::write(&file, text).unwrap();
         file
@@ -127,7 +138,11 @@ impl Place {
             .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let serving = Serving { child, api: self.path(api) };
+        let mut serving = Serving { child, api: self.path(api) };
+        if line.is_empty() {
+            // What it says of its end comes after it has closed the descriptor.
+            let _ = serving.child.wait();
+        }
         assert_eq!(line, "ready\n", "{}", self.log());
         serving
     }

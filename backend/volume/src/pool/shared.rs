@@ -93,7 +93,13 @@ pub struct View {
 impl View {
     /// For benches and tests of [`super::resolve`], which asks nothing of devices.
     #[must_use]
-    pub fn without_devices(array: Array, table: Arc<Table>, thin: Thin, data_offset: u64, block_shift: u32) -> View {
+    pub fn without_devices(
+        array: Array,
+        table: Arc<Table>,
+        thin: Thin,
+        data_offset: u64,
+        block_shift: u32,
+    ) -> View {
         let is_redundant = array.sets().iter().any(|set| set.level().is_redundant());
         View { array, table, thin, data_offset, block_shift, is_redundant, leaves: Vec::new() }
     }

@@ -326,6 +326,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
     let Some(_copied) = core.place.copy(usize_of(range.1), is_given_up).await else {
         return Err(Status::Aborted);
     };
+    let mut wait = Duration::from_micros(50);
     loop {
         let view = core.shared.view();
         let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
@@ -364,16 +365,16 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         drop(under_way);
         match outcome? {
             Some(_) => return finished,
-            None => pause_if_busy(core).await,
+            None => {
+                // What it waits for was there when it was prepared, and has come again since.
+                core.runtime.sleep(wait).await;
+                wait = (wait * 2).min(Duration::from_millis(5));
+            }
         }
         if core.is_given_up.load(Ordering::Relaxed) {
             return Err(Status::Aborted);
         }
     }
-}
-
-async fn pause_if_busy(core: &Core) {
-    core.runtime.sleep(Duration::from_micros(50)).await;
 }
 
 /// Writes into an extent that is ours, while the caller is under way; says which units are valid now, or `None` when it is not ours after all.

@@ -111,7 +111,9 @@ impl Owner {
                 let unit = u64::from(self.view().thin.unit_bytes);
                 let from = within / unit * unit;
                 let to = ((within + len).div_ceil(unit) * unit).min(self.view().thin.extent_bytes);
-                self.mark_extent(extent, from, to - from).await
+                self.mark_extent(extent, from, to - from).await?;
+                self.out_of_window(extent, from, to - from).await;
+                Ok(())
             };
             let outcome = prepared.await;
             if outcome.is_err() {
@@ -308,6 +310,21 @@ impl Owner {
         let regions: BTreeSet<u32> =
             set.pieces(address + within, len).flat_map(|piece| regions_of(set, &piece)).collect();
         self.mark(set_index, &regions).await
+    }
+
+    /// Waits while some of an extent's bytes are being resynchronised.
+    async fn out_of_window(&self, extent: u32, within: u64, len: u64) {
+        let view = self.view();
+        let (set, address) = view.array.locate(extent);
+        let set = view.array.set(set);
+        let is_out = || {
+            let mut copies = set.pieces(address + within, len).flat_map(|piece| {
+                let len = u64::from(piece.len);
+                piece.copies.as_slice().iter().map(|copy| (copy.offset, len)).collect::<Vec<_>>()
+            });
+            (!copies.any(|(offset, len)| set.in_window(offset, len))).then_some(())
+        };
+        self.bell.until(is_out).await;
     }
 
     /// The write that was prepared has ended; these units are valid now.

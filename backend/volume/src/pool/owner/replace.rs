@@ -49,7 +49,14 @@ impl Owner {
     }
 
     /// A device that belongs to nobody and is large enough.
-    async fn check_new(&self, leaf: &Leaf, data_bytes: u64, force: bool) -> Result<(), PoolError> {
+    /// `place`: whom it replaces, which may be the same device, emptied.
+    async fn check_new(
+        &self,
+        leaf: &Leaf,
+        place: Option<u16>,
+        data_bytes: u64,
+        force: bool,
+    ) -> Result<(), PoolError> {
         let name = leaf.name();
         let geometry =
             leaf.device.geometry().ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))?;
@@ -69,16 +76,13 @@ impl Owner {
                 geometry.size_bytes()
             )));
         }
-        let is_ours = self
-            .members
-            .borrow()
-            .iter()
-            .any(|member| member.leaf.as_ref().is_some_and(|other| other.same(leaf)))
-            || self
-                .spares
-                .borrow()
-                .iter()
-                .any(|(_, spare)| spare.as_ref().is_some_and(|other| other.same(leaf)));
+        // The device of a member that is away may have been emptied, or exchanged behind its name.
+        let is_emptied = |number: u16| place == Some(number) && self.mode_of(number) == Mode::Away;
+        let is_here = |other: &Option<Leaf>| other.as_ref().is_some_and(|other| other.same(leaf));
+        let is_member = (0u16..)
+            .zip(self.members.borrow().iter())
+            .any(|(number, member)| is_here(&member.leaf) && !is_emptied(number));
+        let is_ours = is_member || self.spares.borrow().iter().any(|(_, spare)| is_here(spare));
         if is_ours {
             return Err(PoolError::Conflict(format!(
                 "{name} is a member of pool {} already",
@@ -124,9 +128,13 @@ impl Owner {
             ))
         })?;
         let leaf = self.leaf_of(device)?;
-        let data_bytes = self.book.borrow().members[usize::from(number)].data_bytes;
-        self.check_new(&leaf, data_bytes, force).await?;
+        self.check_new(&leaf, Some(number), self.needed_bytes(number), force).await?;
         self.put_in(number, leaf).await
+    }
+
+    /// What a member needs for data: as much as the pool uses of it.
+    fn needed_bytes(&self, number: u16) -> u64 {
+        self.place_of(number).0.member_rows_bytes()
     }
 
     /// Puts a device that has nothing in the place of a member.
@@ -155,6 +163,8 @@ impl Owner {
                 let mut members = self.members.borrow_mut();
                 let member = &mut members[usize::from(number)];
                 (member.uuid, member.leaf, member.is_recorded) = (uuid, Some(leaf.clone()), false);
+                (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
+                self.book.borrow_mut().members[usize::from(number)].data_bytes = set.member_rows_bytes();
             }
             self.record_members().await.map_err(|status| self.failed(&name, status))?;
             let own = Superblock { this: uuid, ..self.book.borrow().clone() };
@@ -173,8 +183,9 @@ impl Owner {
         let _turn = self.turns.change.take().await;
         self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
         let leaf = self.leaf_of(device)?;
-        let data_bytes = self.book.borrow().members.iter().map(|member| member.data_bytes).min().unwrap_or(0);
-        self.check_new(&leaf, data_bytes, force).await?;
+        let data_bytes =
+            self.view().array.sets().iter().map(|set| set.member_rows_bytes()).min().unwrap_or(0);
+        self.check_new(&leaf, None, data_bytes, force).await?;
         if self.spares.borrow().len() >= crate::format::superblock::SPARES_MAX {
             return Err(PoolError::Conflict(format!("pool {} has enough spares", self.shared.name)));
         }
@@ -202,7 +213,7 @@ impl Owner {
             };
             let away = (0u16..).take(members.len()).filter(is_away);
             away.filter_map(|number| {
-                let needed = book.layout.data_offset() + book.members[usize::from(number)].data_bytes;
+                let needed = book.layout.data_offset() + self.needed_bytes(number);
                 let fits = |leaf: &Leaf| leaf.device.geometry().is_some_and(|it| it.size_bytes() >= needed);
                 let spare = spares.iter().position(|(_, leaf)| leaf.as_ref().is_some_and(fits))?;
                 Some((number, spare))
@@ -243,7 +254,7 @@ impl Owner {
             if leaves[..index].iter().any(|other| other.same(leaf)) {
                 return Err(PoolError::Wrong(format!("{} is given twice", leaf.name())));
             }
-            self.check_new(leaf, 1 << 20, force).await?;
+            self.check_new(leaf, None, 1 << 20, force).await?;
         }
         let before = self.book.borrow().clone();
         let data_offset = before.layout.data_offset();
@@ -285,7 +296,8 @@ impl Owner {
                 let member = super::Member::new(record.uuid, Some(leaf.clone()), true, now);
                 self.members.borrow_mut().push(member);
             }
-            *self.book.borrow_mut() = Superblock { generation: self.book.borrow().generation, ..book };
+            let generation = self.book.borrow().generation;
+            *self.book.borrow_mut() = Superblock { generation, ..book };
             let all_leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
             let thin = crate::thin::Thin { extents: array.extents(), ..old_view.thin };
             let table = Arc::clone(&old_view.table);

@@ -1,0 +1,546 @@
+//! `hawser pool create|list|status|check|replace|scrub|grow|add-spare`
+
+use super::offline::{Offline, Purpose, WhereArgs};
+use super::progress::{is_watched, watch};
+use super::table::{self, Align, Table};
+use super::{Failure, print_json, say};
+use crate::assemble::pool as assemble;
+use crate::daemon::api::pool_view::{AddDevices, CreatePool, PoolState, PoolView, Replace, Scrub};
+use clap::{Args, Subcommand};
+use hawser_config::value::{ByteSize, Name};
+use hawser_volume::pool;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+#[derive(Subcommand)]
+pub(super) enum PoolCommand {
+    /// Make a pool of devices; what is on them is lost
+    Create(CreateArgs),
+    /// Show all pools
+    List(ListArgs),
+    /// Show pools with their members; the exit code is 1 when one is not as it should be
+    Status(StatusArgs),
+    /// Verify all that a pool's devices say of it, without a daemon, and name each fault
+    Check(CheckArgs),
+    /// Put a device in the place of a member
+    Replace(ReplaceArgs),
+    /// Compare the members of a pool
+    Scrub(ScrubArgs),
+    /// Append another set of as many members
+    Grow(GrowArgs),
+    /// Give a pool a device that takes the place of a member that is away for long
+    AddSpare(SpareArgs),
+}
+
+#[derive(Args)]
+pub(super) struct CreateArgs {
+    /// The new pool's name
+    name: Name,
+    /// Devices, by their names in the configuration; their order is that of the members, spares last
+    #[arg(required = true, value_name = "DEVICE")]
+    devices: Vec<String>,
+    /// linear, raid0, raid1 or raid10
+    #[arg(long, value_name = "LEVEL")]
+    raid: String,
+    /// What of one member follows on what of another: 4KiB to 1MiB
+    #[arg(long, value_name = "SIZE", default_value = "64KiB")]
+    strip: ByteSize,
+    /// The unit of allocation, at most 64MiB
+    #[arg(long, value_name = "SIZE", default_value = "1MiB")]
+    extent: ByteSize,
+    /// How many of the devices are spares
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    spares: usize,
+    /// Take devices that belong to another pool all the same
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ListArgs {
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct StatusArgs {
+    /// The pool; all of them if not said
+    name: Option<String>,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct CheckArgs {
+    /// The pool
+    name: String,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ReplaceArgs {
+    /// The pool
+    name: String,
+    /// The member's device; or its place, if it is missing
+    old: String,
+    /// The device that takes its place
+    new: String,
+    /// Take a device that belongs to another pool all the same
+    #[arg(long)]
+    force: bool,
+    /// Wait until the new member has all the data
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ScrubArgs {
+    /// The pool
+    name: String,
+    /// Rewrite what differs
+    #[arg(long)]
+    repair: bool,
+    /// Wait until it has ended; the exit code is 1 when members differ
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct GrowArgs {
+    /// The pool
+    name: String,
+    /// As many devices as the pool has members
+    #[arg(required = true, value_name = "DEVICE")]
+    devices: Vec<String>,
+    /// Take devices that belong to another pool all the same
+    #[arg(long)]
+    force: bool,
+    /// Wait until all work that follows has ended
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct SpareArgs {
+    /// The pool
+    name: String,
+    /// The device
+    device: String,
+    /// Take a device that belongs to another pool all the same
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+/// What `pool check --json` prints.
+#[derive(Serialize)]
+struct CheckView {
+    faults: Vec<String>,
+    checked: BTreeMap<&'static str, u64>,
+}
+
+pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
+    match command {
+        PoolCommand::Create(args) => create(args),
+        PoolCommand::List(ListArgs { at }) => {
+            let pools = views(at)?;
+            if at.json {
+                return print_json(&pools);
+            }
+            say(&table_of(&pools));
+            Ok(())
+        }
+        PoolCommand::Status(args) => status(args),
+        PoolCommand::Check(args) => check(args),
+        PoolCommand::Replace(args) => replace(args),
+        PoolCommand::Scrub(args) => scrub(args),
+        PoolCommand::Grow(args) => {
+            let body = AddDevices { devices: args.devices.clone(), force: args.force };
+            let pool = change(&args.at, &args.name, "grow", &body, args.wait, |offline, pool| {
+                let devices =
+                    args.devices.iter().map(|name| offline.device(name)).collect::<Result<_, _>>()?;
+                Ok(pool.grow(devices, args.force).wait()?)
+            })?;
+            show(&args.at, &pool, "grown")
+        }
+        PoolCommand::AddSpare(args) => {
+            let body = AddDevices { devices: vec![args.device.clone()], force: args.force };
+            let pool = change(&args.at, &args.name, "spares", &body, false, |offline, pool| {
+                Ok(pool.add_spare(offline.device(&args.device)?, args.force).wait()?)
+            })?;
+            show(&args.at, &pool, "has a new spare")
+        }
+    }
+}
+
+fn create(args: &CreateArgs) -> Result<(), Failure> {
+    let CreateArgs { name, devices, raid, strip, extent, spares, force, at } = args;
+    let level = assemble::level(raid).map_err(|what| Failure::Usage(format!("--raid: {what}")))?;
+    let strip_bytes = u32::try_from(strip.0);
+    let strip_bytes = strip_bytes
+        .map_err(|_| Failure::Usage(format!("--strip: {strip} is too large, want 4KiB to 1MiB")))?;
+    let pool: PoolView = match &at.config {
+        None => {
+            let create = CreatePool {
+                name: name.to_string(),
+                level: raid.clone(),
+                devices: devices.clone(),
+                strip_bytes: Some(strip_bytes),
+                extent_bytes: Some(extent.0),
+                spares: *spares,
+                force: *force,
+            };
+            at.client().post("/v1/pools", Some(&create))?
+        }
+        Some(file) => {
+            let uuid = assemble::new_uuid().map_err(Failure::Failed)?;
+            let mut options = pool::CreateOptions::new(name.as_str(), uuid, level);
+            (options.strip_bytes, options.extent_bytes) = (strip_bytes, extent.0);
+            (options.spares, options.force) = (*spares, *force);
+            let offline = Offline::begin(at, file, Purpose::Change)?;
+            let created = offline.create(devices, options);
+            offline.end(created)
+        }
+    };
+    show(at, &pool, "created")
+}
+
+/// All pools, open or not.
+fn views(at: &WhereArgs) -> Result<Vec<PoolView>, Failure> {
+    let Some(file) = &at.config else { return at.client().get("/v1/pools") };
+    let offline = Offline::begin(at, file, Purpose::Look)?;
+    let mut views: Vec<PoolView> = Vec::new();
+    let all = offline.found();
+    for found in &all {
+        let seen = match offline.open_found(found) {
+            Ok(open) => {
+                let mut view = assemble::pool_view(&open.pool.view());
+                view.troubles.extend(found.missing_line());
+                offline.close(open).map(|()| view)
+            }
+            Err(failure) => Err(failure),
+        };
+        views.push(match seen {
+            Ok(view) => view,
+            Err(Failure::Usage(what) | Failure::Failed(what)) => found.view(vec![what]),
+        });
+    }
+    views.sort_by(|one, other| (&one.name, &one.uuid).cmp(&(&other.name, &other.uuid)));
+    Ok(offline.end(Ok(views)))
+}
+
+fn status(args: &StatusArgs) -> Result<(), Failure> {
+    let mut pools = views(&args.at)?;
+    if let Some(name) = &args.name {
+        let names: Vec<String> = pools.iter().map(|pool| pool.name.clone()).collect();
+        pools.retain(|pool| pool.name == *name);
+        if pools.is_empty() {
+            let there = if names.is_empty() {
+                "there is none".to_owned()
+            } else {
+                format!("there are {}", names.join(", "))
+            };
+            return Err(Failure::Failed(format!("pool {name:?} is not there; {there}")));
+        }
+    }
+    if args.at.json {
+        print_json(&pools)?;
+    } else {
+        let texts: Vec<String> = pools.iter().map(text_of).collect();
+        say(&texts.join("\n"));
+    }
+    let wrong: Vec<String> = pools
+        .iter()
+        .filter(|pool| pool.state != PoolState::Ready)
+        .map(|pool| format!("{} is {}", pool.name, pool.state.name()))
+        .collect();
+    match wrong.as_slice() {
+        [] => Ok(()),
+        wrong => Err(Failure::Failed(format!("pool {}", wrong.join(", pool ")))),
+    }
+}
+
+fn check(args: &CheckArgs) -> Result<(), Failure> {
+    let Some(file) = &args.at.config else {
+        let what = "a pool is checked without a daemon, want --config FILE; `pool scrub` compares members while serving";
+        return Err(Failure::Usage(what.to_owned()));
+    };
+    let report = check_offline(&args.at, file, &args.name)?;
+    if args.at.json {
+        let checked = report.checked.iter().copied().collect();
+        print_json(&CheckView { faults: report.faults.clone(), checked })?;
+    } else {
+        let mut text: String = report.faults.iter().map(|fault| format!("{fault}\n")).collect();
+        let checked: Vec<String> =
+            report.checked.iter().map(|(what, count)| format!("{count} {what}")).collect();
+        text.push_str(&format!("pool {}: checked {}\n", args.name, checked.join(", ")));
+        say(&text);
+    }
+    match report.faults.len() {
+        0 => Ok(()),
+        1 => Err(Failure::Failed(format!("pool {}: 1 fault", args.name))),
+        count => Err(Failure::Failed(format!("pool {}: {count} faults", args.name))),
+    }
+}
+
+fn check_offline(at: &WhereArgs, file: &Path, name: &str) -> Result<pool::CheckReport, Failure> {
+    let offline = Offline::begin(at, file, Purpose::Look)?;
+    let checked = offline.find(name).and_then(|found| {
+        let mut report = pool::check(offline.reactor(), offline.members(&found)).wait()?;
+        report.faults.extend(found.missing_line());
+        Ok(report)
+    });
+    Ok(offline.end(checked))
+}
+
+fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
+    let body = Replace { old: args.old.clone(), new: args.new.clone(), force: args.force };
+    let pool = change(&args.at, &args.name, "replace", &body, args.wait, |offline, pool| {
+        Ok(pool.replace(&args.old, offline.device(&args.new)?, args.force).wait()?)
+    })?;
+    show(&args.at, &pool, &format!("has {} in the place of {}", args.new, args.old))
+}
+
+fn scrub(args: &ScrubArgs) -> Result<(), Failure> {
+    let body = Scrub { repair: args.repair };
+    let pool = change(&args.at, &args.name, "scrub", &body, args.wait, |_, pool| {
+        Ok(pool.scrub(args.repair).wait()?)
+    })?;
+    let task = pool.tasks.iter().rev().find(|task| task.kind == "scrub");
+    let Some(task) = task.filter(|task| task.done) else { return show(&args.at, &pool, "is being scrubbed") };
+    let what = match (task.mismatches, args.repair) {
+        (0, _) => "scrubbed, members do not differ".to_owned(),
+        (count, true) => format!("scrubbed, {count} units differed and were rewritten"),
+        (count, false) => format!("scrubbed, {count} units differ"),
+    };
+    show(&args.at, &pool, &what)?;
+    match (task.mismatches, args.repair) {
+        (0, _) | (_, true) => Ok(()),
+        (count, false) => Err(Failure::Failed(format!(
+            "pool {}: {count} units differ, want --repair to rewrite them",
+            args.name
+        ))),
+    }
+}
+
+/// Changes a pool, through its daemon or without one, and waits for the work that follows where somebody looks, or asked for it.
+/// Without a daemon there is nobody else to do it.
+fn change(
+    at: &WhereArgs,
+    name: &str,
+    action: &str,
+    body: &impl Serialize,
+    wait: bool,
+    offline_change: impl FnOnce(&Offline, &pool::Pool) -> Result<(), Failure>,
+) -> Result<PoolView, Failure> {
+    match &at.config {
+        None => {
+            let client = at.client();
+            let pool: PoolView = client.post(&format!("/v1/pools/{name}/{action}"), Some(body))?;
+            if !wait && !is_watched() {
+                return Ok(pool);
+            }
+            watch(|| client.get(&format!("/v1/pools/{name}")))
+        }
+        Some(file) => {
+            let offline = Offline::begin(at, file, Purpose::Change)?;
+            let done = offline.with_pool(name, |offline, pool| {
+                offline_change(offline, pool)?;
+                watch(|| Ok(assemble::pool_view(&pool.view())))
+            });
+            Ok(offline.end(done))
+        }
+    }
+}
+
+fn show(at: &WhereArgs, pool: &PoolView, what: &str) -> Result<(), Failure> {
+    if at.json {
+        return print_json(pool);
+    }
+    let size =
+        pool.size_bytes.map_or_else(String::new, |size| format!(": {}, {}", pool.level, table::bytes(size)));
+    say(&format!("pool {} {what}{size}\n", pool.name));
+    Ok(())
+}
+
+/// One line for each pool, and what is wrong.
+pub(super) fn table_of(pools: &[PoolView]) -> String {
+    let mut table = Table::new(&[
+        ("POOL", Align::Left),
+        ("STATE", Align::Left),
+        ("RAID", Align::Left),
+        ("SIZE", Align::Right),
+        ("FREE", Align::Right),
+        ("IN SYNC", Align::Right),
+        ("SPARES", Align::Right),
+        ("WORK", Align::Left),
+    ]);
+    let size = |size: Option<u64>| size.map_or("-".to_owned(), table::bytes);
+    for pool in pools {
+        let members = pool.members.iter().filter(|member| member.place.is_some());
+        let in_sync = members.clone().filter(|member| member.state == "in_sync").count();
+        table.row(vec![
+            pool.name.clone(),
+            pool.state.name().to_owned(),
+            pool.level.clone(),
+            size(pool.size_bytes),
+            size(pool.free_bytes),
+            format!("{in_sync} of {}", members.count()),
+            pool.members.iter().filter(|member| member.place.is_none()).count().to_string(),
+            pool.tasks.iter().find(|task| !task.done).map_or_else(String::new, work_of),
+        ]);
+    }
+    let mut text = table.text();
+    for pool in pools {
+        for trouble in &pool.troubles {
+            text.push_str(&format!("pool {}: {trouble}\n", pool.name));
+        }
+    }
+    text
+}
+
+/// `rebuild 34 %, 5 min 7 s left`
+fn work_of(task: &crate::daemon::api::pool_view::TaskView) -> String {
+    let percent = u128::from(task.done_bytes) * 100 / u128::from(task.total_bytes.max(1));
+    let left = task.left_seconds.map(|left| format!(", {} left", table::duration_seconds(left)));
+    format!("{} {percent} %{}", task.kind, left.unwrap_or_default())
+}
+
+/// All that is known of a pool.
+fn text_of(pool: &PoolView) -> String {
+    let mut text = format!("pool {}: {}, {}\n", pool.name, pool.state.name(), pool.level);
+    for trouble in &pool.troubles {
+        text.push_str(&format!("  {trouble}\n"));
+    }
+    let mut facts = Table::new(&[("", Align::Left), ("", Align::Left)]);
+    let mut fact = |what: &str, value: Option<String>| {
+        if let Some(value) = value {
+            facts.row(vec![format!("  {what}"), value]);
+        }
+    };
+    fact("uuid", Some(pool.uuid.clone()));
+    fact("size", pool.size_bytes.map(table::bytes));
+    fact("free", pool.free_bytes.map(table::bytes));
+    let used = pool.metadata_used_bytes.map(table::bytes);
+    fact(
+        "metadata",
+        pool.metadata_bytes.zip(used).map(|(all, used)| format!("{used} of {}", table::bytes(all))),
+    );
+    fact("strip", pool.strip_bytes.map(|size| table::bytes(u64::from(size))));
+    fact("extent", pool.extent_bytes.map(table::bytes));
+    for task in &pool.tasks {
+        let work = match task.done {
+            false => work_of(task),
+            true => format!(
+                "{} ended, {} in {}",
+                task.kind,
+                table::bytes(task.done_bytes),
+                table::duration_seconds(task.elapsed_seconds)
+            ),
+        };
+        let differ =
+            if task.mismatches > 0 { format!(", {} units differ", task.mismatches) } else { String::new() };
+        fact("work", Some(work + &differ));
+    }
+    // Without the header, which says nothing.
+    text.extend(facts.text().lines().skip(1).map(|line| format!("{line}\n")));
+    let mut members = Table::new(&[
+        ("  MEMBER", Align::Left),
+        ("DEVICE", Align::Left),
+        ("STATE", Align::Left),
+        ("REPAIRED", Align::Right),
+        ("", Align::Left),
+    ]);
+    for member in &pool.members {
+        members.row(vec![
+            member.place.map_or("  -".to_owned(), |place| format!("  {place}")),
+            member.device.clone().unwrap_or("-".to_owned()),
+            member.state.clone(),
+            member.repaired.to_string(),
+            member.why.clone().unwrap_or_default(),
+        ]);
+    }
+    text.push_str(&members.text());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::api::pool_view::{MemberView, TaskView};
+
+    fn pool() -> PoolView {
+        let member = |place, device: Option<&str>, state: &str, why: Option<&str>| MemberView {
+            place,
+            device: device.map(str::to_owned),
+            state: state.to_owned(),
+            why: why.map(str::to_owned),
+            repaired: 0,
+        };
+        PoolView {
+            name: "p0".to_owned(),
+            uuid: "u".to_owned(),
+            state: PoolState::Degraded,
+            troubles: vec!["member 1 is missing".to_owned()],
+            level: "raid1".to_owned(),
+            strip_bytes: Some(65536),
+            extent_bytes: Some(1 << 20),
+            size_bytes: Some(10 << 30),
+            free_bytes: Some(4 << 30),
+            metadata_bytes: Some(64 << 20),
+            metadata_used_bytes: Some(1 << 20),
+            members: vec![
+                member(Some(0), Some("n0"), "in_sync", None),
+                member(Some(1), None, "missing", Some("not found")),
+                member(None, Some("n2"), "spare", None),
+            ],
+            tasks: vec![TaskView {
+                kind: "rebuild".to_owned(),
+                done_bytes: 34,
+                total_bytes: 100,
+                elapsed_seconds: 3,
+                left_seconds: Some(307),
+                mismatches: 0,
+                done: false,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_list_has_a_line_for_each_pool_and_says_what_is_wrong() {
+        let want = "POOL  STATE     RAID     SIZE   FREE  IN SYNC  SPARES  WORK\n\
+                    p0    degraded  raid1  10 GiB  4 GiB   1 of 2       1  rebuild 34 %, 5 min 7 s left\n\
+                    pool p0: member 1 is missing\n";
+        assert_eq!(table_of(&[pool()]), want);
+    }
+
+    #[test]
+    fn a_status_names_every_member() {
+        let text = text_of(&pool());
+        let want = "pool p0: degraded, raid1\n\
+                    \x20 member 1 is missing\n\
+                    \x20 uuid      u\n\
+                    \x20 size      10 GiB\n\
+                    \x20 free      4 GiB\n\
+                    \x20 metadata  1 MiB of 64 MiB\n\
+                    \x20 strip     64 KiB\n\
+                    \x20 extent    1 MiB\n\
+                    \x20 work      rebuild 34 %, 5 min 7 s left\n\
+                    \x20 MEMBER  DEVICE  STATE    REPAIRED\n\
+                    \x20 0       n0      in_sync         0\n\
+                    \x20 1       -       missing         0  not found\n\
+                    \x20 -       n2      spare           0\n";
+        assert_eq!(text, want);
+    }
+}

@@ -1,0 +1,396 @@
+//! `hawser volume create|list|resize|snapshot|clone|delete|export`
+
+use super::offline::{Offline, Purpose, WhereArgs};
+use super::progress::Bar;
+use super::table::{self, Align, Table};
+use super::{Failure, print_json, say};
+use crate::assemble::pool as assemble;
+use crate::daemon::api::pool_view::{
+    CreateVolume, MakeClone, SetVolume, TakeSnapshot, TakeSnapshots, VolumeView,
+};
+use crate::image;
+use clap::{Args, Subcommand};
+use hawser_config::value::{ByteSize, Name, VolumePath};
+use hawser_volume::pool::Pool;
+use std::path::PathBuf;
+
+#[derive(Subcommand)]
+pub(super) enum VolumeCommand {
+    /// Make a volume; it takes space as it is written to
+    Create(CreateArgs),
+    /// Show all volumes
+    List(ListArgs),
+    /// Make a volume larger, or smaller where nothing was written; its VM sees it at once
+    Resize(CreateArgs),
+    /// Keep what volumes have now, all at the same instant
+    Snapshot(SnapshotArgs),
+    /// Make a volume with the content of a snapshot
+    Clone(CloneArgs),
+    /// Delete a volume or snapshot that nothing uses
+    Delete(DeleteArgs),
+    /// Copy a volume to a raw image file, without a daemon
+    Export(ExportArgs),
+}
+
+#[derive(Args)]
+pub(super) struct CreateArgs {
+    /// The volume
+    #[arg(value_name = "POOL/VOLUME")]
+    path: VolumePath,
+    /// As its VM sees it, such as 20GiB
+    #[arg(long)]
+    size: ByteSize,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ListArgs {
+    /// The pool; all of them if not said
+    pool: Option<Name>,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct SnapshotArgs {
+    /// A volume and the name of its snapshot, as often as wanted; all of one pool
+    #[arg(required = true, value_name = "POOL/VOLUME SNAPSHOT", num_args = 2..)]
+    pairs: Vec<String>,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct CloneArgs {
+    /// The snapshot
+    #[arg(value_name = "POOL/SNAPSHOT")]
+    snapshot: VolumePath,
+    /// The new volume, in the same pool
+    #[arg(value_name = "POOL/VOLUME")]
+    path: VolumePath,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct DeleteArgs {
+    /// The volume or snapshot
+    #[arg(value_name = "POOL/VOLUME")]
+    path: VolumePath,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ExportArgs {
+    /// The volume or snapshot
+    #[arg(value_name = "POOL/VOLUME")]
+    path: VolumePath,
+    /// The new file: as large as the volume, with holes where that is zero
+    file: PathBuf,
+    #[command(flatten)]
+    at: WhereArgs,
+}
+
+pub(super) fn run(command: &VolumeCommand) -> Result<(), Failure> {
+    match command {
+        VolumeCommand::Create(args) => create(args),
+        VolumeCommand::List(args) => list(args),
+        VolumeCommand::Resize(args) => resize(args),
+        VolumeCommand::Snapshot(args) => snapshot(args),
+        VolumeCommand::Clone(args) => clone(args),
+        VolumeCommand::Delete(args) => delete(args),
+        VolumeCommand::Export(args) => export(args),
+    }
+}
+
+fn url(path: &VolumePath) -> String {
+    format!("/v1/pools/{}/volumes/{}", path.pool, path.volume)
+}
+
+/// Changes a pool without a daemon; the volume of that name as it is then.
+fn offline(
+    at: &WhereArgs,
+    file: &std::path::Path,
+    path: &VolumePath,
+    change: impl FnOnce(&Pool) -> Result<(), Failure>,
+) -> Result<VolumeView, Failure> {
+    let offline = Offline::begin(at, file, Purpose::Change)?;
+    let done = offline.with_pool(path.pool.as_str(), |_, pool| {
+        change(pool)?;
+        view_of(pool, path)
+    });
+    Ok(offline.end(done))
+}
+
+/// One volume of an open pool.
+fn view_of(pool: &Pool, path: &VolumePath) -> Result<VolumeView, Failure> {
+    let all = pool.volumes();
+    match all.iter().find(|volume| volume.name == path.volume.as_str()) {
+        Some(volume) => Ok(assemble::volume_view(pool.name(), volume)),
+        None => {
+            let names: Vec<&str> = all.iter().map(|volume| volume.name.as_str()).collect();
+            let there = if names.is_empty() {
+                "there is none".to_owned()
+            } else {
+                format!("there are {}", names.join(", "))
+            };
+            Err(Failure::Failed(format!("volume {path} is not there; {there}")))
+        }
+    }
+}
+
+fn create(args: &CreateArgs) -> Result<(), Failure> {
+    let CreateArgs { path, size, at } = args;
+    let volume: VolumeView = match &at.config {
+        None => {
+            let body = CreateVolume { name: path.volume.to_string(), size_bytes: size.0 };
+            at.client().post(&format!("/v1/pools/{}/volumes", path.pool), Some(&body))?
+        }
+        Some(file) => {
+            offline(at, file, path, |pool| Ok(pool.create_volume(path.volume.as_str(), size.0).wait()?))?
+        }
+    };
+    show(at, &volume, "created")
+}
+
+fn resize(args: &CreateArgs) -> Result<(), Failure> {
+    let CreateArgs { path, size, at } = args;
+    let volume: VolumeView = match &at.config {
+        None => at.client().patch(&url(path), &SetVolume { size_bytes: size.0 })?,
+        Some(file) => {
+            offline(at, file, path, |pool| Ok(pool.resize_volume(path.volume.as_str(), size.0).wait()?))?
+        }
+    };
+    show(at, &volume, "resized")
+}
+
+fn snapshot(args: &SnapshotArgs) -> Result<(), Failure> {
+    let at = &args.at;
+    let mut snapshots = Vec::new();
+    let mut pool: Option<Name> = None;
+    for pair in args.pairs.chunks(2) {
+        let [volume, name] = pair else {
+            return Err(Failure::Usage(format!(
+                "{} has no name for its snapshot, want POOL/VOLUME SNAPSHOT",
+                pair[0]
+            )));
+        };
+        let volume: VolumePath = volume.parse().map_err(Failure::Usage)?;
+        // Its pool is known: whoever says it again is not wrong.
+        let name = name.strip_prefix(&format!("{}/", volume.pool)).unwrap_or(name);
+        let name: Name = name.parse().map_err(Failure::Usage)?;
+        if let Some(first) = pool.replace(volume.pool.clone())
+            && first != volume.pool
+        {
+            let what = format!(
+                "volumes of pools {first} and {} have no instant in common, want one command for each",
+                volume.pool
+            );
+            return Err(Failure::Usage(what));
+        }
+        snapshots.push(TakeSnapshot { volume: volume.volume.to_string(), name: name.to_string() });
+    }
+    let Some(pool) = pool else { return Err(Failure::Usage("want POOL/VOLUME SNAPSHOT".to_owned())) };
+    let volumes: Vec<VolumeView> = match &at.config {
+        None => {
+            let body = TakeSnapshots { snapshots };
+            at.client().post(&format!("/v1/pools/{pool}/snapshots"), Some(&body))?
+        }
+        Some(file) => {
+            let offline = Offline::begin(at, file, Purpose::Change)?;
+            let wanted = snapshots.iter().map(|one| (one.volume.clone(), one.name.clone())).collect();
+            let done = offline.with_pool(pool.as_str(), |_, open| {
+                open.snapshot(wanted).wait()?;
+                let names = |name: &String| snapshots.iter().any(|one| one.name == *name);
+                let all = open.volumes();
+                let taken = all.iter().filter(|volume| names(&volume.name));
+                Ok(taken.map(|volume| assemble::volume_view(open.name(), volume)).collect())
+            });
+            offline.end(done)
+        }
+    };
+    if at.json {
+        return print_json(&volumes);
+    }
+    let lines = volumes.iter().map(|volume| {
+        format!("snapshot {}/{} of {}\n", volume.pool, volume.name, volume.origin.as_deref().unwrap_or("-"))
+    });
+    say(&lines.collect::<String>());
+    Ok(())
+}
+
+fn clone(args: &CloneArgs) -> Result<(), Failure> {
+    let CloneArgs { snapshot, path, at } = args;
+    if snapshot.pool != path.pool {
+        return Err(Failure::Usage(format!(
+            "{snapshot} and {path} are in two pools, want a clone in its snapshot's pool"
+        )));
+    }
+    let volume: VolumeView = match &at.config {
+        None => {
+            let body = MakeClone { snapshot: snapshot.volume.to_string(), name: path.volume.to_string() };
+            at.client().post(&format!("/v1/pools/{}/clones", path.pool), Some(&body))?
+        }
+        Some(file) => offline(at, file, path, |pool| {
+            Ok(pool.clone_volume(snapshot.volume.as_str(), path.volume.as_str()).wait()?)
+        })?,
+    };
+    show(at, &volume, "cloned")
+}
+
+fn delete(args: &DeleteArgs) -> Result<(), Failure> {
+    let DeleteArgs { path, at } = args;
+    let volume: VolumeView = match &at.config {
+        None => at.client().delete(&url(path))?,
+        Some(file) => {
+            let offline = Offline::begin(at, file, Purpose::Change)?;
+            let done = offline.with_pool(path.pool.as_str(), |_, pool| {
+                let view = view_of(pool, path)?;
+                pool.delete_volume(path.volume.as_str()).wait()?;
+                Ok(view)
+            });
+            offline.end(done)
+        }
+    };
+    show(at, &volume, "deleted")
+}
+
+fn list(args: &ListArgs) -> Result<(), Failure> {
+    let ListArgs { pool, at } = args;
+    let volumes: Vec<VolumeView> = match (&at.config, pool) {
+        (None, None) => at.client().get("/v1/volumes")?,
+        (None, Some(pool)) => at.client().get(&format!("/v1/pools/{pool}/volumes"))?,
+        (Some(file), pool) => {
+            let offline = Offline::begin(at, file, Purpose::Look)?;
+            let done = match pool {
+                Some(pool) => Ok(vec![pool.to_string()]),
+                None => Ok(offline.found().into_iter().map(|found| found.label.pool).collect::<Vec<_>>()),
+            };
+            let done = done.and_then(|pools| {
+                let mut all = Vec::new();
+                for pool in pools {
+                    let views = |_: &Offline, pool: &Pool| {
+                        Ok(pool
+                            .volumes()
+                            .iter()
+                            .map(|it| assemble::volume_view(pool.name(), it))
+                            .collect::<Vec<_>>())
+                    };
+                    all.extend(offline.with_pool(&pool, views)?);
+                }
+                Ok(all)
+            });
+            offline.end(done)
+        }
+    };
+    if at.json {
+        return print_json(&volumes);
+    }
+    say(&table_of(&volumes));
+    Ok(())
+}
+
+fn export(args: &ExportArgs) -> Result<(), Failure> {
+    let ExportArgs { path, file, at } = args;
+    let Some(config) = &at.config else {
+        return Err(Failure::Usage("a volume is exported without a daemon, want --config FILE".to_owned()));
+    };
+    let offline = Offline::begin(at, config, Purpose::Look)?;
+    let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
+        view_of(pool, path)?;
+        let device = pool.device(path.volume.as_str());
+        let device = device.ok_or_else(|| Failure::Failed(format!("volume {path} is not there")))?;
+        let bar = Bar::new();
+        let done = image::export(&device, offline.reactor(), file, &bar);
+        bar.clear();
+        done.map_err(|what| Failure::Failed(format!("volume {path} to {}: {what}", file.display())))
+    });
+    let bytes = offline.end(done);
+    if at.json {
+        return print_json(&serde_json::json!({ "volume": path.to_string(), "size_bytes": bytes }));
+    }
+    say(&format!("{path} exported to {}: {}\n", file.display(), table::bytes(bytes)));
+    Ok(())
+}
+
+fn show(at: &WhereArgs, volume: &VolumeView, what: &str) -> Result<(), Failure> {
+    if at.json {
+        return print_json(volume);
+    }
+    say(&format!("volume {}/{} {what}: {}\n", volume.pool, volume.name, table::bytes(volume.size_bytes)));
+    Ok(())
+}
+
+pub(super) fn table_of(volumes: &[VolumeView]) -> String {
+    let mut table = Table::new(&[
+        ("VOLUME", Align::Left),
+        ("KIND", Align::Left),
+        ("SIZE", Align::Right),
+        ("MAPPED", Align::Right),
+        ("USERS", Align::Right),
+        ("SLOW", Align::Right),
+        ("ORIGIN", Align::Left),
+    ]);
+    for volume in volumes {
+        let kind = match (volume.snapshot, &volume.origin) {
+            (true, _) => "snapshot",
+            (false, Some(_)) => "clone",
+            (false, None) => "volume",
+        };
+        table.row(vec![
+            format!("{}/{}", volume.pool, volume.name),
+            kind.to_owned(),
+            table::bytes(volume.size_bytes),
+            table::bytes(volume.mapped_bytes),
+            volume.users.to_string(),
+            table::count(volume.slow.values().sum()),
+            volume.origin.clone().unwrap_or_default(),
+        ]);
+    }
+    table.text()
+}
+
+/// Requests that did not take the hot path, for those volumes that have any.
+pub(super) fn slow_lines(volumes: &[VolumeView]) -> String {
+    let line = |volume: &VolumeView| {
+        let classes = volume.slow.iter().filter(|(_, count)| **count > 0);
+        let classes: Vec<String> =
+            classes.map(|(class, count)| format!("{class} {}", table::count(*count))).collect();
+        (!classes.is_empty())
+            .then(|| format!("slow in {}/{}: {}\n", volume.pool, volume.name, classes.join(", ")))
+    };
+    volumes.iter().filter_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_shown_with_what_they_are_and_what_was_slow() {
+        let volume = |name: &str, snapshot, origin: Option<&str>, slow: &[(&str, u64)]| VolumeView {
+            pool: "p0".to_owned(),
+            name: name.to_owned(),
+            uuid: "u".to_owned(),
+            size_bytes: 20 << 30,
+            mapped_bytes: 3 << 20,
+            snapshot,
+            origin: origin.map(str::to_owned),
+            users: 2,
+            slow: slow.iter().map(|(class, count)| ((*class).to_owned(), *count)).collect(),
+        };
+        let volumes = [
+            volume("v", false, None, &[("write_miss", 1200), ("read_miss", 0), ("copy_on_write", 3)]),
+            volume("s", true, Some("v"), &[]),
+            volume("c", false, Some("s"), &[]),
+        ];
+        let want = "VOLUME  KIND        SIZE  MAPPED  USERS   SLOW  ORIGIN\n\
+                    p0/v    volume    20 GiB   3 MiB      2  1.2 k\n\
+                    p0/s    snapshot  20 GiB   3 MiB      2      0  v\n\
+                    p0/c    clone     20 GiB   3 MiB      2      0  s\n";
+        assert_eq!(table_of(&volumes), want);
+        assert_eq!(slow_lines(&volumes), "slow in p0/v: copy_on_write 3, write_miss 1.2 k\n");
+    }
+}

@@ -1,0 +1,89 @@
+//! The routes of pools and volumes.
+
+use super::pool_view::{
+    AddDevices, CreatePool, CreateVolume, MakeClone, Replace, Scrub, SetVolume, TakeSnapshots,
+};
+use super::{Answer, ApiError, body, change, json};
+use crate::daemon::Daemon;
+use hyper::body::Incoming;
+use hyper::{Method, Request, StatusCode};
+use std::sync::Arc;
+
+/// Answers what is below `/v1/pools` and `/v1/volumes`; `segments` begin there.
+pub(super) async fn route(
+    daemon: Arc<Daemon>,
+    request: Request<Incoming>,
+    segments: &[&str],
+) -> Result<Answer, ApiError> {
+    let path = request.uri().path().to_owned();
+    let segments: Vec<String> = segments.iter().map(|segment| (*segment).to_owned()).collect();
+    let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+    let method = request.method().clone();
+    let (get, post) = (method == Method::GET, method == Method::POST);
+    let (ok, created) = (StatusCode::OK, StatusCode::CREATED);
+    match segments.as_slice() {
+        ["pools"] if get => Ok(json(ok, &change(move || Ok(daemon.pool_views())).await?)),
+        ["pools"] if post => {
+            let create: CreatePool = body(request).await?;
+            Ok(json(created, &change(move || daemon.create_pool(&create)).await?))
+        }
+        ["pools", pool] if get => {
+            let pool = (*pool).to_owned();
+            Ok(json(ok, &change(move || daemon.pool_view(&pool)).await?))
+        }
+        ["pools", pool, "scrub"] if post => {
+            let (pool, scrub): (_, Scrub) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(ok, &change(move || daemon.scrub_pool(&pool, scrub)).await?))
+        }
+        ["pools", pool, "replace"] if post => {
+            let (pool, replace): (_, Replace) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(ok, &change(move || daemon.replace_member(&pool, &replace)).await?))
+        }
+        ["pools", pool, "grow"] if post => {
+            let (pool, add): (_, AddDevices) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(ok, &change(move || daemon.grow_pool(&pool, &add)).await?))
+        }
+        ["pools", pool, "spares"] if post => {
+            let (pool, add): (_, AddDevices) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(ok, &change(move || daemon.add_spares(&pool, &add)).await?))
+        }
+        ["volumes"] if get => Ok(json(ok, &change(move || Ok(daemon.volume_views())).await?)),
+        ["pools", pool, "volumes"] if get => {
+            let pool = (*pool).to_owned();
+            Ok(json(ok, &change(move || daemon.volume_views_of(&pool)).await?))
+        }
+        ["pools", pool, "volumes"] if post => {
+            let (pool, create): (_, CreateVolume) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(created, &change(move || daemon.create_volume(&pool, &create)).await?))
+        }
+        ["pools", pool, "snapshots"] if post => {
+            let (pool, take): (_, TakeSnapshots) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(created, &change(move || daemon.take_snapshots(&pool, &take)).await?))
+        }
+        ["pools", pool, "clones"] if post => {
+            let (pool, make): (_, MakeClone) = ((*pool).to_owned(), body(request).await?);
+            Ok(json(created, &change(move || daemon.make_clone(&pool, &make)).await?))
+        }
+        ["pools", pool, "volumes", volume] if get => {
+            let [pool, volume] = [*pool, *volume].map(str::to_owned);
+            Ok(json(ok, &change(move || daemon.volume_view(&pool, &volume)).await?))
+        }
+        ["pools", pool, "volumes", volume] if method == Method::PATCH => {
+            let [pool, volume] = [*pool, *volume].map(str::to_owned);
+            let set: SetVolume = body(request).await?;
+            Ok(json(ok, &change(move || daemon.resize_volume(&pool, &volume, set)).await?))
+        }
+        ["pools", pool, "volumes", volume] if method == Method::DELETE => {
+            let [pool, volume] = [*pool, *volume].map(str::to_owned);
+            Ok(json(ok, &change(move || daemon.delete_volume(&pool, &volume)).await?))
+        }
+        ["pools" | "volumes"]
+        | ["pools", _]
+        | ["pools", _, "scrub" | "replace" | "grow" | "spares" | "volumes" | "snapshots" | "clones"]
+        | ["pools", _, "volumes", _] => {
+            let what = format!("{method} is not for {path}, see /v1/openapi.json");
+            Err(ApiError(StatusCode::METHOD_NOT_ALLOWED, what))
+        }
+        _ => Err(ApiError(StatusCode::NOT_FOUND, format!("{path} is not there, see /v1/openapi.json"))),
+    }
+}
