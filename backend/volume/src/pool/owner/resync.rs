@@ -19,6 +19,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How often it looks whether there is something to do.
+const LOOK: Duration = Duration::from_millis(200);
+/// How long it leaves a set alone of which something could not be copied.
+const AGAIN: Duration = Duration::from_secs(1);
 /// What is copied while writers keep out.
 const WINDOW_BYTES: u64 = 1 << 20;
 
@@ -210,35 +214,35 @@ impl Owner {
     pub(crate) async fn resync(self: Rc<Self>) {
         while !self.is_closing.get() {
             if self.lost.borrow().is_some() || self.is_read_only {
-                self.pause().await;
+                self.rest(LOOK).await;
                 continue;
             }
             let sets = self.view().array.sets().to_vec();
+            let mut is_whole = true;
             for set in &sets {
                 if set.level().is_redundant() {
-                    self.resync_set(set).await;
+                    is_whole &= self.resync_set(set).await;
                 }
+            }
+            if !is_whole {
+                self.rest(AGAIN).await;
             }
             let scrub = self.work.scrub_wanted.take();
             if let Some(repair) = scrub {
                 self.scrub_all(repair).await;
             }
-            self.pause().await;
+            self.rest(LOOK).await;
         }
     }
 
-    /// A while, or until something has changed.
-    async fn pause(&self) {
-        self.runtime.sleep(Duration::from_millis(200)).await;
-    }
-
-    async fn resync_set(self: &Rc<Self>, set: &Arc<Set>) {
+    /// Whether all that could be copied was.
+    async fn resync_set(self: &Rc<Self>, set: &Arc<Set>) -> bool {
         let syncing: Vec<u16> =
             (0..set.members()).filter(|member| set.mode(*member) == Mode::Syncing).collect();
         let regions: Vec<u32> = set.unsynced.iter_set().collect();
         let in_sync = (0..set.members()).filter(|member| set.mode(*member) == Mode::InSync).count();
         if (regions.is_empty() || in_sync + syncing.len() < 2) && syncing.is_empty() {
-            return;
+            return true;
         }
         let kind = if syncing.is_empty() { "resync" } else { "rebuild" };
         let total = regions.len() as u64 * set.region_bytes();
@@ -254,7 +258,7 @@ impl Owner {
         }
         self.work.end(self.runtime.now());
         if !is_whole || self.is_closing.get() {
-            return;
+            return false;
         }
         for member in syncing {
             if set.mode(member) == Mode::Syncing
@@ -263,6 +267,7 @@ impl Owner {
                 log::warn!("pool {}: member {member}: {}", self.shared.name, status.name());
             }
         }
+        true
     }
 
     /// Copies a region to all who lack it; whether it is the same everywhere now.

@@ -15,10 +15,16 @@ const TICK: Duration = Duration::from_secs(1);
 const REJOIN_AFTER: Duration = Duration::from_secs(2);
 
 impl Owner {
+    /// Waits so long, or until the pool is being closed.
+    pub(crate) async fn rest(&self, duration: Duration) {
+        let mut sleep = self.runtime.sleep(duration);
+        self.bell.until_or(&mut sleep, || self.is_closing.get()).await;
+    }
+
     /// Runs until the pool is closed: looks after the members, and tells people.
     pub(crate) async fn tick(self: Rc<Self>) {
         while !self.is_closing.get() {
-            self.runtime.sleep(TICK).await;
+            self.rest(TICK).await;
             if self.lost.borrow().is_none() && !self.is_closing.get() {
                 self.check_owner().await;
                 self.look_after_members().await;
@@ -32,7 +38,7 @@ impl Owner {
     pub(crate) async fn housekeeping(self: Rc<Self>) {
         let mut due = self.runtime.now() + self.options.intent_idle;
         while !self.is_closing.get() {
-            self.runtime.sleep(TICK).await;
+            self.rest(TICK).await;
             if self.lost.borrow().is_some() || self.is_closing.get() {
                 continue;
             }
