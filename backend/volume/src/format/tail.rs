@@ -40,14 +40,26 @@ pub fn encode_tail_entry(seq: u64, record: &Record, out: &mut Vec<u8>) {
     out[start + 4..start + 8].copy_from_slice(&crc);
 }
 
+/// The opening that a tail is of; `None`: it is no tail of this pool.
+#[must_use]
+pub fn tail_epoch(bytes: &[u8], pool: &Uuid) -> Option<u64> {
+    let (mut header, _) = bytes.split_at_checked(HEADER_BYTES)?;
+    if !is_sealed(header) {
+        return None;
+    }
+    take_header(&mut header, MAGIC).ok()?;
+    let is_of_pool = take::<16>(&mut header).ok()? == *pool;
+    take_u64(&mut header).ok().filter(|_| is_of_pool)
+}
+
 /// All whole records of a tail, with their numbers. Empty when it is another pool's, or of another opening.
 #[must_use]
 pub fn decode_tail(bytes: &[u8], pool: &Uuid, epoch: u64) -> Vec<(u64, Record)> {
     let mut entries = Vec::new();
-    let Some((header, mut rest)) = bytes.split_at_checked(HEADER_BYTES) else { return entries };
-    if !is_sealed(header) || !is_of(header, pool, epoch).unwrap_or(false) {
+    if tail_epoch(bytes, pool) != Some(epoch) {
         return entries;
     }
+    let mut rest = &bytes[HEADER_BYTES..];
     while let Ok(Some((seq, record))) = take_entry(&mut rest) {
         if entries.last().is_some_and(|&(last, _)| seq <= last) {
             break;
@@ -55,11 +67,6 @@ pub fn decode_tail(bytes: &[u8], pool: &Uuid, epoch: u64) -> Vec<(u64, Record)> 
         entries.push((seq, record));
     }
     entries
-}
-
-fn is_of(mut header: &[u8], pool: &Uuid, epoch: u64) -> Result<bool, FormatError> {
-    take_header(&mut header, MAGIC)?;
-    Ok(take::<16>(&mut header)? == *pool && take_u64(&mut header)? == epoch)
 }
 
 /// `None`: it is torn, or none.

@@ -24,24 +24,26 @@ pub(in crate::pool) fn check(reactor: &ReactorHandle, devices: Vec<Arc<dyn Devic
 async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckReport, PoolError> {
     let mut report = CheckReport::default();
     let leaves = leaves_of(devices.clone())?;
+    let mut lacking = Vec::new();
     for leaf in &leaves {
         for offset in Layout::SUPERBLOCKS {
-            match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
-                Err(status) => {
-                    report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), status.name()))
-                }
+            let what = match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
+                Err(status) => status.name().to_owned(),
                 Ok(page) => match Superblock::decode(page.bytes(0, PAGE_BYTES)) {
-                    Ok(Some(_)) => {}
-                    Ok(None) => report.faults.push(format!("{}: no superblock at {offset}", leaf.name())),
-                    Err(error) => {
-                        report.faults.push(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))
-                    }
+                    Ok(Some(_)) => continue,
+                    Ok(None) => "none".to_owned(),
+                    Err(error) => error.0,
                 },
-            }
+            };
+            lacking.push(format!("{}: superblock at {offset}: {what}", leaf.name()));
         }
     }
     let found = Found::read(lanes, devices).await?;
     found.set_modes(true)?;
+    // A death between the two copies leaves one of them; the next opening writes both.
+    if found.book.opened_by.is_none() {
+        report.faults.append(&mut lacking);
+    }
     for (number, record) in found.book.members.iter().enumerate() {
         match &found.members[number] {
             None => report.faults.push(format!("member {number} is missing")),

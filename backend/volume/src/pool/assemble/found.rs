@@ -146,7 +146,9 @@ fn check_no_rivals(labels: &[(Leaf, Superblock)]) -> Result<(), PoolError> {
             let is_of_pool = label.pool_uuid == other.pool_uuid;
             let both_have_data = trusts(label, &label.this) && trusts(other, &other.this);
             let both_refuse = !trusts(label, &other.this) && !trusts(other, &label.this);
-            if are_members && is_of_pool && both_have_data && both_refuse {
+            // Of one opening the higher generation knows more, and that is all.
+            let are_apart = label.epoch != other.epoch;
+            if are_members && is_of_pool && are_apart && both_have_data && both_refuse {
                 return Err(PoolError::Conflict(format!(
                     "{} and {} were each used without the other, so they differ: pool {} opens with one of them; the other \
                      can be put in as a replacement",

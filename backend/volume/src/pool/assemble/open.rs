@@ -61,7 +61,7 @@ async fn start(
     // Before anything is changed: whether it can be opened at all.
     let mut tables = Some(read_tables(lanes, &found).await?);
     let entries = tail_entries(&found.book, &options);
-    let book = next_book(&found.book, &options);
+    let book = next_book(runtime, &found.book, &options);
     let now = runtime.now();
     let members: Vec<Member> = book
         .members
@@ -194,21 +194,26 @@ async fn start(
 /// What the process before us acknowledged and may not have made durable; of this pool, this host, and its last opening.
 fn tail_entries(book: &Superblock, options: &OpenOptions) -> Vec<(u64, Record)> {
     let content = options.tail.content();
-    if book.opened_by == Some(options.host) {
-        let entries = format::decode_tail(&content, &book.pool_uuid, book.epoch);
-        if !entries.is_empty() {
-            return entries;
-        }
-    }
+    let Some(epoch) = format::tail_epoch(&content, &book.pool_uuid) else { return Vec::new() };
+    let is_last = epoch == book.epoch && book.opened_by == Some(options.host);
     // A process that died while it opened the pool.
-    format::decode_tail(&content, &book.pool_uuid, book.epoch + 1)
+    let is_next = count_of(epoch) == count_of(book.epoch) + 1;
+    match is_last || is_next {
+        true => format::decode_tail(&content, &book.pool_uuid, epoch),
+        false => Vec::new(),
+    }
+}
+
+/// The openings before an epoch: its upper half. The lower half is random, so that two openings that know nothing of each other differ.
+fn count_of(epoch: u64) -> u64 {
+    epoch >> 32
 }
 
 /// What the superblocks say while we have it open.
-fn next_book(book: &Superblock, options: &OpenOptions) -> Superblock {
+fn next_book(runtime: &Runtime, book: &Superblock, options: &OpenOptions) -> Superblock {
     let mut next = book.clone();
     if !options.read_only {
-        next.epoch += 1;
+        next.epoch = (count_of(book.epoch) + 1) << 32 | runtime.random() >> 32;
         next.opened_by = Some(options.host);
     }
     next

@@ -312,10 +312,7 @@ impl Owner {
             return;
         };
         let Ok(Some(label)) = self.label_of(&leaf).await else { return };
-        let epoch = self.book.borrow().epoch;
-        let is_ours = label.pool_uuid == self.shared.uuid && label.epoch <= epoch;
-        if !is_ours || (label.epoch == epoch && label.opened_by.is_some_and(|host| host != self.options.host))
-        {
+        if label.pool_uuid != self.shared.uuid || label.epoch != self.book.borrow().epoch {
             self.lose("another host has opened it");
         }
     }

@@ -137,7 +137,6 @@ pub(crate) struct Owner {
 
 /// What was asked for when the pool was opened.
 pub(crate) struct Options {
-    pub(crate) host: Uuid,
     pub(crate) no_space: super::NoSpacePolicy,
     pub(crate) low_water_permille: u32,
     pub(crate) sync_bytes_per_second: u64,
@@ -148,7 +147,6 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn of(options: &OpenOptions) -> Options {
         Options {
-            host: options.host,
             no_space: options.no_space,
             low_water_permille: options.low_water_permille,
             sync_bytes_per_second: options.sync_bytes_per_second,

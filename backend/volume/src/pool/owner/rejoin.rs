@@ -159,8 +159,13 @@ impl Owner {
         let is_rival = (0..set.members()).map(|other| usize::from(set.first_member() + other)).any(|other| {
             other != usize::from(number)
                 && members[other].is_recorded
-                && label.members.get(other).is_some_and(|record| !record.in_sync)
+                && label
+                    .members
+                    .get(other)
+                    .is_some_and(|record| !record.in_sync && record.uuid == members[other].uuid)
         });
+        // What this opening has written knows less than we, and that is all.
+        let is_rival = is_rival && label.epoch != self.book.borrow().epoch;
         match is_rival {
             true => Err("it was used without the others, and they without it: want it put in as a replacement, with --force".to_owned()),
             false => Ok(()),
