@@ -23,11 +23,15 @@ impl Owner {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
         self.lanes.flush(&leaf).await?;
         let _turn = self.turns.superblock.take().await;
-        let is_ready = {
+        let (is_ready, is_doubted) = {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
-            !member.is_joining && !member.is_recorded && !member.is_doubted.load(Ordering::Acquire)
+            (!member.is_joining && !member.is_recorded, member.is_doubted.swap(false, Ordering::AcqRel))
         };
+        if is_doubted && is_ready {
+            // It has lost its cache on the way: what was not flushed is lacking again.
+            self.mark_lacking(set);
+        }
         if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
         }
@@ -103,6 +107,8 @@ impl Owner {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
             }
             *lock(&member.cache) = leaf.device.cache_identity();
+            // Whatever it has lost before is marked.
+            member.is_doubted.store(false, Ordering::Release);
             member.leaf = Some(leaf);
             drop(members);
             if is_new {
