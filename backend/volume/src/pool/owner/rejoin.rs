@@ -26,9 +26,10 @@ impl Owner {
         let (is_ready, is_doubted) = {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
-            (!member.is_joining && !member.is_recorded, member.is_doubted.swap(false, Ordering::AcqRel))
+            let is_ready = !member.is_joining && !member.is_recorded;
+            (is_ready, is_ready && member.is_doubted.swap(false, Ordering::AcqRel))
         };
-        if is_doubted && is_ready {
+        if is_doubted {
             // It has lost its cache on the way: what was not flushed is lacking again.
             self.mark_lacking(set);
         }
