@@ -339,6 +339,9 @@ fn a_stopped_slow_path_leaves_mapped_blocks_at_full_speed() {
     drop(client);
 }
 
+/// Devices, how a pool of them is asked for, and why it is refused.
+type Case = (Vec<Arc<dyn Device>>, CreateOptions, &'static str);
+
 #[test]
 fn what_cannot_be_a_pool_is_refused_by_name_and_left_as_it_was() {
     let mut scene = Scene::new(8, 4);
@@ -354,7 +357,7 @@ fn what_cannot_be_a_pool_is_refused_by_name_and_left_as_it_was() {
     let bad_name = CreateOptions { name: "p 0".to_owned(), ..options(Level::Raid1) };
     let bad_strip = CreateOptions { strip_bytes: 5000, ..options(Level::Raid1) };
     let bad_extent = CreateOptions { extent_bytes: 65 << 20, ..options(Level::Raid1) };
-    let cases: Vec<(Vec<Arc<dyn Device>>, CreateOptions, &str)> = vec![
+    let cases: Vec<Case> = vec![
         (devices[..1].to_vec(), options(Level::Raid1), "raid1 has 2 to 4 members, and 1 are given"),
         (devices[..1].to_vec(), options(Level::Raid10), "raid10 has 2 to 32 members, and 1 are given"),
         (vec![Arc::clone(&devices[0]), Arc::clone(&devices[0])], options(Level::Raid1), "d0 is given twice"),
@@ -430,14 +433,15 @@ fn damage_is_found_and_the_other_copy_is_used() {
         drop(pool);
         {
             let mut disk = scene.disks[0].state();
-            let ranges: &[std::ops::Range<usize>] = match at {
-                "superblock" => &[4196..8192, 65636..69632],
-                // Roots and tables.
-                "root" => &[(1 << 20) + 4096 + (64 << 10)..(2 << 20)],
-                _ => &[(1 << 20) + 4096..(1 << 20) + 4096 + (64 << 10)],
+            let log = (1 << 20) + 4096;
+            let tables = log + (64 << 10);
+            let ranges = match at {
+                "superblock" => vec![(4196, 8192), (65636, 69632)],
+                "root" => vec![(tables, 2 << 20)],
+                _ => vec![(log, tables)],
             };
-            for range in ranges {
-                for byte in range.clone().step_by(100) {
+            for (from, to) in ranges {
+                for byte in (from..to).step_by(100) {
                     disk.content[byte] ^= 0x40;
                     disk.stable[byte] ^= 0x40;
                 }
