@@ -40,7 +40,7 @@ pub use layout::Layout;
 pub use log::{Batch, batch_len, decode_batch, encode_batch};
 pub use record::{NewSnapshot, Record};
 pub use superblock::{MemberRecord, SetRecord, Superblock, metadata_members, unit_bytes_for};
-pub use tail::{decode_tail, encode_tail_entry, encode_tail_header, tail_epoch};
+pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header};
 pub use volumes::{VolumeRecord, VolumesDecoder, encode_volumes};
 
 use std::fmt;

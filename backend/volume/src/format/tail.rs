@@ -1,7 +1,9 @@
 //! The tail: records that are in no durable batch yet, in memory that outlives the process and not the power.
 //!
 //! ```text
-//!   header  0 magic 8 │ version 4 │ CRC 4 │ pool 16 │ epoch 8        40 bytes
+//!   header  0 magic 8 │ version 4 │ CRC 4 │ pool 16 │ epoch 8 │ caches 4 │ 0 4        48 bytes
+//!   cache   member 16 │ what named its volatile cache when it was known to be whole 16
+//!   cache   …                                                                the CRC over all of these
 //!   entry   0 len 4 │ CRC-32C 4 │ seq 8 │ record, len bytes          the CRC over len, seq and record
 //!   entry   …
 //! ```
@@ -11,19 +13,37 @@
 //! - Entries have growing numbers. The first that is torn, or is none, ends it: the process died while it wrote it, before
 //!   anybody was told of it.
 
-use super::bytes::{is_sealed, put_header, put_u64, seal, take, take_header, take_u32, take_u64};
+use super::bytes::{is_sealed, put_header, put_u32, put_u64, seal, take, take_header, take_u32, take_u64};
 use super::{FormatError, Record, Uuid};
 
 const MAGIC: &[u8; 8] = b"HAWSERTL";
-const HEADER_BYTES: usize = 40;
+const HEADER_BYTES: usize = 48;
+const CACHE_BYTES: usize = 32;
+
+/// What a tail says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TailContent {
+    /// The opening that it is of.
+    pub epoch: u64,
+    /// Members, and what named their volatile caches when they were last known to be whole.
+    pub caches: Vec<(Uuid, [u8; 16])>,
+    /// Records, with their numbers.
+    pub records: Vec<(u64, Record)>,
+}
 
 /// How a tail begins.
 #[must_use]
-pub fn encode_tail_header(pool: &Uuid, epoch: u64) -> Vec<u8> {
-    let mut out = Vec::with_capacity(HEADER_BYTES);
+pub fn encode_tail_header(pool: &Uuid, epoch: u64, caches: &[(Uuid, [u8; 16])]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADER_BYTES + caches.len() * CACHE_BYTES);
     put_header(&mut out, MAGIC);
     out.extend_from_slice(pool);
     put_u64(&mut out, epoch);
+    put_u32(&mut out, u32::try_from(caches.len()).expect("one for each member"));
+    put_u32(&mut out, 0);
+    for (member, cache) in caches {
+        out.extend_from_slice(member);
+        out.extend_from_slice(cache);
+    }
     seal(&mut out);
     out
 }
@@ -40,33 +60,36 @@ pub fn encode_tail_entry(seq: u64, record: &Record, out: &mut Vec<u8>) {
     out[start + 4..start + 8].copy_from_slice(&crc);
 }
 
-/// The opening that a tail is of; `None`: it is no tail of this pool.
+/// What a tail says; `None`: it is no tail of this pool.
 #[must_use]
-pub fn tail_epoch(bytes: &[u8], pool: &Uuid) -> Option<u64> {
-    let (mut header, _) = bytes.split_at_checked(HEADER_BYTES)?;
+pub fn decode_tail(bytes: &[u8], pool: &Uuid) -> Option<TailContent> {
+    let (fixed, _) = bytes.split_at_checked(HEADER_BYTES)?;
+    let count = usize::try_from(take_u32(&mut &fixed[40..44]).ok()?).ok()?;
+    let (header, mut rest) =
+        bytes.split_at_checked(HEADER_BYTES.checked_add(count.checked_mul(CACHE_BYTES)?)?)?;
     if !is_sealed(header) {
         return None;
     }
+    let mut header = header;
     take_header(&mut header, MAGIC).ok()?;
-    let is_of_pool = take::<16>(&mut header).ok()? == *pool;
-    take_u64(&mut header).ok().filter(|_| is_of_pool)
-}
-
-/// All whole records of a tail, with their numbers. Empty when it is another pool's, or of another opening.
-#[must_use]
-pub fn decode_tail(bytes: &[u8], pool: &Uuid, epoch: u64) -> Vec<(u64, Record)> {
-    let mut entries = Vec::new();
-    if tail_epoch(bytes, pool) != Some(epoch) {
-        return entries;
+    if take::<16>(&mut header).ok()? != *pool {
+        return None;
     }
-    let mut rest = &bytes[HEADER_BYTES..];
+    let epoch = take_u64(&mut header).ok()?;
+    take::<8>(&mut header).ok()?;
+    let caches = header.chunks_exact(CACHE_BYTES).map(|mut cache| {
+        let member = take::<16>(&mut cache).ok()?;
+        Some((member, take::<16>(&mut cache).ok()?))
+    });
+    let caches = caches.collect::<Option<Vec<_>>>()?;
+    let mut records: Vec<(u64, Record)> = Vec::new();
     while let Ok(Some((seq, record))) = take_entry(&mut rest) {
-        if entries.last().is_some_and(|&(last, _)| seq <= last) {
+        if records.last().is_some_and(|&(last, _)| seq <= last) {
             break;
         }
-        entries.push((seq, record));
+        records.push((seq, record));
     }
-    entries
+    Some(TailContent { epoch, caches, records })
 }
 
 /// `None`: it is torn, or none.

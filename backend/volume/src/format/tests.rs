@@ -61,6 +61,13 @@ fn each_flip(bytes: &[u8], mut check: impl FnMut(usize, &[u8])) {
     }
 }
 
+const CACHES: [(Uuid, [u8; 16]); 2] = [([1; 16], [2; 16]), ([3; 16], [4; 16])];
+
+/// The records of a tail, or none.
+fn records_of(bytes: &[u8]) -> Vec<(u64, Record)> {
+    decode_tail(bytes, &POOL).map_or_else(Vec::new, |tail| tail.records)
+}
+
 #[test]
 fn a_wrong_byte_anywhere_is_found() {
     let block = superblock(Level::Raid10, &[4]);
@@ -79,7 +86,7 @@ fn a_wrong_byte_anywhere_is_found() {
 #[test]
 fn a_wrong_byte_in_a_tail_ends_it_before_that_entry() {
     let records = some_records();
-    let mut bytes = encode_tail_header(&POOL, 5);
+    let mut bytes = encode_tail_header(&POOL, 5, &CACHES);
     let mut ends = vec![bytes.len()];
     let mut all = Vec::new();
     for (seq, record) in (100..).zip(records) {
@@ -87,26 +94,26 @@ fn a_wrong_byte_in_a_tail_ends_it_before_that_entry() {
         ends.push(bytes.len());
         all.push((seq, record));
     }
-    assert_eq!(decode_tail(&bytes, &POOL, 5), all);
-    assert_eq!(decode_tail(&bytes, &OTHER, 5), []);
-    assert_eq!(decode_tail(&bytes, &POOL, 6), []);
+    let whole = TailContent { epoch: 5, caches: CACHES.to_vec(), records: all.clone() };
+    assert_eq!(decode_tail(&bytes, &POOL), Some(whole));
+    assert_eq!(decode_tail(&bytes, &OTHER), None);
     each_flip(&bytes, |at, wrong| {
         let whole = ends.iter().filter(|&&end| end <= at).count().saturating_sub(1);
-        assert_eq!(decode_tail(wrong, &POOL, 5), all[..whole], "byte {at}");
+        assert_eq!(records_of(wrong), all[..whole], "byte {at}");
     });
     for len in 0..bytes.len() {
         let whole = ends.iter().filter(|&&end| end <= len).count().saturating_sub(1);
-        assert_eq!(decode_tail(&bytes[..len], &POOL, 5), all[..whole], "cut at {len}");
+        assert_eq!(records_of(&bytes[..len]), all[..whole], "cut at {len}");
     }
 }
 
 #[test]
 fn a_tail_whose_numbers_do_not_grow_ends_there() {
-    let mut bytes = encode_tail_header(&POOL, 5);
+    let mut bytes = encode_tail_header(&POOL, 5, &CACHES);
     for seq in [4, 6, 6] {
         encode_tail_entry(seq, &Record::Delete { id: 1 }, &mut bytes);
     }
-    assert_eq!(decode_tail(&bytes, &POOL, 5).len(), 2);
+    assert_eq!(records_of(&bytes).len(), 2);
 }
 
 fn root() -> Root {
@@ -437,7 +444,7 @@ fn decode_all(bytes: &[u8]) {
         assert_eq!(encoded(&[record]), bytes[..bytes.len() - rest.len()]);
     }
     _ = decode_batch(bytes, &POOL, 9);
-    _ = decode_tail(bytes, &POOL, 5);
+    _ = decode_tail(bytes, &POOL);
     let mut decoder = VolumesDecoder::new(PagePtr { page: 5, crc: crc_of(bytes) });
     if decoder.give(bytes).is_ok() {
         _ = decoder.finish();
@@ -477,7 +484,7 @@ proptest! {
             1 => root().encode(),
             2 => encode_intents(&POOL, 3, &[5; 504]),
             3 => batch(&some_records(), 4096).0,
-            4 => [encode_tail_header(&POOL, 5), vec![0; 50]].concat(),
+            4 => [encode_tail_header(&POOL, 5, &CACHES), vec![0; 50]].concat(),
             5 => encode_partials(&[PartialRecord { index: 3, extent: 4, fallback: 5, bits: [6; 4] }]),
             6 => encode_volumes(&[volume(1, 300)], &mut || Some(5)).unwrap().1.remove(0).1,
             _ => ChunkPage { partial_pages: [PagePtr::NONE; 6], entries: Box::new([3; CHUNK_ENTRIES]) }.encode(),

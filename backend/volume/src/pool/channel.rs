@@ -55,7 +55,7 @@ impl Device for VolumeDevice {
         Some(Geometry {
             physical_block_bytes: 4096.max(1 << shift),
             optimal_io_bytes: 0,
-            read_only: self.volume.is_snapshot,
+            read_only: self.shared.is_read_only || self.volume.is_snapshot,
             volatile_cache: true,
             discard: Some(DiscardLimits {
                 blocks_max: blocks(DISCARD_BYTES_MAX),
@@ -68,7 +68,8 @@ impl Device for VolumeDevice {
     }
 
     fn state(&self) -> DeviceState {
-        match self.shared.is_writable.load(Ordering::Acquire) || self.volume.is_snapshot {
+        let is_reading = self.shared.is_read_only || self.volume.is_snapshot;
+        match self.shared.is_writable.load(Ordering::Acquire) || is_reading {
             true => DeviceState::Ready,
             false => DeviceState::Failed,
         }

@@ -154,6 +154,8 @@ pub(crate) struct Shared {
     pub(crate) version: AtomicU64,
     /// Changes of the mapping that are not durable yet.
     pub(crate) pending: AtomicU64,
+    /// It is only looked at.
+    pub(crate) is_read_only: bool,
     /// Writes are taken.
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
@@ -177,7 +179,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(crate) fn new(pool: PoolView, owner: ReactorHandle, view: View) -> Arc<Shared> {
+    pub(crate) fn new(pool: PoolView, owner: ReactorHandle, view: View, is_read_only: bool) -> Arc<Shared> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         Arc::new(Shared {
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
@@ -187,6 +189,7 @@ impl Shared {
             view: Mutex::new(Arc::new(view)),
             version: AtomicU64::new(1),
             pending: AtomicU64::new(0),
+            is_read_only,
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),

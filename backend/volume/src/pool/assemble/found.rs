@@ -84,6 +84,19 @@ impl Found {
         Ok(found)
     }
 
+    /// Takes a member out of those that are in sync, if the others have all the data.
+    pub(super) fn goes_on_without(&self, member: &Uuid) -> bool {
+        let number = self.book.members.iter().position(|record| record.uuid == *member);
+        let place = number.and_then(|number| self.array.set_of_member(u16::try_from(number).ok()?));
+        let Some((set, index)) = place else { return false };
+        let set = self.array.set(set);
+        let survives = set.level().is_redundant() && survives(set, 1 << index);
+        if survives {
+            set.set_mode(index, Mode::Away);
+        }
+        survives
+    }
+
     pub(super) fn is_in_sync(&self, number: usize) -> bool {
         self.book.members[number].in_sync && self.members[number].is_some()
     }

@@ -3,7 +3,7 @@
 
 use super::found::Found;
 use super::tables::{read_intents, read_tables};
-use crate::format::{self, Record, Superblock, Uuid};
+use crate::format::{self, Record, Superblock, TailContent, Uuid};
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::{Intents, Locks, Log, Member, Options, Owner, Pending, Rounds, Turns, Work};
 use crate::pool::place::Place;
@@ -60,7 +60,8 @@ async fn start(
     }
     // Before anything is changed: whether it can be opened at all.
     let mut tables = Some(read_tables(lanes, &found).await?);
-    let entries = tail_entries(&found.book, &options);
+    let tail = tail_of(&found.book, &options);
+    let (caches, entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
     let book = next_book(runtime, &found.book, &options);
     let now = runtime.now();
     let members: Vec<Member> = book
@@ -70,9 +71,19 @@ async fn start(
         .map(|(record, place)| {
             let leaf = place.as_ref().map(|(leaf, _)| leaf.clone());
             let is_recorded = record.in_sync && leaf.is_some();
+            let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+            let was = caches.iter().find(|(member, _)| *member == record.uuid).map(|(_, cache)| *cache);
+            let has_lost = is_recorded && was.is_some() && cache.is_some() && was != cache;
+            let is_out = has_lost && !options.read_only && found.goes_on_without(&record.uuid);
+            let is_recorded = is_recorded && !is_out;
             let mut member = Member::new(record.uuid, leaf, is_recorded, now);
             if !is_recorded {
-                member.why = if place.is_some() { "was away" } else { "is missing" }.to_owned();
+                let why = match (is_out, place.is_some()) {
+                    (true, _) => "lost its volatile cache",
+                    (_, true) => "was away",
+                    (_, false) => "is missing",
+                };
+                why.clone_into(&mut member.why);
             }
             member
         })
@@ -94,6 +105,7 @@ async fn start(
             array: found.array.clone(),
             leaves,
         },
+        options.read_only,
     );
     let is_read_only = options.read_only;
     let nothing = Thin { extents: 1, extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
@@ -192,16 +204,12 @@ async fn start(
 }
 
 /// What the process before us acknowledged and may not have made durable; of this pool, this host, and its last opening.
-fn tail_entries(book: &Superblock, options: &OpenOptions) -> Vec<(u64, Record)> {
-    let content = options.tail.content();
-    let Some(epoch) = format::tail_epoch(&content, &book.pool_uuid) else { return Vec::new() };
-    let is_last = epoch == book.epoch && book.opened_by == Some(options.host);
+fn tail_of(book: &Superblock, options: &OpenOptions) -> Option<TailContent> {
+    let tail = format::decode_tail(&options.tail.content(), &book.pool_uuid)?;
+    let is_last = tail.epoch == book.epoch && book.opened_by == Some(options.host);
     // A process that died while it opened the pool.
-    let is_next = count_of(epoch) == count_of(book.epoch) + 1;
-    match is_last || is_next {
-        true => format::decode_tail(&content, &book.pool_uuid, epoch),
-        false => Vec::new(),
-    }
+    let is_next = count_of(tail.epoch) == count_of(book.epoch) + 1;
+    (is_last || is_next).then_some(tail)
 }
 
 /// The openings before an epoch: its upper half. The lower half is random, so that two openings that know nothing of each other differ.
@@ -220,7 +228,8 @@ fn next_book(runtime: &Runtime, book: &Superblock, options: &OpenOptions) -> Sup
 }
 
 fn keep_tail(owner: &Rc<Owner>, entries: &[(u64, Record)]) {
-    let mut content = format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch);
+    let mut content =
+        format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch, &owner.whole_caches());
     for (seq, record) in entries {
         format::encode_tail_entry(*seq, record, &mut content);
     }

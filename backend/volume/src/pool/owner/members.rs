@@ -33,6 +33,8 @@ pub(crate) struct Member {
     pub(crate) away_since: Option<Instant>,
     /// When it was last tried to bring it back.
     pub(crate) tried: Instant,
+    /// What named its volatile cache when it was last known to have all that was written.
+    pub(crate) whole_cache: Option<[u8; 16]>,
     /// The volatile cache that its writes are in.
     pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
     /// It gets all writes, and is not ready to be taken for whole.
@@ -52,6 +54,7 @@ impl Member {
             repaired: 0,
             away_since: (!is_recorded).then_some(now),
             tried: now,
+            whole_cache: cache.filter(|_| is_recorded),
             cache: Arc::new(Mutex::new(cache)),
             is_joining: false,
             is_doubted: Arc::default(),
@@ -178,6 +181,13 @@ impl Owner {
             }
         }
         Ok(())
+    }
+
+    /// Members that have everything, and what names their caches.
+    pub(crate) fn whole_caches(&self) -> Vec<(Uuid, [u8; 16])> {
+        let members = self.members.borrow();
+        let whole = members.iter().filter(|member| member.is_recorded);
+        whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect()
     }
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.

@@ -21,6 +21,7 @@ impl Owner {
         }
         // Before it may be taken for the first copy that is in sync.
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
+        let cache = leaf.device.cache_identity();
         self.lanes.flush(&leaf).await?;
         let _turn = self.turns.superblock.take().await;
         let (is_ready, is_doubted) = {
@@ -36,7 +37,12 @@ impl Owner {
         if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
         }
-        self.members.borrow_mut()[usize::from(number)].is_recorded = true;
+        {
+            let member = &mut self.members.borrow_mut()[usize::from(number)];
+            (member.is_recorded, member.whole_cache) = (true, cache);
+        }
+        // Before the superblocks call it whole, the next process can tell whether it still is.
+        self.begin_tail();
         // It has everything, whoever could write that down: those who could not are found out by the next write to them.
         let (_, failed) = self.write_superblocks(&BTreeSet::new()).await;
         if !failed.is_empty() {
