@@ -17,6 +17,7 @@
 
 #![deny(unsafe_code)]
 
+mod atomic;
 pub mod engine;
 pub mod format;
 pub mod plan;

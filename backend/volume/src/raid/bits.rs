@@ -2,8 +2,8 @@
 //!
 //! Invariants: bits beyond the length are never set.
 
+use crate::atomic::{AtomicU64, Ordering};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const WORD_BITS: u32 = u64::BITS;
 

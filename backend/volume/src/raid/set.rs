@@ -18,8 +18,8 @@
 
 use super::divide::{Divisor, Size};
 use super::{AtomicBits, Copies, Copy, Level, Piece};
+use crate::atomic::{AtomicU8, AtomicU64};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64};
 
 /// The most members that a set of any level has.
 pub const MEMBERS_MAX: u16 = 32;
@@ -166,7 +166,7 @@ impl Set {
             intents: AtomicBits::new(regions),
             unsynced: AtomicBits::new(regions),
             touched: AtomicBits::new(regions),
-            modes: std::array::from_fn(|_| AtomicU8::default()),
+            modes: std::array::from_fn(|_| AtomicU8::new(0)),
             window_start: AtomicU64::new(0),
             window_end: AtomicU64::new(0),
         })

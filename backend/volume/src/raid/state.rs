@@ -9,9 +9,9 @@
 //! - A write goes to every copy that is or becomes readable, or is not done here.
 
 use super::{COPIES_MAX, Copies, Copy, Piece, Set, Slow};
+use crate::atomic::Ordering;
 use crate::simulated::is_broken;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 /// What a member takes part in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,6 +124,9 @@ impl Set {
     /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised.
     #[inline]
     pub fn writable(&self, piece: &Piece) -> Result<Copies, Slow> {
+        let is_redundant = self.level.is_redundant();
+        // First: who finds a mark sees the members as they were when it was set, or later.
+        let is_marked = !is_redundant || !self.any_region(piece, |region| !self.intents.get(region));
         let (mut copies, mut is_readable) = (Copies::default(), false);
         for copy in piece.copies.as_slice() {
             let mode = self.mode_of(copy);
@@ -135,11 +138,11 @@ impl Set {
         if !is_readable {
             return Err(Slow::Degraded);
         }
-        if !self.level.is_redundant() {
+        if !is_redundant {
             return Ok(copies);
         }
         // A copy of a member that is away counts too: its region is what a resync will look for.
-        if self.any_region(piece, |region| !self.intents.get(region)) {
+        if !is_marked {
             return Err(Slow::Intent);
         }
         let len = u64::from(piece.len);
