@@ -28,7 +28,7 @@ const MEMBERS: usize = MEMBERS_MAX as usize;
 /// The most bytes on all members of a set together: 256 PiB. Positions stay so small that `Divisor` is exact.
 pub const SET_BYTES_MAX: u64 = 1 << 58;
 
-/// The longest piece. Only linear and RAID 1 have pieces longer than a strip.
+/// The longest piece, which any member takes in one request. Only linear and RAID 1 have pieces longer than a strip.
 pub const PIECE_BYTES_MAX: u64 = 1 << 20;
 
 /// What a set is made of.

@@ -300,8 +300,9 @@ fn regions_cover_the_rows_with_any_size() {
 #[test]
 fn a_long_piece_is_cut_at_its_limit() {
     let set = Set::new(config(Level::Raid1, &[5 << 30, 5 << 30], 4096, 1 << 20)).expect("good");
-    let pieces: Vec<_> = set.pieces(0, 5 << 30).map(|piece| (piece.start, piece.len)).collect();
-    assert_eq!(pieces, [(0, 1 << 31), (1 << 31, 1 << 31), (1 << 32, 1 << 30)]);
+    let pieces: Vec<_> = set.pieces(4096, 5 << 19).map(|piece| (piece.start, u64::from(piece.len))).collect();
+    let limit = PIECE_BYTES_MAX;
+    assert_eq!(pieces, [(0, limit), (limit, limit), (2 * limit, limit / 2)]);
 }
 
 #[test]
