@@ -1,6 +1,6 @@
 //! Geometry beside a model that places one strip after the other, by hand; state beside tables.
 
-use super::{COPIES_MAX, Copy, Level, Mode, Piece, Set, SetConfig, Slow};
+use super::{COPIES_MAX, Copy, Level, Mode, PIECE_BYTES_MAX, Piece, Set, SetConfig, Slow};
 use std::collections::BTreeSet;
 
 /// SplitMix64.
