@@ -5,6 +5,7 @@
 //!   pool            an array of devices with thin volumes in it: the hot path, the owner, its log
 //!     ├─ thin       what is mapped where, snapshots, allocation: a state machine without I/O
 //!     ├─ raid       where levels put data: arithmetic, and which members have it
+//!     ├─ parity     what stands there for what may be lost: sums, and what they tell
 //!     └─ format     what stands on the members: bytes
 //! ```
 //!
@@ -20,6 +21,7 @@
 mod atomic;
 pub mod engine;
 pub mod format;
+pub mod parity;
 pub mod plan;
 pub mod pool;
 pub mod raid;

@@ -173,6 +173,8 @@ pub struct OpenOptions {
     pub sync_bytes_per_second: u64,
     /// How long regions stay marked after the last write to them.
     pub intent_idle: Duration,
+    /// How long a member may be out of reach before the others go on without it.
+    pub member_timeout: Duration,
     /// How long a member may be away before a spare takes its place.
     pub spare_delay: Duration,
     /// Only look: nothing is written, and no volume can be.
@@ -192,6 +194,7 @@ impl OpenOptions {
             low_water_permille: 100,
             sync_bytes_per_second: 200 << 20,
             intent_idle: Duration::from_secs(5),
+            member_timeout: Duration::from_secs(10),
             spare_delay: Duration::from_secs(60),
             read_only: false,
         }

@@ -87,10 +87,13 @@ pub(super) async fn report_failures(
     status: Status,
     _under_way: UnderWay,
 ) -> Outcome {
-    if status == Status::Aborted {
-        // Given up, not failed; what was marked is made the same again.
-        return Err(status);
-    }
+    let status = match status {
+        // By who asked: not failed. What was marked is made the same again.
+        Status::Aborted if core.is_given_up.load(Ordering::Relaxed) => return Err(status),
+        // By the pool, which does not wait for a member any more.
+        Status::Aborted => Status::Timeout,
+        status => status,
+    };
     if is_broken("ack_before_stale_recorded") {
         core.shared.request(move |owner| async move { owner.report(failed, status).await }).await.ok();
         return Ok(());

@@ -23,14 +23,18 @@ mod divide;
 mod piece;
 mod set;
 mod state;
+mod stripes;
 #[cfg(test)]
-mod tests;
+mod stripes_tests;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use array::Array;
 pub use bits::AtomicBits;
 pub use piece::{COPIES_MAX, Copies, Copy, Piece, Slow};
 pub use set::{MEMBERS_MAX, MemberPieces, PIECE_BYTES_MAX, Pieces, SET_BYTES_MAX, Set, SetConfig};
 pub use state::Mode;
+pub use stripes::{Part, Parts, Role, Stripes, Touched, TouchedStripes};
 
 use std::fmt;
 use std::str::FromStr;

@@ -4,7 +4,6 @@ use super::entry::{Entry, Mapped, is_within};
 use super::metadata::Metadata;
 use super::pages::ROOT_PAGES;
 use crate::format::{CHUNK_ENTRIES, DIR_POINTERS, NONE};
-use std::collections::BTreeMap;
 
 /// No place.
 const NOWHERE: u64 = u64::MAX;
@@ -139,7 +138,11 @@ impl Metadata {
     fn verify_exclusive(&self, count: &mut Count) {
         for (id, v) in self.volumes.iter().filter(|(_, v)| !v.is_snapshot) {
             for at in 0..v.dirs.len() * DIR_POINTERS {
-                let entries = self.table.entries(self.chunk_at(*id, at)).enumerate();
+                let chunk = self.chunk_at(*id, at);
+                if chunk == 0 {
+                    continue;
+                }
+                let entries = self.table.entries(chunk).enumerate();
                 for (slot, entry) in entries.filter(|(_, entry)| entry.birth() > v.shared_generation) {
                     let extent =
                         if entry.is_partial() { self.table.partial(entry.low()).extent } else { entry.low() };
@@ -171,27 +174,23 @@ impl Metadata {
                 count.faults.push(format!("chunk {id}: {mapped} entries, {} were counted", chunk.mapped));
             }
         }
-        let mut states = BTreeMap::from([("free", 0_u32), ("reserved", 0), ("freed", 0), ("referenced", 0)]);
+        let (mut free, mut reserved, mut freed) = (0_u32, 0_u32, 0_u32);
         for (extent, refs) in (0..).zip(&count.refs) {
-            let (free, reserved) = (self.extents.is_free(extent), self.extents.is_reserved(extent));
-            if u8::from(free) + u8::from(reserved) + u8::from(*refs > 0) > 1 {
+            let (is_free, is_reserved) = (self.extents.is_free(extent), self.extents.is_reserved(extent));
+            if u8::from(is_free) + u8::from(is_reserved) + u8::from(*refs > 0) > 1 {
                 count.faults.push(format!("extent {extent} is free or reserved, and has {refs} references"));
             }
-            let state = match (free, reserved, refs) {
-                (true, ..) => "free",
-                (_, true, _) => "reserved",
-                (.., 0) => "freed",
-                _ => "referenced",
-            };
-            *states.get_mut(state).expect("all four") += 1;
+            free += u32::from(is_free);
+            reserved += u32::from(!is_free && is_reserved);
+            freed += u32::from(!is_free && !is_reserved && *refs == 0);
         }
-        let said = [
-            ("free", self.extents.free()),
-            ("reserved", self.extents.reserved()),
-            ("freed", self.extents.freed()),
+        let counted = [
+            ("free", free, self.extents.free()),
+            ("reserved", reserved, self.extents.reserved()),
+            ("freed", freed, self.extents.freed()),
         ];
-        for (state, said) in said.into_iter().filter(|(state, said)| states[state] != *said) {
-            count.faults.push(format!("{} extents are {state}, {said} were counted", states[state]));
+        for (state, found, said) in counted.into_iter().filter(|(_, found, said)| found != said) {
+            count.faults.push(format!("{found} extents are {state}, {said} were counted"));
         }
         if self.checkpoint.is_none() {
             self.verify_pages(count);

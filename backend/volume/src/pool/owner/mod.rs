@@ -141,6 +141,7 @@ pub(crate) struct Options {
     pub(crate) low_water_permille: u32,
     pub(crate) sync_bytes_per_second: u64,
     pub(crate) intent_idle: std::time::Duration,
+    pub(crate) member_timeout: std::time::Duration,
     pub(crate) spare_delay: std::time::Duration,
 }
 
@@ -151,6 +152,7 @@ impl Options {
             low_water_permille: options.low_water_permille,
             sync_bytes_per_second: options.sync_bytes_per_second,
             intent_idle: options.intent_idle,
+            member_timeout: options.member_timeout,
             spare_delay: options.spare_delay,
         }
     }
