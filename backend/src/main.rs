@@ -4,7 +4,9 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let filter = env_logger::Env::default().default_filter_or("info");
+    // A command says what it has done itself.
+    let serves = std::env::args().nth(1).is_some_and(|command| command == "serve");
+    let filter = env_logger::Env::default().default_filter_or(if serves { "info" } else { "warn" });
     env_logger::Builder::from_env(filter).format_timestamp_millis().init();
     // A panic is our bug: it is logged, then the process aborts, and the in-flight log makes the restart safe.
     std::panic::set_hook(Box::new(|info| {

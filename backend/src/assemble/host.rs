@@ -47,6 +47,15 @@ pub fn passing(state_dir: &Path) -> Result<HostIdentity, String> {
     Ok(HostIdentity { nqn, id })
 }
 
+/// For a command that only looks at what a configuration names. Nothing is written.
+///
+/// # Errors
+/// As [`passing`].
+pub(crate) fn looking(config: &HostConfig, state_dir: &Path) -> Result<HostIdentity, String> {
+    let HostIdentity { nqn, id } = passing(state_dir)?;
+    Ok(HostIdentity { nqn: config.nqn.clone().unwrap_or(nqn), id: config.id.unwrap_or(id) })
+}
+
 /// NVMe base specification 2.0, section 4.5: the form for hosts without a domain of their own.
 fn nqn_of(id: Uuid) -> Result<Nqn, String> {
     format!("nqn.2014-08.org.nvmexpress:uuid:{id}").parse()

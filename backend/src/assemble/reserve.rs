@@ -10,6 +10,7 @@ use hawser_block::reservation::{
     AcquireAction, RegisterAction, ReservationCommand, ReservationStatus, ReservationType, ReserveError,
 };
 use hawser_config::value::Uuid;
+use std::sync::Arc;
 
 const KIND: ReservationType = ReservationType::WriteExclusiveRegistrantsOnly;
 
@@ -77,6 +78,26 @@ pub(crate) fn take(device: &dyn Device, host: &[u8; 16], assume_exclusive: bool)
         let _ = acquire(device, key, AcquireAction::PreemptAndAbort, other.key);
     }
     Ok(Reserved::Yes)
+}
+
+/// Reserves all of them, or none.
+pub(crate) fn take_all(
+    devices: Vec<Arc<dyn Device>>,
+    host: [u8; 16],
+    assume_exclusive: bool,
+) -> Result<Vec<Arc<dyn Device>>, String> {
+    let mut reserved: Vec<Arc<dyn Device>> = Vec::new();
+    for device in devices {
+        match take(device.as_ref(), &host, assume_exclusive) {
+            Ok(Reserved::Yes) => reserved.push(device),
+            Ok(Reserved::Unsupported) => {}
+            Err(what) => {
+                reserved.iter().for_each(|device| leave(device.as_ref(), &host));
+                return Err(what);
+            }
+        }
+    }
+    Ok(reserved)
 }
 
 /// Lets `device` go. What cannot be told now the next opener finds.

@@ -41,6 +41,11 @@ impl Client {
         self.call(Method::GET, path, None, ASK_MAX)
     }
 
+    /// Bytes, and not JSON; nothing where there are none.
+    pub(super) fn bytes(&self, path: &str) -> Result<Bytes, Failure> {
+        self.answer(Method::GET, path, None, ASK_MAX)
+    }
+
     pub(super) fn put<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -79,14 +84,25 @@ impl Client {
         body: Option<Vec<u8>>,
         limit: Duration,
     ) -> Result<T, Failure> {
+        let body = self.answer(method, path, body, limit)?;
+        serde_json::from_slice(&body)
+            .map_err(|error| self.failed(&format!("the daemon's answer is not understood: {error}")))
+    }
+
+    fn answer(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        limit: Duration,
+    ) -> Result<Bytes, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| self.failed(&error))?;
         let (status, body) = runtime.block_on(self.exchange(method, path, body, limit))?;
         if status.is_success() {
-            return serde_json::from_slice(&body)
-                .map_err(|error| self.failed(&format!("the daemon's answer is not understood: {error}")));
+            return Ok(body);
         }
         let what =
             serde_json::from_slice::<ErrorView>(&body).map_or_else(|_| status.to_string(), |view| view.error);

@@ -11,6 +11,7 @@ mod disk;
 mod image;
 mod offline;
 mod pool;
+mod pool_show;
 mod progress;
 mod reservation;
 mod serve;

@@ -118,7 +118,7 @@ impl Offline {
         let lock = lock(&folder, file, &config)?;
         let identity = match purpose {
             Purpose::Change => host::identity(&config.host, &config.daemon.state_dir),
-            Purpose::Look => host::passing(&config.daemon.state_dir),
+            Purpose::Look => host::looking(&config.host, &config.daemon.state_dir),
         };
         let identity = identity.map_err(Failure::Failed)?;
         let host_lock = match purpose {
@@ -290,7 +290,8 @@ impl Offline {
         let devices = self.members(found);
         let reserved = match looks {
             true => Vec::new(),
-            false => reserve_all(&devices, &self.host, policy.assume_exclusive)?,
+            false => reserve::take_all(devices.clone(), self.host, policy.assume_exclusive)
+                .map_err(Failure::Failed)?,
         };
         let options = OpenOptions {
             degraded: looks || self.degraded,
@@ -364,7 +365,8 @@ impl Offline {
         }
         let devices: Vec<Arc<dyn Device>> =
             devices.iter().map(|name| self.device(name)).collect::<Result<_, _>>()?;
-        let reserved = reserve_all(&devices, &self.host, self.assume_exclusive)?;
+        let reserved =
+            reserve::take_all(devices.clone(), self.host, self.assume_exclusive).map_err(Failure::Failed)?;
         let uuid = options.uuid;
         let created = pool::create(self.reactor(), devices.clone(), options).wait();
         self.leave(&reserved);
@@ -428,12 +430,4 @@ fn lock(folder: &Path, file: &Path, config: &Config) -> Result<Option<Lock>, Fai
             file.display()
         ))
     })
-}
-
-fn reserve_all(
-    devices: &[Arc<dyn Device>],
-    host: &[u8; 16],
-    assume_exclusive: bool,
-) -> Result<Vec<Arc<dyn Device>>, Failure> {
-    crate::daemon::reserve_all(devices.to_vec(), *host, assume_exclusive).map_err(Failure::Failed)
 }

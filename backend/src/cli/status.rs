@@ -1,7 +1,7 @@
 //! `hawser status`
 
 use crate::cli::table::{self, Align, Table};
-use crate::cli::{ApiArgs, Failure, device, disk, pool, print_json, say, volume};
+use crate::cli::{ApiArgs, Failure, device, disk, pool_show, print_json, say, volume};
 use crate::daemon::api::view::{StatusView, SubsystemView};
 use clap::Args;
 
@@ -47,7 +47,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
     }
     if !status.pools.is_empty() {
         text.push('\n');
-        text.push_str(&pool::table_of(&status.pools));
+        text.push_str(&pool_show::table_of(&status.pools));
     }
     if !status.volumes.is_empty() {
         text.push('\n');

@@ -8,11 +8,12 @@ use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{
     CreateVolume, MakeClone, SetVolume, TakeSnapshot, TakeSnapshots, VolumeView,
 };
-use crate::image;
+use crate::image::{self, Progress};
 use clap::{Args, Subcommand};
 use hawser_config::value::{ByteSize, Name, VolumePath};
 use hawser_volume::pool::Pool;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 #[derive(Subcommand)]
 pub(super) enum VolumeCommand {
@@ -28,7 +29,7 @@ pub(super) enum VolumeCommand {
     Clone(CloneArgs),
     /// Delete a volume or snapshot that nothing uses
     Delete(DeleteArgs),
-    /// Copy a volume to a raw image file, without a daemon
+    /// Copy a volume to a raw image file; of a daemon, a snapshot or what nobody uses
     Export(ExportArgs),
 }
 
@@ -112,7 +113,7 @@ fn url(path: &VolumePath) -> String {
 /// Changes a pool without a daemon; the volume of that name as it is then.
 fn offline(
     at: &WhereArgs,
-    file: &std::path::Path,
+    file: &Path,
     path: &VolumePath,
     change: impl FnOnce(&Pool) -> Result<(), Failure>,
 ) -> Result<VolumeView, Failure> {
@@ -294,9 +295,49 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
     let ExportArgs { path, file, at } = args;
-    let Some(config) = &at.config else {
-        return Err(Failure::Usage("a volume is exported without a daemon, want --config FILE".to_owned()));
+    let bytes = match &at.config {
+        None => export_online(at, path, file)?,
+        Some(config) => export_offline(at, config, path, file)?,
     };
+    if at.json {
+        return print_json(&serde_json::json!({ "volume": path.to_string(), "size_bytes": bytes }));
+    }
+    say(&format!("{path} exported to {}: {}\n", file.display(), table::bytes(bytes)));
+    Ok(())
+}
+
+/// What is asked of a daemon at a time.
+const DATA_BYTES: u64 = 8 << 20;
+
+fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Failure> {
+    let client = at.client();
+    let volume: VolumeView = client.get(&url(path))?;
+    let named = |what: String| Failure::Failed(format!("volume {path} to {}: {what}", to.display()));
+    let file = image::new_file(to).map_err(named)?;
+    let bar = Bar::new();
+    bar.begin("reading", volume.size_bytes);
+    let copy = || {
+        file.set_len(volume.size_bytes).map_err(|error| named(error.to_string()))?;
+        let mut offset = 0;
+        while offset < volume.size_bytes {
+            let length = DATA_BYTES.min(volume.size_bytes - offset);
+            let data = client.bytes(&format!("{}/data?offset={offset}&length={length}", url(path)))?;
+            file.write_all_at(&data, offset).map_err(|error| named(error.to_string()))?;
+            offset += length;
+            bar.done(length);
+        }
+        file.sync_all().map_err(|error| named(error.to_string()))
+    };
+    let done = copy();
+    bar.clear();
+    if done.is_err() {
+        // Half an image is none.
+        let _ = std::fs::remove_file(to);
+    }
+    done.map(|()| volume.size_bytes)
+}
+
+fn export_offline(at: &WhereArgs, config: &Path, path: &VolumePath, file: &Path) -> Result<u64, Failure> {
     let offline = Offline::begin(at, config, Purpose::Look)?;
     let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
         view_of(pool, path)?;
@@ -307,12 +348,7 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
         bar.clear();
         done.map_err(|what| Failure::Failed(format!("volume {path} to {}: {what}", file.display())))
     });
-    let bytes = offline.end(done);
-    if at.json {
-        return print_json(&serde_json::json!({ "volume": path.to_string(), "size_bytes": bytes }));
-    }
-    say(&format!("{path} exported to {}: {}\n", file.display(), table::bytes(bytes)));
-    Ok(())
+    Ok(offline.end(done))
 }
 
 fn show(at: &WhereArgs, volume: &VolumeView, what: &str) -> Result<(), Failure> {

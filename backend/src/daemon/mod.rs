@@ -5,8 +5,8 @@
 //!
 //! Order of starting, so that a failure leaves nothing half-created: lock, run state, devices, reactors, targets, pools, disks,
 //! API. Threads: one for each reactor; `api`; `pools`; `signals`; and the main thread, which waits for news of devices and for
-//! the end. Only [`Daemon`]'s own locks are taken, none while another is held (but that of its pools, last), except that `changes`, `ana_changes` and `pool_creation`
-//! are outermost.
+//! the end. Only [`Daemon`]'s own locks are taken, none while another is held (but that of its pools, last), except that `changes`, `ana_changes`, `pool_creation`
+//! and `volume_reading` are outermost.
 
 pub mod api;
 mod build_id;
@@ -42,8 +42,7 @@ use hawser_fabric::target::{Target, TargetStats};
 use hawser_virtio::{LeftBehind, VhostDisk};
 use host_lock::HostLock;
 use lock::Lock;
-use pools::Pools;
-pub(crate) use pools::reserve_all;
+use pools::{Absent, Pools};
 use run_state::RunState;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -123,6 +122,8 @@ pub struct Daemon {
     ana_changes: Mutex<()>,
     /// Held while a pool is made: two at once could take the same name.
     pool_creation: Mutex<()>,
+    /// Held while a volume is read for a client of the API.
+    volume_reading: Mutex<()>,
     disks_started: AtomicUsize,
 }
 
@@ -171,6 +172,12 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         Some(_) => log::info!("build {build_id} starts again"),
         None => log::info!("build {build_id} starts"),
     }
+    let host_lock = if host_lock::is_needed(&config) {
+        let identity = host::identity(&config.host, &config.daemon.state_dir)?;
+        Some(HostLock::take(&identity)?)
+    } else {
+        None
+    };
     if sandbox::uses_state(&config) {
         // Once in the sandbox it cannot be made. Who needs it and does not have it says so.
         let _ = durable::make_folder(&Machine, &config.daemon.state_dir, 0o755);
@@ -179,12 +186,6 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         // For `--save`. Who may not make it may still start: saving then says what was wrong.
         let _ = durable::make_folder(&Machine, &config.conf_d(), 0o755);
     }
-    let host_lock = if host_lock::is_needed(&config) {
-        let identity = host::identity(&config.host, &config.daemon.state_dir)?;
-        Some(HostLock::take(&identity)?)
-    } else {
-        None
-    };
     sandbox::enter(&config, &allowed)?;
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;
@@ -229,7 +230,7 @@ impl Daemon {
                     log::warn!("{what}; it may be a pool's member, and is tried again");
                     let place = Arc::new(LateDevice::new(name.to_string()));
                     place.set_trouble(&what);
-                    absent.push((placed.clone(), Arc::clone(&place)));
+                    absent.push(Absent::new(placed.clone(), Arc::clone(&place)));
                     place
                 }
                 Err(OpenError::Failed(what)) => return Err(StartError::Failed(what)),
@@ -265,6 +266,7 @@ impl Daemon {
             changes: Mutex::default(),
             ana_changes: Mutex::default(),
             pool_creation: Mutex::default(),
+            volume_reading: Mutex::default(),
             disks_started: AtomicUsize::new(0),
             config,
         };

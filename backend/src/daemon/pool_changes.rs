@@ -6,10 +6,11 @@ use super::api::pool_view::{
     AddDevices, CreatePool, CreateVolume, MakeClone, PoolView, Replace, Scrub, SetVolume, TakeSnapshots,
     VolumeView,
 };
-use super::pools::{Lack, Pools, Taken, reserve_all};
+use super::pools::{Lack, Pools, Taken};
 use super::{ChangeError, Daemon};
 use crate::assemble::pool as assemble;
 use crate::assemble::{host, reserve};
+use crate::image;
 use hawser_block::Device;
 use hawser_config::Backing;
 use hawser_config::value::{Name, VolumePath};
@@ -28,6 +29,11 @@ impl From<Lack> for ChangeError {
         }
     }
 }
+
+/// The most that is read of a volume at a time.
+const DATA_MAX: u64 = 8 << 20;
+/// Whole blocks, of whatever size a pool's are.
+const DATA_UNIT: u64 = 4096;
 
 fn name_in(key: &str, text: &str) -> Result<Name, ChangeError> {
     text.parse().map_err(|what: String| ChangeError::Wrong(format!("{key}: {what}")))
@@ -231,6 +237,42 @@ impl Daemon {
         Ok(before)
     }
 
+    /// The content of a snapshot, or of a volume that nobody uses, from `offset` on; `None`: it is all zero.
+    ///
+    /// # Errors
+    /// When there is no such volume, or it changes while it is read, or the range is none of its.
+    pub fn volume_data(
+        &self,
+        pool: &str,
+        volume: &str,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<Vec<u8>>, ChangeError> {
+        let view = self.volume_view(pool, volume)?;
+        let end = offset.checked_add(len).filter(|end| *end <= view.size_bytes);
+        let is_whole = |at: u64| at.is_multiple_of(DATA_UNIT);
+        if !end.is_some_and(|end| is_whole(offset) && (is_whole(end) || end == view.size_bytes))
+            || len == 0
+            || len > DATA_MAX
+        {
+            return Err(ChangeError::Wrong(format!(
+                "{len} bytes at {offset} of {}, want whole {DATA_UNIT} bytes within it, at most {DATA_MAX}",
+                view.size_bytes
+            )));
+        }
+        if !view.snapshot && view.users > 0 {
+            let what = format!("volume {pool}/{volume} is in use, want a snapshot of it");
+            return Err(ChangeError::Conflict(what));
+        }
+        // A reactor has one lane for this.
+        let _one = self.volume_reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let device = self.pools.open_pool(pool)?.device(volume);
+        let device =
+            device.ok_or_else(|| ChangeError::Unknown(format!("volume {pool}/{volume} is not there")))?;
+        image::read(&device, self.pools.reactor(), offset, len)
+            .map_err(|what| ChangeError::Failed(format!("volume {pool}/{volume}: {what}")))
+    }
+
     /// The disk or subsystem that has something.
     pub(super) fn user_of(&self, backing: &Backing) -> Option<String> {
         let is = |other: Result<Backing, (&'static str, String)>| other.is_ok_and(|other| other == *backing);
@@ -282,8 +324,8 @@ impl Daemon {
             host::identity(&self.config.host, &self.config.daemon.state_dir).map_err(ChangeError::Failed)?;
         let host = identity.id.0;
         let assume_exclusive = pool.parse().is_ok_and(|name| self.config.pool(&name).assume_exclusive);
-        let reserved =
-            reserve_all(taken.devices.clone(), host, assume_exclusive).map_err(ChangeError::Conflict)?;
+        let reserved = reserve::take_all(taken.devices.clone(), host, assume_exclusive)
+            .map_err(ChangeError::Conflict)?;
         match change(taken.devices.clone()) {
             Ok(()) => Ok(reserved),
             Err(error) => {

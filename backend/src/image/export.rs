@@ -1,8 +1,8 @@
-//! Copying devices to raw image files.
+//! Copying devices to raw image files, and pieces of them to whoever asks. They are reached, and nobody else writes to them.
 
 use super::lane::{Job, Lane, Work};
-use super::{IN_FLIGHT_MAX, PIECE_BYTES, Progress, reach};
-use hawser_block::{Device, Geometry, Operation};
+use super::{IN_FLIGHT_MAX, PIECE_BYTES, Progress};
+use hawser_block::{Device, Geometry, Operation, Outcome};
 use hawser_runtime::ReactorHandle;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,18 +20,61 @@ pub fn export(
     path: &Path,
     progress: &dyn Progress,
 ) -> Result<u64, String> {
-    let geometry = reach(device)?;
-    let file =
-        OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => "the file is there already, want another path".to_owned(),
-            _ => format!("the file cannot be made: {error}"),
-        })?;
+    let geometry = device.geometry().ok_or("is not there")?;
+    let file = new_file(path)?;
     let done = copy(device, reactor, geometry, &file, progress);
     if done.is_err() {
         // Half an image is none.
         let _ = std::fs::remove_file(path);
     }
     done.map(|()| geometry.size_bytes())
+}
+
+/// A file that was not there.
+///
+/// # Errors
+/// One line without the path.
+pub fn new_file(path: &Path) -> Result<File, String> {
+    OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => "the file is there already, want another path".to_owned(),
+        _ => format!("the file cannot be made: {error}"),
+    })
+}
+
+/// Reads `len` bytes of a device from `offset` on, both in whole blocks; `None`: they are all zero. At most one caller at a time
+/// on a reactor.
+///
+/// # Errors
+/// One line.
+pub fn read(
+    device: &Arc<dyn Device>,
+    reactor: &ReactorHandle,
+    offset: u64,
+    len: u64,
+) -> Result<Option<Vec<u8>>, String> {
+    let geometry = device.geometry().ok_or("is not there")?;
+    let narrow = |value: u64| usize::try_from(value).map_err(|error| error.to_string());
+    let mut bytes: Option<Vec<u8>> = None;
+    let (mut at, mut failed) = (0, None);
+    let lane = Lane::open(device, reactor)?;
+    while at < len && failed.is_none() {
+        let piece = piece_bytes(geometry).min(len - at);
+        lane.submit(job(geometry, offset + at, piece));
+        // One that does not answer keeps its lane: what is under way names memory of that.
+        let (job, outcome) = lane.wait()?;
+        match ended(geometry, &job, outcome) {
+            Err(what) => failed = Some(what),
+            Ok(()) if job.work.is_all_zero() => {}
+            Ok(()) => {
+                let (whole, from) = (narrow(len)?, narrow(at)?);
+                let bytes = bytes.get_or_insert_with(|| vec![0; whole]);
+                bytes[from..from + job.work.bytes().len()].copy_from_slice(job.work.bytes());
+            }
+        }
+        at += piece;
+    }
+    lane.close();
+    failed.map_or(Ok(bytes), Err)
 }
 
 fn copy(
@@ -44,36 +87,40 @@ fn copy(
     let cannot = |error: io::Error| format!("the file cannot be written: {error}");
     let size = geometry.size_bytes();
     file.set_len(size).map_err(cannot)?;
-    let shift = geometry.block_size.shift();
-    let piece_bytes = u64::from(PIECE_BYTES).min(u64::from(geometry.transfer_blocks_max) << shift);
     progress.begin("reading", size);
     let lane = Lane::open(device, reactor)?;
     let (mut at, mut in_flight) = (0, 0);
     while at < size || in_flight > 0 {
         if at < size && in_flight < IN_FLIGHT_MAX {
-            let len = piece_bytes.min(size - at);
-            let blocks = u32::try_from(len >> shift).expect("a piece is at most 1 MiB");
-            let bytes = usize::try_from(len).expect("a piece is at most 1 MiB");
-            lane.submit(Job {
-                operation: Operation::Read,
-                lba: at >> shift,
-                blocks,
-                len,
-                work: Work::zeroes(bytes),
-            });
+            let len = piece_bytes(geometry).min(size - at);
+            lane.submit(job(geometry, at, len));
             (at, in_flight) = (at + len, in_flight + 1);
             continue;
         }
         let (job, outcome) = lane.wait()?;
         in_flight -= 1;
-        let offset = job.lba << shift;
-        outcome
-            .map_err(|status| format!("reading {} bytes at {offset} failed: {}", job.len, status.name()))?;
+        ended(geometry, &job, outcome)?;
         if !job.work.is_all_zero() {
-            file.write_all_at(job.work.bytes(), offset).map_err(cannot)?;
+            file.write_all_at(job.work.bytes(), job.lba << geometry.block_size.shift()).map_err(cannot)?;
         }
         progress.done(job.len);
     }
     lane.close();
     file.sync_all().map_err(cannot)
+}
+
+fn piece_bytes(geometry: Geometry) -> u64 {
+    u64::from(PIECE_BYTES).min(u64::from(geometry.transfer_blocks_max) << geometry.block_size.shift())
+}
+
+fn job(geometry: Geometry, offset: u64, len: u64) -> Job {
+    let shift = geometry.block_size.shift();
+    let blocks = u32::try_from(len >> shift).expect("a piece is at most 1 MiB");
+    let bytes = usize::try_from(len).expect("a piece is at most 1 MiB");
+    Job { operation: Operation::Read, lba: offset >> shift, blocks, len, work: Work::zeroes(bytes) }
+}
+
+fn ended(geometry: Geometry, job: &Job, outcome: Outcome) -> Result<(), String> {
+    let offset = job.lba << geometry.block_size.shift();
+    outcome.map_err(|status| format!("reading {} bytes at {offset} failed: {}", job.len, status.name()))
 }

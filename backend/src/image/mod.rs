@@ -7,7 +7,7 @@ mod export;
 mod lane;
 mod source;
 
-pub use export::export;
+pub use export::{export, new_file, read};
 pub use source::Image;
 
 use hawser_block::{Device, DeviceState, Geometry, Operation, Status};

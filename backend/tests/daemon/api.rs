@@ -111,7 +111,14 @@ fn check(document: &Value, schema: &Value, value: &Value, at: &str) -> Result<()
 }
 
 /// Asks, and holds the answer against what the document says of `template` and the code that came.
-fn ask(daemon: &Serving, method: &str, path: &str, template: &str, body: &str, want: u16) -> Value {
+pub(crate) fn ask(
+    daemon: &Serving,
+    method: &str,
+    path: &str,
+    template: &str,
+    body: &str,
+    want: u16,
+) -> Value {
     let (code, content_type, answer) = daemon.http(method, path, body);
     assert_eq!(code, want, "{method} {path}: {answer}");
     let document = document();

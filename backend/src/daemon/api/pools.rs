@@ -3,7 +3,7 @@
 use super::pool_view::{
     AddDevices, CreatePool, CreateVolume, MakeClone, Replace, Scrub, SetVolume, TakeSnapshots,
 };
-use super::{Answer, ApiError, body, change, json};
+use super::{Answer, ApiError, body, change, json, whole};
 use crate::daemon::Daemon;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
@@ -77,13 +77,38 @@ pub(super) async fn route(
             let [pool, volume] = [*pool, *volume].map(str::to_owned);
             Ok(json(ok, &change(move || daemon.delete_volume(&pool, &volume)).await?))
         }
+        ["pools", pool, "volumes", volume, "data"] if get => {
+            let [pool, volume] = [*pool, *volume].map(str::to_owned);
+            let (offset, length) = range_of(request.uri().query().unwrap_or_default())?;
+            let data = change(move || daemon.volume_data(&pool, &volume, offset, length)).await?;
+            Ok(match data {
+                Some(data) => whole(ok, "application/octet-stream", data),
+                None => whole(StatusCode::NO_CONTENT, "application/octet-stream", Vec::new()),
+            })
+        }
         ["pools" | "volumes"]
         | ["pools", _]
         | ["pools", _, "scrub" | "replace" | "grow" | "spares" | "volumes" | "snapshots" | "clones"]
-        | ["pools", _, "volumes", _] => {
+        | ["pools", _, "volumes", _]
+        | ["pools", _, "volumes", _, "data"] => {
             let what = format!("{method} is not for {path}, see /v1/openapi.json");
             Err(ApiError(StatusCode::METHOD_NOT_ALLOWED, what))
         }
         _ => Err(ApiError(StatusCode::NOT_FOUND, format!("{path} is not there, see /v1/openapi.json"))),
+    }
+}
+
+/// `offset=4096&length=1048576`
+fn range_of(query: &str) -> Result<(u64, u64), ApiError> {
+    let value = |key: &str| {
+        let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(name, _)| *name == key).and_then(|(_, value)| value.parse().ok())
+    };
+    match (value("offset"), value("length")) {
+        (Some(offset), Some(length)) => Ok((offset, length)),
+        _ => {
+            let what = format!("query {query:?} is no range, want offset=BYTES&length=BYTES");
+            Err(ApiError(StatusCode::BAD_REQUEST, what))
+        }
     }
 }

@@ -1,0 +1,243 @@
+//! Commands without a daemon: what they make, what they find, what they refuse.
+
+use super::{MIB, Rig, disk, holds, json, wish, write};
+use crate::common::{Place, until};
+use crate::frontend::Guest;
+use std::fs;
+
+#[test]
+fn without_a_daemon_a_pool_is_made_looked_at_and_checked() {
+    let rig = Rig::new(3, 256, "");
+    assert_eq!(rig.offline("pool list"), "POOL  STATE  RAID  SIZE  FREE  IN SYNC  SPARES  WORK\n");
+    let made = rig.offline("pool create p0 --raid raid1 d0 d1");
+    assert!(made.starts_with("pool p0 created: raid1, ") && made.ends_with(" MiB\n"), "{made}");
+    let list = json(&rig.offline("pool list --json"));
+    assert_eq!(list[0]["members"][1]["device"], "d1");
+    assert_eq!(
+        (list[0]["state"].as_str(), list[0]["free_bytes"].as_u64()),
+        (Some("ready"), list[0]["size_bytes"].as_u64())
+    );
+    let status = rig.offline("pool status p0");
+    assert!(status.starts_with("pool p0: ready, raid1\n") && status.contains("d1      in_sync"), "{status}");
+    assert_eq!(rig.offline("volume create p0/v --size 20GiB"), "volume p0/v created: 20 GiB\n");
+    assert_eq!(rig.offline("volume snapshot p0/v s"), "snapshot p0/s of v\n");
+    assert_eq!(rig.offline("volume clone p0/s p0/c"), "volume p0/c cloned: 20 GiB\n");
+    assert_eq!(rig.offline("volume resize p0/c --size 1TiB"), "volume p0/c resized: 1 TiB\n");
+    let volumes = json(&rig.offline("volume list --json"));
+    let names: Vec<&str> =
+        volumes.as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["c", "s", "v"]);
+    assert_eq!((&volumes[0]["size_bytes"], &volumes[1]["snapshot"]), (&(1u64 << 40).into(), &true.into()));
+    for volume in ["v", "s", "c"] {
+        rig.offline(&format!("volume delete p0/{volume}"));
+    }
+    let check = json(&rig.offline("pool check p0 --json"));
+    assert_eq!(check["faults"], serde_json::json!([]));
+    assert!(!rig.place.path("api.state").exists(), "no daemon has been here");
+}
+
+#[test]
+fn commands_without_a_daemon_take_over_what_one_that_was_killed_has_left() {
+    let rig = Rig::new(2, 256, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 64MiB");
+    let daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    for index in 0..10 {
+        write(&mut guest, index * 5 * MIB, 7);
+    }
+    // Nothing without the daemon while it runs.
+    for line in ["pool list", "volume list", "volume create p0/w --size 1GiB"] {
+        let refusal = rig.refused(line, 1);
+        let want = format!("is served by a daemon: use --api {} instead of --config", rig.place.text("api"));
+        assert!(refusal.contains(&want) && refusal.contains(&format!("pid {}", daemon.pid())), "{refusal}");
+    }
+    daemon.kill();
+    let all = |image: &[u8]| {
+        assert_eq!(image.len() as u64, 64 * MIB);
+        let is_right = |(at, byte): (usize, &u8)| {
+            *byte == if at as u64 % (5 * MIB) < 4096 && at as u64 / (5 * MIB) < 10 { 7 } else { 0 }
+        };
+        image.iter().enumerate().all(is_right)
+    };
+    // One that looks changes nothing, and sees it.
+    assert_eq!(rig.tails().len(), 1);
+    rig.offline(&format!("volume export p0/v {}", rig.place.text("first")));
+    assert_eq!(rig.tails().len(), 1);
+    assert!(all(&fs::read(rig.place.path("first")).unwrap()));
+    // One that changes something makes it durable.
+    rig.offline("volume snapshot p0/v s");
+    assert!(rig.tails().is_empty());
+    rig.offline(&format!("volume export p0/s {}", rig.place.text("second")));
+    assert!(all(&fs::read(rig.place.path("second")).unwrap()));
+    let daemon = rig.place.serve();
+    let mut guest = guest.reconnect(&rig.socket("v"), &wish());
+    for index in 0..10 {
+        holds(&mut guest, index * 5 * MIB, 7);
+    }
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn an_image_makes_its_volume_and_comes_out_as_it_went_in() {
+    let rig = Rig::new(2, 256, "");
+    rig.offline("pool create p0 --raid raid0 d0 d1");
+    let mut image = vec![0; 20 << 20];
+    for (at, byte) in image.iter_mut().enumerate() {
+        if at % (4 << 20) < 1_000_000 {
+            *byte = (at * 31 % 251).to_le_bytes()[0] | 1;
+        }
+    }
+    fs::write(rig.place.path("raw"), &image).unwrap();
+    let raw = rig.place.text("raw");
+    let done = rig.offline(&format!("image import {raw} p0/golden --verify"));
+    assert_eq!(done, format!("{raw} imported to p0/golden: 20 MiB, verified\n"));
+    let volume = json(&rig.offline("volume list --json"))[0].clone();
+    assert_eq!(volume["size_bytes"], 20 << 20);
+    let out = rig.place.text("out");
+    assert_eq!(
+        rig.offline(&format!("volume export p0/golden {out}")),
+        format!("p0/golden exported to {out}: 20 MiB\n")
+    );
+    assert!(fs::read(rig.place.path("out")).unwrap() == image);
+    let line = rig.refused(&format!("volume export p0/golden {out}"), 1);
+    assert!(line.ends_with("the file is there already, want another path"), "{line}");
+    // A second import goes to what is there.
+    fs::write(rig.place.path("small"), [9; 4096]).unwrap();
+    rig.offline(&format!("image import {} p0/golden", rig.place.text("small")));
+    rig.offline(&format!("volume export p0/golden {}", rig.place.text("third")));
+    let third = fs::read(rig.place.path("third")).unwrap();
+    assert!(third[..4096] == [9; 4096] && third[4096..] == image[4096..]);
+    let line = rig.refused(&format!("image import {raw} px/golden"), 1);
+    assert!(line.contains("pool \"px\" is on no device of ") && line.ends_with("there are p0"), "{line}");
+    assert!(rig.offline("pool check p0").contains("1 volumes"));
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
+    let rest = "[[device]]\nname = \"big\"\nuri = \"file://@/big\"\nblock_size = 4096\n[[device]]\nname = \"m\"\nuri = \"mem:?size=64MiB\"\n\
+                [[device]]\nname = \"tiny\"\nuri = \"file://@/tiny\"\n";
+    let place_files = |place: &Place| {
+        fs::File::create(place.path("big")).unwrap().set_len(256 * MIB).unwrap();
+        fs::File::create(place.path("tiny")).unwrap().set_len(MIB).unwrap();
+    };
+    let mut rig = Rig::new(5, 256, "");
+    place_files(&rig.place);
+    rig.configure(rest);
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 1GiB");
+    let before = [fs::read(rig.place.path("d0")).unwrap(), fs::read(rig.place.path("d2")).unwrap()];
+    for (line, code, want) in [
+        ("pool create p1 --raid raid1 d2", 2, "2"),
+        ("pool create p1 --raid raid10 d2", 2, "2"),
+        (
+            "pool create p1 --raid raid7 d2 d3",
+            2,
+            "--raid: \"raid7\" is no RAID level, want linear, raid0, raid1 or raid10",
+        ),
+        ("pool create p1 --raid raid5 d2 d3 d4", 2, "--raid: \"raid5\" cannot be made yet"),
+        ("pool create p1 --raid raid1 d2 tiny", 2, "tiny"),
+        ("pool create p1 --raid raid1 d2 big", 2, "big"),
+        ("pool create p1 --raid raid1 d2 d1", 1, "d1"),
+        ("pool create p1 --raid raid1 d2 d2", 2, "device d2 is named twice, want each device once"),
+        ("pool create p1 --raid raid1 d2 m", 2, "device m is gone when this command ends"),
+        ("pool create p1 --raid raid1 d2 x", 2, "\"x\" is no [[device]], want one of"),
+        ("pool create p0 --raid raid1 d2 d3", 1, "pool p0 is there on device d0, want another name"),
+        ("pool create p1 --raid raid1 --strip 3KiB d2 d3", 2, "strip"),
+        ("pool create p1 --raid raid1 --extent 1GiB d2 d3", 2, "extent"),
+        ("pool status px", 1, "pool \"px\" is not there; there are p0"),
+        ("pool check px", 1, "pool \"px\" is on no device of "),
+        ("volume create p0/v --size 1GiB", 1, "v"),
+        ("volume create p0/w --size 0", 2, "w"),
+        ("volume resize p0/x --size 1GiB", 1, "x"),
+        ("volume snapshot p0/x s", 1, "x"),
+        ("volume snapshot p0/v v", 1, "v"),
+        ("volume clone p0/v p0/c", 2, "v is no snapshot"),
+        ("volume clone p0/s px/c", 2, "p0/s and px/c are in two pools"),
+        ("volume snapshot p0/v s1 p1/v s2", 2, "volumes of pools p0 and p1 have no instant in common"),
+        ("volume delete p0/x", 1, "volume p0/x is not there; there are v"),
+        ("volume create px/v --size 1GiB", 1, "pool \"px\" is on no device of "),
+    ] {
+        let refusal = rig.refused(line, code);
+        assert!(refusal.contains(want), "{line}: {refusal}");
+    }
+    let after = [fs::read(rig.place.path("d0")).unwrap(), fs::read(rig.place.path("d2")).unwrap()];
+    assert!(before[1] == after[1], "nothing was written to a free device");
+    let list = json(&rig.offline("volume list --json"));
+    assert_eq!(list.as_array().unwrap().len(), 1);
+    assert_eq!(rig.offline("pool check p0").lines().count(), 1);
+    // With the word for it.
+    rig.offline("pool create p1 --raid raid1 --force d2 d1");
+    assert_eq!(json(&rig.offline("pool list --json"))[1]["name"], "p1");
+}
+
+#[test]
+fn a_damaged_superblock_or_log_is_named_and_left_as_it_is() {
+    let mut rig = Rig::new(2, 256, "");
+    rig.offline("pool create p0 --raid linear d0");
+    rig.offline("volume create p0/v --size 1GiB");
+    // Everything that is written before the data, block by block wrong.
+    let path = rig.place.path("d0");
+    let whole = fs::read(&path).unwrap();
+    let mut found = Vec::new();
+    for at in (0..24 << 20).step_by(4096) {
+        if whole[at..at + 4096].iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        let mut damaged = whole.clone();
+        damaged[at + 24..at + 64].iter_mut().for_each(|byte| *byte ^= 0xff);
+        fs::write(&path, &damaged).unwrap();
+        let output = rig.place.run(&["pool", "check", "p0", "--config", &rig.config]);
+        let code = output.status.code();
+        assert!(code == Some(0) || code == Some(1), "at {at}: {output:?}");
+        if code == Some(1) {
+            found.push(at);
+        }
+        assert!(fs::read(&path).unwrap() == damaged, "a check writes nothing");
+    }
+    // Old copies of what is written in turns may be anything.
+    assert!(found.contains(&4096) && found.contains(&65536) && found.len() > 2, "{found:?}");
+    // Both superblocks.
+    let mut damaged = whole.clone();
+    let blocks = (0..damaged.len()).step_by(4096);
+    let superblocks: Vec<usize> = blocks.filter(|at| &whole[*at..*at + 8] == b"HAWSERSB").collect();
+    assert_eq!(superblocks, [4096, 65536]);
+    superblocks.iter().for_each(|at| damaged[at + 16] ^= 1);
+    fs::write(&path, &damaged).unwrap();
+    let line = rig.refused("pool check p0", 1);
+    assert!(line.contains("p0") || line.contains("d0"), "{line}");
+    rig.configure(&disk("v", "p0/v", ""));
+    let daemon = rig.place.serve();
+    assert_eq!(daemon.disk("v").0, "waiting");
+    assert_eq!(daemon.end(), Some(0));
+    assert!(fs::read(&path).unwrap() == damaged);
+}
+
+#[test]
+fn a_member_that_is_swapped_for_another_is_refused_and_comes_back_through_a_resync() {
+    let rig = Rig::new(3, 128, "");
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("pool create p1 --raid linear d2");
+    rig.offline("volume create p0/v --size 64MiB");
+    // The member of another pool is where the second member was.
+    fs::rename(rig.place.path("d1"), rig.place.path("away")).unwrap();
+    fs::rename(rig.place.path("d2"), rig.place.path("d1")).unwrap();
+    fs::File::create(rig.place.path("d2")).unwrap().set_len(128 * MIB).unwrap();
+    let before = fs::read(rig.place.path("d1")).unwrap();
+    let line = rig.refused("volume create p0/w --size 64MiB", 1);
+    assert!(line.contains("p0") && line.contains('1'), "{line}");
+    assert!(rig.refused("pool check p0", 1).starts_with("pool p0: "));
+    assert!(fs::read(rig.place.path("d1")).unwrap() == before);
+    // With the word for it; the member that is away is out from then on.
+    fs::write(rig.place.path("raw"), vec![5; 8 << 20]).unwrap();
+    rig.offline("volume create p0/w --size 64MiB --degraded");
+    let line = rig.refused("pool status p0", 1);
+    assert_eq!(line, "pool p0 is degraded");
+    fs::rename(rig.place.path("d1"), rig.place.path("d2")).unwrap();
+    fs::rename(rig.place.path("away"), rig.place.path("d1")).unwrap();
+    let daemon = rig.place.serve();
+    until("it has everything again", || super::pool_state(&daemon, "p0") == "ready");
+    assert_eq!(daemon.end(), Some(0));
+    assert!(rig.offline("pool check p0").contains("2 volumes"));
+}

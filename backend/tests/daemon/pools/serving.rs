@@ -1,0 +1,363 @@
+//! Pools of a daemon that serves: as a VM sees them, as people change them, after a death.
+
+use super::{MIB, Rig, disk, holds, json, pool_state, slow, wish, write};
+use crate::common::{Place, until};
+use crate::frontend::{Guest, T_FLUSH, T_OUT};
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+#[test]
+fn what_a_vm_writes_is_there_after_a_restart_and_nothing_is_left_in_the_run_state() {
+    let rig = Rig::new(2, 256, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 10GiB");
+    let daemon = rig.place.serve();
+    assert_eq!(daemon.disk("v").0, "listening", "{}", rig.place.log());
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    // 10 GiB, in sectors.
+    assert_eq!(guest.config()[..8], (20u64 << 20).to_le_bytes());
+    holds(&mut guest, 9 << 30, 0);
+    for index in 0..20 {
+        write(&mut guest, index * 400 * MIB, u8::try_from(index + 1).unwrap());
+    }
+    assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
+    assert_eq!(rig.tails().len(), 1);
+    assert!(slow(&daemon, "v", "write_miss") >= 20);
+    let metrics = daemon.http("GET", "/metrics", "").2;
+    for want in [
+        "hawser_pool_state{pool=\"p0\",state=\"ready\"} 1",
+        "hawser_pool_members{pool=\"p0\",state=\"in_sync\"} 2",
+        "hawser_volume_mapped_bytes{pool=\"p0\",volume=\"v\"} ",
+        "hawser_volume_slow_requests_total{pool=\"p0\",volume=\"v\",class=\"write_miss\"} ",
+    ] {
+        assert!(metrics.contains(want), "{want} is not in\n{metrics}");
+    }
+    let status = rig.online("status");
+    assert!(status.contains("slow in p0/v: ") && status.contains("p0    ready"), "{status}");
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    assert!(rig.tails().is_empty(), "{}", rig.place.log());
+    let check = rig.offline("pool check p0");
+    assert!(check.contains("20 mapped extents"), "{check}");
+    let daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    for index in 0..20 {
+        holds(&mut guest, index * 400 * MIB, u8::try_from(index + 1).unwrap());
+        holds(&mut guest, index * 400 * MIB + 4096, 0);
+    }
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn after_kill_9_every_acknowledged_write_is_there_without_a_flush() {
+    let rig = Rig::new(2, 512, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 10GiB");
+    let mut daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    let mut written = Vec::new();
+    for round in 0..4u64 {
+        for index in 0..30 {
+            // First writes to new extents, and writes into those of before.
+            let at = (round * 30 + index) * 2 * MIB;
+            write(&mut guest, at, u8::try_from(round * 30 + index + 1).unwrap());
+            write(&mut guest, at + 64 * 4096, u8::try_from(index + 1).unwrap());
+            written.push((at, u8::try_from(round * 30 + index + 1).unwrap()));
+        }
+        if round == 2 {
+            assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
+        }
+        daemon.kill();
+        daemon = rig.place.serve();
+        guest = guest.reconnect(&rig.socket("v"), &wish());
+        for (at, fill) in &written {
+            holds(&mut guest, *at, *fill);
+        }
+    }
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    assert!(rig.offline("pool check p0").contains("120 mapped extents"));
+}
+
+#[test]
+fn a_clone_of_a_running_volume_has_what_that_had_then() {
+    let mut rig = Rig::new(4, 256, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid10 d0 d1 d2 d3");
+    rig.offline("volume create p0/v --size 10GiB");
+    let daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    for index in 0..8 {
+        write(&mut guest, index * 3 * MIB, 1);
+    }
+    assert_eq!(rig.online("volume snapshot p0/v s1"), "snapshot p0/s1 of v\n");
+    for index in 0..4 {
+        write(&mut guest, index * 3 * MIB, 2);
+    }
+    rig.online("volume snapshot p0/v s2 p0/s1 s3");
+    write(&mut guest, 0, 3);
+    assert_eq!(rig.online("volume clone p0/s1 p0/c"), "volume p0/c cloned: 10 GiB\n");
+    let socket = rig.place.text("c.sock");
+    assert_eq!(rig.online(&format!("disk add c --volume p0/c --socket {socket} --save")), "disk c added\n");
+    let mut other = Guest::connect(&rig.socket("c"), &wish());
+    for index in 0..8 {
+        holds(&mut other, index * 3 * MIB, 1);
+    }
+    write(&mut other, 7 * 3 * MIB, 9);
+    holds(&mut guest, 7 * 3 * MIB, 1);
+    holds(&mut guest, 0, 3);
+    assert!(slow(&daemon, "v", "copy_on_write") >= 1 && slow(&daemon, "c", "copy_on_write") >= 1);
+    // What a snapshot has comes out while the volume is used.
+    let (out, none) = (rig.place.text("out"), rig.place.text("none"));
+    assert_eq!(
+        rig.online(&format!("volume export p0/s1 {out}")),
+        format!("p0/s1 exported to {out}: 10 GiB\n")
+    );
+    let image = fs::File::open(rig.place.path("out")).unwrap();
+    assert_eq!(image.metadata().unwrap().len(), 10 << 30);
+    assert!(image.metadata().unwrap().blocks() * 512 < 64 * MIB, "zeroes are holes");
+    let mut piece = vec![0; 25 << 20];
+    image.read_exact_at(&mut piece, 0).unwrap();
+    let want = |at: u64| u8::from(at % (3 * MIB) < 4096 && at / (3 * MIB) < 8);
+    assert!((0..).zip(&piece).all(|(at, byte)| *byte == want(at)));
+    let line = rig.online_refused(&format!("volume export p0/v {none}"), 1);
+    assert_eq!(line, "volume p0/v is in use, want a snapshot of it");
+    assert!(!rig.place.path("none").exists());
+    let free = |rig: &Rig| json(&rig.online("pool list --json"))[0]["free_bytes"].as_u64().unwrap();
+    let before = free(&rig);
+    // A snapshot is served where nothing can be written.
+    let socket = rig.place.text("s.sock");
+    let add = format!("disk add s --volume p0/s2 --socket {socket}");
+    let line = rig.online_refused(&add, 1);
+    assert_eq!(line, "p0/s2 is a snapshot, want read_only = true, or a clone of it");
+    rig.online(&format!("{add} --read-only"));
+    let mut third = Guest::connect(&rig.socket("s"), &wish());
+    holds(&mut third, 0, 2);
+    assert_ne!(third.request(T_OUT, 0, &[4; 4096], 0).0, 0);
+    // What is used is not deleted; the rest in any order.
+    let line = rig.online_refused("volume delete p0/c", 1);
+    assert_eq!(line, "volume p0/c is disk c's, want that removed first");
+    for name in ["s1", "s3"] {
+        assert_eq!(
+            rig.online(&format!("volume delete p0/{name}")),
+            format!("volume p0/{name} deleted: 10 GiB\n")
+        );
+    }
+    drop((third, other));
+    rig.online("disk remove s");
+    rig.online("disk remove c --save");
+    rig.online("volume delete p0/c");
+    rig.online("volume delete p0/s2");
+    for index in 0..8 {
+        holds(
+            &mut guest,
+            index * 3 * MIB,
+            if index == 0 {
+                3
+            } else if index < 4 {
+                2
+            } else {
+                1
+            },
+        );
+    }
+    until("what nobody else had is free", || free(&rig) > before);
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    rig.configure("");
+    let check = rig.offline("pool check p0");
+    assert!(check.contains(" 8 mapped extents"), "{check}");
+}
+
+#[test]
+fn a_volume_that_is_not_there_is_waited_for_and_grows_under_its_vm() {
+    let snapshot = disk("s", "p0/s", "");
+    let rest = disk("v", "p0/v", "") + &snapshot + &disk("x", "px/v", "");
+    let rig = Rig::new(2, 256, &rest);
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    let daemon = rig.place.serve();
+    assert_eq!(daemon.disk("v"), ("waiting".to_owned(), Some("pool p0 has no volume v".to_owned())));
+    assert_eq!(daemon.disk("x").1.unwrap(), "pool px was not found on any device yet");
+    rig.online("volume create p0/v --size 1GiB");
+    until("it listens", || daemon.disk("v").0 == "listening");
+    rig.online("volume snapshot p0/v s");
+    until("it is known", || {
+        daemon.disk("s").1.is_some_and(|why| why.starts_with("p0/s is a snapshot, want read_only"))
+    });
+    assert_eq!(daemon.disk("s").0, "waiting");
+    rig.online("volume resize p0/v --size 2GiB");
+    let size = || daemon.status()["disks"][0]["size_bytes"].as_u64();
+    until("the disk has grown", || size() == Some(2 << 30));
+    let line = rig.online_refused("disk add y --volume py/v --socket /tmp/y", 2);
+    assert_eq!(line, "volume: pool \"py\" is not there; there are p0");
+    let line = rig.online_refused("disk add y --volume p0/none --socket /tmp/y", 1);
+    assert_eq!(line, "pool p0 has no volume none");
+    let line = rig.online_refused(&format!("disk add y --device d0 --socket {}", rig.place.text("y")), 1);
+    assert_eq!(line, "device d0 is a member of pool p0, want one of its volumes");
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_pool_starts_without_a_member_after_its_time_and_gets_it_back() {
+    let rest = disk("v", "p0/v", "") + "[[pool]]\nname = \"p0\"\nassemble_timeout = 2\n";
+    let rig = Rig::new(2, 256, &rest);
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 1GiB");
+    let daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    write(&mut guest, 0, 1);
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    fs::rename(rig.place.path("d1"), rig.place.path("away")).unwrap();
+    let daemon = rig.place.serve();
+    let waiting = daemon.status()["pools"][0].clone();
+    if waiting["state"] == "waiting" {
+        assert_eq!(
+            waiting["troubles"][0],
+            "member 1 is not there; waiting for at most 2 s (assemble_timeout)"
+        );
+        let why = daemon.disk("v").1.unwrap();
+        assert!(why.starts_with("pool p0 is not open yet: member 1 is not there"), "{why}");
+        assert!(rig.online_refused("pool status p0", 1).ends_with("pool p0 is waiting"));
+    }
+    until("it starts without", || daemon.disk("v").0 == "listening");
+    assert_eq!(pool_state(&daemon, "p0"), "degraded");
+    let output = rig.place.run(&["pool", "status", "p0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("missing"), "{output:?}");
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    holds(&mut guest, 0, 1);
+    for index in 0..20 {
+        write(&mut guest, index * 8 * MIB, 2);
+    }
+    fs::rename(rig.place.path("away"), rig.place.path("d1")).unwrap();
+    until("it is back and has everything", || pool_state(&daemon, "p0") == "ready");
+    write(&mut guest, 0, 3);
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    // The one that was away has it all.
+    fs::rename(rig.place.path("d0"), rig.place.path("away")).unwrap();
+    let daemon = rig.place.serve();
+    until("it starts without the other", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    holds(&mut guest, 0, 3);
+    (1..20).for_each(|index| holds(&mut guest, index * 8 * MIB, 2));
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_pool_is_made_changed_and_scrubbed_while_a_daemon_serves() {
+    let rig = Rig::new(
+        8,
+        256,
+        "[[device]]\nname = \"m\"\nuri = \"mem:?size=64MiB\"\n[[disk]]\nname = \"m\"\ndevice = \"m\"\nsocket = \"@/m.sock\"\n",
+    );
+    let daemon = rig.place.serve();
+    let made = rig.online("pool create p0 --raid raid1 --spares 1 d0 d1 d2");
+    assert!(made.starts_with("pool p0 created: raid1, "), "{made}");
+    let status = rig.online("pool status p0");
+    assert!(status.contains("  -       d2      spare"), "{status}");
+    rig.online("volume create p0/v --size 1GiB");
+    let socket = rig.place.text("v.sock");
+    rig.online(&format!("disk add v --volume p0/v --socket {socket}"));
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    for index in 0..20 {
+        write(&mut guest, index * 5 * MIB, 5);
+    }
+    assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
+    let done = rig.online("pool scrub p0 --wait");
+    assert!(done.starts_with("pool p0 scrubbed, members do not differ"), "{done}");
+    let done = rig.online("pool replace p0 d1 d3 --wait");
+    assert!(done.starts_with("pool p0 has d3 in the place of d1"), "{done}");
+    until("the new one has everything", || pool_state(&daemon, "p0") == "ready");
+    let members = json(&rig.online("pool list --json"))[0]["members"].clone();
+    assert_eq!((&members[1]["device"], &members[1]["state"]), (&"d3".into(), &"in_sync".into()));
+    let size = |rig: &Rig| json(&rig.online("pool list --json"))[0]["size_bytes"].as_u64().unwrap();
+    let before = size(&rig);
+    rig.online("pool grow p0 d4 d5 --wait");
+    until("it has grown", || size(&rig) > before + 200 * MIB);
+    rig.online("pool add-spare p0 d6");
+    for (line, code, want) in [
+        ("pool create p0 --raid raid1 d1 d7", 1, "pool p0 is there, want another name"),
+        ("pool create p1 --raid raid1 d0 d7", 1, "device d0 is a member of pool p0, want a free device"),
+        (
+            "pool create p1 --raid raid1 m d7",
+            1,
+            "device m is a disk's or a subsystem's own, want a free device",
+        ),
+        ("pool create p1 --raid raid1 x d7", 2, "devices: \"x\" is no [[device]], want one of"),
+        ("pool create p1 --raid raid1 d7 d7", 2, "devices: device d7 is named twice"),
+        ("pool replace p0 d9 d7", 1, "d9"),
+        ("pool replace p0 d0 d4", 1, "device d4 is a member of pool p0"),
+        ("pool grow px d7", 1, "pool \"px\" is not there; there are p0"),
+        ("volume create px/v --size 1GiB", 1, "pool \"px\" is not there; there are p0"),
+    ] {
+        let line = rig.online_refused(line, code);
+        assert!(line.contains(want), "{line}");
+    }
+    for index in 0..20 {
+        holds(&mut guest, index * 5 * MIB, 5);
+    }
+    let device = json(&rig.online("device show d4 --json"));
+    assert_eq!(device["pool"], "p0");
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    let daemon = rig.place.serve();
+    until("it comes back", || pool_state(&daemon, "p0") == "ready");
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn two_pools_of_one_name_are_both_left_closed() {
+    let mut rig = Rig::new(2, 128, "");
+    rig.offline("pool create p0 --raid linear d0");
+    // The other one is made where the first is not seen.
+    let text = fs::read_to_string(&rig.config).unwrap();
+    let only = text.replace("name = \"d0\"\nuri = \"file://", "name = \"d0\"\nuri = \"null:?size=128MiB\" #");
+    fs::write(&rig.config, only).unwrap();
+    rig.offline("pool create p0 --raid linear d1");
+    rig.configure(&disk("v", "p0/v", ""));
+    let line = rig.refused("volume create p0/v --size 1GiB", 1);
+    assert!(line.starts_with("two pools are called p0: ") && line.contains("(on d0)"), "{line}");
+    let daemon = rig.place.serve();
+    let pools = daemon.status()["pools"].clone();
+    assert_eq!(pools.as_array().unwrap().len(), 2);
+    for pool in pools.as_array().unwrap() {
+        assert_eq!(pool["state"], "waiting");
+        assert!(pool["troubles"][0].as_str().unwrap().starts_with("two pools are called p0: "), "{pool}");
+    }
+    assert_eq!(daemon.disk("v").0, "waiting");
+    assert!(rig.place.log().contains("two pools are called p0: "), "{}", rig.place.log());
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_second_initiator_under_one_identity_is_refused() {
+    let place = Place::new();
+    let far = "[[device]]\nname = \"r\"\nuri = \"nvme+tcp://127.0.0.1:1/nqn.2026-11.io.hawser:none\"\n";
+    place.configure(far);
+    let daemon = place.serve();
+    let other = Place::new();
+    let text = fs::read_to_string(place.path("hawser.toml")).unwrap();
+    let text =
+        text.replace(&place.text("api"), &other.text("api")).replace(&place.text("lib"), &other.text("lib"));
+    fs::write(other.path("hawser.toml"), text).unwrap();
+    let config = other.text("hawser.toml");
+    let line = other.fails(&["serve", "--config", &config], 1);
+    let host = &place.host;
+    let want = format!(
+        "another process, pid {}, is host nqn.2014-08.org.nvmexpress:uuid:{host} with identifier {host}",
+        daemon.pid()
+    );
+    assert!(line.starts_with(&want), "{line}");
+    assert_eq!(
+        other.names(),
+        ["api.state", "hawser.toml"],
+        "nothing but a run state that says that it never began"
+    );
+    // A death frees it.
+    daemon.kill();
+    let daemon = other.serve();
+    assert_eq!(daemon.end(), Some(0));
+}

@@ -1,0 +1,179 @@
+//! Pools over targets that several hosts reach: one of them writes, whatever the others try, and whoever dies.
+
+use crate::common::{Place, Serving, until};
+use crate::frontend::{Guest, T_FLUSH, T_IN, T_OUT, Wish};
+use std::fs;
+
+const MIB: u64 = 1 << 20;
+
+/// A target with two files as namespaces.
+fn storage() -> (Place, Serving, String) {
+    let storage = Place::new();
+    let mut text = String::new();
+    let mut namespaces = String::new();
+    for index in 0..2 {
+        fs::File::create(storage.path(&format!("store{index}"))).unwrap().set_len(256 * MIB).unwrap();
+        text += &format!("[[device]]\nname = \"f{index}\"\nuri = \"file://@/store{index}\"\n");
+        namespaces += &format!("[[subsystem.namespace]]\nnsid = {}\ndevice = \"f{index}\"\n", index + 1);
+    }
+    text += "[[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t\"\nlisten = [\"tcp://127.0.0.1:0\"]\n";
+    storage.configure(&(text + &namespaces));
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    (storage, target, listen)
+}
+
+/// A host of a pool on these namespaces.
+fn host(listen: &str, more: &str) -> Place {
+    let host = Place::new();
+    let device = |nsid| {
+        format!(
+            "[[device]]\nname = \"n{nsid}\"\nuri = \"nvme+{listen}/nqn.2026-11.io.hawser:t?nsid={nsid}\"\nreconnect_delay = 1\n"
+        )
+    };
+    let disk = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n";
+    host.configure(&format!("{}{}{disk}{more}", device(1), device(2)));
+    host
+}
+
+fn config(place: &Place) -> String {
+    place.text("hawser.toml")
+}
+
+fn wish() -> Wish {
+    Wish { inflight: true, ..Wish::default() }
+}
+
+fn write(guest: &mut Guest, at: u64, fill: u8) -> bool {
+    guest.request(T_OUT, at / 512, &[fill; 4096], 0).0 == 0
+}
+
+fn holds(guest: &mut Guest, at: u64, fill: u8) {
+    let (status, data) = guest.request(T_IN, at / 512, &[], 4096);
+    assert_eq!(status, 0, "read at {at}");
+    assert!(data.iter().all(|byte| *byte == fill), "at {at}: {:?} instead of {fill}", &data[..16]);
+}
+
+fn trouble(daemon: &Serving) -> String {
+    daemon.status()["pools"][0]["troubles"][0].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_pool_is_one_host_s_until_that_lets_it_go_or_is_said_to_be_gone() {
+    let (_storage, target, listen) = storage();
+    let one = host(&listen, "");
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let first = one.serve();
+    until("the first has it", || first.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&one.path("v.sock"), &wish());
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 1));
+    }
+    // Nobody else has it meanwhile: by name.
+    let two = host(&listen, "");
+    let second = two.serve();
+    let want = format!("is reserved by host {}", one.host);
+    until("the second is refused", || trouble(&second).contains(&want));
+    assert_eq!(second.disk("v").0, "waiting");
+    assert_eq!(second.end(), Some(0));
+    let line = two.fails(&["volume", "create", "p0/w", "--config", &config(&two), "--size", "1GiB"], 1);
+    assert!(line.contains(&want), "{line}");
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 2));
+    }
+    drop(guest);
+    // It lets go in order: then another has it without a word.
+    assert_eq!(first.end(), Some(0));
+    let second = two.serve();
+    until("the second has it", || second.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&two.path("v.sock"), &wish());
+    (0..20).for_each(|index| holds(&mut guest, index * 3 * MIB, 2));
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 3));
+    }
+    assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
+    drop(guest);
+    // It dies: another has it only when somebody says so.
+    second.kill();
+    let first = one.serve();
+    let want = format!("is reserved by host {}", two.host);
+    until("the first is refused", || trouble(&first).contains(&want));
+    assert_eq!(first.end(), Some(0));
+    let list = one.ok(&["volume", "list", "--config", &config(&one), "--json"]);
+    assert!(list.contains("\"name\": \"v\""), "who only looks may: {list}");
+    drop(target);
+}
+
+#[test]
+fn who_takes_a_pool_from_a_host_that_lives_after_all_gets_it_whole() {
+    let (_storage, target, listen) = storage();
+    let one = host(&listen, "");
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let first = one.serve();
+    until("the first has it", || first.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&one.path("v.sock"), &wish());
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 1));
+    }
+    assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
+    // Somebody is wrong about the first.
+    let two = host(&listen, "[[pool]]\nname = \"p0\"\nassume_exclusive = true\n");
+    let second = two.serve();
+    until("the second has it", || second.disk("v").0 == "listening");
+    let mut other = Guest::connect(&two.path("v.sock"), &wish());
+    (0..20).for_each(|index| holds(&mut other, index * 3 * MIB, 1));
+    for index in 0..20 {
+        assert!(write(&mut other, index * 3 * MIB, 2));
+    }
+    // Whatever the first still tries, it fails, and nothing of it lands.
+    let mut failed = 0;
+    for index in 0..40 {
+        failed += u32::from(!write(&mut guest, index * 3 * MIB, 9));
+    }
+    assert_eq!(failed, 40, "{}", one.log());
+    until("the first knows that it has lost it", || first.status()["pools"][0]["state"] == "failed");
+    (0..20).for_each(|index| holds(&mut other, index * 3 * MIB, 2));
+    assert_eq!(other.request(T_FLUSH, 0, &[], 0).0, 0);
+    drop(guest);
+    first.kill();
+    drop(other);
+    assert_eq!(second.end(), Some(0));
+    let check = two.ok(&["pool", "check", "p0", "--config", &config(&two)]);
+    assert!(check.contains("20 mapped extents"), "{check}");
+    assert_eq!(target.end(), Some(0));
+}
+
+#[test]
+fn a_volume_is_a_namespace_for_other_hosts() {
+    let storage = Place::new();
+    for index in 0..2 {
+        fs::File::create(storage.path(&format!("d{index}"))).unwrap().set_len(256 * MIB).unwrap();
+    }
+    let text = "[[device]]\nname = \"d0\"\nuri = \"file://@/d0\"\n[[device]]\nname = \"d1\"\nuri = \"file://@/d1\"\n\
+                [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t\"\nlisten = [\"tcp://127.0.0.1:0\"]\n\
+                [[subsystem.namespace]]\nnsid = 1\nvolume = \"p0/v\"\n";
+    storage.configure(text);
+    storage.ok(&["pool", "create", "p0", "--config", &config(&storage), "--raid", "raid1", "d0", "d1"]);
+    storage.ok(&["volume", "create", "p0/v", "--config", &config(&storage), "--size", "1GiB"]);
+    let target = storage.serve();
+    let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
+    assert_eq!(target.status()["subsystems"][0]["namespaces"][0]["volume"], "p0/v");
+    let place = Place::new();
+    place.configure(&format!(
+        "[[device]]\nname = \"r\"\nuri = \"nvme+{listen}/nqn.2026-11.io.hawser:t\"\n\
+         [[disk]]\nname = \"v\"\ndevice = \"r\"\nsocket = \"@/v.sock\"\n"
+    ));
+    let daemon = place.serve();
+    until("it is reached", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&place.path("v.sock"), &wish());
+    for index in 0..10 {
+        assert!(write(&mut guest, index * 7 * MIB, 6));
+        holds(&mut guest, index * 7 * MIB, 6);
+    }
+    let line = storage.fails(&["volume", "delete", "p0/v"], 1);
+    assert_eq!(line, "volume p0/v is subsystem nqn.2026-11.io.hawser:t's, want that removed first");
+    drop(guest);
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}
