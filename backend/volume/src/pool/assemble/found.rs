@@ -153,8 +153,15 @@ fn check_no_rivals(labels: &[(Leaf, Superblock)]) -> Result<(), PoolError> {
     let trusts = |label: &Superblock, other: &Uuid| {
         label.members.iter().any(|member| member.uuid == *other && member.in_sync)
     };
-    for (one, (leaf, label)) in labels.iter().enumerate() {
-        for (other_leaf, other) in &labels[one + 1..] {
+    // Who trusts somebody that knows more and has put him out was not used without him: he is behind.
+    let is_behind = |label: &Superblock| {
+        labels.iter().any(|(_, other)| {
+            other.generation > label.generation && trusts(label, &other.this) && !trusts(other, &label.this)
+        })
+    };
+    let candidates: Vec<&(Leaf, Superblock)> = labels.iter().filter(|(_, label)| !is_behind(label)).collect();
+    for (one, (leaf, label)) in candidates.iter().enumerate() {
+        for (other_leaf, other) in &candidates[one + 1..] {
             let are_members = label.place().is_some() && other.place().is_some();
             let is_of_pool = label.pool_uuid == other.pool_uuid;
             let both_have_data = trusts(label, &label.this) && trusts(other, &other.this);

@@ -28,7 +28,21 @@ const UNMAP_EXTENTS: u32 = 256;
 #[derive(Default)]
 pub(crate) struct Locks {
     held: RefCell<BTreeMap<(u32, u32), Held>>,
+    mapping: RefCell<BTreeSet<(u32, u32)>>,
     bell: Bell,
+}
+
+/// Somebody looks for an extent for an index, until it is dropped.
+struct Mapping<'a> {
+    locks: &'a Locks,
+    key: (u32, u32),
+}
+
+impl Drop for Mapping<'_> {
+    fn drop(&mut self) {
+        self.locks.mapping.borrow_mut().remove(&self.key);
+        self.locks.bell.ring();
+    }
 }
 
 #[derive(Default)]
@@ -62,6 +76,16 @@ impl Locks {
             Some(())
         };
         self.bell.until(get).await;
+    }
+
+    /// Whether nobody else looks for an extent for this index.
+    fn begin_mapping(&self, key: (u32, u32)) -> bool {
+        self.mapping.borrow_mut().insert(key)
+    }
+
+    /// Waits until nobody looks for an extent for this index.
+    async fn mapped(&self, key: (u32, u32)) {
+        self.bell.until(|| (!self.mapping.borrow().contains(&key)).then_some(())).await;
     }
 
     fn release(&self, key: (u32, u32), exclusive: bool) {
@@ -166,10 +190,17 @@ impl Owner {
                 self.make(&Record::Rebirth { volume, index, birth });
                 return Ok(extent);
             }
+            if !self.locks.begin_mapping((volume, index)) {
+                // Another one who writes whole units is at it.
+                self.locks.mapped((volume, index)).await;
+                continue;
+            }
+            let mapping = Mapping { locks: &self.locks, key: (volume, index) };
             if !self.meta.borrow().has_room_for_metadata(1) {
                 return Err(Status::NoSpace);
             }
             let Some(new) = self.meta.borrow_mut().allocate() else {
+                drop(mapping);
                 self.make_space().await?;
                 continue;
             };

@@ -177,8 +177,12 @@ impl Owner {
                     .get(other)
                     .is_some_and(|record| !record.in_sync && record.uuid == members[other].uuid)
         });
-        // What this opening has written knows less than we, and that is all.
-        let is_rival = is_rival && label.epoch != self.book.borrow().epoch;
+        // Who trusts somebody that we trust too was not used without him: he is behind. So is what this opening has written.
+        let is_behind = members
+            .iter()
+            .filter(|member| member.is_recorded)
+            .any(|member| label.members.iter().any(|record| record.in_sync && record.uuid == member.uuid));
+        let is_rival = is_rival && !is_behind && label.epoch != self.book.borrow().epoch;
         match is_rival {
             true => Err("it was used without the others, and they without it: want it put in as a replacement, with --force".to_owned()),
             false => Ok(()),
