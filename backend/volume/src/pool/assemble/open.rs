@@ -310,9 +310,11 @@ impl Owner {
         self.shared.is_writable.store(false, Ordering::Release);
         self.bell.ring();
         self.space.ring();
-        let closed = match self.is_read_only || self.lost.borrow().is_some() {
-            true => Ok(()),
-            false => self.make_whole().await,
+        let closed = match (self.is_read_only, self.lost.borrow().is_some()) {
+            (true, _) => Ok(()),
+            // What it has acknowledged and not made durable is in the tail only.
+            (false, true) => Err(Status::ReadOnly),
+            (false, false) => self.make_whole().await,
         };
         // Tasks that sleep still name it.
         self.unregister();
