@@ -144,6 +144,10 @@ pub trait Device: Send + Sync {
         Err("io_policy is for nvme+tcp:// only".to_owned())
     }
 
+    /// From now on a request that has waited so long for a way to it fails instead of waiting on, unless its configuration says how long. For
+    /// whoever has another copy.
+    fn fail_after(&self, _patience: Duration) {}
+
     /// Bytes of payload that this process has copied instead of having them moved to or from the user's memory, by reason.
     fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -249,7 +249,7 @@ impl Task {
         let until = self.runtime.refresh_now() + delay;
         loop {
             let now = self.runtime.refresh_now();
-            let gives_up = match self.timers().patience() {
+            let gives_up = match self.shared.patience() {
                 Some(limit) if !self.hopeless => self.lost_at + limit,
                 _ => Instant::NEVER,
             };

@@ -85,6 +85,8 @@ pub(crate) struct Shared {
     /// Names the device in [`Lanes`].
     pub(crate) key: u64,
     pub(crate) config: NvmeConfig,
+    /// How long a path is waited for where the configuration does not say, in nanoseconds; 0: without end.
+    patience_ns: AtomicU64,
     pub(crate) reactors: Vec<ReactorHandle>,
     /// By path.
     pub(crate) notices: Vec<Arc<Mailbox<Notice>>>,
@@ -108,6 +110,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// How long a path is waited for at most.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        let asked = self.patience_ns.load(Ordering::Relaxed);
+        let asked = (asked > 0).then_some(Duration::from_nanos(asked));
+        self.config.timers.patience().or(asked)
+    }
+
     pub(crate) fn status(&self) -> MutexGuard<'_, Status> {
         lock(&self.status)
     }
@@ -273,7 +282,7 @@ impl Shared {
     }
 
     /// A controller has said how long the commands of a process before us may live, of which nothing else is known.
-    pub(crate) fn predecessors_live(&self, lives: std::time::Duration) {
+    pub(crate) fn predecessors_live(&self, lives: Duration) {
         for unquiet in lock(&self.unquiet).iter_mut() {
             if unquiet.association < PREDECESSORS && unquiet.record.is_anybodys() {
                 // Whichever of them it was at; the first to speak ends the wait for any.
@@ -369,6 +378,7 @@ impl NvmeDevice {
         let paths = config.paths.len();
         let caches = Arc::new(Caches::new((paths, distinct.len()), config.on_cache_doubt, inherited));
         let shared = Arc::new(Shared {
+            patience_ns: AtomicU64::new(0),
             key: KEYS.fetch_add(1, Ordering::Relaxed),
             config,
             reactors: distinct,
@@ -552,6 +562,11 @@ impl Device for NvmeDevice {
     fn settings(&self) -> Vec<(&'static str, &'static str)> {
         let policy = self.shared.status().policy.name();
         vec![("io_policy", policy), ("on_cache_doubt", self.shared.config.on_cache_doubt.name())]
+    }
+
+    fn fail_after(&self, patience: Duration) {
+        let ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX).max(1);
+        self.shared.patience_ns.store(ns, Ordering::Relaxed);
     }
 
     fn set_io_policy(&self, policy: &str) -> Result<(), String> {

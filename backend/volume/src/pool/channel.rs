@@ -138,8 +138,6 @@ struct Slot {
 
 struct Lane {
     leaf: Leaf,
-    /// How often the member had been given up when that was last looked at.
-    given_up: u64,
     channel: Box<dyn Channel>,
     batch: Vec<Request>,
     outstanding: usize,
@@ -169,7 +167,6 @@ impl VolumeChannel {
     ) -> VolumeChannel {
         let place = Place::of(runtime, shared);
         volume.users.fetch_add(1, Ordering::SeqCst);
-        place.add_user(user);
         let core = Rc::new(Core {
             runtime: runtime.clone(),
             shared: Arc::clone(shared),
@@ -221,7 +218,6 @@ impl VolumeChannel {
             self.retired.extend(place.take().filter(|lane| lane.outstanding > 0));
             *place = leaf.as_ref().map(|leaf| Lane {
                 leaf: leaf.clone(),
-                given_up: self.core.shared.given_up[member].load(Ordering::Acquire),
                 channel: leaf.whole.channel(&self.core.runtime, self.core.user),
                 batch: Vec::with_capacity(64),
                 outstanding: 0,
@@ -437,11 +433,6 @@ impl Channel for VolumeChannel {
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
                 continue;
             };
-            let given_up = self.core.shared.given_up[member].load(Ordering::Relaxed);
-            if given_up != lane.given_up {
-                lane.given_up = given_up;
-                lane.channel.abort();
-            }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
@@ -484,7 +475,6 @@ impl Channel for VolumeChannel {
 
 impl Drop for VolumeChannel {
     fn drop(&mut self) {
-        self.core.place.remove_user(self.core.user);
         self.core.volume.users.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -4,7 +4,6 @@ use super::ask::{self, Answer};
 use super::lanes::Leaf;
 use super::owner::{self, Owner};
 use super::{Ask, PoolError, PoolView};
-use crate::format::superblock::MEMBERS_MAX;
 use crate::raid::Array;
 use crate::thin::{Table, Thin, VolumeMap};
 use hawser_block::{StatsSet, Status};
@@ -161,8 +160,6 @@ pub(crate) struct Shared {
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
-    /// How often each member was given up: what is under way at it is ended, as far as that is safe.
-    pub(crate) given_up: [AtomicU64; MEMBERS_MAX],
     /// Held by who takes a member out of those that are read, so that the last is never taken.
     pub(crate) modes: Mutex<()>,
     pub(crate) volumes: Mutex<BTreeMap<u32, Arc<VolumeShared>>>,
@@ -196,7 +193,6 @@ impl Shared {
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
-            given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             modes: Mutex::default(),
             volumes: Mutex::default(),
             told: Mutex::new(Told { pool, volumes: BTreeMap::new() }),

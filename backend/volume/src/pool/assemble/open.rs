@@ -140,6 +140,14 @@ async fn start(
         is_closing: Cell::new(false),
         is_read_only,
     });
+    for member in 0..owner.members.borrow().len() {
+        owner.watch(u16::try_from(member).unwrap_or(0));
+    }
+    for (_, spare) in owner.spares.borrow().iter() {
+        if let Some(leaf) = spare {
+            leaf.device.fail_after(owner.options.member_timeout);
+        }
+    }
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
         keep_tail(&owner, &entries);
@@ -186,9 +194,6 @@ async fn start(
         if let Err(error) = owner.use_all_extents().await {
             owner.unregister();
             return Err(error);
-        }
-        for member in 0..owner.members.borrow().len() {
-            owner.watch(u16::try_from(member).unwrap_or(0));
         }
         runtime.spawn(Rc::clone(&owner).tick());
         runtime.spawn(Rc::clone(&owner).housekeeping());
@@ -310,7 +315,8 @@ impl Owner {
         self.shared.is_writable.store(false, Ordering::Release);
         self.bell.ring();
         self.space.ring();
-        let closed = match (self.is_read_only, self.lost.borrow().is_some()) {
+        let is_lost = self.lost.borrow().is_some();
+        let closed = match (self.is_read_only, is_lost) {
             (true, _) => Ok(()),
             // What it has acknowledged and not made durable is in the tail only.
             (false, true) => Err(Status::ReadOnly),

@@ -8,13 +8,12 @@ use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
-use crate::pool::place::Place;
 use crate::pool::shared::{View, lock};
 use crate::pool::wait::all;
 use crate::pool::{MemberState, MemberView};
 use crate::raid::{Level, Mode, Set};
 use crate::simulated::is_broken;
-use hawser_block::{DeviceState, Outcome, Status};
+use hawser_block::{Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -38,8 +37,6 @@ pub(crate) struct Member {
     pub(crate) whole_cache: Option<[u8; 16]>,
     /// The volatile cache that its writes are in.
     pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
-    /// Since when it is out of reach.
-    pub(crate) unreached_since: Option<Instant>,
     /// It gets all writes, and is not ready to be taken for whole.
     pub(crate) is_joining: bool,
     /// It has lost its cache, or may have: its data is not what was written.
@@ -59,7 +56,6 @@ impl Member {
             tried: now,
             whole_cache: cache.filter(|_| is_recorded),
             cache: Arc::new(Mutex::new(cache)),
-            unreached_since: None,
             is_joining: false,
             is_doubted: Arc::default(),
         }
@@ -289,51 +285,6 @@ impl Owner {
         false
     }
 
-    /// The others go on without members that have been out of reach for too long. What waits for such a member's answer is ended.
-    pub(crate) async fn give_up_unreached(self: &Rc<Self>) {
-        let now = self.runtime.now();
-        let late: Vec<(u16, Leaf)> = {
-            let mut members = self.members.borrow_mut();
-            let numbered = (0u16..).zip(members.iter_mut());
-            let late = numbered.filter_map(|(number, member)| {
-                let leaf = member.leaf.clone()?;
-                match leaf.device.state() {
-                    DeviceState::Ready => member.unreached_since = None,
-                    _ => drop(member.unreached_since.get_or_insert(now)),
-                }
-                let since = member.unreached_since?;
-                (now >= since + self.options.member_timeout).then_some((number, leaf))
-            });
-            late.collect()
-        };
-        for (number, leaf) in late {
-            let (set, index) = self.place_of(number);
-            if set.mode(index) == Mode::Away || !survives(&set, 1 << index) {
-                continue;
-            }
-            // Somebody may wait for it with the superblocks' turn.
-            self.lanes.abort(&leaf);
-            let seconds = self.options.member_timeout.as_secs();
-            if self.put_out(number, &format!("out of reach for {seconds} s")).await {
-                self.end_requests(number, leaf);
-            }
-        }
-    }
-
-    /// Ends what is under way at a member, on all reactors.
-    fn end_requests(&self, number: u16, leaf: Leaf) {
-        self.shared.given_up[usize::from(number)].fetch_add(1, Ordering::Release);
-        for reactor in self.shared.reactors() {
-            let (shared, leaf) = (Arc::clone(&self.shared), leaf.clone());
-            reactor.run(move |runtime| {
-                if let Some(place) = Place::find(runtime, &shared) {
-                    place.lanes.abort(&leaf);
-                    place.wake_users(runtime);
-                }
-            });
-        }
-    }
-
     fn away(&self, set: &Set, index: u16, member: u16, why: &str) {
         set.set_mode(index, Mode::Away);
         let member = &mut self.members.borrow_mut()[usize::from(member)];
@@ -459,6 +410,10 @@ impl Owner {
         let members = self.members.borrow();
         let entry = &members[usize::from(member)];
         let Some(leaf) = entry.leaf.clone() else { return };
+        if set.level().is_redundant() {
+            // The others can go on without it.
+            leaf.device.fail_after(self.options.member_timeout);
+        }
         // Gone when another device has taken the place.
         let (cache, doubted) = (Arc::downgrade(&entry.cache), Arc::downgrade(&entry.is_doubted));
         let device = Arc::downgrade(&leaf.device);

@@ -190,6 +190,7 @@ impl Owner {
             return Err(PoolError::Conflict(format!("pool {} has enough spares", self.shared.name)));
         }
         let name = leaf.name().to_owned();
+        leaf.device.fail_after(self.options.member_timeout);
         self.spares.borrow_mut().push((self.random_uuid(), Some(leaf)));
         let _turn = self.turns.superblock.take().await;
         self.record_members().await.map_err(|status| self.failed(&name, status))?;

@@ -63,7 +63,6 @@ impl Owner {
         }
         // What fails is tried again.
         let _ = self.put_out_doubted().await;
-        self.give_up_unreached().await;
         // A replacement may be under way.
         let turn = self.turns.change.take().await;
         let count = self.members.borrow().len();
