@@ -138,6 +138,8 @@ struct Slot {
 
 struct Lane {
     leaf: Leaf,
+    /// How often the member had been given up when the first of what is under way was sent.
+    given_up: u64,
     channel: Box<dyn Channel>,
     batch: Vec<Request>,
     outstanding: usize,
@@ -167,6 +169,7 @@ impl VolumeChannel {
     ) -> VolumeChannel {
         let place = Place::of(runtime, shared);
         volume.users.fetch_add(1, Ordering::SeqCst);
+        place.add_user(user);
         let core = Rc::new(Core {
             runtime: runtime.clone(),
             shared: Arc::clone(shared),
@@ -215,9 +218,15 @@ impl VolumeChannel {
             if is_same {
                 continue;
             }
-            self.retired.extend(place.take().filter(|lane| lane.outstanding > 0));
+            let retired = place.take().filter(|lane| lane.outstanding > 0);
+            self.retired.extend(retired.map(|mut lane| {
+                // Nobody waits for a device that is no member any more.
+                lane.channel.abort();
+                lane
+            }));
             *place = leaf.as_ref().map(|leaf| Lane {
                 leaf: leaf.clone(),
+                given_up: 0,
                 channel: leaf.whole.channel(&self.core.runtime, self.core.user),
                 batch: Vec::with_capacity(64),
                 outstanding: 0,
@@ -310,6 +319,10 @@ impl VolumeChannel {
             };
             let lane = self.lanes[usize::from(step.member)].as_mut();
             let lane = lane.expect("plans are made for members that are there");
+            if lane.outstanding == 0 {
+                let given_up = &core.shared.given_up[usize::from(step.member)];
+                lane.given_up = given_up.load(Ordering::Acquire);
+            }
             lane.outstanding += 1;
             lane.batch.push(Request {
                 operation: request.operation,
@@ -433,6 +446,11 @@ impl Channel for VolumeChannel {
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
                 continue;
             };
+            let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+            if given_up != lane.given_up {
+                lane.given_up = given_up;
+                lane.channel.abort();
+            }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
@@ -475,6 +493,7 @@ impl Channel for VolumeChannel {
 
 impl Drop for VolumeChannel {
     fn drop(&mut self) {
+        self.core.place.remove_user(self.core.user);
         self.core.volume.users.fetch_sub(1, Ordering::SeqCst);
     }
 }

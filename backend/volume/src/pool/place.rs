@@ -13,7 +13,7 @@ use super::bounce::Spare;
 use super::lanes::Lanes;
 use super::shared::Shared;
 use super::wait::Bell;
-use hawser_runtime::Runtime;
+use hawser_runtime::{Runtime, SourceId};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -26,6 +26,8 @@ pub(crate) struct Place {
     pub(crate) lanes: Rc<Lanes>,
     pub(crate) spare: Rc<Spare>,
     /// Bytes of guests' writes that are copied now.
+    /// Whose channels use the pool here.
+    users: RefCell<Vec<SourceId>>,
     copied_bytes: Cell<usize>,
     /// Rung when less is copied, and when somebody gives up.
     pub(crate) bell: Bell,
@@ -63,6 +65,7 @@ impl Place {
         let place = Rc::new(Place {
             lanes: Lanes::new(runtime),
             spare: Rc::default(),
+            users: RefCell::default(),
             copied_bytes: Cell::new(0),
             bell: Bell::default(),
             turn: Cell::new(0),
@@ -81,6 +84,22 @@ impl Place {
         let places = runtime.local::<Places>();
         let places = places.0.borrow();
         places.iter().find(|(other, _)| *other == key).and_then(|(_, place)| place.upgrade())
+    }
+
+    pub(crate) fn add_user(&self, user: SourceId) {
+        self.users.borrow_mut().push(user);
+    }
+
+    pub(crate) fn remove_user(&self, user: SourceId) {
+        let mut users = self.users.borrow_mut();
+        if let Some(at) = users.iter().position(|other| *other == user) {
+            users.swap_remove(at);
+        }
+    }
+
+    /// Lets all channels look at their members.
+    pub(crate) fn wake_users(&self, runtime: &Runtime) {
+        self.users.borrow().iter().for_each(|user| runtime.wake(*user));
     }
 
     /// Whether so much more may be copied; the first always may. If so, it counts until [`Place::end_copy`].

@@ -4,6 +4,7 @@ use super::ask::{self, Answer};
 use super::lanes::Leaf;
 use super::owner::{self, Owner};
 use super::{Ask, PoolError, PoolView};
+use crate::format::superblock::MEMBERS_MAX;
 use crate::raid::Array;
 use crate::thin::{Table, Thin, VolumeMap};
 use hawser_block::{StatsSet, Status};
@@ -160,6 +161,8 @@ pub(crate) struct Shared {
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
+    /// How often each member was given up while it was out of reach: what is under way at it is ended.
+    pub(crate) given_up: [AtomicU64; MEMBERS_MAX],
     /// Held by who takes a member out of those that are read, so that the last is never taken.
     pub(crate) modes: Mutex<()>,
     pub(crate) volumes: Mutex<BTreeMap<u32, Arc<VolumeShared>>>,
@@ -193,6 +196,7 @@ impl Shared {
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
+            given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             modes: Mutex::default(),
             volumes: Mutex::default(),
             told: Mutex::new(Told { pool, volumes: BTreeMap::new() }),

@@ -8,12 +8,13 @@ use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
+use crate::pool::place::Place;
 use crate::pool::shared::{View, lock};
 use crate::pool::wait::all;
 use crate::pool::{MemberState, MemberView};
 use crate::raid::{Level, Mode, Set};
 use crate::simulated::is_broken;
-use hawser_block::{Outcome, Status};
+use hawser_block::{DeviceState, Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -285,12 +286,29 @@ impl Owner {
         false
     }
 
-    fn away(&self, set: &Set, index: u16, member: u16, why: &str) {
+    /// A member is written to no more, and that is written down. What waits for its answer is not waited for: what it may still do is undone
+    /// when it is brought back.
+    fn away(&self, set: &Set, index: u16, number: u16, why: &str) {
         set.set_mode(index, Mode::Away);
-        let member = &mut self.members.borrow_mut()[usize::from(member)];
-        why.clone_into(&mut member.why);
-        member.away_since.get_or_insert(self.runtime.now());
-        member.tried = self.runtime.now();
+        let leaf = {
+            let member = &mut self.members.borrow_mut()[usize::from(number)];
+            why.clone_into(&mut member.why);
+            member.away_since.get_or_insert(self.runtime.now());
+            member.tried = self.runtime.now();
+            member.leaf.clone()
+        };
+        let Some(leaf) = leaf.filter(|leaf| leaf.device.state() != DeviceState::Ready) else { return };
+        self.lanes.abort(&leaf);
+        self.shared.given_up[usize::from(number)].fetch_add(1, Ordering::Release);
+        for reactor in self.shared.reactors() {
+            let (shared, leaf) = (Arc::clone(&self.shared), leaf.clone());
+            reactor.run(move |runtime| {
+                if let Some(place) = Place::find(runtime, &shared) {
+                    place.lanes.abort(&leaf);
+                    place.wake_users(runtime);
+                }
+            });
+        }
     }
 
     pub(crate) fn device_name(&self, member: u16) -> String {
