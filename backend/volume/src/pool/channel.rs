@@ -129,9 +129,10 @@ struct Slot {
     request: Request,
     turn: usize,
     left: u32,
-    /// Members that have a part of it, and those that failed, by bits.
+    /// Members that have a part of it, those that failed, and those that were given up, by bits.
     members: u64,
     failed: u64,
+    aborted: u64,
     status: Option<Status>,
     copy: Option<Bounce>,
 }
@@ -306,7 +307,7 @@ impl VolumeChannel {
             return;
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
-        let slot = Slot { request, turn, left, members: 0, failed: 0, status: None, copy };
+        let slot = Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy };
         let key = self.slots.insert(slot);
         let slot = self.slots.get_mut(key).expect("just inserted");
         let shift = self.view.block_shift;
@@ -345,7 +346,10 @@ impl VolumeChannel {
         let slot = self.slots.get_mut(key).expect("a request ends once");
         slot.left -= 1;
         if let Err(status) = completion.outcome {
-            slot.failed |= member;
+            match status {
+                Status::Aborted => slot.aborted |= member,
+                _ => slot.failed |= member,
+            }
             // One that says "given up" says less than any other.
             if matches!(slot.status, None | Some(Status::Aborted)) {
                 slot.status = Some(status);
@@ -359,7 +363,7 @@ impl VolumeChannel {
 
     fn finish(&mut self, slot: Slot) {
         let core = &self.core;
-        let Slot { request, turn, members, failed, status, copy, .. } = slot;
+        let Slot { request, turn, members, failed, aborted, status, copy, .. } = slot;
         if copy.is_some() {
             core.place.end_copy(request.buffers.len());
         }
@@ -393,7 +397,7 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::report_failures(Rc::clone(core), failed, status, under_way);
+        let failure = slow::report_failures(Rc::clone(core), (failed, aborted), status, under_way);
         spawn(core, request.token, failure);
     }
 
@@ -426,7 +430,10 @@ fn spawn(core: &Rc<Core>, token: Token, work: impl Future<Output = Outcome> + 's
 impl Channel for VolumeChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         self.refresh();
-        self.core.is_given_up.store(false, Ordering::Relaxed);
+        if self.slots.is_empty() && self.core.slow.get() == 0 {
+            // Nothing is left of what was given up.
+            self.core.is_given_up.store(false, Ordering::Relaxed);
+        }
         // At random across a large table each look-up waits for memory. All of a batch wait at once: of 32 reads in 64 TiB each takes
         // 50 ns instead of 167 (benches/resolve.rs).
         if batch.len() > 1 {

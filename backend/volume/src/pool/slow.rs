@@ -83,22 +83,24 @@ async fn finish_fua(core: &Core, fua: bool) -> Outcome {
 /// Members have failed a part of a write that others have: it has ended when that is recorded.
 pub(super) async fn report_failures(
     core: Rc<Core>,
-    failed: u64,
+    (failed, aborted): (u64, u64),
     status: Status,
     _under_way: UnderWay,
 ) -> Outcome {
-    let status = match status {
-        // By who asked: not failed. What was marked is made the same again.
-        Status::Aborted if core.is_given_up.load(Ordering::Relaxed) => return Err(status),
+    let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
+    let (members, status) = match (is_given_up, status) {
+        // By who asked: they have not failed. What was marked is made the same again.
+        (true, _) if failed == 0 => return Err(Status::Aborted),
+        (true, status) => (failed, status),
         // By the pool, which does not wait for a member any more.
-        Status::Aborted => Status::Timeout,
-        status => status,
+        (false, Status::Aborted) => (aborted, Status::Timeout),
+        (false, status) => (failed | aborted, status),
     };
+    let reported = core.shared.request(move |owner| async move { owner.report(members, status).await }).await;
     if is_broken("ack_before_stale_recorded") {
-        core.shared.request(move |owner| async move { owner.report(failed, status).await }).await.ok();
         return Ok(());
     }
-    core.shared.request(move |owner| async move { owner.report(failed, status).await }).await
+    if is_given_up { Err(Status::Aborted) } else { reported }
 }
 
 /// The regions that a write goes to are not the same on all members, or may not be.
@@ -326,9 +328,6 @@ async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload) -> 
 async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> Outcome {
     let id = core.volume.id;
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
-    let Some(_copied) = core.place.copy(usize_of(range.1), is_given_up).await else {
-        return Err(Status::Aborted);
-    };
     let mut wait = Duration::from_micros(50);
     loop {
         let view = core.shared.view();
@@ -351,9 +350,15 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             core.volume.count(class);
             return Err(status);
         }
+        // Not before: who waits for space keeps nobody from copying.
+        let copied = core.place.copy(usize_of(range.1), is_given_up).await;
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
-        let outcome = match write_prepared(core, part, payload).await {
+        let written = match &copied {
+            Some(_) => write_prepared(core, part, payload).await,
+            None => Err(Status::Aborted),
+        };
+        let outcome = match written {
             // Somebody else's abort.
             Err(Status::Aborted) if !core.is_given_up.load(Ordering::Relaxed) => Ok(None),
             outcome => outcome,
@@ -365,7 +370,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         let finished =
             core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
         let finished = finished.await;
-        drop(under_way);
+        drop((under_way, copied));
         match outcome? {
             Some(_) => return finished,
             None => {

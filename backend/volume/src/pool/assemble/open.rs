@@ -150,7 +150,7 @@ async fn start(
     }
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
-        keep_tail(&owner, &entries);
+        keep_tail(&owner, &caches, &entries);
         {
             let _turn = owner.turns.superblock.take().await;
             let (_, failed) = owner.write_superblocks(&BTreeSet::new()).await;
@@ -232,9 +232,13 @@ fn next_book(runtime: &Runtime, book: &Superblock, options: &OpenOptions) -> Sup
     next
 }
 
-fn keep_tail(owner: &Rc<Owner>, entries: &[(u64, Record)]) {
-    let mut content =
-        format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch, &owner.whole_caches());
+fn keep_tail(owner: &Rc<Owner>, caches: &[(Uuid, [u8; 16])], entries: &[(u64, Record)]) {
+    let mut kept = owner.whole_caches();
+    // Who has lost its cache is found out again, if we do not come to write that down.
+    let lost = caches.iter().filter(|(member, _)| !kept.iter().any(|(other, _)| other == member));
+    let lost: Vec<_> = lost.copied().collect();
+    kept.extend(lost);
+    let mut content = format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch, &kept);
     for (seq, record) in entries {
         format::encode_tail_entry(*seq, record, &mut content);
     }

@@ -106,6 +106,11 @@ impl Owner {
         let bytes = format::encode_intents(&self.shared.uuid, number, &content);
         let offset = self.book.borrow().layout.intents_offset() + (page * PAGE_BYTES) as u64;
         let bounce = Rc::new(Bounce::holding(&bytes));
+        {
+            // Until it is known which of the two is there, only what both say is.
+            let durable = &mut self.intents.borrow_mut().durable[words.clone()];
+            durable.iter_mut().zip(&content).for_each(|(durable, wanted)| *durable &= wanted);
+        }
         self.write_everywhere(offset, &bounce, PAGE_BYTES, true).await?;
         self.intents.borrow_mut().durable[words].copy_from_slice(&content);
         Ok(())

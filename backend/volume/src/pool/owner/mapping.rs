@@ -214,7 +214,8 @@ impl Owner {
                         error => error,
                     };
                     // Others who write whole units may have been faster.
-                    let is_late = self.meta.borrow().entry(volume, index) != mapped;
+                    let is_late = self.meta.borrow().entry(volume, index) != mapped
+                        || !self.meta.borrow().has_room_for_metadata(1);
                     if copied.is_err() || is_late {
                         self.meta.borrow_mut().give_back(new);
                         copied?;
@@ -254,13 +255,15 @@ impl Owner {
             })
             .collect();
         for (from, at, len) in parts {
-            let _under_way = loop {
+            let (view, _under_way) = loop {
                 self.mark_extent(to, at, len).await?;
                 let under_way = self.place.under_way();
+                // As it is now: members may have come since the last part.
+                let view = self.view();
                 let (set, address) = view.array.locate(to);
                 let set = view.array.set(set);
                 match set.pieces(address + at, len).find_map(|piece| set.writable(&piece).err()) {
-                    None => break under_way,
+                    None => break (view, under_way),
                     Some(Slow::Degraded) => return Err(Status::Path),
                     Some(_) => {
                         // It is just being resynchronised, or its mark was just being cleared.
@@ -308,11 +311,11 @@ impl Owner {
         for piece in set.pieces(address + within, from.len() as u64) {
             let at = usize::try_from(piece.start).expect("extents are small");
             for copy in piece.copies.as_slice() {
-                if set.mode(copy.member - set.first_member()) != Mode::Away
-                    && let Some(leaf) = &view.leaves[usize::from(copy.member)]
-                {
-                    writes.push((copy.member, leaf, view.data_offset + copy.offset, at, piece.len as usize));
+                if set.mode(copy.member - set.first_member()) == Mode::Away {
+                    continue;
                 }
+                let leaf = view.leaves[usize::from(copy.member)].as_ref();
+                writes.push((copy.member, leaf, view.data_offset + copy.offset, at, piece.len as usize));
             }
             let regions = if view.is_redundant { regions_of(set, &piece) } else { BTreeSet::new() };
             for region in regions {
@@ -320,6 +323,7 @@ impl Owner {
             }
         }
         let requests = writes.into_iter().map(|(member, leaf, offset, at, len)| async move {
+            let Some(leaf) = leaf else { return (member, Err(Status::Path)) };
             (member, self.lanes.write(leaf, offset, from, at, len, false).await)
         });
         for (member, outcome) in all(requests).await {

@@ -118,7 +118,7 @@ impl Owner {
         len: usize,
         fua: bool,
     ) -> Outcome {
-        if self.is_read_only {
+        if self.is_read_only || self.lost.borrow().is_some() {
             return Err(Status::ReadOnly);
         }
         let targets = self.metadata_targets();
@@ -163,7 +163,8 @@ impl Owner {
             // What it had not made durable may be lost: it has not got all the data any more.
             self.report(1 << member, status).await?;
         }
-        Ok(())
+        // A flush of another cache than the one that was written to is no flush.
+        self.put_out_doubted().await
     }
 
     /// Members have failed what others may have done: they are out when it ends, or it has failed.
@@ -203,6 +204,15 @@ impl Owner {
                 .collect()
         };
         for member in doubted {
+            let (set, index) = self.place_of(member);
+            if !survives(&set, 1 << index) {
+                // The last with the data: what it has lost is lost. That is told once.
+                let entry = &mut self.members.borrow_mut()[usize::from(member)];
+                entry.is_doubted.store(false, Ordering::Release);
+                entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+                set.set_mode(index, Mode::InSync);
+                return Err(Status::Path);
+            }
             if !self.put_out(member, "lost its volatile cache").await {
                 return Err(Status::Path);
             }
@@ -240,14 +250,7 @@ impl Owner {
                 self.members.borrow_mut()[usize::from(*member)].is_recorded = false;
             }
             let (written, failed) = self.write_superblocks(&out).await;
-            let also: Vec<u16> = failed
-                .iter()
-                .copied()
-                .filter(|other| {
-                    let (set, index) = self.place_of(*other);
-                    survives(&set, 1 << index)
-                })
-                .collect();
+            let also = self.can_go_too(&out, &failed);
             let first = set.first_member();
             let is_of_set = |member: &u16| (first..first + set.members()).contains(member);
             let is_stuck = failed.iter().any(|other| is_of_set(other) && !also.contains(other));
@@ -284,6 +287,24 @@ impl Owner {
             }
         }
         false
+    }
+
+    /// Of members that failed, those without whom all data is still there when the others that are out are out too.
+    fn can_go_too(&self, out: &BTreeSet<u16>, failed: &[u16]) -> Vec<u16> {
+        let mut gone = out.clone();
+        let mut also = Vec::new();
+        for member in failed {
+            let (set, _) = self.place_of(*member);
+            let first = set.first_member();
+            let of_set =
+                gone.iter().chain([member]).filter(|other| (first..first + set.members()).contains(other));
+            let without = of_set.fold(0u64, |bits, other| bits | 1 << (other - first));
+            if survives(&set, without) {
+                gone.insert(*member);
+                also.push(*member);
+            }
+        }
+        also
     }
 
     /// A member is written to no more, and that is written down. What waits for its answer is not waited for: what it may still do is undone
@@ -334,9 +355,11 @@ impl Owner {
     /// Looks whether another host has opened the pool over us: then it is not ours to write any more. Where members know reservations, they
     /// refuse us before that.
     pub(crate) async fn check_owner(self: &Rc<Self>) {
-        let Some((_, leaf)) =
-            self.targets().into_iter().find(|(member, _)| self.mode_of(*member) == Mode::InSync)
-        else {
+        // One that answers: nobody waits here.
+        let is_there = |(member, leaf): &(u16, Leaf)| {
+            self.mode_of(*member) == Mode::InSync && leaf.device.state() == DeviceState::Ready
+        };
+        let Some((_, leaf)) = self.targets().into_iter().find(is_there) else {
             return;
         };
         let Ok(Some(label)) = self.label_of(&leaf).await else { return };
@@ -436,7 +459,7 @@ impl Owner {
         let (cache, doubted) = (Arc::downgrade(&entry.cache), Arc::downgrade(&entry.is_doubted));
         let device = Arc::downgrade(&leaf.device);
         let shared = Arc::downgrade(&self.shared);
-        leaf.device.subscribe(Box::new(move || {
+        let look = Arc::new(move || {
             let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
             let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
             let now = device.cache_identity();
@@ -457,7 +480,11 @@ impl Owner {
             }
             drop(before);
             drop(shared.ask(|owner| async move { owner.look_after_members().await }));
-        }));
+        });
+        let again = Arc::clone(&look);
+        leaf.device.subscribe(Box::new(move || again()));
+        // What has happened since its identity was taken.
+        look();
     }
 
     /// For people.
@@ -475,7 +502,10 @@ impl Owner {
                 place: Some(number),
                 device: member.leaf.as_ref().map(|leaf| leaf.name().to_owned()),
                 state,
-                why: member.why.clone(),
+                why: match &member.leaf {
+                    Some(leaf) if member.why.is_empty() => leaf.device.trouble(),
+                    _ => member.why.clone(),
+                },
                 repaired: member.repaired,
             }
         });

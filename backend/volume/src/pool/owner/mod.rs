@@ -245,7 +245,6 @@ impl Owner {
         let upto = self.seq.get();
         self.put_out_doubted().await?;
         self.flush_members().await?;
-        self.put_out_doubted().await?;
         let upto = match crate::simulated::is_broken("log_records_made_after_flush_began") {
             true => self.seq.get(),
             false => upto,

@@ -23,7 +23,7 @@ impl Owner {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
         let cache = leaf.device.cache_identity();
         self.lanes.flush(&leaf).await?;
-        let _turn = self.turns.superblock.take().await;
+        let turn = self.turns.superblock.take().await;
         let (is_ready, is_doubted) = {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
@@ -50,15 +50,23 @@ impl Owner {
         }
         if set.mode(member) != Mode::Syncing || set.unsynced.any() {
             // It failed meanwhile, or lacks a write, and may be called in sync by some: that must not stay.
-            self.members.borrow_mut()[usize::from(number)].is_recorded = false;
-            return self.record_members().await;
+            drop(turn);
+            self.put_out(number, "failed when it had just come back").await;
+            return Ok(());
         }
         {
             let member = &mut self.members.borrow_mut()[usize::from(number)];
             member.why.clear();
             member.away_since = None;
         }
-        set.set_mode(member, Mode::InSync);
+        {
+            let _one = lock(&self.shared.modes);
+            if self.members.borrow()[usize::from(number)].is_doubted.load(Ordering::Acquire) {
+                // It is found out by whoever looks for doubts.
+                return Ok(());
+            }
+            set.set_mode(member, Mode::InSync);
+        }
         coverage::count(coverage::Event::Rejoined);
         log::info!(
             "pool {}: member {number} ({}) has all data again",

@@ -8,7 +8,7 @@ use crate::pool::assemble::new_set;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
-use hawser_block::Device;
+use hawser_block::{Device, DeviceState};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -215,7 +215,10 @@ impl Owner {
             let away = (0u16..).take(members.len()).filter(is_away);
             away.filter_map(|number| {
                 let needed = book.layout.data_offset() + self.needed_bytes(number);
-                let fits = |leaf: &Leaf| leaf.device.geometry().is_some_and(|it| it.size_bytes() >= needed);
+                let fits = |leaf: &Leaf| {
+                    let is_there = leaf.device.state() == DeviceState::Ready;
+                    is_there && leaf.device.geometry().is_some_and(|it| it.size_bytes() >= needed)
+                };
                 let spare = spares.iter().position(|(_, leaf)| leaf.as_ref().is_some_and(fits))?;
                 Some((number, spare))
             })
@@ -311,6 +314,7 @@ impl Owner {
         for number in first..self.members.borrow().len() {
             self.watch(u16::try_from(number).unwrap_or(0));
         }
+        self.begin_tail();
         self.use_all_extents().await?;
         self.space.ring();
         Ok(())

@@ -126,6 +126,7 @@ impl Owner {
     ) -> Outcome {
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
+        self.check_ours()?;
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != first.member) {
             let index = copy.member - set.first_member();
             if only.is_some_and(|only| only != index) || set.mode(index) == Mode::Away {
@@ -138,6 +139,14 @@ impl Owner {
             }
         }
         Ok(())
+    }
+
+    /// Whether it is still ours to write.
+    fn check_ours(&self) -> Outcome {
+        match self.lost.borrow().is_some() {
+            true => Err(Status::ReadOnly),
+            false => Ok(()),
+        }
     }
 
     /// Keeps writers out of a window while `work` runs.
@@ -160,7 +169,7 @@ impl Owner {
 
     /// Makes the copies of a piece the same before it is read.
     pub(crate) async fn settle(self: Rc<Self>, set: usize, piece: Piece) -> Outcome {
-        if self.is_read_only {
+        if self.is_read_only || self.lost.borrow().is_some() {
             // The first copy is read all the same.
             return Ok(());
         }
@@ -183,6 +192,7 @@ impl Owner {
     pub(super) async fn rewrite_bad(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece) -> Outcome {
         let good = Rc::new(self.place.spare.take(piece.len as usize));
         self.read_first(view, set, piece, &good, 0).await?;
+        self.check_ours()?;
         for copy in piece.copies.as_slice() {
             let index = copy.member - set.first_member();
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
@@ -246,7 +256,9 @@ impl Owner {
         }
         let kind = if syncing.is_empty() { "resync" } else { "rebuild" };
         let total = regions.len() as u64 * set.region_bytes();
-        self.work.begin(kind, total, self.runtime.now());
+        if !regions.is_empty() {
+            self.work.begin(kind, total, self.runtime.now());
+        }
         let mut is_whole = true;
         for region in regions {
             if self.is_closing.get() {
