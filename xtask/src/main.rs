@@ -22,8 +22,9 @@ cargo xtask COMMAND [--yes]
   guest [FILTER | list]       the guest tests whose names contain FILTER
   soak [--minutes N] [--seed S]
                               a VM and verifying clients under every fault that there is (2 minutes), then counts
-  sim [--seeds N] [--from SEED] [--scenario NAME] | --mutations
-                              our initiator and target in the seeded simulator, on all cores; a seed that fails is named
+  sim [pools] [--seeds N] [--from SEED] [--scenario NAME] | --mutations
+                              our initiator and target, or pools, in the seeded simulator, on all cores; a seed that fails
+                              is named
   bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench
   fresh --suite SUITE [COMMAND]
                               demo, or another COMMAND, in a new minimal Debian (bookworm, trixie); needs root
@@ -133,11 +134,15 @@ fn bench(args: &[&str]) -> Result<()> {
 
 /// With what breaks promises on purpose built in, which costs nothing while none is broken.
 fn sim(args: &[&str]) -> Result<()> {
+    let (test, args) = match args {
+        ["pools" | "--pools", rest @ ..] => ("pools", rest),
+        all => ("histories", all),
+    };
     let mut cargo = lab::cargo();
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     cargo
         .env("RUSTFLAGS", format!("{flags} --cfg hawser_mutations"))
-        .args(["test", "--profile", "sim", "--quiet", "--package", "hawser-sim", "--test", "histories", "--"])
+        .args(["test", "--profile", "sim", "--quiet", "--package", "hawser-sim", "--test", test, "--"])
         .args(args);
     process::run(&mut cargo)
 }

@@ -1,13 +1,22 @@
 //! A disk with a seed: memory that answers late, out of order, and with errors when told to, behind a cache that can be lost.
+//!
+//! ```text
+//!   content   what reads see
+//!   unstable  each block written since the last FLUSH, with every content that it had since
+//!   stable    what a loss of power leaves, but for unstable blocks: each of those keeps any of its contents, or the stable one
+//! ```
+//!
+//! Invariant: `content` and `stable` differ in unstable blocks only.
 
 use crate::random::Random;
+use crate::trap::Trap;
 use hawser_block::{
-    Buffers, Channel, Completion, Device, DeviceState, Geometry, Operation, Outcome, Request, StatsSet,
-    Status, channel,
+    BlockCount, Buffers, Channel, Completion, Device, DeviceState, Geometry, Lba, Operation, Outcome,
+    Request, StatsSet, Status, channel,
 };
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,8 +28,10 @@ pub struct SimDiskState {
     pub content: Vec<u8>,
     /// The blocks as a loss of power leaves them at worst.
     pub stable: Vec<u8>,
-    /// Blocks whose content is not stable, with every content that they had since they were.
-    unstable: BTreeMap<u64, Vec<Vec<u8>>>,
+    /// Blocks whose content is not stable, with every content that they had since they were, and which write each is of.
+    unstable: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
+    /// Writes so far.
+    writes: u64,
     /// Requests are executed and answered between 0 and this many nanoseconds after they came.
     pub latency_ns_max: u64,
     /// In 1000 requests, how many take as long as `stuck_ns` instead.
@@ -37,6 +48,22 @@ pub struct SimDiskState {
     pub flushes: u64,
     /// What names its cache; a loss of power makes it another one.
     pub cache_identity: Option<[u8; 16]>,
+    /// Reads of these blocks end as `Media` until they are written again.
+    pub media_errors: BTreeSet<u64>,
+    /// Writes that are given up may leave some of their blocks and not others, rather than all or none.
+    pub tears: bool,
+    /// Takes a step with each request; once it has sprung, what the process submits has no effect and does not end.
+    pub trap: Option<Arc<Trap>>,
+    /// Losses of the cache.
+    pub cuts: u64,
+    /// Writes that such a loss, or the end of a process, has left in part.
+    pub torn_writes: u64,
+    /// Blocks that are older after such a loss than before.
+    pub lost_blocks: u64,
+    /// Every request ends so: see [`SimDisk::fail_all`].
+    failing: Option<Status>,
+    /// Raised when what is under way may not end as it should.
+    epoch: u64,
     geometry: Geometry,
     /// What happens to requests whose process dies under them.
     random: Random,
@@ -46,17 +73,78 @@ impl SimDiskState {
     /// Loses what is in the cache: each block that is not stable has any content that it had since it was, or the stable one.
     pub fn lose_cache(&mut self) {
         let size = self.block_bytes();
+        // Of each write: blocks that are there, or newer; blocks that are older.
+        let mut left: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
         for (block, contents) in std::mem::take(&mut self.unstable) {
             let from = usize::try_from(block).unwrap_or(0) * size;
             let chosen = self.random.index(contents.len() + 1);
-            if let Some(content) = contents.get(chosen) {
+            for (at, (write, _)) in contents.iter().enumerate() {
+                let (there, lost) = left.entry(*write).or_default();
+                let is_there = chosen < contents.len() && chosen >= at;
+                *(if is_there { there } else { lost }) += 1;
+            }
+            self.lost_blocks += u64::from(chosen + 1 != contents.len());
+            if let Some((_, content)) = contents.get(chosen) {
                 self.stable[from..from + size].copy_from_slice(content);
             }
+            self.content[from..from + size].copy_from_slice(&self.stable[from..from + size]);
         }
-        self.content.copy_from_slice(&self.stable);
+        self.torn_writes += left.values().filter(|(there, lost)| *there > 0 && *lost > 0).count() as u64;
+        self.cuts += 1;
+        self.epoch += 1;
         if let Some(identity) = &mut self.cache_identity {
             identity[8..].copy_from_slice(&self.random.next_u64().to_le_bytes());
         }
+    }
+
+    /// Everything is stable, as after a FLUSH.
+    pub fn flush(&mut self) {
+        self.flushes += 1;
+        let size = self.block_bytes();
+        for block in std::mem::take(&mut self.unstable).into_keys() {
+            let from = usize::try_from(block).unwrap_or(0) * size;
+            self.stable[from..from + size].copy_from_slice(&self.content[from..from + size]);
+        }
+    }
+
+    /// Comes back empty, as another disk in its place would.
+    pub fn wipe(&mut self) {
+        let size = self.content.len();
+        (self.content, self.stable) = (vec![0; size], vec![0; size]);
+        self.unstable.clear();
+        self.media_errors.clear();
+        self.epoch += 1;
+    }
+
+    /// What reads see now, to be restored later.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.content.clone()
+    }
+
+    /// Comes back with this content, stable.
+    ///
+    /// # Panics
+    /// When it is not of this disk's size.
+    pub fn restore(&mut self, content: &[u8]) {
+        self.content.copy_from_slice(content);
+        self.stable.copy_from_slice(content);
+        self.unstable.clear();
+        self.media_errors.clear();
+        self.epoch += 1;
+    }
+
+    /// Requests are executed and answered between 0 and this long after they came.
+    pub fn set_latency(&mut self, most: Duration) {
+        self.latency_ns_max = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX);
+    }
+
+    /// The content of these blocks, whichever reads would fail.
+    #[must_use]
+    pub fn blocks(&self, lba: u64, count: u64) -> &[u8] {
+        let size = self.block_bytes();
+        let at = |block: u64| usize::try_from(block).unwrap_or(usize::MAX).saturating_mul(size);
+        self.content.get(at(lba)..at(lba + count)).unwrap_or_default()
     }
 
     fn block_bytes(&self) -> usize {
@@ -68,11 +156,12 @@ impl SimDiskState {
         let size = self.block_bytes();
         for at in (from..to).step_by(size) {
             let (block, content) = ((at / size) as u64, &self.content[at..at + size]);
+            self.media_errors.remove(&block);
             if durable {
                 self.stable[at..at + size].copy_from_slice(content);
                 self.unstable.remove(&block);
             } else {
-                self.unstable.entry(block).or_default().push(content.to_vec());
+                self.unstable.entry(block).or_default().push((self.writes, content.to_vec()));
             }
         }
     }
@@ -97,11 +186,13 @@ impl SimDisk {
     /// When it does not fit into memory.
     #[must_use]
     pub fn new(name: &str, geometry: Geometry, uuid: [u8; 16]) -> SimDisk {
-        let content = vec![0; usize::try_from(geometry.size_bytes()).expect("a simulated disk is small")];
+        let size = usize::try_from(geometry.size_bytes()).expect("a simulated disk is small");
         let state = SimDiskState {
-            stable: content.clone(),
-            content,
+            // Neither costs memory where nothing is ever written.
+            stable: vec![0; size],
+            content: vec![0; size],
             unstable: BTreeMap::new(),
+            writes: 0,
             latency_ns_max: 50_000,
             stuck_permille: 0,
             stuck_ns: 0,
@@ -110,6 +201,14 @@ impl SimDisk {
             error: Status::Media,
             flushes: 0,
             cache_identity: None,
+            media_errors: BTreeSet::new(),
+            tears: false,
+            trap: None,
+            cuts: 0,
+            torn_writes: 0,
+            lost_blocks: 0,
+            failing: None,
+            epoch: 0,
             geometry,
             random: Random::new(u64::from_le_bytes([uuid[0]; 8])),
         };
@@ -137,6 +236,30 @@ impl SimDisk {
             state.content.resize(bytes, 0);
             state.stable.resize(bytes, 0);
         }
+        self.tell();
+    }
+
+    /// From now on every request ends with this status and without effect, as of a disk that is dead; `None`: no more. What is
+    /// under way when it dies may have its effect, and fails all the same.
+    pub fn fail_all(&self, status: Option<Status>) {
+        {
+            let mut state = self.state();
+            if state.failing.is_none() && status.is_some() {
+                state.epoch += 1;
+            }
+            state.failing = status;
+        }
+        self.tell();
+    }
+
+    /// Loses its power, alone, and comes back at once: its cache is lost; what is under way is sent again, or fails and has any
+    /// effect.
+    pub fn lose_power(&self) {
+        self.state().lose_cache();
+        self.tell();
+    }
+
+    fn tell(&self) {
         for listener in lock(&self.listeners).iter() {
             listener();
         }
@@ -157,7 +280,7 @@ impl Device for SimDisk {
     }
 
     fn state(&self) -> DeviceState {
-        DeviceState::Ready
+        if self.state().failing.is_some() { DeviceState::Failed } else { DeviceState::Ready }
     }
 
     fn uuid(&self) -> [u8; 16] {
@@ -200,10 +323,19 @@ pub(crate) fn kill(runtime: &Runtime) {
     }
 }
 
+struct Waiting {
+    key: u32,
+    request: Request,
+    /// The disk's when it came.
+    epoch: u64,
+    /// It came when its process was dead.
+    is_void: bool,
+}
+
 struct Inner {
     state: Arc<Mutex<SimDiskState>>,
     user: SourceId,
-    waiting: Vec<(u32, Request)>,
+    waiting: Vec<Waiting>,
     ended: Vec<Completion>,
 }
 
@@ -211,13 +343,39 @@ impl Inner {
     /// Those that wait end now, each with its effect or without, as chance has it.
     fn give_up(&mut self) {
         let mut state = lock(&self.state);
-        for (_, request) in self.waiting.drain(..) {
-            if state.random.chance(500) {
-                let _ = execute(&mut state, &request);
+        for Waiting { request, is_void, .. } in self.waiting.drain(..) {
+            if !is_void && state.failing.is_none() {
+                give_up(&mut state, &request);
             }
             self.ended.push(Completion { token: request.token, outcome: Err(Status::Aborted) });
         }
     }
+}
+
+/// A request of which nobody knows what becomes.
+fn give_up(state: &mut SimDiskState, request: &Request) {
+    if !state.tears || !state.random.chance(400) {
+        if state.random.chance(500) {
+            let _ = execute(state, request);
+        }
+        return;
+    }
+    let (mut there, mut lost) = (0u32, 0u32);
+    for block in 0..request.blocks.0 {
+        if !request.operation.is_write() || state.random.chance(500) {
+            lost += 1;
+            continue;
+        }
+        there += 1;
+        let size = state.block_bytes();
+        let buffers = match request.operation.has_payload() {
+            true => request.buffers.slice(block as usize * size, size),
+            false => Buffers::EMPTY,
+        };
+        let lba = Lba(request.lba.0 + u64::from(block));
+        let _ = execute(state, &Request { lba, blocks: BlockCount(1), buffers, ..*request });
+    }
+    state.torn_writes += u64::from(there > 0 && lost > 0);
 }
 
 struct SimChannel {
@@ -230,17 +388,23 @@ struct SimChannel {
 impl Channel for SimChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         let mut inner = self.inner.borrow_mut();
-        let (latency_ns_max, stuck_permille, stuck_ns) = {
+        let (latency_ns_max, stuck_permille, stuck_ns, epoch, trap) = {
             let state = lock(&inner.state);
-            (state.latency_ns_max, state.stuck_permille, state.stuck_ns)
+            (state.latency_ns_max, state.stuck_permille, state.stuck_ns, state.epoch, state.trap.clone())
         };
         for request in batch.drain(..) {
-            let is_stuck = stuck_permille > 0 && self.runtime.random() % 1000 < stuck_permille;
-            let latency = if is_stuck { stuck_ns } else { self.runtime.random() % latency_ns_max.max(1) };
-            let wait = Duration::from_nanos(latency);
-            self.runtime.timer(self.source, self.runtime.now() + wait, self.next_key);
-            inner.waiting.push((self.next_key, request));
+            let is_void = trap.as_ref().is_some_and(|trap| trap.is_sprung());
+            if !is_void {
+                let is_stuck = stuck_permille > 0 && self.runtime.random() % 1000 < stuck_permille;
+                let latency = if is_stuck { stuck_ns } else { self.runtime.random() % latency_ns_max.max(1) };
+                let wait = Duration::from_nanos(latency);
+                self.runtime.timer(self.source, self.runtime.now() + wait, self.next_key);
+            }
+            inner.waiting.push(Waiting { key: self.next_key, request, epoch, is_void });
             self.next_key = self.next_key.wrapping_add(1);
+            if let Some(trap) = &trap {
+                trap.passes();
+            }
         }
     }
 
@@ -260,7 +424,8 @@ impl Channel for SimChannel {
 
 impl Drop for SimChannel {
     fn drop(&mut self) {
-        assert!(self.inner.borrow().waiting.is_empty(), "a channel is dropped when it is idle");
+        let is_idle = self.inner.borrow().waiting.is_empty();
+        assert!(is_idle || std::thread::panicking(), "a channel is dropped when it is idle");
         self.runtime.remove_source(self.source);
     }
 }
@@ -269,32 +434,45 @@ impl Source for Inner {
     fn poll(&mut self, runtime: &Runtime, events: &mut Vec<Event>) {
         for event in events.drain(..) {
             let Event::Timer { key: due } = event else { continue };
-            let Some(position) = self.waiting.iter().position(|(key, _)| *key == due) else { continue };
-            let (_, request) = self.waiting.remove(position);
-            let mut state = lock(&self.state);
-            let failed = state.errors_permille > 0 && runtime.random() % 1000 < state.errors_permille;
-            let outcome = if failed { Err(state.error) } else { execute(&mut state, &request) };
-            drop(state);
+            let Some(position) = self.waiting.iter().position(|waiting| waiting.key == due) else { continue };
+            let Waiting { request, epoch, .. } = self.waiting.remove(position);
+            let outcome = answer(&mut lock(&self.state), &request, epoch, runtime);
             self.ended.push(Completion { token: request.token, outcome });
             runtime.wake(self.user);
         }
     }
 }
 
+fn answer(state: &mut SimDiskState, request: &Request, epoch: u64, runtime: &Runtime) -> Outcome {
+    // It was under way when the disk died or lost its power: nobody knows what became of it, or it was sent again.
+    let is_doubtful = epoch != state.epoch;
+    if let Some(status) = state.failing {
+        if is_doubtful {
+            give_up(state, request);
+        }
+        return Err(status);
+    }
+    if is_doubtful && state.random.chance(500) {
+        give_up(state, request);
+        return Err(Status::Path);
+    }
+    let failed = state.errors_permille > 0 && runtime.random() % 1000 < state.errors_permille;
+    if failed { Err(state.error) } else { execute(state, request) }
+}
+
 fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
     let geometry = state.geometry;
     if request.operation == Operation::Flush {
-        state.flushes += 1;
-        let size = state.block_bytes();
-        for block in std::mem::take(&mut state.unstable).into_keys() {
-            let from = usize::try_from(block).unwrap_or(0) * size;
-            state.stable[from..from + size].copy_from_slice(&state.content[from..from + size]);
-        }
+        state.flush();
         return Ok(());
     }
     let too_long = request.operation.has_payload() && request.blocks.0 > geometry.transfer_blocks_max;
     if too_long || !geometry.contains(request.lba.0, request.blocks) {
         return Err(Status::Invalid);
+    }
+    let lbas = request.lba.0..request.lba.0 + u64::from(request.blocks.0);
+    if request.operation == Operation::Read && state.media_errors.range(lbas).next().is_some() {
+        return Err(Status::Media);
     }
     let shift = geometry.block_size.shift();
     let from = usize::try_from(request.lba.0 << shift).map_err(|_| Status::Invalid)?;
@@ -315,6 +493,7 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
             false
         }
     };
+    state.writes += 1;
     state.wrote(from, to, durable);
     Ok(())
 }

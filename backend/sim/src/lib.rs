@@ -20,10 +20,12 @@ pub mod disk;
 mod driver;
 pub mod net;
 pub mod random;
+pub mod trap;
 pub mod world;
 
 pub use client::Client;
 pub use disk::SimDisk;
 pub use net::{Side, Sides};
 pub use random::Random;
+pub use trap::Trap;
 pub use world::{World, WorldConfig};

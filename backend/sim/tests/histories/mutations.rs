@@ -1,17 +1,7 @@
 //! Promises that are broken on purpose, to see that they are found out. Only with `--cfg hawser_mutations`, which
 //! `cargo xtask sim` sets: see `hawser_fabric::simulated`.
 
-/// A promise, and which histories find out that it is broken.
-pub(crate) struct Mutation {
-    pub(crate) name: &'static str,
-    pub(crate) scenario: &'static str,
-    /// Within so many of them.
-    pub(crate) seeds: u64,
-}
-
-const fn mutation(name: &'static str, scenario: &'static str, seeds: u64) -> Mutation {
-    Mutation { name, scenario, seeds }
-}
+use crate::runner::{Mutation, mutation};
 
 /// In the order in which docs/testing.md tells them.
 pub(crate) const ALL: &[Mutation] = &[

@@ -397,7 +397,7 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::report_failures(Rc::clone(core), (failed, aborted), status, under_way);
+        let failure = slow::after_failure(Rc::clone(core), request, (failed, aborted), status, under_way);
         spawn(core, request.token, failure);
     }
 
@@ -448,6 +448,7 @@ impl Channel for VolumeChannel {
     }
 
     fn reap(&mut self, ended: &mut Vec<Completion>) {
+        self.refresh();
         let mut reaped = std::mem::take(&mut self.reaped);
         for member in 0..self.lanes.len() {
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {

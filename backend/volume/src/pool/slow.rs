@@ -24,35 +24,46 @@ use std::time::Duration;
 /// Bytes that a request has in extents: index, where in the extent, where in the request, how many.
 type Part = (u32, u64, u64, u64);
 
+/// How long it waits at most for a window or a mark that has come and gone.
+const LONGEST_WAIT: Duration = Duration::from_millis(5);
 /// How often a read is tried while members come and go.
 const READS_MAX: u32 = 1000;
 
-/// Carries a request out.
+/// Carries a request out. While no copy is within reach it is tried again.
 pub(super) async fn carry_out(core: Rc<Core>, request: Request) -> Outcome {
+    loop {
+        match carry_out_once(&core, &request).await {
+            Err(status) if is_out_of_reach(&core, status) => core.runtime.sleep(OUT_OF_REACH).await,
+            outcome => return outcome,
+        };
+    }
+}
+
+async fn carry_out_once(core: &Rc<Core>, request: &Request) -> Outcome {
     match request.operation {
-        Operation::Read => read(&core, &request).await,
-        Operation::Flush => flush(&core).await,
+        Operation::Read => read(core, request).await,
+        Operation::Flush => flush(core).await,
         Operation::Write { fua } => {
             let payload = Payload::Guest(request.buffers);
-            write(&core, bounds(&core, &request)?, &payload).await?;
-            finish_fua(&core, fua).await
+            write(core, bounds(core, request)?, &payload).await?;
+            finish_fua(core, fua).await
         }
         Operation::Discard => {
-            let range = bounds(&core, &request)?;
+            let range = bounds(core, request)?;
             core.shared.request(check_writable).await?;
-            discard(&core, range).await.map(drop)
+            discard(core, range).await.map(drop)
         }
         Operation::WriteZeroes { unmap, fua } => {
-            let range = bounds(&core, &request)?;
+            let range = bounds(core, request)?;
             core.shared.request(check_writable).await?;
             let left = match unmap {
-                true => discard(&core, range).await?,
+                true => discard(core, range).await?,
                 false => vec![range],
             };
             for range in left {
-                write_zeroes(&core, range).await?;
+                write_zeroes(core, range).await?;
             }
-            finish_fua(&core, fua).await
+            finish_fua(core, fua).await
         }
     }
 }
@@ -80,9 +91,35 @@ async fn finish_fua(core: &Core, fua: bool) -> Outcome {
     }
 }
 
-/// Members have failed a part of a write that others have: it has ended when that is recorded.
-pub(super) async fn report_failures(
+/// How long it waits before it tries again while no copy is within reach.
+const OUT_OF_REACH: Duration = Duration::from_millis(500);
+
+/// No copy is within reach, which may end: as where there is one copy only, requests wait until somebody gives up.
+fn is_out_of_reach(core: &Core, status: Status) -> bool {
+    let is_waited_for = matches!(status, Status::Path | Status::Timeout) && core.shared.view().is_redundant;
+    is_waited_for && !core.is_given_up.load(Ordering::Relaxed)
+}
+
+/// What becomes of a write that members have failed.
+pub(super) async fn after_failure(
     core: Rc<Core>,
+    request: Request,
+    members: (u64, u64),
+    status: Status,
+    under_way: UnderWay,
+) -> Outcome {
+    match report_failures(&core, members, status, under_way).await {
+        Err(status) if is_out_of_reach(&core, status) => {
+            core.runtime.sleep(OUT_OF_REACH).await;
+            carry_out(core, request).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// Members have failed a part of a write that others have: it has ended when that is recorded.
+async fn report_failures(
+    core: &Core,
     (failed, aborted): (u64, u64),
     status: Status,
     _under_way: UnderWay,
@@ -376,7 +413,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             None => {
                 // What it waits for was there when it was prepared, and has come again since.
                 core.runtime.sleep(wait).await;
-                wait = (wait * 2).min(Duration::from_millis(5));
+                wait = (wait * 2).min(LONGEST_WAIT);
             }
         }
         if core.is_given_up.load(Ordering::Relaxed) {

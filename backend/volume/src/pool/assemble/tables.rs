@@ -63,15 +63,13 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
             break;
         }
         let reads = wanted.iter().map(|page| async move {
-            match from_first(lanes, &from_leaves(found), layout.page_offset(*page)).await {
-                Some(bytes) => (*page, Some(bytes)),
-                None => (*page, None),
-            }
+            (*page, from_first(lanes, &from_leaves(found), layout.page_offset(*page)).await)
         });
         for (page, bytes) in all(reads).await {
             pages_read += 1;
-            let first =
+            let (failed, first) =
                 bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
+            bad_pages += failed;
             let Err(mut what) = loader.give(page, first.bytes(0, PAGE_BYTES)) else { continue };
             bad_pages += 1;
             let mut is_good = false;
@@ -100,10 +98,11 @@ fn from_leaves(found: &Found) -> Vec<Leaf> {
     found.with_tables()
 }
 
-async fn from_first(lanes: &Rc<Lanes>, from: &[Leaf], offset: u64) -> Option<Rc<Bounce>> {
-    for leaf in from {
+/// A page from the first who can be read, and how many could not.
+async fn from_first(lanes: &Rc<Lanes>, from: &[Leaf], offset: u64) -> Option<(u64, Rc<Bounce>)> {
+    for (failed, leaf) in (0..).zip(from) {
         if let Ok(bytes) = lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
-            return Some(bytes);
+            return Some((failed, bytes));
         }
     }
     None

@@ -211,7 +211,7 @@ impl Owner {
                 entry.is_doubted.store(false, Ordering::Release);
                 entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
                 set.set_mode(index, Mode::InSync);
-                return Err(Status::Path);
+                return Err(Status::Media);
             }
             if !self.put_out(member, "lost its volatile cache").await {
                 return Err(Status::Path);

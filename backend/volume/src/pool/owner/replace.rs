@@ -45,7 +45,11 @@ impl Owner {
 
     fn leaf_of(&self, device: Arc<dyn Device>) -> Result<Leaf, PoolError> {
         let name = device.name().to_owned();
-        Leaf::new(device).ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))
+        let leaf = Leaf::new(device).ok_or_else(|| PoolError::Failed(format!("{name} is not reached")))?;
+        if self.view().is_redundant {
+            leaf.device.fail_after(self.options.member_timeout);
+        }
+        Ok(leaf)
     }
 
     /// A device that belongs to nobody and is large enough.
@@ -190,7 +194,6 @@ impl Owner {
             return Err(PoolError::Conflict(format!("pool {} has enough spares", self.shared.name)));
         }
         let name = leaf.name().to_owned();
-        leaf.device.fail_after(self.options.member_timeout);
         self.spares.borrow_mut().push((self.random_uuid(), Some(leaf)));
         let _turn = self.turns.superblock.take().await;
         self.record_members().await.map_err(|status| self.failed(&name, status))?;

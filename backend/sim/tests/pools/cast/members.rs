@@ -1,0 +1,133 @@
+//! The disks: what the pool has of them, and what it can do without.
+
+use super::{Cast, Health};
+use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
+use hawser_sim::SimDisk;
+use hawser_volume::pool::{MemberState, Pool, PoolView};
+use hawser_volume::raid::Level;
+use std::sync::Arc;
+
+/// A disk.
+pub(crate) struct Member {
+    pub(crate) disk: Arc<SimDisk>,
+    pub(crate) health: Health,
+    /// Not one of the pool's any more.
+    pub(crate) is_retired: bool,
+    /// It was given to the pool, which may not have it yet.
+    pub(crate) is_new: bool,
+    /// Another one was to take its place.
+    pub(crate) is_leaving: bool,
+}
+
+impl Member {
+    pub(crate) fn name(&self) -> String {
+        self.disk.name().to_owned()
+    }
+}
+
+impl Cast {
+    /// A new disk, of the size that the pool's members have or a little more.
+    pub(crate) fn new_member(&mut self) -> Member {
+        let block_size: BlockSize = self.plan.block_size;
+        let more = match usize::from(self.next_disk) {
+            0 => 0,
+            at if at < self.plan.members => self.random.below(5) * 4096,
+            // As large as any that it may replace.
+            _ => (5 + self.random.below(5)) * 4096,
+        };
+        let blocks = (self.plan.member_bytes + more) >> block_size.shift();
+        let geometry = Geometry {
+            transfer_blocks_max: (256 << 10) >> block_size.shift(),
+            volatile_cache: true,
+            write_zeroes: Some(WriteZeroesLimits { blocks_max: 1 << 12, may_unmap: true }),
+            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: true }),
+            ..Geometry::new(block_size, blocks)
+        };
+        let index = self.next_disk;
+        self.next_disk += 1;
+        let disk = SimDisk::new(&format!("d{index}"), geometry, [0xd0 + index; 16]);
+        disk.seed(self.plan.seed ^ 0xd15c ^ u64::from(index) << 32);
+        {
+            let mut state = disk.state();
+            state.cache_identity = self.plan.has_cache_identity.then_some([index + 5; 16]);
+            state.tears = true;
+            state.trap = Some(Arc::clone(&self.shared.trap));
+        }
+        Member {
+            disk: Arc::new(disk),
+            health: Health::Good,
+            is_retired: false,
+            is_new: true,
+            is_leaving: false,
+        }
+    }
+
+    /// Disks that are the pool's, as far as we know.
+    pub(crate) fn present(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|member| !member.is_retired)
+    }
+
+    /// What the pool says of a disk.
+    pub(crate) fn state_of(&self, view: &PoolView, name: &str) -> Option<MemberState> {
+        let members = view.members.iter();
+        members.clone().find(|member| member.device.as_deref() == Some(name)).map(|member| member.state)
+    }
+
+    /// No member is being brought up to date, and all that the pool does not know yet it has had time to notice.
+    pub(crate) fn is_quiet(&self, view: &PoolView) -> bool {
+        let syncs = view.tasks.iter().any(|task| !task.is_done && task.kind != "scrub");
+        !syncs && self.world.now() >= self.doubtful_until
+    }
+
+    /// Members are being compared.
+    pub(crate) fn is_scrubbed(&self) -> bool {
+        let view = self.pool.as_ref().map(Pool::view);
+        view.is_some_and(|view| view.tasks.iter().any(|task| task.kind == "scrub" && !task.is_done))
+    }
+
+    /// Every place has a member in sync, and nobody is ill.
+    pub(crate) fn is_whole(&self) -> bool {
+        let Some(pool) = &self.pool else { return false };
+        let view = pool.view();
+        let places = view.members.iter().filter(|member| member.place.is_some());
+        self.is_quiet(&view)
+            && places.clone().all(|member| member.state == MemberState::InSync)
+            && self.present().all(|member| member.health == Health::Good)
+    }
+
+    /// Whether the pool goes on without this disk, and loses nothing.
+    pub(crate) fn can_lose(&self, index: usize) -> bool {
+        let Some(pool) = self.pool.as_ref().filter(|_| self.plan.is_redundant()) else { return false };
+        let view = pool.view();
+        let is_good = |(at, member): &(usize, &Member)| {
+            *at != index
+                && member.health == Health::Good
+                && self.state_of(&view, member.disk.name()) == Some(MemberState::InSync)
+        };
+        let good = self.members.iter().enumerate().filter(is_good).count();
+        let places = view.members.iter().filter(|member| member.place.is_some()).count();
+        let is_one_set = places == self.plan.members;
+        let is_enough =
+            if self.plan.level == Level::Raid1 && is_one_set { good >= 1 } else { good + 1 >= places };
+        is_enough && self.is_quiet(&view) && self.asks.is_empty()
+    }
+
+    /// Sees which disks are the pool's now.
+    pub(crate) fn take_roll(&mut self) {
+        let Some(pool) = &self.pool else { return };
+        if !self.asks.is_empty() {
+            return;
+        }
+        let view = pool.view();
+        let places: Vec<_> = view.members.iter().filter(|member| member.place.is_some()).collect();
+        let all_there = places.iter().all(|member| member.device.is_some());
+        for member in self.members.iter_mut().filter(|member| !member.is_retired) {
+            let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
+            if is_listed {
+                member.is_new = false;
+            } else if member.is_new || member.is_leaving || all_there {
+                member.is_retired = true;
+            }
+        }
+    }
+}

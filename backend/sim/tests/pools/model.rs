@@ -1,0 +1,448 @@
+//! What the volumes of a pool may hold, as their guests may rely on it; and which volumes there are.
+//!
+//! ```text
+//!   possible   what a block may read as now: the last acknowledged write, and those of unknown outcome beside it
+//!   writes     under way
+//!   stable     what may be there at worst when the power goes: as the last FLUSH found it,
+//!   log        and every write that began since
+//! ```
+//!
+//! Each write has a number, and a block's content follows from the number, the block and the volume: what is read says which write
+//! it is, whole or not at all, and whose. 0 is what was never written: zeroes.
+//!
+//! - What is acknowledged survives the process; what was flushed survives the power.
+//! - Of contents that are possible, the one that was read is what it stays.
+//! - A snapshot has what its origin had at one instant between its begin and its end.
+
+mod names;
+
+pub(crate) use names::{Names, Op};
+
+use names::apply;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The content of block `lba` after write `id`.
+pub(crate) fn fill(memory: &mut [u8], id: u64, lba: u64) {
+    for (index, chunk) in memory.chunks_exact_mut(8).enumerate() {
+        chunk.copy_from_slice(&word(id, lba, index as u64).to_le_bytes());
+    }
+}
+
+fn word(id: u64, lba: u64, index: u64) -> u64 {
+    match (id, index) {
+        (0, _) => 0,
+        (id, 0) => id,
+        (_, 1) => lba,
+        (id, index) => (id ^ (lba << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index),
+    }
+}
+
+/// Which write this content of block `lba` is.
+pub(crate) fn identify(memory: &[u8], lba: u64) -> Result<u64, String> {
+    let at = |index: usize| u64::from_le_bytes(memory[index * 8..index * 8 + 8].try_into().unwrap());
+    let id = at(0);
+    for index in 0..memory.len() / 8 {
+        if at(index) != word(id, lba, index as u64) {
+            let (start, there) = (at(0), at(index));
+            return Err(format!("{start:#x} at its start, {there:#x} at word {index}: no write's content"));
+        }
+    }
+    Ok(id)
+}
+
+#[derive(Clone, Debug)]
+struct Write {
+    seq: u64,
+    id: u64,
+    /// Writes that were under way at the same time.
+    others: Vec<u64>,
+    /// What was there may stay.
+    is_weak: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Reading {
+    request: u64,
+    allowed: Vec<u64>,
+    /// No write was under way meanwhile.
+    alone: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    possible: Vec<u64>,
+    writes: Vec<Write>,
+    readings: Vec<Reading>,
+    /// Number in the order of begins, and content.
+    log: Vec<(u64, u64)>,
+    /// As of this number.
+    stable: (Vec<u64>, u64),
+}
+
+impl Default for Block {
+    fn default() -> Block {
+        Block { possible: vec![0], writes: vec![], readings: vec![], log: vec![], stable: (vec![0], 0) }
+    }
+}
+
+impl Block {
+    fn seen(&self) -> Vec<u64> {
+        let mut seen: Vec<u64> =
+            self.possible.iter().copied().chain(self.writes.iter().map(|write| write.id)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        seen
+    }
+
+    fn is_settled(&self) -> bool {
+        self.log.is_empty()
+            && self.writes.is_empty()
+            && self.possible.len() == 1
+            && self.stable.0 == self.possible
+    }
+
+    fn make_stable(&mut self, contents: Vec<u64>, seq: u64) {
+        if seq >= self.stable.1 {
+            self.stable = (contents, seq);
+            self.log.retain(|(other, _)| *other > seq);
+        }
+    }
+
+    fn cut(&mut self) {
+        self.possible = self.stable.0.iter().copied().chain(self.log.iter().map(|(_, id)| *id)).collect();
+        self.possible.sort_unstable();
+        self.possible.dedup();
+        self.writes.clear();
+        self.readings.clear();
+    }
+}
+
+/// Writes by block: number in order, and content.
+pub(crate) type Touched = BTreeMap<u64, Vec<(u64, u64)>>;
+
+/// A snapshot that is being made.
+#[derive(Clone, Debug)]
+struct Capture {
+    name: String,
+    /// Writes that were under way when it began, or began since, by block.
+    pub(crate) touched: Touched,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Volume {
+    blocks: BTreeMap<u64, Block>,
+    size_blocks: u64,
+    is_snapshot: bool,
+    captures: Vec<Capture>,
+    /// Extents that were ever written.
+    written: BTreeSet<u64>,
+    /// Of a snapshot whose instant has not been looked at yet: its group, and what was touched while it was made.
+    made: Option<(u64, Touched)>,
+}
+
+/// What a FLUSH has to make durable, as it is when it begins.
+#[derive(Clone, Debug)]
+pub(crate) struct Flush {
+    seq: u64,
+    blocks: BTreeMap<u64, Vec<u64>>,
+    /// Changes of volumes that were done.
+    ops: usize,
+}
+
+/// All volumes of a pool.
+#[derive(Clone, Debug)]
+pub(crate) struct Models {
+    seq: u64,
+    next_id: u64,
+    volumes: BTreeMap<String, Volume>,
+    /// When acknowledged writes ended.
+    ends: BTreeMap<u64, u64>,
+    base: Names,
+    /// Since `base`.
+    ops: Vec<Op>,
+    /// How many before `ops` were made durable and are in `base`.
+    settled: usize,
+    /// The last of `ops` has not ended.
+    is_pending: bool,
+    /// As the pool has them.
+    pub(crate) extent_blocks: u64,
+    /// A change of volumes is durable when it is answered.
+    pub(crate) changes_are_durable: bool,
+}
+
+impl Models {
+    pub(crate) fn new() -> Models {
+        Models {
+            seq: 1,
+            next_id: 0,
+            volumes: BTreeMap::new(),
+            ends: BTreeMap::new(),
+            base: Names::new(),
+            ops: Vec::new(),
+            settled: 0,
+            is_pending: false,
+            extent_blocks: 1,
+            changes_are_durable: true,
+        }
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.seq += 1;
+        self.seq
+    }
+
+    fn volume(&mut self, name: &str) -> &mut Volume {
+        self.volumes.get_mut(name).expect("a volume that is used has a model")
+    }
+
+    /// Those that there are now.
+    pub(crate) fn names(&self) -> Names {
+        let mut names = self.base.clone();
+        let done = self.ops.len() - usize::from(self.is_pending);
+        for op in &self.ops[..done] {
+            apply(&mut names, op);
+        }
+        names
+    }
+
+    pub(crate) fn size_blocks(&self, name: &str) -> u64 {
+        self.volumes.get(name).map_or(0, |volume| volume.size_blocks)
+    }
+
+    /// Blocks of it that were ever used, in runs.
+    pub(crate) fn runs(&self, name: &str) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for lba in self.volumes.get(name).into_iter().flat_map(|volume| volume.blocks.keys().copied()) {
+            match runs.last_mut() {
+                Some((from, count)) if *from + *count == lba => *count += 1,
+                _ => runs.push((lba, 1)),
+            }
+        }
+        runs
+    }
+
+    /// How many extents all volumes have at most.
+    pub(crate) fn extents_max(&self) -> u64 {
+        self.volumes.values().map(|volume| volume.written.len() as u64).sum()
+    }
+
+    /// How many pages their mappings take about: each chunk of entries, what is partial of it, and what names it.
+    pub(crate) fn pages_max(&self) -> u64 {
+        let chunks =
+            |volume: &Volume| volume.written.iter().map(|at| at / 448).collect::<BTreeSet<u64>>().len();
+        self.volumes.values().map(|volume| 3 * chunks(volume) as u64 + 3).sum()
+    }
+
+    /// Whether some of these blocks are being written.
+    pub(crate) fn is_being_written(&self, name: &str, (lba, count): (u64, u64)) -> bool {
+        let blocks = self.volumes.get(name).map(|volume| volume.blocks.range(lba..lba + count));
+        blocks.into_iter().flatten().any(|(_, block)| !block.writes.is_empty())
+    }
+
+    /// A number for a request that is no write.
+    pub(crate) fn request(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// Blocks are being written; all of them zero, if so. What a discard does not cover in whole extents may stay as it was. Returns its number in order, and its content's.
+    pub(crate) fn write_begins(
+        &mut self,
+        name: &str,
+        (lba, count): (u64, u64),
+        is_zero: bool,
+        is_discard: bool,
+    ) -> (u64, u64) {
+        let seq = self.tick();
+        if !is_zero {
+            self.next_id += 1;
+        }
+        let uid = name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff);
+        let id = if is_zero { 0 } else { self.next_id | uid << 32 };
+        let extent_blocks = self.extent_blocks;
+        let volume = self.volume(name);
+        if !is_zero {
+            volume.written.extend(lba / extent_blocks..=(lba + count - 1) / extent_blocks);
+        }
+        let mut captures = std::mem::take(&mut volume.captures);
+        for at in lba..lba + count {
+            let from = at / extent_blocks * extent_blocks;
+            let is_whole = from >= lba && (from + extent_blocks).min(volume.size_blocks) <= lba + count;
+            let is_weak = is_discard && !is_whole;
+            let block = volume.blocks.entry(at).or_default();
+            let others = block.writes.iter().map(|write| write.id).collect();
+            for write in &mut block.writes {
+                write.others.push(id);
+            }
+            for reading in &mut block.readings {
+                reading.allowed.push(id);
+                reading.alone = false;
+            }
+            block.log.push((seq, id));
+            block.writes.push(Write { seq, id, others, is_weak });
+        }
+        for capture in &mut captures {
+            let Some(snapshot) = self.volumes.get_mut(&capture.name) else { continue };
+            for at in lba..lba + count {
+                let block = snapshot.blocks.entry(at).or_default();
+                block.possible.push(id);
+                block.log.push((seq, id));
+                capture.touched.entry(at).or_default().push((seq, id));
+            }
+        }
+        self.volume(name).captures = captures;
+        (seq, id)
+    }
+
+    /// `ok`: it was acknowledged; else it has failed, and each of its blocks may be there or not.
+    pub(crate) fn write_ends(&mut self, name: &str, seq: u64, (lba, count): (u64, u64), ok: bool, fua: bool) {
+        let end = self.tick();
+        if ok {
+            self.ends.insert(seq, end);
+        }
+        let volume = self.volume(name);
+        for at in lba..lba + count {
+            let Some(block) = volume.blocks.get_mut(&at) else { continue };
+            let Some(place) = block.writes.iter().position(|write| write.seq == seq) else { continue };
+            let write = block.writes.swap_remove(place);
+            if ok && !write.is_weak {
+                block.possible = write.others;
+            }
+            if !block.possible.contains(&write.id) {
+                block.possible.push(write.id);
+            }
+            if ok && fua {
+                let possible = block.possible.clone();
+                block.make_stable(possible, seq);
+            }
+        }
+    }
+
+    pub(crate) fn read_begins(&mut self, name: &str, request: u64, (lba, count): (u64, u64)) {
+        let volume = self.volume(name);
+        for at in lba..lba + count {
+            let block = volume.blocks.entry(at).or_default();
+            let (allowed, alone) = (block.seen(), block.writes.is_empty());
+            block.readings.push(Reading { request, allowed, alone });
+        }
+    }
+
+    /// `payload`: what was read; `None`: it has failed.
+    pub(crate) fn read_ends(
+        &mut self,
+        name: &str,
+        request: u64,
+        (lba, count): (u64, u64),
+        payload: Option<&[u8]>,
+    ) -> Result<(), String> {
+        let volume = self.volumes.get_mut(name).expect("a volume that is used has a model");
+        for at in lba..lba + count {
+            let block = volume.blocks.entry(at).or_default();
+            let Some(place) = block.readings.iter().position(|reading| reading.request == request) else {
+                continue;
+            };
+            let reading = block.readings.swap_remove(place);
+            let Some(payload) = payload else { continue };
+            let size = payload.len() / usize::try_from(count).unwrap();
+            let from = usize::try_from(at - lba).unwrap() * size;
+            let found = identify(&payload[from..from + size], at);
+            let id = match found {
+                Ok(id) => id,
+                Err(why) => {
+                    let wanted = &reading.allowed;
+                    return Err(format!("{name} block {at} is {why}; want one of {wanted:#x?}"));
+                }
+            };
+            if !reading.allowed.contains(&id) {
+                let (wanted, log) = (reading.allowed, &block.log);
+                return Err(format!(
+                    "{name} block {at} reads as {id:#x}, want one of {wanted:#x?} (stable {:#x?}, since {log:#x?})",
+                    block.stable
+                ));
+            }
+            // What was possible before may be narrower by now.
+            if reading.alone && block.writes.is_empty() {
+                if !block.possible.contains(&id) {
+                    let possible = &block.possible;
+                    return Err(format!(
+                        "{name} block {at} reads as {id:#x} after it read as {possible:#x?}"
+                    ));
+                }
+                block.possible = vec![id];
+            }
+        }
+        Ok(())
+    }
+
+    fn done(&self) -> usize {
+        self.settled + self.ops.len() - usize::from(self.is_pending)
+    }
+
+    pub(crate) fn flush_begins(&mut self, name: &str) -> Flush {
+        let (seq, ops) = (self.tick(), self.done());
+        let blocks = self.volume(name).blocks.iter().filter(|(_, block)| !block.is_settled());
+        Flush { seq, blocks: blocks.map(|(at, block)| (*at, block.seen())).collect(), ops }
+    }
+
+    /// It was acknowledged.
+    pub(crate) fn flush_ends(&mut self, name: &str, flush: Flush) {
+        let volume = self.volume(name);
+        for (at, contents) in flush.blocks {
+            if let Some(block) = volume.blocks.get_mut(&at) {
+                block.make_stable(contents, flush.seq);
+            }
+        }
+        self.settle(flush.ops);
+    }
+
+    /// Changes up to the `ops`th are durable.
+    fn settle(&mut self, ops: usize) {
+        let count = ops.saturating_sub(self.settled).min(self.ops.len());
+        for op in self.ops.drain(..count) {
+            apply(&mut self.base, &op);
+        }
+        self.settled += count;
+        self.forget();
+    }
+
+    /// Volumes that cannot come back.
+    fn forget(&mut self) {
+        let mut names: BTreeSet<String> = self.base.keys().cloned().collect();
+        let mut now = self.base.clone();
+        for op in &self.ops {
+            apply(&mut now, op);
+            names.extend(now.keys().cloned());
+        }
+        self.volumes.retain(|name, _| names.contains(name));
+    }
+
+    /// Everything was made durable, and nothing was under way.
+    pub(crate) fn all_durable(&mut self) {
+        let seq = self.tick();
+        for block in self.volumes.values_mut().flat_map(|volume| volume.blocks.values_mut()) {
+            let seen = block.seen();
+            block.make_stable(seen, seq);
+        }
+        self.settle(self.done());
+    }
+
+    /// The power was lost: writes under way are not heard of again.
+    pub(crate) fn cut(&mut self) {
+        for block in self.volumes.values_mut().flat_map(|volume| volume.blocks.values_mut()) {
+            block.cut();
+        }
+        self.process_died();
+    }
+
+    /// The process has died: whether a change that was under way has happened will be seen.
+    pub(crate) fn process_died(&mut self) {
+        for volume in self.volumes.values_mut() {
+            volume.captures.clear();
+            volume.made = None;
+        }
+    }
+
+    /// What a snapshot was made of.
+    pub(crate) fn is_snapshot(&self, name: &str) -> bool {
+        self.volumes.get(name).is_some_and(|volume| volume.is_snapshot)
+    }
+}

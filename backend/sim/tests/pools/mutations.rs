@@ -1,0 +1,29 @@
+//! Promises that are broken on purpose, to see that they are found out. Only with `--cfg hawser_mutations`, which
+//! `cargo xtask sim` sets: see `hawser_volume::simulated`.
+
+use crate::runner::{Mutation, mutation};
+
+/// In the order in which docs/testing.md tells them.
+pub(crate) const ALL: &[Mutation] = &[
+    mutation("ack_before_intent", "power", 2000),
+    mutation("skip_member_flush", "power", 2000),
+    mutation("log_records_made_after_flush_began", "power", 4000),
+    mutation("reuse_without_barrier", "full", 4000),
+    mutation("reuse_before_durable", "full", 4000),
+    mutation("ack_before_stale_recorded", "members", 4000),
+    mutation("checkpoint_frees_log_early", "power", 4000),
+    mutation("checkpoint_overwrites_live_pages", "power", 4000),
+    mutation("checkpoint_root_before_pages", "power", 4000),
+    mutation("valid_before_data", "kills", 4000),
+    mutation("snapshot_without_barrier", "thin", 4000),
+    mutation("clear_intent_without_flush", "power", 4000),
+    mutation("read_unsynced_from_any", "members", 2000),
+    mutation("resync_without_window", "members", 4000),
+    mutation("tail_skipped", "kills", 2000),
+    mutation("stale_member_read", "members", 2000),
+];
+
+/// From now on this thread's histories break this promise.
+pub(crate) fn set(name: Option<&str>) {
+    hawser_volume::simulated::break_promise(name);
+}
