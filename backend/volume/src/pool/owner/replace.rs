@@ -273,6 +273,8 @@ impl Owner {
             })
             .collect();
         let mut book = before.clone();
+        // One that is there: the one that it was read from may have been replaced.
+        book.this = book.members[0].uuid;
         let first = book.members.len();
         book.members.extend(records);
         let (set, record) = new_set(&book, first, wanted)
