@@ -32,6 +32,9 @@ pub struct PoolConfig {
     /// The most bytes per second that a resync, rebuild or scrub copies; 0: no limit.
     #[serde(default = "sync_rate")]
     pub sync_rate: ByteSize,
+    /// How long requests wait for a member that is out of reach before the others go on without it, in seconds.
+    #[serde(default = "member_timeout")]
+    pub member_timeout: u32,
     /// How long a member may be away before a spare takes its place, in seconds.
     #[serde(default = "spare_delay")]
     pub spare_delay: u32,
@@ -49,6 +52,10 @@ fn low_water() -> u32 {
 
 fn sync_rate() -> ByteSize {
     ByteSize(200 << 20)
+}
+
+fn member_timeout() -> u32 {
+    10
 }
 
 fn spare_delay() -> u32 {
@@ -72,6 +79,7 @@ impl PoolConfig {
             no_space: NoSpace::default(),
             low_water: low_water(),
             sync_rate: sync_rate(),
+            member_timeout: member_timeout(),
             spare_delay: spare_delay(),
             assemble_timeout: assemble_timeout(),
             assume_exclusive: false,
@@ -86,6 +94,7 @@ impl PoolConfig {
             ));
         }
         for (key, value, max) in [
+            ("member_timeout", self.member_timeout, SPARE_DELAY_MAX),
             ("spare_delay", self.spare_delay, SPARE_DELAY_MAX),
             ("assemble_timeout", self.assemble_timeout, ASSEMBLE_TIMEOUT_MAX),
         ] {

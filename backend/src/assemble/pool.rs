@@ -73,6 +73,7 @@ pub(crate) fn open_options(policy: &PoolConfig, host: [u8; 16], tail: Box<dyn Ta
         },
         low_water_permille: policy.low_water * 10,
         sync_bytes_per_second: policy.sync_rate.0,
+        member_timeout: seconds(policy.member_timeout),
         spare_delay: seconds(policy.spare_delay),
         ..OpenOptions::new(host, tail)
     }

@@ -1,7 +1,7 @@
 //! Pools over targets that several hosts reach: one of them writes, whatever the others try, and whoever dies.
 
 use crate::common::{Place, Serving, until};
-use crate::frontend::{Guest, T_FLUSH, T_IN, T_OUT, Wish};
+use crate::frontend::{DATA, Guest, T_FLUSH, T_IN, T_OUT, Wish};
 use std::fs;
 
 const MIB: u64 = 1 << 20;
@@ -44,8 +44,13 @@ fn wish() -> Wish {
     Wish { inflight: true, ..Wish::default() }
 }
 
+/// Whether 4 KiB were written. Patient: a write of unknown outcome ends when its target cannot carry it out any more.
 fn write(guest: &mut Guest, at: u64, fill: u8) -> bool {
-    guest.request(T_OUT, at / 512, &[fill; 4096], 0).0 == 0
+    let parts = guest.plain(T_OUT, at / 512, &[fill; 4096], 0, DATA);
+    guest.submit(0, &parts);
+    until("the write ends", || guest.rings[0].used_idx(&guest.ram) != guest.rings[0].last_used);
+    guest.rings[0].wait_used(&guest.ram);
+    guest.ram.read(DATA + 16, 1) == [0]
 }
 
 fn holds(guest: &mut Guest, at: u64, fill: u8) {
@@ -176,4 +181,84 @@ fn a_volume_is_a_namespace_for_other_hosts() {
     assert_eq!(line, "volume p0/v is subsystem nqn.2026-11.io.hawser:t's, want that removed first");
     drop(guest);
     assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}
+
+/// A target with one file as its namespace, at a port that stays the same.
+fn one_of_several(index: u16, port: u16) -> (Place, Serving) {
+    let storage = Place::new();
+    fs::File::create(storage.path("store")).unwrap().set_len(256 * MIB).unwrap();
+    storage.configure(&format!(
+        "[[device]]\nname = \"f\"\nuri = \"file://@/store\"\n\
+         [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t{index}\"\nlisten = [\"tcp://127.0.0.1:{port}\"]\n\
+         [[subsystem.namespace]]\nnsid = 1\ndevice = \"f\"\n"
+    ));
+    let target = storage.serve();
+    (storage, target)
+}
+
+#[test]
+fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place() {
+    let ports: Vec<u16> = (0..3)
+        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+        .collect::<Vec<_>>()
+        .iter()
+        .map(|listener| listener.local_addr().unwrap().port())
+        .collect();
+    let mut targets: Vec<_> = (0..).zip(&ports).map(|(index, port)| one_of_several(index, *port)).collect();
+    let host = Place::new();
+    let devices: String = (0..)
+        .zip(&ports)
+        .map(|(index, port)| {
+            format!(
+                "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
+                 reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
+            )
+        })
+        .collect();
+    let disk = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n";
+    host.configure(&format!("{devices}{disk}[[pool]]\nname = \"p0\"\nspare_delay = 3\n"));
+    host.ok(&["pool", "create", "p0", "--config", &config(&host), "--raid", "raid1", "n0", "n1"]);
+    host.ok(&["volume", "create", "p0/v", "--config", &config(&host), "--size", "1GiB"]);
+    let daemon = host.serve();
+    until("it is there", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&host.path("v.sock"), &wish());
+    let state = |want: &str| {
+        let pool = daemon.status()["pools"][0].clone();
+        pool["state"] == want
+    };
+    let member = |place: usize, key: &str| daemon.status()["pools"][0]["members"][place][key].clone();
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 1));
+    }
+    // One dies under writes: its guest sees a pause.
+    let (storage, target) = targets.pop().unwrap();
+    let spare = (storage, target);
+    let (storage, target) = targets.pop().unwrap();
+    target.kill();
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 2), "{}", host.log());
+    }
+    until("it is out", || state("degraded"));
+    let target = storage.serve();
+    until("it has everything again", || state("ready"));
+    for index in 0..20 {
+        holds(&mut guest, index * 3 * MIB, 2);
+    }
+    // It dies for good, and a spare takes its place.
+    host.ok(&["pool", "add-spare", "p0", "n2"]);
+    target.kill();
+    for index in 0..20 {
+        assert!(write(&mut guest, index * 3 * MIB, 3));
+    }
+    until("the spare has its place", || member(1, "device") == "n2" && state("ready"));
+    // Now the other one: the spare has it all.
+    let (_first, target) = targets.pop().unwrap();
+    target.kill();
+    for index in 0..20 {
+        holds(&mut guest, index * 3 * MIB, 3);
+    }
+    assert!(write(&mut guest, 0, 4));
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    drop(spare);
 }

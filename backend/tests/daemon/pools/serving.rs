@@ -2,7 +2,7 @@
 
 use super::{MIB, Rig, disk, holds, json, pool_state, slow, wish, write};
 use crate::common::{Place, until};
-use crate::frontend::{Guest, T_FLUSH, T_OUT};
+use crate::frontend::{DATA, Guest, T_FLUSH, T_OUT};
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -360,4 +360,55 @@ fn a_second_initiator_under_one_identity_is_refused() {
     daemon.kill();
     let daemon = other.serve();
     assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_pool_that_is_full_says_so_hurts_nobody_else_and_can_be_grown() {
+    for policy in ["error", "wait"] {
+        let rest = disk("a", "p0/a", "") + &disk("b", "p0/b", "");
+        let policy_text = format!("[[pool]]\nname = \"p0\"\nno_space = \"{policy}\"\nlow_water = 50\n");
+        let rig = Rig::new(4, 96, &(rest + &policy_text));
+        rig.offline("pool create p0 --raid raid0 d0 d1");
+        rig.offline("volume create p0/a --size 10GiB");
+        rig.offline("volume create p0/b --size 10GiB");
+        let daemon = rig.place.serve();
+        let mut one = Guest::connect(&rig.socket("a"), &wish());
+        let mut other = Guest::connect(&rig.socket("b"), &wish());
+        write(&mut other, 0, 1);
+        let pool = || daemon.status()["pools"][0].clone();
+        let extent = pool()["extent_bytes"].as_u64().unwrap();
+        let mapped = || daemon.status()["volumes"][1]["mapped_bytes"].as_u64().unwrap();
+        until("it is seen what b has", || mapped() > 0);
+        let extents = pool()["free_bytes"].as_u64().unwrap() / extent;
+        for index in 0..extents {
+            write(&mut one, index * extent, 2);
+        }
+        until("it is low", || !pool()["troubles"].as_array().unwrap().is_empty());
+        // The next one finds nothing; what has space goes on.
+        let at = extents * extent;
+        if policy == "error" {
+            assert_ne!(one.request(T_OUT, at / 512, &[3; 4096], 0).0, 0);
+            write(&mut one, 0, 3);
+        } else {
+            let parts = one.plain(T_OUT, at / 512, &[3; 4096], 0, DATA);
+            one.submit(0, &parts);
+        }
+        if policy == "error" {
+            until("it is counted", || slow(&daemon, "a", "no_space") > 0);
+        }
+        write(&mut other, 4096, 4);
+        holds(&mut other, 0, 1);
+        rig.online("pool grow p0 d2 d3");
+        if policy == "error" {
+            write(&mut one, at, 3);
+        } else {
+            one.rings[0].wait_used(&one.ram);
+            assert_eq!(one.ram.read(DATA + 16, 1), [0], "it had waited for space");
+        }
+        holds(&mut one, at, 3);
+        holds(&mut one, (extents - 1) * extent, 2);
+        drop((one, other));
+        assert_eq!(daemon.end(), Some(0));
+        rig.offline("pool check p0");
+    }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Member {
     pub(crate) whole_cache: Option<[u8; 16]>,
     /// The volatile cache that its writes are in.
     pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
+    /// It was put in, and does not say so itself yet.
+    pub(crate) is_unlabelled: bool,
     /// It gets all writes, and is not ready to be taken for whole.
     pub(crate) is_joining: bool,
     /// It has lost its cache, or may have: its data is not what was written.
@@ -57,6 +59,7 @@ impl Member {
             tried: now,
             whole_cache: cache.filter(|_| is_recorded),
             cache: Arc::new(Mutex::new(cache)),
+            is_unlabelled: false,
             is_joining: false,
             is_doubted: Arc::default(),
         }
@@ -194,6 +197,8 @@ impl Owner {
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
     pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
+        // Whoever is just writing it down may have the turn: that counts when it is done.
+        drop(self.turns.superblock.take().await);
         let is_doubted = |member: &Member| member.is_recorded && member.is_doubted.load(Ordering::Acquire);
         let doubted: Vec<u16> = {
             let members = self.members.borrow();

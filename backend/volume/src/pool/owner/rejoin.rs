@@ -81,7 +81,23 @@ impl Owner {
     pub(crate) async fn rejoin(self: &Rc<Self>, number: u16) {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone();
         let Some(leaf) = leaf else { return };
-        let uuid = self.members.borrow()[usize::from(number)].uuid;
+        let (uuid, is_unlabelled) = {
+            let members = self.members.borrow();
+            (members[usize::from(number)].uuid, members[usize::from(number)].is_unlabelled)
+        };
+        if is_unlabelled {
+            // It was put in, and could not be told.
+            let labelled = {
+                let _turn = self.turns.superblock.take().await;
+                self.label(number).await
+            };
+            if labelled.is_ok()
+                && let Err(what) = self.bring_back(number, leaf, None).await
+            {
+                self.members.borrow_mut()[usize::from(number)].why = what;
+            }
+            return;
+        }
         match self.label_of(&leaf).await {
             Ok(Some(label)) if label.this == uuid => {
                 if let Err(what) = self.bring_back(number, leaf, Some(&label)).await {

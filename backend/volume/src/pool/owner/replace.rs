@@ -8,7 +8,7 @@ use crate::pool::assemble::new_set;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
-use hawser_block::{Device, DeviceState};
+use hawser_block::{Device, DeviceState, Outcome, Status};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -141,6 +141,19 @@ impl Owner {
         self.place_of(number).0.member_rows_bytes()
     }
 
+    /// Lets a member that was put in say so itself. The superblocks' turn is the caller's.
+    pub(super) async fn label(self: &Rc<Self>, number: u16) -> Outcome {
+        let (uuid, leaf) = {
+            let members = self.members.borrow();
+            let member = &members[usize::from(number)];
+            (member.uuid, member.leaf.clone().ok_or(Status::Path)?)
+        };
+        let own = Superblock { this: uuid, ..self.book.borrow().clone() };
+        write_superblock(self, &leaf, &own).await?;
+        self.members.borrow_mut()[usize::from(number)].is_unlabelled = false;
+        Ok(())
+    }
+
     /// Puts a device that has nothing in the place of a member.
     pub(super) async fn put_in(self: &Rc<Self>, number: u16, leaf: Leaf) -> Result<(), PoolError> {
         let (set, index) = self.place_of(number);
@@ -167,12 +180,12 @@ impl Owner {
                 let mut members = self.members.borrow_mut();
                 let member = &mut members[usize::from(number)];
                 (member.uuid, member.leaf, member.is_recorded) = (uuid, Some(leaf.clone()), false);
+                member.is_unlabelled = true;
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
                 self.book.borrow_mut().members[usize::from(number)].data_bytes = set.member_rows_bytes();
             }
             self.record_members().await.map_err(|status| self.failed(&name, status))?;
-            let own = Superblock { this: uuid, ..self.book.borrow().clone() };
-            write_superblock(self, &leaf, &own).await.map_err(|status| self.failed(&name, status))?;
+            self.label(number).await.map_err(|status| self.failed(&name, status))?;
         }
         self.watch(number);
         debug_assert!(set.mode(index) == Mode::Away);
