@@ -8,7 +8,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("ack_before_intent", "power", 2000),
     mutation("skip_member_flush", "power", 2000),
     mutation("log_records_made_after_flush_began", "power", 4000),
-    mutation("reuse_without_barrier", "full", 4000),
     mutation("reuse_before_durable", "full", 4000),
     mutation("ack_before_stale_recorded", "members", 4000),
     mutation("checkpoint_frees_log_early", "power", 4000),

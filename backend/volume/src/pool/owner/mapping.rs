@@ -491,9 +491,7 @@ impl Owner {
             false => self.durable.get(),
         };
         let ready: Vec<_> = self.freed.borrow_mut().extract_if(.., |(seq, _)| *seq < durable).collect();
-        if !is_broken("reuse_without_barrier") {
-            self.barrier().await;
-        }
+        self.barrier().await;
         for (_, freed) in ready {
             coverage::count(coverage::Event::Recycled);
             self.meta.borrow_mut().recycle(freed);
