@@ -87,13 +87,21 @@ impl FileTail {
             .open(path)
             .map_err(|error| named(&format_args!("cannot be opened: {error}")))?;
         let found = file.metadata().map_err(|error| named(&error))?.len();
-        if found != 0 && found != FILE_BYTES as u64 {
+        // A process may have died, or found the file system full, before all of it was allocated: the magic is put in after that.
+        let is_new = found < FILE_BYTES as u64 && has_no_magic(&file).map_err(|error| named(&error))?;
+        if !is_new && found != FILE_BYTES as u64 {
             return Err(named(&format_args!(
                 "has {found} bytes and is no tail of this program; start the binary that made it, or remove it if what was not \
                  flushed may be lost"
             )));
         }
-        allocate(&file).map_err(|error| named(&format_args!("no room for {FILE_BYTES} bytes: {error}")))?;
+        allocate(&file).map_err(|error| {
+            if is_new {
+                // Gives back what it has got; if that fails too, it counts as new all the same.
+                let _ = file.set_len(0);
+            }
+            named(&format_args!("no room for {FILE_BYTES} bytes: {error}"))
+        })?;
         let base = map(&file).map_err(|error| named(&format_args!("cannot be mapped: {error}")))?;
         let mut tail = FileTail { base };
         match tail.word(WORD_MAGIC).load(Ordering::Acquire) {
@@ -129,7 +137,8 @@ impl FileTail {
             u64::from_le_bytes(word)
         };
         let is_ours = word(WORD_MAGIC) == MAGIC && [word(WORD_POOL), word(WORD_POOL + 1)] == words(pool);
-        if !is_ours || [word(WORD_BOOT), word(WORD_BOOT + 1)] != boot() {
+        let now = boot();
+        if !is_ours || [word(WORD_BOOT), word(WORD_BOOT + 1)] != now || now == [0, 0] {
             return Ok(Vec::new());
         }
         let half = usize::from(word(WORD_HALF) == 1);
@@ -157,6 +166,8 @@ impl FileTail {
     /// Takes the file over, with what it holds if that is of this boot.
     fn begin(&mut self, pool: &[u8; 16], boot: [u64; 2]) {
         let is_same = [0, 1].map(|at| self.word(WORD_BOOT + at).load(Ordering::Acquire)) == boot;
+        // A kernel that does not say which boot it is may be another one.
+        let is_same = is_same && boot != [0, 0];
         if self.word(WORD_MAGIC).load(Ordering::Acquire) == MAGIC && is_same {
             return;
         }
@@ -174,7 +185,7 @@ impl FileTail {
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        debug_assert!(8 * index < HEADER_BYTES, "a word of the header");
+        assert!(8 * index < HEADER_BYTES, "a word of the header");
         // SAFETY: the header is mapped as long as `self` lives, page-aligned, and touched by atomic operations only; the index is
         // one of the constants above.
         unsafe { self.base.add(index).as_ref() }
@@ -234,6 +245,16 @@ impl Drop for FileTail {
     fn drop(&mut self) {
         // SAFETY: made by `map` with this length; nothing of it is used any more.
         unsafe { libc::munmap(self.base.as_ptr().cast(), FILE_BYTES) };
+    }
+}
+
+/// Whether nothing was ever kept in a file that is too short.
+fn has_no_magic(file: &File) -> io::Result<bool> {
+    let mut magic = [0; 8];
+    match file.read_exact_at(&mut magic, 0) {
+        Ok(()) => Ok(magic == [0; 8]),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(file.metadata()?.len() == 0),
+        Err(error) => Err(error),
     }
 }
 
@@ -320,6 +341,27 @@ mod tests {
         assert!(FileTail::look(&path, &POOL).unwrap().is_empty());
         assert!(FileTail::open_in(&path, &POOL, [1, 3]).unwrap().content().is_empty());
         assert!(FileTail::open_in(&path, &POOL, [1, 2]).unwrap().content().is_empty(), "and is gone");
+    }
+
+    #[test]
+    fn one_that_was_not_allocated_whole_is_new() {
+        let (_folder, path) = place();
+        for len in [8, 4096, 1 << 20, FILE_BYTES - 1] {
+            std::fs::write(&path, vec![0; len]).unwrap();
+            let mut tail = FileTail::open(&path, &POOL).unwrap();
+            assert!(tail.content().is_empty());
+            tail.append(b"kept");
+            drop(tail);
+            assert_eq!(FileTail::open(&path, &POOL).unwrap().content(), b"kept");
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_a_boots_name_nothing_is_of_this_boot() {
+        let (_folder, path) = place();
+        FileTail::open_in(&path, &POOL, [0, 0]).unwrap().append(b"old");
+        assert!(FileTail::open_in(&path, &POOL, [0, 0]).unwrap().content().is_empty());
     }
 
     #[test]

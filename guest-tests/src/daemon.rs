@@ -48,20 +48,25 @@ impl Daemon {
     /// Writes `NAME.toml` into `folder` and starts the daemon; returns when its API answers.
     /// The `[daemon]` section is written here: `sections` begins after it.
     pub fn start(name: &str, binary: &Path, folder: &Path, sections: &str) -> Result<Daemon> {
+        let mut daemon = Daemon::configure(name, binary, folder, sections)?;
+        daemon.launch()?;
+        Ok(daemon)
+    }
+
+    /// The same, without starting it.
+    pub fn configure(name: &str, binary: &Path, folder: &Path, sections: &str) -> Result<Daemon> {
         let text = format!(
             "[daemon]\napi = \"{0}/{name}.api\"\nstate_dir = \"{0}/{name}.var\"\n\n{sections}",
             folder.display()
         );
         let config = folder.join(format!("{name}.toml"));
         fs::write(&config, text).map_err(|e| format!("{}: {e}", config.display()))?;
-        let mut daemon = Daemon {
+        Ok(Daemon {
             name: name.to_owned(),
             binary: binary.to_path_buf(),
             folder: folder.to_path_buf(),
             process: None,
-        };
-        daemon.launch()?;
-        Ok(daemon)
+        })
     }
 
     /// The configuration file.
@@ -155,6 +160,13 @@ impl Daemon {
     /// A `hawser` command against this daemon's API; returns its standard output.
     pub fn command(&self, args: &[&str]) -> Result<String> {
         output(Command::new(&self.binary).args(args).arg("--api").arg(self.api()))
+    }
+
+    /// A `hawser` command on this daemon's configuration, while it does not run; returns its standard output.
+    pub fn offline(&self, args: &[&str]) -> Result<String> {
+        output(
+            Command::new(&self.binary).env_remove("HAWSER_API").args(args).arg("--config").arg(self.config()),
+        )
     }
 
     /// `hawser status --json`.

@@ -60,9 +60,46 @@ pub fn finish(guest: &mut Qemu, started: Started, seconds: u64) -> Result<Report
     if finished.status != 0 {
         return Err(guest.explain(&format!("fio: status {}: {}", finished.status, finished.output)));
     }
-    let report = Report::parse(&finished.output)?;
+    checked(guest, &finished.output)
+}
+
+fn checked(guest: &Qemu, output: &str) -> Result<Report> {
+    let report = Report::parse(output)?;
     if report.errors != 0.0 {
-        return Err(guest.explain(&format!("fio counted {} errors: {}", report.errors, finished.output)));
+        return Err(guest.explain(&format!("fio counted {} errors: {output}", report.errors)));
     }
     Ok(report)
+}
+
+/// Longer than any load that is ended.
+pub const UNTIL_ENDED: u32 = 900;
+
+/// Starts fio, for [`UNTIL_ENDED`] at most; the guest's shell is free until [`end`].
+pub fn begin(guest: &mut Qemu, options: &str) -> Result<()> {
+    guest
+        .run(&format!(
+            "rm -f /run/fio.*
+            (
+                fio --name=job --output-format=json --direct=1 {options} > /run/fio.out 2>&1 &
+                echo $! > /run/fio.pid
+                wait $!
+                echo $? > /run/fio.status
+            ) > /dev/null 2>&1 &
+            until [ -s /run/fio.pid ]; do usleep 20000; done"
+        ))
+        .map(drop)
+}
+
+/// Ends it as Ctrl-C does and reads its report; an error that fio found, a verify error too, is an error here, and so is an end of its
+/// own.
+pub fn end(guest: &mut Qemu) -> Result<Report> {
+    let output = guest.run_for(
+        "if [ -e /run/fio.status ]; then echo \"fio has ended by itself\"; cat /run/fio.out; exit 1; fi
+        kill -INT $(cat /run/fio.pid)
+        for try in $(seq 600); do [ -e /run/fio.status ] && break; usleep 100000; done
+        [ -e /run/fio.status ] || { echo \"fio does not end; in flight: $(cat /sys/block/vda/inflight)\"; exit 1; }
+        cat /run/fio.out",
+        60,
+    )?;
+    checked(guest, &output)
 }

@@ -10,6 +10,7 @@ pub mod fio;
 pub mod image;
 pub mod json;
 pub mod lab;
+pub mod pools;
 pub mod process;
 pub mod qemu;
 pub mod scratch;

@@ -1,17 +1,25 @@
-//! `cargo xtask demo`: a VM boots from a remote disk, and its back end is killed under it.
+//! `cargo xtask demo`: a VM boots from a thin clone in a pool over three remote targets; a target and the VM's back end are killed
+//! under it.
 
 use guest_tests::fio;
 use guest_tests::lab::Lab;
-use guest_tests::qemu::Firmware;
-use guest_tests::suite::{Served, boot, verify_options};
+use guest_tests::pools::{self, CLONE, GOLDEN, Pooled, SNAPSHOT};
+use guest_tests::qemu::{Firmware, Qemu};
+use guest_tests::scratch::Scratch;
+use guest_tests::suite::{boot, verify_options};
 use guest_tests::{Result, progress};
 use std::path::Path;
 use std::time::Instant;
 
 /// Seconds of each fio run.
-const FIO_SECONDS: u64 = 5;
-/// Seconds of the load under which the back end is killed.
-const LOAD_SECONDS: u32 = 12;
+const FIO_SECONDS: u64 = 3;
+/// Writes of the VM after the last blow.
+const LAST_WRITES: u32 = 10_000;
+/// Targets, and so members of the pool.
+const MEMBERS: usize = 3;
+/// The member whose target is killed.
+const VICTIM: usize = 1;
+const MIB: f64 = 1_048_576.0;
 
 /// Runs the demo and prints its table.
 pub(crate) fn run() -> Result<()> {
@@ -19,17 +27,12 @@ pub(crate) fn run() -> Result<()> {
     let started = Instant::now();
     let mut table = Table::new();
 
-    progress("target daemon on loopback; the guest image goes to it over NVMe/TCP");
-    let importing = Instant::now();
-    let mut served = Served::start(&lab, 2, true)?;
-    table.row(
-        "image imported over NVMe/TCP",
-        format!("{:.1} s", importing.elapsed().as_secs_f64()),
-        &format!("{} MiB, verified", guest_tests::image::DISK_BYTES >> 20),
-    );
+    let mut pooled = pool(&lab, &mut table)?;
+    let golden = pooled.mapped_bytes(GOLDEN)?;
+    let used = pooled.view()?.used_bytes;
 
-    progress("QEMU boots from the disk, through SeaBIOS and GRUB");
-    let folder = served.scratch().path().to_path_buf();
+    progress("QEMU boots from the clone, through SeaBIOS and GRUB");
+    let folder = pooled.scratch().path().to_path_buf();
     let mut guest = boot(&lab, "reconnect.cfg", Firmware::SeaBios, &folder, &[])?;
     let kernel = guest.run("uname -sr")?;
     table.row(
@@ -49,32 +52,40 @@ pub(crate) fn run() -> Result<()> {
         table.row(what, format!("{:.0} IOPS", report.read_iops + report.write_iops), "queue depth 16");
     }
 
-    progress("fio writes and verifies; kill -9 to the back end, and a new one");
-    let load = fio::start(&mut guest, &verify_options(lab.accel, LOAD_SECONDS))?;
-    served.serve.await_writes("disk0", 2000)?;
-    served.serve.kill()?;
-    progress("the back end is dead");
-    served.serve.launch()?;
-    progress("a new back end runs");
-    let report =
-        fio::finish(&mut guest, load, u64::from(LOAD_SECONDS)).map_err(|e| served.serve.explain(&e))?;
-    table.row(
-        "pause when the back end was killed",
-        format!("{:.2} s", report.latency_max),
-        "the longest request of that run",
-    );
-    table.row(
-        "verify across the kill",
-        "ok".into(),
-        &format!("{:.0} reads and writes, fio's errors: {:.0}", report.ios, report.errors),
-    );
+    strike(&lab, &mut pooled, &mut guest, &mut table)?;
     let errors = guest.io_errors()?;
     table.row("I/O errors in the guest's kernel log", errors.to_string(), "");
 
-    progress("the end: VM, back end, target");
+    let whole = pooled.wait("whole", pools::View::is_whole)?;
+    let view = pooled.view()?;
+    table.row(
+        "members in sync",
+        format!(
+            "{} of {}",
+            view.members.iter().filter(|state| *state == "in_sync").count(),
+            view.members.len()
+        ),
+        &format!(
+            "{:.0} MiB copied after the back end's death; {:.1} s after the load",
+            view.copied_bytes() / MIB,
+            whole.as_secs_f64()
+        ),
+    );
+    progress("scrub: every copy is compared");
+    pooled.scrub()?;
+    table.row("scrub", "ok".into(), "no copy differs from another");
+    let own = pooled.view()?.used_bytes - used;
+    table.row(
+        "space of image and clone",
+        format!("{:.0} + {:.0} MiB", golden / MIB, own / MIB),
+        "what was imported, and what the VM has changed",
+    );
+
+    progress("the end: VM, back end, targets");
     let qemu = guest.pid();
     guest.sync_and_quit()?;
-    served.stop()?;
+    pooled.serve.terminate()?;
+    pooled.stop()?;
     let left = left_behind(&folder, qemu);
     table.row(
         "left behind",
@@ -89,7 +100,7 @@ pub(crate) fn run() -> Result<()> {
     print!(
         "{}",
         table.text(&format!(
-            "hawser demo ({}, 2 queues, built for tests: speed is `cargo xtask bench`'s)",
+            "hawser demo ({}, RAID 10 over {MEMBERS} targets, built for tests: speed is `cargo xtask bench`'s)",
             lab.accel
         ))
     );
@@ -98,6 +109,78 @@ pub(crate) fn run() -> Result<()> {
         (0, false) => Err("something was left behind".into()),
         _ => Err(format!("the guest saw {errors} I/O errors")),
     }
+}
+
+/// Three targets, a pool, the image in it, a clone of that, and a daemon that serves the clone.
+fn pool(lab: &Lab, table: &mut Table) -> Result<Pooled> {
+    progress("three target daemons on loopback; a RAID 10 pool over them");
+    let scratch = Scratch::new()?;
+    let targets = pools::targets(lab, &scratch, MEMBERS, pools::MEMBER_BYTES)?;
+    let uris = targets.iter().enumerate().map(|(number, target)| pools::uri_of_target(target, number));
+    let uris = uris.collect::<Result<Vec<_>>>()?;
+    let mut pooled = Pooled::create(lab, scratch, targets, &uris, "raid10", &[pools::the_disk()])?;
+    progress("the guest image goes to a volume");
+    let importing = Instant::now();
+    pooled.import(lab, true)?;
+    table.row(
+        "image imported to the pool",
+        format!("{:.1} s", importing.elapsed().as_secs_f64()),
+        &format!("{} MiB over NVMe/TCP, verified; a snapshot of it", guest_tests::image::DISK_BYTES >> 20),
+    );
+    pooled.serve.launch()?;
+    pooled.wait("open", pools::View::is_whole)?;
+    let cloning = Instant::now();
+    pooled.serve.command(&["volume", "clone", SNAPSHOT, CLONE])?;
+    table.row(
+        "clone of the image",
+        format!("{:.2} s", cloning.elapsed().as_secs_f64()),
+        "shares every block with it",
+    );
+    pooled.serve.await_disk("disk0", "listening")?;
+    Ok(pooled)
+}
+
+/// A target dies and comes back, then the back end is killed, all under one load.
+fn strike(lab: &Lab, pooled: &mut Pooled, guest: &mut Qemu, table: &mut Table) -> Result<()> {
+    progress("fio writes and verifies; kill -9 to a target");
+    fio::begin(guest, &verify_options(lab.accel, fio::UNTIL_ENDED))?;
+    pooled.serve.await_writes("disk0", 1000)?;
+    pooled.targets[VICTIM].kill()?;
+    let killed = Instant::now();
+    pooled.wait("without its member", |view| view.members[VICTIM] != "in_sync")?;
+    progress("the pool does without it");
+    pooled.serve.await_writes("disk0", 500)?;
+    let waited = killed.elapsed();
+    pooled.targets[VICTIM].launch()?;
+    progress("the target is back");
+    let resync = pooled.wait("whole", pools::View::is_whole)?;
+    let copied = pooled.view()?.copied_bytes();
+    table.row(
+        "a target killed, and started again",
+        format!("{:.1} s", resync.as_secs_f64()),
+        &format!(
+            "until the pool is whole, {:.0} MiB copied; the VM waited {:.1} s",
+            copied / MIB,
+            waited.as_secs_f64()
+        ),
+    );
+    progress("kill -9 to the back end");
+    pooled.serve.kill()?;
+    pooled.serve.launch()?;
+    progress("a new back end runs");
+    pooled.serve.await_writes("disk0", LAST_WRITES)?;
+    let report = fio::end(guest).map_err(|e| pooled.serve.explain(&e))?;
+    table.row(
+        "the longest pause that the VM saw",
+        format!("{:.2} s", report.latency_max),
+        "the longest request of that run",
+    );
+    table.row(
+        "verify across both kills",
+        "ok".into(),
+        &format!("{:.0} reads and writes, errors {:.0}, wrong 0", report.ios, report.errors),
+    );
+    Ok(())
 }
 
 /// What still names the demo's folder, which must be gone: files, mounts, processes.

@@ -3,7 +3,8 @@
 //! A disk or namespace on it waits as on a target that was not reached yet. Once the volume is known, everything is the volume's
 //! own: a channel is opened on it directly, so that nothing of this is on the hot path.
 
-use hawser_block::{Channel, Device, DeviceState, Geometry, StatsSet};
+use hawser_block::reservation::{ReservationCommand, ReservationStatus, ReserveError};
+use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
 use hawser_runtime::{Runtime, SourceId};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -28,6 +29,10 @@ struct Waiting {
 impl LateDevice {
     pub(crate) fn new(name: String) -> LateDevice {
         LateDevice { name, device: OnceLock::new(), waiting: Mutex::default(), stats: Arc::default() }
+    }
+
+    fn there(&self) -> Result<&Arc<dyn Device>, ReserveError> {
+        self.device.get().ok_or_else(|| ReserveError::NotSent("the device is not there yet".to_owned()))
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -117,6 +122,44 @@ impl Device for LateDevice {
     fn stats(&self) -> Arc<StatsSet> {
         self.device.get().map_or_else(|| Arc::clone(&self.stats), |device| device.stats())
     }
+
+    fn reserve(&self, command: ReservationCommand) -> Result<(), ReserveError> {
+        self.there()?.reserve(command)
+    }
+
+    fn reservations(&self) -> Result<ReservationStatus, ReserveError> {
+        self.there()?.reservations()
+    }
+
+    fn paths(&self) -> Vec<PathView> {
+        self.device.get().map_or_else(Vec::new, |device| device.paths())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.device.get().map_or_else(Vec::new, |device| device.counters())
+    }
+
+    fn settings(&self) -> Vec<(&'static str, &'static str)> {
+        self.device.get().map_or_else(Vec::new, |device| device.settings())
+    }
+
+    fn set_io_policy(&self, policy: &str) -> Result<(), String> {
+        match self.device.get() {
+            Some(device) => device.set_io_policy(policy),
+            None => Err("io_policy: the device is not there yet".to_owned()),
+        }
+    }
+
+    fn fail_after(&self, patience: Duration) {
+        // Whoever asks for it has seen the geometry.
+        if let Some(device) = self.device.get() {
+            device.fail_after(patience);
+        }
+    }
+
+    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
+        self.device.get().map_or_else(Vec::new, |device| device.copied_bytes())
+    }
 }
 
 #[cfg(test)]
@@ -137,11 +180,13 @@ mod tests {
         late.set_trouble("pool p is not open");
         assert_eq!((late.state(), late.geometry()), (DeviceState::Connecting, None));
         assert_eq!(late.trouble(), "pool p is not open");
+        assert!(matches!(late.reservations(), Err(ReserveError::NotSent(_))), "not: it knows none");
         let device = Arc::new(FakeDevice::new(Geometry::new(BlockSize::B512, 8)));
         late.set(Arc::clone(&device) as Arc<dyn Device>);
         assert_eq!(told.load(Ordering::Relaxed), 1);
         assert_eq!((late.state(), late.trouble()), (DeviceState::Ready, String::new()));
         assert_eq!(late.geometry().map(|geometry| geometry.blocks), Some(8));
+        assert_eq!(late.reservations(), Err(ReserveError::Unsupported), "the device's own answer");
         late.set(Arc::new(FakeDevice::new(Geometry::new(BlockSize::B512, 16))));
         assert_eq!(late.geometry().map(|geometry| geometry.blocks), Some(8), "the first stays");
     }

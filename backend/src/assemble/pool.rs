@@ -95,8 +95,10 @@ pub(crate) fn free_devices(config: &Config) -> BTreeSet<Name> {
 pub(crate) struct Found {
     /// Of the device that knows best.
     pub(crate) label: Label,
-    /// The devices that belong to it, and their places.
-    pub(crate) devices: Vec<(Name, Option<u16>)>,
+    /// The devices that belong to it, their places, and their own UUIDs.
+    pub(crate) devices: Vec<(Name, Option<u16>, [u8; 16])>,
+    /// Devices that say that they belong to it, and were replaced.
+    pub(crate) replaced: Vec<Name>,
 }
 
 impl Found {
@@ -106,13 +108,24 @@ impl Found {
     ) -> BTreeMap<[u8; 16], Found> {
         let mut all: BTreeMap<[u8; 16], Found> = BTreeMap::new();
         for (name, label) in labels {
-            let found = all
-                .entry(label.pool_uuid)
-                .or_insert_with(|| Found { label: label.clone(), devices: Vec::new() });
-            if label.generation > found.label.generation {
+            let found = all.entry(label.pool_uuid).or_insert_with(|| Found {
+                label: label.clone(),
+                devices: Vec::new(),
+                replaced: Vec::new(),
+            });
+            let knows = |label: &Label| (label.generation, label.openings);
+            if knows(label) > knows(&found.label) {
                 found.label = label.clone();
             }
-            found.devices.push((name.clone(), label.place));
+            found.devices.push((name.clone(), label.place, label.uuid));
+        }
+        for found in all.values_mut() {
+            // A device that was replaced says for ever that it is a member.
+            let (devices, replaced) = std::mem::take(&mut found.devices)
+                .into_iter()
+                .partition(|(_, _, uuid)| found.label.names(uuid));
+            found.devices = devices;
+            found.replaced = replaced.into_iter().map(|(name, ..): (Name, _, _)| name).collect();
         }
         all
     }
@@ -120,7 +133,7 @@ impl Found {
     /// The places that have to be there for a whole start and are not.
     pub(crate) fn missing(&self) -> Vec<u16> {
         let needed = (0..).zip(&self.label.in_sync).filter(|(_, in_sync)| **in_sync).map(|(place, _)| place);
-        needed.filter(|place| self.devices.iter().all(|(_, there)| *there != Some(*place))).collect()
+        needed.filter(|place| self.devices.iter().all(|(_, there, _)| *there != Some(*place))).collect()
     }
 
     /// "members 1 and 3 are missing", if any are.
@@ -135,13 +148,13 @@ impl Found {
 
     /// The names of its devices.
     pub(crate) fn device_names(&self) -> String {
-        self.devices.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
+        self.devices.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// What is shown of it while it is not open.
     pub(crate) fn view(&self, troubles: Vec<String>) -> PoolView {
         let member = |place: u16| {
-            let device = self.devices.iter().find(|(_, there)| *there == Some(place));
+            let device = self.devices.iter().find(|(_, there, _)| *there == Some(place));
             let in_sync = self.label.in_sync.get(usize::from(place)).copied().unwrap_or(false);
             let state = match (device, in_sync) {
                 (None, _) => pool::MemberState::Missing,
@@ -150,7 +163,7 @@ impl Found {
             };
             MemberView {
                 place: Some(place),
-                device: device.map(|(name, _)| name.to_string()),
+                device: device.map(|(name, ..)| name.to_string()),
                 state: state.name().to_owned(),
                 why: None,
                 repaired: 0,
@@ -163,7 +176,8 @@ impl Found {
             why: None,
             repaired: 0,
         };
-        let spares = self.devices.iter().filter(|(_, place)| place.is_none()).map(|(name, _)| spare(name));
+        let spares =
+            self.devices.iter().filter(|(_, place, _)| place.is_none()).map(|(name, ..)| spare(name));
         PoolView {
             name: self.label.pool.clone(),
             uuid: Uuid(self.label.pool_uuid).to_string(),
@@ -321,6 +335,10 @@ mod tests {
             members: u16::try_from(in_sync.len()).unwrap(),
             in_sync: in_sync.to_vec(),
             generation,
+            openings: 1,
+            uuid: place.map_or([99; 16], |place| [place.to_le_bytes()[0]; 16]),
+            member_uuids: (0..).zip(in_sync).map(|(place, _)| [place; 16]).collect(),
+            spare_uuids: vec![[99; 16]],
             opened_by: None,
         }
     }
@@ -346,6 +364,21 @@ mod tests {
             view.members.iter().map(|member| member.state.as_str()).collect::<Vec<_>>(),
             ["stale", "in_sync"]
         );
+    }
+
+    #[test]
+    fn a_device_that_was_replaced_fills_no_place() {
+        let both = [true, true];
+        let mut new = label(1, Some(1), &both, 7);
+        (new.uuid, new.member_uuids[1]) = ([50; 16], [50; 16]);
+        let mut best = label(1, Some(0), &both, 7);
+        best.member_uuids[1] = [50; 16];
+        let old = label(1, Some(1), &both, 4);
+        let without = found(&[("a", best.clone()), ("b", old.clone())]);
+        assert_eq!((without[0].missing(), without[0].device_names()), (vec![1], "a".to_owned()));
+        assert_eq!(without[0].replaced.iter().map(Name::as_str).collect::<Vec<_>>(), ["b"]);
+        let with = found(&[("b", old), ("a", best), ("c", new)]);
+        assert_eq!((with[0].missing(), with[0].device_names()), (vec![], "a, c".to_owned()));
     }
 
     #[test]

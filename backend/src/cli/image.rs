@@ -1,6 +1,7 @@
 //! `hawser image import`
 
 use crate::assemble::device::{self, OpenError, Opening};
+use crate::assemble::host;
 use crate::assemble::reactors::Reactors;
 use crate::cli::client::Client;
 use crate::cli::offline::{Offline, Purpose, WhereArgs};
@@ -8,12 +9,14 @@ use crate::cli::progress::Bar;
 use crate::cli::unfinished::Unfinished;
 use crate::cli::{Failure, say, table, warn};
 use crate::daemon::api::view::StatusView;
+use crate::daemon::host_lock::HostLock;
 use crate::image::{self, Image};
 use clap::{Args, Subcommand};
 use hawser_config::value::{Uris, VolumePath};
 use hawser_config::{Config, DeviceConfig, Placed};
-use hawser_volume::pool::Pool;
+use hawser_volume::pool::{self, Pool};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 #[derive(Subcommand)]
 pub(super) enum ImageCommand {
@@ -34,11 +37,11 @@ pub(super) struct ImportArgs {
     /// Read the device back and compare
     #[arg(long)]
     verify: bool,
-    /// Write even where a running daemon lets others write to the device
+    /// Write even where a running daemon lets others write to the device, or a pool has it
     #[arg(long)]
     force: bool,
     /// The API socket of the daemon that is asked for that, instead of the file's `[daemon] api`
-    #[arg(long, value_name = "SOCK", env = "HAWSER_API")]
+    #[arg(long, value_name = "SOCK")]
     api: Option<PathBuf>,
 }
 
@@ -57,10 +60,17 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     };
     let image = Image::open(&args.image)
         .map_err(|what| Failure::Failed(format!("{}: {what}", args.image.display())))?;
-    if !args.force {
-        let api = args.api.as_deref().unwrap_or(config.daemon.api.as_path());
-        refuse_what_is_in_use(&Client::new(api), api, placed)?;
-    }
+    let api = args.api.as_deref().unwrap_or(config.daemon.api.as_path());
+    let daemon_answers = !args.force && refuse_what_is_in_use(&Client::new(api), api, placed)?;
+    // To a target, we are the same host as a daemon that was not asked.
+    let is_remote = matches!(device::Kind::parse(&placed.value.uri), Ok(device::Kind::Nvme { .. }));
+    let _host_lock = match is_remote && !daemon_answers && !args.force {
+        true => {
+            let identity = host::identity(&config.host, &config.daemon.state_dir).map_err(Failure::Failed)?;
+            Some(HostLock::take(&identity).map_err(Failure::Failed)?)
+        }
+        false => None,
+    };
     let unfinished = Unfinished::begin(&config, placed);
     let reactors = Reactors::start(&[None], config.daemon.poll_us).map_err(Failure::Failed)?;
     let opening = Opening { had_predecessor: unfinished.had_predecessor, offline: true, in_run_state: false };
@@ -71,6 +81,20 @@ pub(super) fn run(command: &ImageCommand) -> Result<(), Failure> {
     if let Err(what) = image::reach(&device) {
         let what = format!("{}: {what}", placed.value.uri.0.join(", "));
         give_up(&placed.error("uri", what).to_string());
+    }
+    if !args.force {
+        let label = pool::probe(&reactors.handles()[0], Arc::clone(&device)).wait();
+        // What cannot be read, or is damaged, is said by who imports to it, or by nobody.
+        if let Ok(Some(label)) = label {
+            device::close(vec![device]);
+            unfinished.end();
+            return Err(Failure::Failed(format!(
+                "device {} ({}) is a member of pool {}, want one of its volumes, or --force",
+                args.name,
+                placed.value.uri.0.join(", "),
+                label.pool
+            )));
+        }
     }
     let progress = Bar::new();
     let done = image::import(&image, &device, &reactors.handles()[0], args.verify, &progress);
@@ -101,6 +125,16 @@ fn import_to_volume(args: &ImportArgs, path: &VolumePath) -> Result<(), Failure>
     let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
         let is_there = |pool: &Pool| pool.volumes().iter().any(|volume| volume.name == path.volume.as_str());
         let made = !is_there(pool);
+        if !made
+            && !args.force
+            && offline.after_death()
+            && let Some(user) = offline.user_of(path)
+        {
+            let what = format!(
+                "volume {path} is {user}'s, whose daemon did not end in order: its VM may wait; want --force"
+            );
+            return Err(Failure::Failed(what));
+        }
         if made {
             pool.create_volume(path.volume.as_str(), image.size_bytes().next_multiple_of(VOLUME_UNIT))
                 .wait()?;
@@ -112,11 +146,14 @@ fn import_to_volume(args: &ImportArgs, path: &VolumePath) -> Result<(), Failure>
         progress.clear();
         drop(device);
         done.map_err(|what| {
-            if made {
-                // Nothing half-created; what cannot be deleted either is said by the import's own error.
-                let _ = pool.delete_volume(path.volume.as_str()).wait();
-            }
-            Failure::Failed(format!("volume {path}: {what}"))
+            let kept = match made {
+                // Nothing half-created.
+                true => pool.delete_volume(path.volume.as_str()).wait().err(),
+                false => None,
+            };
+            let kept = kept
+                .map_or_else(String::new, |error| format!("; it is left, with a part of the image: {error}"));
+            Failure::Failed(format!("volume {path}: {what}{kept}"))
         })
     });
     offline.end(done);
@@ -139,9 +176,14 @@ fn give_up(line: &str) -> ! {
 }
 
 /// An import writes to what a VM has mounted as gladly as to what nobody uses.
-fn refuse_what_is_in_use(daemon: &Client, api: &Path, placed: &Placed<DeviceConfig>) -> Result<(), Failure> {
+/// Whether there is a daemon that answers.
+fn refuse_what_is_in_use(
+    daemon: &Client,
+    api: &Path,
+    placed: &Placed<DeviceConfig>,
+) -> Result<bool, Failure> {
     // Whoever does not answer cannot be asked, and a daemon is not needed.
-    let Ok(status) = daemon.get::<StatusView>("/v1/status") else { return Ok(()) };
+    let Ok(status) = daemon.get::<StatusView>("/v1/status") else { return Ok(false) };
     let devices = status.devices.iter();
     let same = devices.filter(|device| device::are_the_same(&placed.value.uri, &Uris(device.uri.clone())));
     for device in same {
@@ -153,7 +195,10 @@ fn refuse_what_is_in_use(daemon: &Client, api: &Path, placed: &Placed<DeviceConf
         let (user, end) = match (disk, subsystem) {
             (Some(disk), _) => (format!("disk {}", disk.name), "`hawser disk remove` first"),
             (None, Some(subsystem)) => (format!("subsystem {}", subsystem.nqn), "the daemon ended"),
-            (None, None) => continue,
+            (None, None) => match &device.pool {
+                Some(pool) => (format!("pool {pool}"), "one of its volumes"),
+                None => continue,
+            },
         };
         return Err(Failure::Failed(format!(
             "device {} ({}) is {user}'s in the daemon at {}, want {end}, or --force",
@@ -162,5 +207,5 @@ fn refuse_what_is_in_use(daemon: &Client, api: &Path, placed: &Placed<DeviceConf
             api.display()
         )));
     }
-    Ok(())
+    Ok(true)
 }

@@ -15,18 +15,20 @@ use crate::assemble::reactors::Reactors;
 use crate::assemble::reserve;
 use crate::daemon::api::pool_view::PoolView;
 use crate::daemon::host_lock::{self, HostLock};
-use crate::daemon::lock::Lock;
+use crate::daemon::lock::{Lock, Locked, command_of};
+use crate::daemon::pools::past::{self, Past};
 use crate::daemon::run_state;
 use crate::image;
 use crate::tail::{self, FileTail};
 use clap::Args;
 use hawser_block::Device;
-use hawser_config::Config;
-use hawser_config::value::Name;
+use hawser_config::value::{Name, VolumePath};
+use hawser_config::{Backing, Config};
 use hawser_runtime::ReactorHandle;
 use hawser_volume::pool::{self, Label, MemoryTail, OpenOptions, Pool, PoolError, Tail};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// With a daemon, or without.
 #[derive(Args)]
@@ -34,8 +36,9 @@ pub(super) struct WhereArgs {
     /// Without a daemon, on the devices of this configuration file
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// The daemon's API socket; with --config, that of the daemon that must not run
-    #[arg(long, value_name = "SOCK", env = "HAWSER_API")]
+    /// The daemon's API socket [env: HAWSER_API]; with --config, that of the daemon that must not run, instead of the file's
+    // Not from the environment by itself: with --config the file says whose run state is looked into.
+    #[arg(long, value_name = "SOCK")]
     api: Option<PathBuf>,
     /// Print JSON for scripts instead of a table for people
     #[arg(long)]
@@ -57,7 +60,9 @@ impl WhereArgs {
 
     /// The daemon, for commands without --config.
     pub(super) fn client(&self) -> client::Client {
-        client::Client::new(self.api.as_deref().unwrap_or(Path::new(hawser_config::DEFAULT_API)))
+        let from_environment = || std::env::var_os("HAWSER_API").map(PathBuf::from);
+        let api = self.api.clone().or_else(from_environment);
+        client::Client::new(api.as_deref().unwrap_or(Path::new(hawser_config::DEFAULT_API)))
     }
 }
 
@@ -206,6 +211,31 @@ impl Offline {
         }
     }
 
+    /// The file that this is the configuration of.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Whether a daemon of this configuration died, so that its VMs may wait for the next.
+    pub(super) fn after_death(&self) -> bool {
+        !run_state::has_ended(&self.folder)
+    }
+
+    /// The disk or subsystem of the configuration that a volume is of.
+    pub(super) fn user_of(&self, path: &VolumePath) -> Option<String> {
+        let is = |backing: Result<Backing, (&'static str, String)>| {
+            backing.is_ok_and(|backing| backing.volume() == Some(path))
+        };
+        let disk = self.config.disks.iter().find(|disk| is(disk.value.backing()));
+        if let Some(disk) = disk {
+            return Some(format!("disk {}", disk.value.name));
+        }
+        let mut subsystems = self.config.subsystems.iter();
+        let subsystem =
+            subsystems.find(|subsystem| subsystem.value.namespaces.iter().any(|it| is(it.backing())));
+        subsystem.map(|subsystem| format!("subsystem {}", subsystem.value.nqn))
+    }
+
     pub(super) fn reactor(&self) -> &ReactorHandle {
         &self.reactors.handles()[0]
     }
@@ -249,7 +279,7 @@ impl Offline {
 
     /// The members of a pool that are there.
     pub(super) fn members(&self, found: &Found) -> Vec<Arc<dyn Device>> {
-        let is_member = |name: &Name| found.devices.iter().any(|(member, _)| member == name);
+        let is_member = |name: &Name| found.devices.iter().any(|(member, ..)| member == name);
         self.devices
             .iter()
             .filter(|(name, _)| is_member(name))
@@ -287,6 +317,13 @@ impl Offline {
                 Box::new(FileTail::open(&path, &found.label.pool_uuid).map_err(Failure::Failed)?)
             }
         };
+        let state_dir = &self.config.daemon.state_dir;
+        if !looks
+            && !self.degraded
+            && let Some(what) = past::is_older(state_dir, &found.label)
+        {
+            return Err(Failure::Failed(self.and_away(format!("pool {name}: {what}"))));
+        }
         let devices = self.members(found);
         let reserved = match looks {
             true => Vec::new(),
@@ -299,7 +336,12 @@ impl Offline {
             ..assemble::open_options(&policy, self.host, tail)
         };
         match Pool::open(self.reactor(), devices, options).wait() {
-            Ok(pool) => Ok(OpenPool { pool, reserved, tail: (is_there && !looks).then_some(path) }),
+            Ok(pool) => {
+                if !looks {
+                    past::keep(state_dir, &found.label.pool_uuid, Past::of(&pool.view()));
+                }
+                Ok(OpenPool { pool, reserved, tail: (is_there && !looks).then_some(path) })
+            }
             Err(error) => {
                 self.leave(&reserved);
                 Err(match Failure::from(error) {
@@ -371,9 +413,22 @@ impl Offline {
         let created = pool::create(self.reactor(), devices.clone(), options).wait();
         self.leave(&reserved);
         created?;
+        self.show_new(&names, &devices, uuid).map_err(|failure| {
+            let (Failure::Usage(what) | Failure::Failed(what)) = failure;
+            Failure::Failed(format!("the pool is made, but it cannot be opened and closed: {what}"))
+        })
+    }
+
+    /// Opens a pool that was just made, and closes it again.
+    fn show_new(
+        &self,
+        names: &[Name],
+        devices: &[Arc<dyn Device>],
+        uuid: [u8; 16],
+    ) -> Result<PoolView, Failure> {
         let asked: Vec<_> = names
             .iter()
-            .zip(&devices)
+            .zip(devices)
             .map(|(name, device)| (name, pool::probe(self.reactor(), Arc::clone(device))))
             .collect();
         let mut labels = Vec::new();
@@ -423,11 +478,29 @@ fn lock(folder: &Path, file: &Path, config: &Config) -> Result<Option<Lock>, Fai
         // Where there is no run state, there was no daemon.
         return Ok(None);
     }
-    Lock::take(&folder.join("lock")).map(Some).map_err(|what| {
-        let api = &config.daemon.api;
-        Failure::Failed(format!(
-            "{} is served by a daemon: use --api {api} instead of --config ({what})",
-            file.display()
-        ))
-    })
+    // Another command ends soon, most of them.
+    let until = Instant::now() + COMMAND_MAX;
+    loop {
+        let what = match Lock::attempt(&folder.join("lock")) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err(Locked::Other(what)) => return Err(Failure::Failed(what)),
+            Err(Locked::By { pid, what }) => match command_of(&pid) {
+                Some(command) if Instant::now() < until => {
+                    log::debug!("waiting for `{command}`");
+                    std::thread::sleep(Duration::from_millis(50));
+                    continue;
+                }
+                Some(command) => format!("`{command}` works on {} ({what})", file.display()),
+                None => format!(
+                    "{} is served by a daemon: use --api {} instead of --config ({what})",
+                    file.display(),
+                    config.daemon.api
+                ),
+            },
+        };
+        return Err(Failure::Failed(what));
+    }
 }
+
+/// Another command is waited for so long.
+const COMMAND_MAX: Duration = Duration::from_secs(5);

@@ -50,6 +50,9 @@ pub(super) struct CreateArgs {
     /// The unit of allocation, at most 64MiB
     #[arg(long, value_name = "SIZE", default_value = "1MiB")]
     extent: ByteSize,
+    /// Room for the log of mapping changes on each member
+    #[arg(long, value_name = "SIZE", default_value = "16MiB")]
+    log: ByteSize,
     /// How many of the devices are spares
     #[arg(long, value_name = "N", default_value_t = 0)]
     spares: usize,
@@ -69,7 +72,7 @@ pub(super) struct ListArgs {
 #[derive(Args)]
 pub(super) struct StatusArgs {
     /// The pool; all of them if not said
-    name: Option<String>,
+    name: Option<Name>,
     #[command(flatten)]
     at: WhereArgs,
 }
@@ -77,7 +80,7 @@ pub(super) struct StatusArgs {
 #[derive(Args)]
 pub(super) struct CheckArgs {
     /// The pool
-    name: String,
+    name: Name,
     #[command(flatten)]
     at: WhereArgs,
 }
@@ -85,7 +88,7 @@ pub(super) struct CheckArgs {
 #[derive(Args)]
 pub(super) struct ReplaceArgs {
     /// The pool
-    name: String,
+    name: Name,
     /// The member's device; or its place, if it is missing
     old: String,
     /// The device that takes its place
@@ -103,7 +106,7 @@ pub(super) struct ReplaceArgs {
 #[derive(Args)]
 pub(super) struct ScrubArgs {
     /// The pool
-    name: String,
+    name: Name,
     /// Rewrite what differs
     #[arg(long)]
     repair: bool,
@@ -117,7 +120,7 @@ pub(super) struct ScrubArgs {
 #[derive(Args)]
 pub(super) struct GrowArgs {
     /// The pool
-    name: String,
+    name: Name,
     /// As many devices as the pool has members
     #[arg(required = true, value_name = "DEVICE")]
     devices: Vec<String>,
@@ -134,7 +137,7 @@ pub(super) struct GrowArgs {
 #[derive(Args)]
 pub(super) struct SpareArgs {
     /// The pool
-    name: String,
+    name: Name,
     /// The device
     device: String,
     /// Take a device that belongs to another pool all the same
@@ -168,7 +171,7 @@ pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
         PoolCommand::Scrub(args) => scrub(args),
         PoolCommand::Grow(args) => {
             let body = AddDevices { devices: args.devices.clone(), force: args.force };
-            let pool = change(&args.at, &args.name, "grow", &body, args.wait, |offline, pool| {
+            let pool = change(&args.at, args.name.as_str(), "grow", &body, args.wait, |offline, pool| {
                 let devices =
                     args.devices.iter().map(|name| offline.device(name)).collect::<Result<_, _>>()?;
                 Ok(pool.grow(devices, args.force).wait()?)
@@ -177,7 +180,7 @@ pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
         }
         PoolCommand::AddSpare(args) => {
             let body = AddDevices { devices: vec![args.device.clone()], force: args.force };
-            let pool = change(&args.at, &args.name, "spares", &body, false, |offline, pool| {
+            let pool = change(&args.at, args.name.as_str(), "spares", &body, false, |offline, pool| {
                 Ok(pool.add_spare(offline.device(&args.device)?, args.force).wait()?)
             })?;
             show(&args.at, &pool, "has a new spare")
@@ -186,7 +189,7 @@ pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
 }
 
 fn create(args: &CreateArgs) -> Result<(), Failure> {
-    let CreateArgs { name, devices, raid, strip, extent, spares, force, at } = args;
+    let CreateArgs { name, devices, raid, strip, extent, log, spares, force, at } = args;
     let level = assemble::level(raid).map_err(|what| Failure::Usage(format!("--raid: {what}")))?;
     let strip_bytes = u32::try_from(strip.0);
     let strip_bytes = strip_bytes
@@ -199,6 +202,7 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
                 devices: devices.clone(),
                 strip_bytes: Some(strip_bytes),
                 extent_bytes: Some(extent.0),
+                log_bytes: Some(log.0),
                 spares: *spares,
                 force: *force,
             };
@@ -208,7 +212,7 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
             let uuid = assemble::new_uuid().map_err(Failure::Failed)?;
             let mut options = pool::CreateOptions::new(name.as_str(), uuid, level);
             (options.strip_bytes, options.extent_bytes) = (strip_bytes, extent.0);
-            (options.spares, options.force) = (*spares, *force);
+            (options.log_bytes, options.spares, options.force) = (log.0, *spares, *force);
             let offline = Offline::begin(at, file, Purpose::Change)?;
             let created = offline.create(devices, options);
             offline.end(created)
@@ -245,14 +249,14 @@ fn status(args: &StatusArgs) -> Result<(), Failure> {
     let mut pools = views(&args.at)?;
     if let Some(name) = &args.name {
         let names: Vec<String> = pools.iter().map(|pool| pool.name.clone()).collect();
-        pools.retain(|pool| pool.name == *name);
+        pools.retain(|pool| pool.name == name.as_str());
         if pools.is_empty() {
             let there = if names.is_empty() {
                 "there is none".to_owned()
             } else {
                 format!("there are {}", names.join(", "))
             };
-            return Err(Failure::Failed(format!("pool {name:?} is not there; {there}")));
+            return Err(Failure::Failed(format!("pool \"{name}\" is not there; {there}")));
         }
     }
     if args.at.json {
@@ -277,7 +281,7 @@ fn check(args: &CheckArgs) -> Result<(), Failure> {
         let what = "a pool is checked without a daemon, want --config FILE; `pool scrub` compares members while serving";
         return Err(Failure::Usage(what.to_owned()));
     };
-    let report = check_offline(&args.at, file, &args.name)?;
+    let report = check_offline(&args.at, file, args.name.as_str())?;
     if args.at.json {
         let checked = report.checked.iter().copied().collect();
         print_json(&CheckView { faults: report.faults.clone(), checked })?;
@@ -307,7 +311,7 @@ fn check_offline(at: &WhereArgs, file: &Path, name: &str) -> Result<pool::CheckR
 
 fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
     let body = Replace { old: args.old.clone(), new: args.new.clone(), force: args.force };
-    let pool = change(&args.at, &args.name, "replace", &body, args.wait, |offline, pool| {
+    let pool = change(&args.at, args.name.as_str(), "replace", &body, args.wait, |offline, pool| {
         Ok(pool.replace(&args.old, offline.device(&args.new)?, args.force).wait()?)
     })?;
     show(&args.at, &pool, &format!("has {} in the place of {}", args.new, args.old))
@@ -315,7 +319,7 @@ fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
 
 fn scrub(args: &ScrubArgs) -> Result<(), Failure> {
     let body = Scrub { repair: args.repair };
-    let pool = change(&args.at, &args.name, "scrub", &body, args.wait, |_, pool| {
+    let pool = change(&args.at, args.name.as_str(), "scrub", &body, args.wait, |_, pool| {
         Ok(pool.scrub(args.repair).wait()?)
     })?;
     let task = pool.tasks.iter().rev().find(|task| task.kind == "scrub");

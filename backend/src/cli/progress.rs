@@ -1,8 +1,9 @@
 //! Progress of long work: a bar on a terminal, a line every tenth elsewhere.
 
 use super::{Failure, table, warn};
-use crate::daemon::api::pool_view::PoolView;
+use crate::daemon::api::pool_view::{PoolState, PoolView};
 use crate::image::Progress;
+use hawser_volume::pool::MemberState;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::cell::Cell;
 use std::io::IsTerminal;
@@ -73,22 +74,27 @@ pub(super) fn is_watched() -> bool {
     std::io::stderr().is_terminal()
 }
 
-/// Shows the work on a pool until all of it has ended; how the pool is then.
+/// Shows the work on a pool until all of it has ended and nobody lacks anything that can be had; how the pool is then.
 pub(super) fn watch(mut look: impl FnMut() -> Result<PoolView, Failure>) -> Result<PoolView, Failure> {
     let bar = Bar::new();
     loop {
         let pool = look()?;
-        let Some(task) = pool.tasks.iter().find(|task| !task.done) else {
+        let task = pool.tasks.iter().find(|task| !task.done);
+        // Between a member's coming and the work that brings it up to date, and between two parts of that, there is no task.
+        let lacks = pool.members.iter().any(|member| member.state == MemberState::Syncing.name());
+        if task.is_none() && (!lacks || pool.state == PoolState::Failed) {
             bar.clear();
             return Ok(pool);
-        };
-        let part = match task.kind.as_str() {
-            "resync" => "resync",
-            "rebuild" => "rebuild",
-            "scrub" => "scrub",
-            _ => "work",
-        };
-        bar.set(part, task.done_bytes, task.total_bytes);
+        }
+        if let Some(task) = task {
+            let part = match task.kind.as_str() {
+                "resync" => "resync",
+                "rebuild" => "rebuild",
+                "scrub" => "scrub",
+                _ => "work",
+            };
+            bar.set(part, task.done_bytes, task.total_bytes);
+        }
         std::thread::sleep(EVERY);
     }
 }

@@ -3,7 +3,7 @@
 use super::offline::{Offline, Purpose, WhereArgs};
 use super::progress::Bar;
 use super::table::{self, Align, Table};
-use super::{Failure, print_json, say};
+use super::{Failure, print_json, say, warn};
 use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{
     CreateVolume, MakeClone, SetVolume, TakeSnapshot, TakeSnapshots, VolumeView,
@@ -115,11 +115,11 @@ fn offline(
     at: &WhereArgs,
     file: &Path,
     path: &VolumePath,
-    change: impl FnOnce(&Pool) -> Result<(), Failure>,
+    change: impl FnOnce(&Offline, &Pool) -> Result<(), Failure>,
 ) -> Result<VolumeView, Failure> {
     let offline = Offline::begin(at, file, Purpose::Change)?;
-    let done = offline.with_pool(path.pool.as_str(), |_, pool| {
-        change(pool)?;
+    let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
+        change(offline, pool)?;
         view_of(pool, path)
     });
     Ok(offline.end(done))
@@ -150,7 +150,7 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
             at.client().post(&format!("/v1/pools/{}/volumes", path.pool), Some(&body))?
         }
         Some(file) => {
-            offline(at, file, path, |pool| Ok(pool.create_volume(path.volume.as_str(), size.0).wait()?))?
+            offline(at, file, path, |_, pool| Ok(pool.create_volume(path.volume.as_str(), size.0).wait()?))?
         }
     };
     show(at, &volume, "created")
@@ -161,7 +161,19 @@ fn resize(args: &CreateArgs) -> Result<(), Failure> {
     let volume: VolumeView = match &at.config {
         None => at.client().patch(&url(path), &SetVolume { size_bytes: size.0 })?,
         Some(file) => {
-            offline(at, file, path, |pool| Ok(pool.resize_volume(path.volume.as_str(), size.0).wait()?))?
+            offline(at, file, path, |offline, pool| {
+                let before = view_of(pool, path)?.size_bytes;
+                // The VM of a daemon that died has seen how large it was, and waits.
+                if size.0 < before
+                    && let Some(user) = offline.user_of(path).filter(|_| offline.after_death())
+                {
+                    let what = format!(
+                        "volume {path} is {user}'s, it can only grow until its daemon has ended in order"
+                    );
+                    return Err(Failure::Failed(what));
+                }
+                Ok(pool.resize_volume(path.volume.as_str(), size.0).wait()?)
+            })?
         }
     };
     show(at, &volume, "resized")
@@ -234,7 +246,7 @@ fn clone(args: &CloneArgs) -> Result<(), Failure> {
             let body = MakeClone { snapshot: snapshot.volume.to_string(), name: path.volume.to_string() };
             at.client().post(&format!("/v1/pools/{}/clones", path.pool), Some(&body))?
         }
-        Some(file) => offline(at, file, path, |pool| {
+        Some(file) => offline(at, file, path, |_, pool| {
             Ok(pool.clone_volume(snapshot.volume.as_str(), path.volume.as_str()).wait()?)
         })?,
     };
@@ -247,8 +259,14 @@ fn delete(args: &DeleteArgs) -> Result<(), Failure> {
         None => at.client().delete(&url(path))?,
         Some(file) => {
             let offline = Offline::begin(at, file, Purpose::Change)?;
-            let done = offline.with_pool(path.pool.as_str(), |_, pool| {
+            let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
                 let view = view_of(pool, path)?;
+                if let Some(user) = offline.user_of(path) {
+                    return Err(Failure::Failed(format!(
+                        "volume {path} is {user}'s in {}, want that removed first",
+                        offline.file().display()
+                    )));
+                }
                 pool.delete_volume(path.volume.as_str()).wait()?;
                 Ok(view)
             });
@@ -271,6 +289,7 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
             };
             let done = done.and_then(|pools| {
                 let mut all = Vec::new();
+                let one_is_meant = pool.is_some();
                 for pool in pools {
                     let views = |_: &Offline, pool: &Pool| {
                         Ok(pool
@@ -279,7 +298,13 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
                             .map(|it| assemble::volume_view(pool.name(), it))
                             .collect::<Vec<_>>())
                     };
-                    all.extend(offline.with_pool(&pool, views)?);
+                    match offline.with_pool(&pool, views) {
+                        Ok(views) => all.extend(views),
+                        Err(Failure::Failed(what)) if !one_is_meant => {
+                            warn(&format!("hawser: left out: {what}"))
+                        }
+                        Err(failure) => return Err(failure),
+                    }
                 }
                 Ok(all)
             });
@@ -313,7 +338,8 @@ fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Fa
     let client = at.client();
     let volume: VolumeView = client.get(&url(path))?;
     let named = |what: String| Failure::Failed(format!("volume {path} to {}: {what}", to.display()));
-    let file = image::new_file(to).map_err(named)?;
+    let new = image::NewFile::create(to).map_err(named)?;
+    let file = new.file();
     let bar = Bar::new();
     bar.begin("reading", volume.size_bytes);
     let copy = || {
@@ -330,11 +356,9 @@ fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Fa
     };
     let done = copy();
     bar.clear();
-    if done.is_err() {
-        // Half an image is none.
-        let _ = std::fs::remove_file(to);
-    }
-    done.map(|()| volume.size_bytes)
+    done?;
+    new.finish().map_err(named)?;
+    Ok(volume.size_bytes)
 }
 
 fn export_offline(at: &WhereArgs, config: &Path, path: &VolumePath, file: &Path) -> Result<u64, Failure> {

@@ -14,6 +14,9 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::time::{Duration, Instant};
 
+/// A command without a daemon ends soon, most of them.
+const COMMAND_MAX: Duration = Duration::from_secs(5);
+
 /// Held as long as the process reaches targets.
 #[derive(Debug)]
 pub(crate) struct HostLock {
@@ -41,26 +44,34 @@ impl HostLock {
         let name = name_of(identity);
         let address = SocketAddr::from_abstract_name(&name).map_err(|error| error.to_string())?;
         let since = Instant::now();
+        let mut last = None;
         loop {
             match UnixListener::bind_addr(&address) {
                 Ok(socket) => return Ok(HostLock { _socket: socket }),
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
                 Err(error) => return Err(format!("the host's identity cannot be locked: {error}")),
             }
-            let pid = holder(name.as_bytes());
+            // Who is asked too often says nothing any more.
+            last = holder(name.as_bytes()).or(last);
+            let pid = last;
+            let command = pid.and_then(|pid| lock::command_of(&pid.to_string()));
             let patience = match pid.map(|pid| lock::life_of(&pid.to_string())) {
+                Some(Life::Lives) if command.is_some() => COMMAND_MAX,
                 Some(Life::Lives) | None => Duration::ZERO,
                 Some(Life::Dying) => DYING_MAX,
                 Some(Life::Gone) => DEAD_MAX,
             };
             if since.elapsed() >= patience {
                 let pid = pid.map_or_else(String::new, |pid| format!(", pid {pid},"));
+                if let Some(command) = command {
+                    return Err(format!("`{command}`{pid} works as this host, want it ended"));
+                }
                 return Err(format!(
                     "another process{pid} is host {} with identifier {} already, want it ended, or another nqn and id in [host]",
                     identity.nqn, identity.id
                 ));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }

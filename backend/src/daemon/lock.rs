@@ -23,9 +23,23 @@ impl Lock {
     /// Takes the lock at `path`.
     ///
     /// # Errors
-    /// When another daemon has it, or it cannot be had: one line.
+    /// When another process has it, or it cannot be had: one line.
     pub(crate) fn take(path: &Path) -> Result<Lock, String> {
-        let cannot = |error: io::Error| format!("{}: cannot be locked: {error}", path.display());
+        Lock::attempt(path).map_err(|locked| match locked {
+            Locked::Other(what) => what,
+            Locked::By { pid, what } => match command_of(&pid) {
+                None => what,
+                Some(command) => {
+                    format!("`{command}`, pid {pid}, works without a daemon: {} is locked", path.display())
+                }
+            },
+        })
+    }
+
+    /// The same, for whoever wants to know who has it.
+    pub(crate) fn attempt(path: &Path) -> Result<Lock, Locked> {
+        let cannot =
+            |error: io::Error| Locked::Other(format!("{}: cannot be locked: {error}", path.display()));
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -49,7 +63,8 @@ impl Lock {
                 Life::Gone => DEAD_MAX,
             };
             if since.elapsed() >= patience {
-                return Err(format!("already running, pid {pid}: {} is locked", path.display()));
+                let what = format!("already running, pid {pid}: {} is locked", path.display());
+                return Err(Locked::By { pid: pid.to_owned(), what });
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -57,6 +72,33 @@ impl Lock {
         writeln!(file, "{}", std::process::id()).map_err(cannot)?;
         Ok(Lock { _file: file })
     }
+}
+
+/// Why there is no lock.
+pub(crate) enum Locked {
+    /// Another process has it.
+    By { pid: String, what: String },
+    /// It cannot be had.
+    Other(String),
+}
+
+/// The command line of a process that is no daemon: a command that works without one.
+pub(crate) fn command_of(pid: &str) -> Option<String> {
+    let bytes = std::fs::read(format!("/proc/{}/cmdline", pid.parse::<u32>().ok()?)).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    command_in(&text)
+}
+
+/// `hawser pool create …`: its name and two words.
+fn command_in(line: &str) -> Option<String> {
+    let words: Vec<&str> = line.split('\0').filter(|word| !word.is_empty()).collect();
+    let [program, what, ..] = words.as_slice() else { return None };
+    if !matches!(*what, "pool" | "volume" | "image") {
+        return None;
+    }
+    let program = Path::new(program).file_name()?.to_string_lossy();
+    let words: Vec<&str> = words[1..].iter().take(2).copied().collect();
+    Some(format!("{program} {}", words.join(" ")))
 }
 
 pub(super) enum Life {
@@ -99,6 +141,13 @@ mod tests {
         assert!(error.starts_with(&format!("already running, pid {}: ", std::process::id())), "{error}");
         drop(held);
         Lock::take(&path).unwrap();
+    }
+
+    #[test]
+    fn a_command_is_told_from_a_daemon() {
+        assert_eq!(command_in("/bin/hawser\0pool\0replace\0p0\0").as_deref(), Some("hawser pool replace"));
+        assert_eq!(command_in("hawser\0serve\0--config\0x\0"), None);
+        assert_eq!(command_in(""), None);
     }
 
     #[test]

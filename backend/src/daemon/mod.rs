@@ -15,7 +15,7 @@ pub(crate) mod host_lock;
 pub(crate) mod lock;
 mod notify;
 mod pool_changes;
-mod pools;
+pub(crate) mod pools;
 mod reservation;
 pub(crate) mod run_state;
 mod save;

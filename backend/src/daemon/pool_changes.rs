@@ -105,8 +105,9 @@ impl Daemon {
         let mut options = pool::CreateOptions::new(name.as_str(), uuid, level);
         options.strip_bytes = create.strip_bytes.unwrap_or(options.strip_bytes);
         options.extent_bytes = create.extent_bytes.unwrap_or(options.extent_bytes);
+        options.log_bytes = create.log_bytes.unwrap_or(options.log_bytes);
         (options.spares, options.force) = (create.spares, create.force);
-        self.with_reserved(name.as_str(), &taken, |devices| {
+        self.with_reserved(name.as_str(), None, &taken, |devices| {
             pool::create(self.pools.reactor(), devices, options).wait()
         })?;
         log::info!("pool {name}: created on {}", create.devices.join(", "));
@@ -178,7 +179,19 @@ impl Daemon {
     /// When there is none, or it cannot be.
     pub fn resize_volume(&self, pool: &str, volume: &str, set: SetVolume) -> Result<VolumeView, ChangeError> {
         let before = self.volume_view(pool, volume)?;
-        self.pools.open_pool(pool)?.resize_volume(volume, set.size_bytes).wait()?;
+        let path: VolumePath = before.path().map_err(ChangeError::Wrong)?;
+        let shrinks = set.size_bytes < before.size_bytes;
+        if shrinks {
+            // A disk has said how large it is, whether its guest is connected now or not, and only grows.
+            self.hold(&path, |user| format!("volume {path} is {user}'s, it can only grow"))?;
+        }
+        let resized = self.pools.open_pool(pool).map_err(ChangeError::from);
+        let resized = resized
+            .and_then(|pool| pool.resize_volume(volume, set.size_bytes).wait().map_err(ChangeError::from));
+        if shrinks {
+            self.pools.end_delete(&path);
+        }
+        resized?;
         log::info!("volume {pool}/{volume}: {} bytes instead of {}", set.size_bytes, before.size_bytes);
         self.volume_view(pool, volume)
     }
@@ -218,17 +231,7 @@ impl Daemon {
     pub fn delete_volume(&self, pool: &str, volume: &str) -> Result<VolumeView, ChangeError> {
         let before = self.volume_view(pool, volume)?;
         let path: VolumePath = before.path().map_err(ChangeError::Wrong)?;
-        {
-            let _change = self.lock_changes();
-            if let Some(user) = self.user_of(&Backing::Volume(path.clone())) {
-                return Err(ChangeError::Conflict(format!(
-                    "volume {path} is {user}'s, want that removed first"
-                )));
-            }
-            if !self.pools.begin_delete(&path) {
-                return Err(ChangeError::Conflict(format!("volume {path} is being deleted")));
-            }
-        }
+        self.hold(&path, |user| format!("volume {path} is {user}'s, want that removed first"))?;
         let deleted = self.pools.open_pool(pool).map_err(ChangeError::from);
         let deleted = deleted.and_then(|pool| pool.delete_volume(volume).wait().map_err(ChangeError::from));
         self.pools.end_delete(&path);
@@ -260,17 +263,29 @@ impl Daemon {
                 view.size_bytes
             )));
         }
-        if !view.snapshot && view.users > 0 {
+        // A reactor has one lane for this; whoever reads is a user too.
+        let _one = self.volume_reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if !view.snapshot && self.volume_view(pool, volume)?.users > 0 {
             let what = format!("volume {pool}/{volume} is in use, want a snapshot of it");
             return Err(ChangeError::Conflict(what));
         }
-        // A reactor has one lane for this.
-        let _one = self.volume_reading.lock().unwrap_or_else(PoisonError::into_inner);
         let device = self.pools.open_pool(pool)?.device(volume);
         let device =
             device.ok_or_else(|| ChangeError::Unknown(format!("volume {pool}/{volume} is not there")))?;
         image::read(&device, self.pools.reactor(), offset, len)
             .map_err(|what| ChangeError::Failed(format!("volume {pool}/{volume}: {what}")))
+    }
+
+    /// Keeps disks away from a volume that none is on, until [`Pools::end_delete`].
+    fn hold(&self, path: &VolumePath, used: impl FnOnce(&str) -> String) -> Result<(), ChangeError> {
+        let _change = self.lock_changes();
+        if let Some(user) = self.user_of(&Backing::Volume(path.clone())) {
+            return Err(ChangeError::Conflict(used(&user)));
+        }
+        match self.pools.begin_delete(path) {
+            true => Ok(()),
+            false => Err(ChangeError::Conflict(format!("volume {path} is being deleted or made smaller"))),
+        }
     }
 
     /// The disk or subsystem that has something.
@@ -308,15 +323,16 @@ impl Daemon {
     ) -> Result<(), ChangeError> {
         let names = self.devices_named(names)?;
         let taken = self.pools.take(&names)?;
-        let reserved = self.with_reserved(pool.name(), &taken, change)?;
+        let reserved = self.with_reserved(pool.name(), Some(pool), &taken, change)?;
         self.pools.joined(pool.name(), &reserved);
         Ok(())
     }
 
-    /// Does something with devices that are reserved for it; lets them go if it fails.
+    /// Does something with devices that are reserved for it; if it fails, lets go of those that the pool has not taken all the same.
     fn with_reserved(
         &self,
         pool: &str,
+        open: Option<&Pool>,
         taken: &Taken,
         change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), pool::PoolError>,
     ) -> Result<Vec<Arc<dyn Device>>, ChangeError> {
@@ -329,7 +345,14 @@ impl Daemon {
         match change(taken.devices.clone()) {
             Ok(()) => Ok(reserved),
             Err(error) => {
-                reserved.iter().for_each(|device| reserve::leave(device.as_ref(), &host));
+                let view = open.map(Pool::view);
+                let has = |device: &Arc<dyn Device>| {
+                    let mut members = view.iter().flat_map(|view| &view.members);
+                    members.any(|member| member.device.as_deref() == Some(device.name()))
+                };
+                let (kept, left): (Vec<_>, Vec<_>) = reserved.into_iter().partition(has);
+                self.pools.joined(pool, &kept);
+                left.iter().for_each(|device| reserve::leave(device.as_ref(), &host));
                 Err(error.into())
             }
         }

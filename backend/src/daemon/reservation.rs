@@ -39,6 +39,12 @@ impl Daemon {
     pub fn reserve(&self, device: &str, change: &ChangeReservation) -> Result<ReservationView, ChangeError> {
         let command = command(change).map_err(ChangeError::Wrong)?;
         let found = self.reservable(device)?;
+        let pool = device.parse().ok().and_then(|name| self.pools.user_of(&name));
+        if let Some(pool) = pool {
+            return Err(ChangeError::Conflict(format!(
+                "device {device} is a member of pool {pool}, which has reserved it while it is open"
+            )));
+        }
         found.reserve(command).map_err(|error| failed(device, error))?;
         // Keys are their hosts' secrets.
         log::info!("device {device}: reservation {}", change.name());

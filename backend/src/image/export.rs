@@ -7,7 +7,7 @@ use hawser_runtime::ReactorHandle;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Copies a device to the new file at `path`, with holes where it is zero; how many bytes it has.
@@ -21,24 +21,74 @@ pub fn export(
     progress: &dyn Progress,
 ) -> Result<u64, String> {
     let geometry = device.geometry().ok_or("is not there")?;
-    let file = new_file(path)?;
-    let done = copy(device, reactor, geometry, &file, progress);
-    if done.is_err() {
-        // Half an image is none.
-        let _ = std::fs::remove_file(path);
-    }
-    done.map(|()| geometry.size_bytes())
+    let new = NewFile::create(path)?;
+    copy(device, reactor, geometry, new.file(), progress)?;
+    new.finish()?;
+    Ok(geometry.size_bytes())
 }
 
-/// A file that was not there.
-///
-/// # Errors
-/// One line without the path.
-pub fn new_file(path: &Path) -> Result<File, String> {
-    OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => "the file is there already, want another path".to_owned(),
-        _ => format!("the file cannot be made: {error}"),
-    })
+/// A file that was not there; until it is whole it has `.partial` behind its name.
+pub struct NewFile {
+    file: File,
+    partial: PathBuf,
+    path: PathBuf,
+    is_whole: bool,
+}
+
+impl NewFile {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// When there is one already, or it cannot be: one line without the path.
+    pub fn create(path: &Path) -> Result<NewFile, String> {
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        if path.symlink_metadata().is_ok() {
+            return Err("the file is there already, want another path".to_owned());
+        }
+        let file = OpenOptions::new().write(true).create_new(true).open(&partial);
+        let file = file.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                format!("{} is there already: want it removed, or another path", partial.display())
+            }
+            _ => format!("the file cannot be made: {error}"),
+        })?;
+        Ok(NewFile { file, partial, path: path.to_owned(), is_whole: false })
+    }
+
+    /// What is written to.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Everything is in it, and durable.
+    ///
+    /// # Errors
+    /// When it cannot get its name: one line without the path.
+    pub fn finish(mut self) -> Result<(), String> {
+        // Unlike a rename, this takes nobody's place.
+        std::fs::hard_link(&self.partial, &self.path).or_else(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => Err("the file is there already, want another path".to_owned()),
+            // Not every file system has links.
+            _ => std::fs::rename(&self.partial, &self.path)
+                .map_err(|error| format!("the file cannot be named: {error}")),
+        })?;
+        // A name too many does no harm.
+        let _ = std::fs::remove_file(&self.partial);
+        self.is_whole = true;
+        Ok(())
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.is_whole {
+            // Half an image is none.
+            let _ = std::fs::remove_file(&self.partial);
+        }
+    }
 }
 
 /// Reads `len` bytes of a device from `offset` on, both in whole blocks; `None`: they are all zero. At most one caller at a time
@@ -90,23 +140,30 @@ fn copy(
     progress.begin("reading", size);
     let lane = Lane::open(device, reactor)?;
     let (mut at, mut in_flight) = (0, 0);
-    while at < size || in_flight > 0 {
-        if at < size && in_flight < IN_FLIGHT_MAX {
+    let mut done = Ok(());
+    // What is under way is seen to its end whatever has failed.
+    while (at < size && done.is_ok()) || in_flight > 0 {
+        if at < size && in_flight < IN_FLIGHT_MAX && done.is_ok() {
             let len = piece_bytes(geometry).min(size - at);
             lane.submit(job(geometry, at, len));
             (at, in_flight) = (at + len, in_flight + 1);
             continue;
         }
+        // One that does not answer keeps its lane: what is under way names memory of that.
         let (job, outcome) = lane.wait()?;
         in_flight -= 1;
-        ended(geometry, &job, outcome)?;
-        if !job.work.is_all_zero() {
-            file.write_all_at(job.work.bytes(), job.lba << geometry.block_size.shift()).map_err(cannot)?;
-        }
+        let put = ended(geometry, &job, outcome).and_then(|()| match job.work.is_all_zero() {
+            true => Ok(()),
+            false => {
+                let offset = job.lba << geometry.block_size.shift();
+                file.write_all_at(job.work.bytes(), offset).map_err(cannot)
+            }
+        });
+        done = done.and(put);
         progress.done(job.len);
     }
     lane.close();
-    file.sync_all().map_err(cannot)
+    done.and_then(|()| file.sync_all().map_err(cannot))
 }
 
 fn piece_bytes(geometry: Geometry) -> u64 {

@@ -7,7 +7,7 @@ mod export;
 mod lane;
 mod source;
 
-pub use export::{export, new_file, read};
+pub use export::{NewFile, export, read};
 pub use source::Image;
 
 use hawser_block::{Device, DeviceState, Geometry, Operation, Status};
@@ -92,13 +92,11 @@ pub fn import(
             image.size_bytes()
         ));
     }
-    let mut copy = Copy { image, geometry, lane: Lane::open(device, reactor)?, in_flight: 0, progress };
-    copy.write()?;
-    if verify {
-        copy.verify()?;
-    }
-    copy.lane.close();
-    Ok(())
+    let lane = Lane::open(device, reactor)?;
+    let mut copy = Copy { image, geometry, lane, in_flight: 0, answers: true, progress };
+    let done = copy.write().and_then(|()| if verify { copy.verify() } else { Ok(()) });
+    copy.close();
+    done
 }
 
 struct Copy<'a> {
@@ -106,6 +104,8 @@ struct Copy<'a> {
     geometry: Geometry,
     lane: Lane,
     in_flight: usize,
+    /// The device ends what it is asked for.
+    answers: bool,
     progress: &'a dyn Progress,
 }
 
@@ -204,8 +204,19 @@ impl Copy<'_> {
         Ok(())
     }
 
+    /// Gives the device back, once nothing is under way. One that does not answer keeps its lane: what is under way names memory of that.
+    fn close(mut self) {
+        while self.answers && self.in_flight > 0 {
+            self.answers = self.lane.wait().is_ok();
+            self.in_flight -= 1;
+        }
+        if self.answers {
+            self.lane.close();
+        }
+    }
+
     fn end_one(&mut self, ended: &impl Fn(&Image, &Job) -> Result<(), String>) -> Result<(), String> {
-        let (job, outcome) = self.lane.wait()?;
+        let (job, outcome) = self.lane.wait().inspect_err(|_| self.answers = false)?;
         self.in_flight -= 1;
         outcome.map_err(|status| failure(&job, self.geometry, status))?;
         ended(self.image, &job)?;

@@ -108,6 +108,31 @@ fn a_device_that_keeps_nothing_is_found_out_by_verifying() {
 }
 
 #[test]
+fn a_member_of_a_pool_is_not_written_over() {
+    let (place, config) = place(128 * MIB, "");
+    fs::write(place.path("device"), vec![0; 128 * MIB]).unwrap();
+    fs::write(place.path("raw"), vec![7; MIB]).unwrap();
+    let raw = place.text("raw");
+    let import = vec!["image", "import", &raw, "f", "--config", &config];
+    place.ok(&["pool", "create", "p0", "--raid", "linear", "f", "--config", &config]);
+    let before = fs::read(place.path("device")).unwrap();
+    let line = place.fails(&import, 1);
+    let want = format!(
+        "device f (file://{}) is a member of pool p0, want one of its volumes, or --force",
+        place.text("device")
+    );
+    assert_eq!(line, want);
+    let daemon = place.serve();
+    crate::common::until("the pool is open", || daemon.status()["pools"][0]["state"] == "ready");
+    let line = place.fails(&import, 1);
+    assert!(line.contains(" is pool p0's in the daemon at "), "{line}");
+    assert_eq!(daemon.end(), Some(0));
+    place.ok(&["pool", "check", "p0", "--config", &config]);
+    assert!(before[32 * MIB..] == fs::read(place.path("device")).unwrap()[32 * MIB..], "no data");
+    place.ok(&[import, vec!["--force"]].concat());
+}
+
+#[test]
 fn mistakes_are_one_line() {
     let (place, config) = place(MIB, "read_only = true");
     fs::write(place.path("raw"), vec![7; 512]).unwrap();

@@ -30,10 +30,12 @@ struct Partition {
     bytes: u64,
 }
 
+/// Where the root file system begins.
+pub const ROOT_START: u64 = 65 * MIB;
 /// Size of the root file system: fio's libraries are most of it.
-pub(super) const ROOT_BYTES: u64 = 256 * MIB;
+pub const ROOT_BYTES: u64 = 256 * MIB;
 const ESP: Partition = Partition { kind: 0xef, active: false, start: MIB, bytes: 64 * MIB };
-const ROOT: Partition = Partition { kind: 0x83, active: true, start: 65 * MIB, bytes: ROOT_BYTES };
+const ROOT: Partition = Partition { kind: 0x83, active: true, start: ROOT_START, bytes: ROOT_BYTES };
 const SCRATCH: Partition = Partition { kind: 0x83, active: false, start: 321 * MIB, bytes: 128 * MIB };
 
 /// Size of the disk.

@@ -20,11 +20,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-pub use disk::{DISK_BYTES, SCRATCH_PARTITION};
+pub use disk::{DISK_BYTES, ROOT_BYTES, ROOT_START, SCRATCH_PARTITION};
 pub use release::Release;
 
 /// Changes with every change of the recipe that the scripts and package versions do not show.
-const RECIPE: u32 = 4;
+const RECIPE: u32 = 5;
 
 /// Packages whose installed files go into an image; the kernel is only downloaded.
 const PACKAGES: [&str; 8] = [

@@ -17,8 +17,9 @@ pub(super) const AGENT: &str = include_str!("../../guest/agent");
 /// What finds and mounts the root disk.
 const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
-/// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them.
-const ROOT_MODULES: [&str; 14] = [
+/// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them; SCSI disks of
+/// QEMU's, and Linux md on them.
+const ROOT_MODULES: [&str; 21] = [
     "virtio_net",
     "configfs",
     "crct10dif_generic",
@@ -33,6 +34,13 @@ const ROOT_MODULES: [&str; 14] = [
     "nvme_fabrics",
     "nvme_tcp",
     "crc32c_generic",
+    "virtio_scsi",
+    "sd_mod",
+    "md_mod",
+    "linear",
+    "raid0",
+    "raid1",
+    "raid10",
 ];
 
 /// Programs that the root has besides busybox, with their libraries.

@@ -3,12 +3,15 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod clones;
 mod host;
 mod initiator;
 mod migration;
 mod nvmet;
 mod other;
 pub(crate) mod pieces;
+mod placement;
+mod pools;
 mod queues;
 mod reboot;
 mod resize;
@@ -64,6 +67,11 @@ pub const TESTS: &[Test] = &[
     test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
     test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),
     test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
+    test("linux_md_reads_what_pools_wrote", OLD, placement::md),
+    test("a_vm_boots_from_a_raid1_pool_while_a_member_dies_and_returns", NEW, pools::raid1),
+    test("a_vm_boots_from_a_raid10_pool_while_a_member_dies_and_returns", OLD, pools::raid10),
+    test("a_kernel_target_and_one_of_ours_mirror_each_other", NEW, pools::kernel_member),
+    test("ten_vms_boot_from_ten_clones_of_one_image", OLD, clones::ten),
     test("a_minute_of_every_fault_loses_nothing", NEW, crate::soak::a_minute),
     test("kernel_host_finds_our_target_as_the_table_says", BOTH, host::checks),
     test("cloud_hypervisor_boots_from_our_target", OLD, other::cloud_hypervisor),

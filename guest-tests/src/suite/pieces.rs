@@ -212,7 +212,8 @@ impl KernelTarget {
         Ok(target)
     }
 
-    fn launch(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
+    /// Starts the target guest, at the ports that it had.
+    pub(crate) fn launch(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
         let [first, second] = self.ports;
         let forwards = [format!("tcp:127.0.0.1:{first}-:4420"), format!("tcp:127.0.0.1:{second}-:4421")];
         let forwards = [forwards[0].as_str(), forwards[1].as_str()];
@@ -247,11 +248,14 @@ impl KernelTarget {
         Ok(())
     }
 
+    /// Pulls the target guest's plug.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.guest.take().map_or(Ok(()), Qemu::quit)
+    }
+
     /// Pulls the target guest's plug and starts it again at the same ports.
     pub(crate) fn restart(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
-        if let Some(guest) = self.guest.take() {
-            guest.quit()?;
-        }
+        self.end()?;
         self.launch(lab, scratch)
     }
 

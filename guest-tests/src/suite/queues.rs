@@ -5,7 +5,7 @@
 use super::Outcome;
 use super::pieces::{DISK, Served, boot, expect_no_trace, verify_options};
 use crate::lab::Lab;
-use crate::qemu::Firmware;
+use crate::qemu::{Firmware, ONE_CPU};
 use crate::{Result, fio};
 
 /// Firmware, the VM's queues, their size. Firmware has one queue, of its own size where the VM's is larger than it can use; Linux
@@ -26,7 +26,8 @@ pub(super) fn matrix(lab: &Lab) -> Result<Outcome> {
         let explain = |e: String| format!("{what}: {e}");
         let options =
             [format!("device.disk0.num-queues={queues}"), format!("device.disk0.queue-size={size}")];
-        let more = ["-smp", &queues, "-set", &options[0], "-set", &options[1]];
+        let cpus = if queues == "1" { ONE_CPU } else { &queues };
+        let more = ["-smp", cpus, "-set", &options[0], "-set", &options[1]];
         served.serve.await_disk(DISK, "listening").map_err(explain)?;
         let mut guest = boot(lab, config, firmware, served.scratch().path(), &more).map_err(explain)?;
         let found = guest.run("uname -r; ls /sys/block/vda/mq | wc -l; cat /root/before 2> /dev/null || true; echo $$ >> /root/before; sync")?;

@@ -1,6 +1,6 @@
 //! `GET /metrics`: every number of the daemon in the OpenMetrics text format, read when it is asked for.
 
-use super::pool_view::{PoolView, TaskView, VolumeView};
+use super::pool_view::{PoolState, PoolView, TaskView, VolumeView};
 use super::view::RingsView;
 use crate::daemon::{Daemon, DeviceNumbers};
 use hawser_block::{IoKind, KindSnapshot, StatsSet, Status};
@@ -122,7 +122,7 @@ impl Numbers {
             disk_states: status.disks.into_iter().map(|disk| (disk.name, disk.state.name())).collect(),
             devices: daemon.device_numbers(),
             target: daemon.target_stats(),
-            pools: status.pools,
+            pools: one_of_each_name(status.pools),
             volumes: status.volumes,
             device_states: status.devices.into_iter().map(|device| (device.name, device.state)).collect(),
         }
@@ -475,4 +475,17 @@ fn each(
 
 fn seconds(ns: u64) -> f64 {
     std::time::Duration::from_nanos(ns).as_secs_f64()
+}
+
+/// Of pools of one name, of which at most one is open, one: a series is there once.
+fn one_of_each_name(pools: Vec<PoolView>) -> Vec<PoolView> {
+    let mut all: Vec<PoolView> = Vec::new();
+    for pool in pools {
+        match all.iter_mut().find(|known| known.name == pool.name) {
+            None => all.push(pool),
+            Some(known) if known.state == PoolState::Waiting => *known = pool,
+            Some(_) => {}
+        }
+    }
+    all
 }

@@ -134,6 +134,9 @@ pub struct CreatePool {
     /// 1 MiB if not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub extent_bytes: Option<u64>,
+    /// The log of mapping changes on each member: 16 MiB if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_bytes: Option<u64>,
     /// How many of the devices are spares.
     #[serde(default)]
     pub spares: usize,

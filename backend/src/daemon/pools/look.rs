@@ -1,7 +1,8 @@
 //! The thread `pools`: it looks at what is known, and begins what can be begun.
 
+use super::past::{self, Past};
 use super::state::{Entry, Knowledge, Open, Phase, State, is_reached};
-use super::{ABSENT_EVERY, ASK_MAX, LOOK_EVERY, RETRY_MAX, RETRY_MIN, Shared};
+use super::{ABSENT_EVERY, ASK_MAX, LOOK_EVERY, RETRY_MAX, RETRY_MIN, SETTLED, Shared};
 use crate::assemble::device::{self, OpenError, Opening};
 use crate::assemble::pool::{self as assemble, Found};
 use crate::assemble::{host, reserve};
@@ -45,8 +46,8 @@ impl Shared {
         }
         for (uuid, found) in all {
             let phase = Phase::Waiting { again: now, wait: RETRY_MIN, tried: Vec::new() };
-            let (trouble, seen) = (String::new(), String::new());
-            state.pools.insert(uuid, Entry { found, since: now, phase, trouble, seen });
+            let (trouble, seen, past) = (String::new(), String::new(), None);
+            state.pools.insert(uuid, Entry { found, since: now, phase, trouble, seen, past });
         }
         let uuids: Vec<[u8; 16]> = state.pools.keys().copied().collect();
         let mut next = asked;
@@ -179,7 +180,14 @@ impl Shared {
             entry.set_trouble(what);
             return Some(until);
         }
-        let names: Vec<Name> = entry.found.devices.iter().map(|(name, _)| name.clone()).collect();
+        if let Some(what) = past::is_older(&self.config.daemon.state_dir, &entry.found.label) {
+            entry.set_trouble(match &missing {
+                Some(missing) => format!("{missing}; {what}"),
+                None => what,
+            });
+            return Some(now + LOOK_EVERY);
+        }
+        let names: Vec<Name> = entry.found.devices.iter().map(|(name, ..)| name.clone()).collect();
         if *tried == names && *again > now {
             return Some(*again);
         }
@@ -197,7 +205,8 @@ impl Shared {
         let owner = self.reactors[state.opened % self.reactors.len()].clone();
         state.opened += 1;
         state.tasks += 1;
-        let (shared, degraded) = (Arc::clone(self), missing.is_some());
+        // Whoever opens it finds out for himself what is missing.
+        let (shared, degraded) = (Arc::clone(self), until <= now);
         tokio::spawn(async move {
             let opened = shared.open(uuid, &policy, owner, devices, degraded).await;
             shared.opened(uuid, opened, names, wait);
@@ -227,7 +236,15 @@ impl Shared {
             Err(what) => Err(what),
         };
         match opened {
-            Ok(pool) => Ok(Open { pool, reserved, tail: path }),
+            Ok(pool) => {
+                let (state_dir, past) = (self.config.daemon.state_dir.clone(), Past::of(&pool.view()));
+                let kept = blocking(move || {
+                    past::keep(&state_dir, &uuid, past);
+                    Ok(())
+                });
+                kept.await?;
+                Ok(Open { pool, reserved, tail: path })
+            }
             Err(what) => {
                 // Another host may have more luck.
                 let left = blocking(move || {
@@ -276,8 +293,40 @@ impl Shared {
             log::info!("pool {name}: {seen}");
             entry.seen = seen;
         }
-        let members: Vec<Name> = entry.found.devices.iter().map(|(name, _)| name.clone()).collect();
+        let past = Past::of(&view);
         let mut next = now + LOOK_EVERY;
+        match entry.past {
+            Some((seen, since)) if seen == past => {
+                // It was on its way to the members then.
+                if let Some(since) = since
+                    && since + SETTLED <= now
+                {
+                    entry.past = Some((past, None));
+                    let state_dir = self.config.daemon.state_dir.clone();
+                    state.tasks += 1;
+                    let shared = Arc::clone(self);
+                    tokio::spawn(async move {
+                        let kept = blocking(move || {
+                            past::keep(&state_dir, &uuid, past);
+                            Ok(())
+                        });
+                        // It has said so itself.
+                        let _ = kept.await;
+                        let mut state = shared.state();
+                        state.tasks = state.tasks.saturating_sub(1);
+                        drop(state);
+                        shared.tell();
+                    });
+                } else if let Some(since) = since {
+                    next = next.min(since + SETTLED);
+                }
+            }
+            _ => {
+                entry.past = Some((past, Some(now)));
+                next = next.min(now + SETTLED);
+            }
+        }
+        let members: Vec<Name> = entry.found.devices.iter().map(|(name, ..)| name.clone()).collect();
         for known in state.devices.iter_mut().filter(|known| members.contains(&known.name)) {
             // Those that it has it looks after itself.
             if view.members.iter().any(|member| member.device.as_deref() == Some(known.name.as_str())) {
@@ -324,7 +373,15 @@ impl Shared {
         let assume_exclusive = pool.name().parse().is_ok_and(|name| self.config.pool(&name).assume_exclusive);
         let (members, host) = (vec![Arc::clone(&device)], identity.id.0);
         let reserved = blocking(move || reserve::take_all(members, host, assume_exclusive)).await?;
-        pool.add_member(device).await.map_err(assemble::line_of)?;
+        if let Err(error) = pool.add_member(device).await {
+            // It may be another host's, or nobody's.
+            let left = blocking(move || {
+                reserved.iter().for_each(|device| reserve::leave(device.as_ref(), &host));
+                Ok(())
+            });
+            left.await?;
+            return Err(assemble::line_of(error));
+        }
         Ok(reserved)
     }
 }

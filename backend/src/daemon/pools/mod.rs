@@ -14,6 +14,7 @@
 
 mod close;
 mod look;
+pub(crate) mod past;
 mod state;
 
 pub(super) use state::Absent;
@@ -41,6 +42,8 @@ const RETRY_MIN: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 /// How often an open pool is looked at, for what the log says of it.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// A change of superblocks is on its members by then, or failed there.
+const SETTLED: Duration = Duration::from_secs(1);
 /// How often a device that could not be opened is tried again.
 const ABSENT_EVERY: Duration = Duration::from_secs(5);
 /// A pool that is closed has at least so long, however little is left of `drain_timeout`.
@@ -161,7 +164,7 @@ impl Pools {
             return Err(Lack::Unknown(state.no_such_pool(path.pool.as_str())));
         };
         if state.deleting.contains(path) {
-            return Err(Lack::Conflict(format!("volume {path} is being deleted")));
+            return Err(Lack::Conflict(format!("volume {path} is being deleted or made smaller")));
         }
         let Phase::Open(open) = &entry.phase else { return Ok(()) };
         lack_of(&open.pool, path, !read_only).map_or(Ok(()), |what| Err(Lack::Conflict(what)))
@@ -213,12 +216,16 @@ impl Pools {
     /// A disk is to have the device for itself from now on.
     pub(super) fn claim(&self, name: &Name) -> Result<(), String> {
         let mut state = self.shared.state();
+        let pool = state.pool_of(name).map(|entry| entry.found.label.pool.clone());
         let Some(known) = state.devices.iter_mut().find(|known| known.name == *name) else { return Ok(()) };
-        if let Knowledge::Member(label) = &known.knowledge {
-            return Err(format!("device {name} is a member of pool {}, want one of its volumes", label.pool));
-        }
         if known.taken {
             return Err(format!("device {name} is being given to a pool, want another device"));
+        }
+        if let Knowledge::Asking(_) = known.knowledge {
+            return Err(format!("device {name} is being asked what pool it belongs to, want it tried again"));
+        }
+        if let Some(pool) = pool {
+            return Err(format!("device {name} is a member of pool {pool}, want one of its volumes"));
         }
         (known.direct, known.knowledge) = (true, Knowledge::Unknown);
         Ok(())
@@ -255,12 +262,15 @@ impl Pools {
                 let what = known.device.trouble();
                 return Err(Lack::Conflict(format!("device {name} is not reached: {what}")));
             }
-            if let Knowledge::Member(label) = &known.knowledge
-                && let Some(Entry { phase: Phase::Open(_), found, .. }) = state.pools.get(&label.pool_uuid)
+            // Whether it is one of a pool's that is not open, and is taken all the same, is for who takes it to say.
+            let busy = state.pool_of(name).filter(|entry| !matches!(entry.phase, Phase::Waiting { .. }));
+            if let Some(entry) = busy
+                && (entry.has(name) || matches!(entry.phase, Phase::Opening))
             {
-                let what =
-                    format!("device {name} is a member of pool {}, want a free device", found.label.pool);
-                return Err(Lack::Conflict(what));
+                let pool = &entry.found.label.pool;
+                return Err(Lack::Conflict(format!(
+                    "device {name} is a member of pool {pool}, want a free device"
+                )));
             }
             devices.push(Arc::clone(&known.device));
         }
@@ -281,7 +291,7 @@ impl Pools {
         }
     }
 
-    /// Holds `path` for whoever deletes it.
+    /// Holds `path` for whoever deletes it or makes it smaller.
     pub(super) fn begin_delete(&self, path: &VolumePath) -> bool {
         self.shared.state().deleting.insert(path.clone())
     }
@@ -297,12 +307,14 @@ impl Pools {
 
     /// The pool that a device is a member of, as far as is known.
     pub(super) fn pool_of(&self, device: &Name) -> Option<String> {
+        self.shared.state().pool_of(device).map(|entry| entry.found.label.pool.clone())
+    }
+
+    /// The pool that is open, or being opened, on a device.
+    pub(super) fn user_of(&self, device: &Name) -> Option<String> {
         let state = self.shared.state();
-        let known = state.devices.iter().find(|known| known.name == *device)?;
-        match &known.knowledge {
-            Knowledge::Member(label) if !known.direct => Some(label.pool.clone()),
-            _ => None,
-        }
+        let entry = state.pool_of(device).filter(|entry| !matches!(entry.phase, Phase::Waiting { .. }));
+        entry.map(|entry| entry.found.label.pool.clone())
     }
 
     /// All pools, for people.

@@ -1,6 +1,7 @@
 //! What is known of devices and pools, and who waits for what. Nothing is done here.
 
 use super::RETRY_MIN;
+use super::past::Past;
 use crate::assemble::late::LateDevice;
 use crate::assemble::pool::Found;
 use hawser_block::{Device, DeviceState};
@@ -72,6 +73,8 @@ pub(super) struct Entry {
     pub(super) trouble: String,
     /// As it was seen last, for the log.
     pub(super) seen: String,
+    /// How far it was when it was looked at last, and since when, until that is written down.
+    pub(super) past: Option<(Past, Option<Instant>)>,
 }
 
 pub(super) enum Phase {
@@ -102,6 +105,13 @@ impl Entry {
         }
     }
 
+    /// Whether it is open and has a device, as it says itself.
+    pub(super) fn has(&self, device: &Name) -> bool {
+        self.pool().is_some_and(|pool| {
+            pool.view().members.iter().any(|member| member.device.as_deref() == Some(device.as_str()))
+        })
+    }
+
     pub(super) fn not_open(&self) -> String {
         let why = if self.trouble.is_empty() { "it is being opened" } else { &self.trouble };
         format!("pool {} is not open yet: {why}", self.found.label.pool)
@@ -122,6 +132,22 @@ impl State {
     pub(super) fn by_name(&self, name: &Name) -> Option<&Entry> {
         let found = self.pools.values().filter(|entry| entry.found.label.pool == name.as_str());
         found.max_by_key(|entry| matches!(entry.phase, Phase::Open(_)))
+    }
+
+    /// The pool that has a device, whatever is known of that; else the one that it says it belongs to, unless it was replaced there.
+    pub(super) fn pool_of(&self, device: &Name) -> Option<&Entry> {
+        let known = self.devices.iter().find(|known| known.name == *device)?;
+        if known.direct {
+            return None;
+        }
+        if let Some(entry) = self.pools.values().find(|entry| entry.has(device)) {
+            return Some(entry);
+        }
+        let found = |entry: &&Entry| entry.found.devices.iter().any(|(name, ..)| name == device);
+        match (&known.knowledge, self.pools.values().find(found)) {
+            (Knowledge::Nothing, _) | (_, None) => None,
+            (_, entry) => entry,
+        }
     }
 
     pub(super) fn no_such_pool(&self, name: &str) -> String {

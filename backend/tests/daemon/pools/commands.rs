@@ -146,6 +146,8 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
         ("pool create p0 --raid raid1 d2 d3", 1, "pool p0 is there on device d0, want another name"),
         ("pool create p1 --raid raid1 --strip 3KiB d2 d3", 2, "strip"),
         ("pool create p1 --raid raid1 --extent 1GiB d2 d3", 2, "extent"),
+        ("pool create p1 --raid raid1 --log 1TiB d2 d3", 2, "d2"),
+        ("pool create p1 --raid raid1 --log 0 d2 d3", 2, "log"),
         ("pool status px", 1, "pool \"px\" is not there; there are p0"),
         ("pool check px", 1, "pool \"px\" is on no device of "),
         ("volume create p0/v --size 1GiB", 1, "v"),
@@ -170,6 +172,65 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
     // With the word for it.
     rig.offline("pool create p1 --raid raid1 --force d2 d1");
     assert_eq!(json(&rig.offline("pool list --json"))[1]["name"], "p1");
+}
+
+#[test]
+fn an_image_that_does_not_fit_leaves_no_volume_behind() {
+    let rig = Rig::new(2, 128, "");
+    rig.offline("pool create p0 --raid raid0 --log 1MiB d0 d1");
+    let mut image = vec![0u64; 300 << 17];
+    let mut seed = 1u64;
+    for word in &mut image {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *word = seed | 1;
+    }
+    let bytes: Vec<u8> = image.iter().flat_map(|word| word.to_le_bytes()).collect();
+    fs::write(rig.place.path("raw"), bytes).unwrap();
+    let line = rig.refused(&format!("image import {} p0/golden", rig.place.text("raw")), 1);
+    assert!(line.starts_with("volume p0/golden: writing ") && !line.contains("it is left"), "{line}");
+    assert_eq!(rig.offline("volume list --json"), "[]\n");
+    assert!(rig.offline("pool check p0").contains(" 0 volumes"));
+}
+
+#[test]
+fn what_a_disk_of_the_configuration_is_on_is_kept() {
+    let rig = Rig::new(2, 128, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 64MiB");
+    let line = rig.refused("volume delete p0/v", 1);
+    assert_eq!(line, format!("volume p0/v is disk v's in {}, want that removed first", rig.config));
+    fs::write(rig.place.path("raw"), [7; 4096]).unwrap();
+    let import = format!("image import {} p0/v", rig.place.text("raw"));
+    rig.offline(&import);
+    // A guest waits.
+    rig.place.serve().kill();
+    let line = rig.refused("volume resize p0/v --size 32MiB", 1);
+    assert!(line.starts_with("volume p0/v is disk v's, it can only grow"), "{line}");
+    let line = rig.refused(&import, 1);
+    assert!(line.starts_with("volume p0/v is disk v's, whose daemon did not end in order"), "{line}");
+    rig.offline(&format!("{import} --force"));
+}
+
+#[test]
+fn a_run_folder_of_the_environment_is_not_taken_for_the_files() {
+    let rig = Rig::new(2, 128, &disk("v", "p0/v", ""));
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 64MiB");
+    let daemon = rig.place.serve();
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    write(&mut guest, 0, 7);
+    daemon.kill();
+    let text = fs::read_to_string(&rig.config).unwrap();
+    let api = rig.place.text("api");
+    // The environment of every command here names another socket now.
+    let here = text.replace(&format!("api = \"{api}\""), &format!("api = \"{api}2\""));
+    assert!(here != text);
+    fs::rename(rig.place.path("api.state"), rig.place.path("api2.state")).unwrap();
+    fs::write(&rig.config, here).unwrap();
+    rig.offline("volume snapshot p0/v s");
+    rig.offline(&format!("volume export p0/s {}", rig.place.text("out")));
+    assert!(fs::read(rig.place.path("out")).unwrap()[..4096] == [7; 4096]);
+    assert!(!rig.place.path("out.partial").exists());
 }
 
 #[test]

@@ -270,7 +270,7 @@ fn a_pool_is_made_changed_and_scrubbed_while_a_daemon_serves() {
     assert!(done.starts_with("pool p0 scrubbed, members do not differ"), "{done}");
     let done = rig.online("pool replace p0 d1 d3 --wait");
     assert!(done.starts_with("pool p0 has d3 in the place of d1"), "{done}");
-    until("the new one has everything", || pool_state(&daemon, "p0") == "ready");
+    assert_eq!(pool_state(&daemon, "p0"), "ready", "what it waited for");
     let members = json(&rig.online("pool list --json"))[0]["members"].clone();
     assert_eq!((&members[1]["device"], &members[1]["state"]), (&"d3".into(), &"in_sync".into()));
     let size = |rig: &Rig| json(&rig.online("pool list --json"))[0]["size_bytes"].as_u64().unwrap();
@@ -278,6 +278,17 @@ fn a_pool_is_made_changed_and_scrubbed_while_a_daemon_serves() {
     rig.online("pool grow p0 d4 d5 --wait");
     until("it has grown", || size(&rig) > before + 200 * MIB);
     rig.online("pool add-spare p0 d6");
+    // The one that was replaced is nobody's, whatever it says itself.
+    assert_eq!(json(&rig.online("device show d1 --json"))["pool"], serde_json::Value::Null);
+    let line = rig.online_refused("pool replace p0 d3 d1 --wait", 1);
+    assert!(line.contains("d1 belongs to pool p0, want another device, or --force"), "{line}");
+    rig.online("pool replace p0 d3 d1 --force --wait");
+    assert_eq!(pool_state(&daemon, "p0"), "ready");
+    let line = rig.online_refused("pool create p1 --raid raid1 --force d0 d7", 1);
+    assert_eq!(line, "device d0 is a member of pool p0, want a free device");
+    // A disk's size only grows, whether its guest is connected or not.
+    let line = rig.online_refused("volume resize p0/v --size 512MiB", 1);
+    assert_eq!(line, "volume p0/v is disk v's, it can only grow");
     for (line, code, want) in [
         ("pool create p0 --raid raid1 d1 d7", 1, "pool p0 is there, want another name"),
         ("pool create p1 --raid raid1 d0 d7", 1, "device d0 is a member of pool p0, want a free device"),
@@ -305,6 +316,77 @@ fn a_pool_is_made_changed_and_scrubbed_while_a_daemon_serves() {
     assert_eq!(daemon.end(), Some(0));
     let daemon = rig.place.serve();
     until("it comes back", || pool_state(&daemon, "p0") == "ready");
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_pool_does_not_go_on_by_itself_from_a_member_that_was_away() {
+    let rest = disk("v", "p0/v", "") + "[[pool]]\nname = \"p0\"\nassemble_timeout = 1\n";
+    let rig = Rig::new(2, 128, &rest);
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 64MiB");
+    let move_file = |from: &str, to: &str| fs::rename(rig.place.path(from), rig.place.path(to)).unwrap();
+    move_file("d0", "d0.away");
+    let daemon = rig.place.serve();
+    until("it starts without d0", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    write(&mut guest, 0, 7);
+    drop(guest);
+    assert_eq!(daemon.end(), Some(0));
+    // Alone, d0 says that all is well.
+    move_file("d0.away", "d0");
+    move_file("d1", "d1.away");
+    let line = rig.refused("volume create p0/w --size 64MiB", 1);
+    assert!(
+        line.contains("pool p0: what is there is older than what this host last had (generation "),
+        "{line}"
+    );
+    let daemon = rig.place.serve();
+    let why = || daemon.status()["pools"][0]["troubles"][0].as_str().unwrap_or("").to_owned();
+    until("it says so", || why().contains("is older than what this host last had"));
+    assert!(why().starts_with("member 1 is not there; "), "{}", why());
+    assert_eq!(daemon.disk("v").0, "waiting");
+    move_file("d1.away", "d1");
+    until("it goes on from d1", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&rig.socket("v"), &wish());
+    holds(&mut guest, 0, 7);
+    drop(guest);
+    until("d0 has it", || pool_state(&daemon, "p0") == "ready");
+    assert_eq!(daemon.end(), Some(0));
+    // Whoever knows better says so, and from then on that is the pool.
+    move_file("d1", "d1.away");
+    fs::write(
+        fs::read_dir(rig.place.path("lib"))
+            .unwrap()
+            .find_map(|entry| {
+                let path = entry.unwrap().path();
+                path.file_name()?.to_str()?.starts_with("pool-").then_some(path)
+            })
+            .unwrap(),
+        "999 999\n",
+    )
+    .unwrap();
+    rig.offline("volume create p0/w --size 64MiB --degraded");
+    let daemon = rig.place.serve();
+    until("it starts", || daemon.disk("v").0 == "listening");
+    assert_eq!(daemon.end(), Some(0));
+}
+
+#[test]
+fn a_device_that_was_replaced_takes_nobodys_place_at_the_next_start() {
+    let rest = disk("v", "p0/v", "") + "[[pool]]\nname = \"p0\"\nassemble_timeout = 1\n";
+    let rig = Rig::new(3, 128, &rest);
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 64MiB");
+    let done = rig.offline("pool replace p0 d1 d2");
+    assert!(done.starts_with("pool p0 has d2 in the place of d1"), "{done}");
+    rig.offline("pool status p0");
+    fs::rename(rig.place.path("d2"), rig.place.path("away")).unwrap();
+    let daemon = rig.place.serve();
+    until("it starts without d2", || daemon.disk("v").0 == "listening");
+    assert_eq!(pool_state(&daemon, "p0"), "degraded");
+    fs::rename(rig.place.path("away"), rig.place.path("d2")).unwrap();
+    until("d2 is back", || pool_state(&daemon, "p0") == "ready");
     assert_eq!(daemon.end(), Some(0));
 }
 

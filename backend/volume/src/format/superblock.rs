@@ -102,6 +102,12 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// How often the pool was opened for writing: the upper half of the epoch.
+    #[must_use]
+    pub fn openings(&self) -> u64 {
+        self.epoch >> 32
+    }
+
     /// The page. What [`validate`](Superblock::validate) refuses may not come here.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

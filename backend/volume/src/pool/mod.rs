@@ -218,8 +218,24 @@ pub struct Label {
     pub in_sync: Vec<bool>,
     /// Raised with each change of members; the highest knows best.
     pub generation: u64,
+    /// Raised with each opening.
+    pub openings: u64,
+    /// This device's own UUID as a member or spare.
+    pub uuid: [u8; 16],
+    /// The UUIDs of all members, in their places, as far as this device knows.
+    pub member_uuids: Vec<[u8; 16]>,
+    /// The UUIDs of all spares, as far as this device knows.
+    pub spare_uuids: Vec<[u8; 16]>,
     /// The host that has it open, or had when it ended without closing it.
     pub opened_by: Option<[u8; 16]>,
+}
+
+impl Label {
+    /// Whether a member or spare with this UUID belongs to the pool, as far as this device knows.
+    #[must_use]
+    pub fn names(&self, uuid: &[u8; 16]) -> bool {
+        self.member_uuids.iter().chain(&self.spare_uuids).any(|known| known == uuid)
+    }
 }
 
 /// How a member is doing, for people.
@@ -292,6 +308,10 @@ pub struct PoolView {
     pub uuid: [u8; 16],
     /// Its level.
     pub level: Level,
+    /// Of its superblocks: raised with each change of members.
+    pub generation: u64,
+    /// Of its superblocks: raised with each opening.
+    pub openings: u64,
     /// See [`CreateOptions`].
     pub strip_bytes: u32,
     /// See [`CreateOptions`].
@@ -323,6 +343,8 @@ impl PoolView {
             name: book.name.clone(),
             uuid: book.pool_uuid,
             level: book.level,
+            generation: book.generation,
+            openings: book.openings(),
             strip_bytes: book.strip_bytes,
             extent_bytes: book.extent_bytes,
             size_bytes: 0,

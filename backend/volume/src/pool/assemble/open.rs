@@ -214,6 +214,14 @@ fn tail_of(book: &Superblock, options: &OpenOptions) -> Option<TailContent> {
     let is_last = tail.epoch == book.epoch && book.opened_by == Some(options.host);
     // A process that died while it opened the pool.
     let is_next = count_of(tail.epoch) == count_of(book.epoch) + 1;
+    if !(is_last || is_next || tail.records.is_empty()) {
+        log::warn!(
+            "pool {}: {} changes that a process of this host left in its run folder are of an earlier opening: the pool was opened \
+             elsewhere, or with another run folder, since; they are not done again",
+            book.name,
+            tail.records.len()
+        );
+    }
     (is_last || is_next).then_some(tail)
 }
 

@@ -127,6 +127,8 @@ impl Owner {
             name: book.name.clone(),
             uuid: book.pool_uuid,
             level: book.level,
+            generation: book.generation,
+            openings: book.openings(),
             strip_bytes: book.strip_bytes,
             extent_bytes,
             size_bytes,
