@@ -12,7 +12,7 @@ use crate::tail::SimTail;
 use hawser_block::Device;
 use hawser_runtime::{Instant, Reactor};
 use hawser_sim::{Random, Trap, World, WorldConfig};
-use hawser_volume::pool::{Pool, PoolError, PoolView};
+use hawser_volume::pool::{NoSpacePolicy, Pool, PoolError, PoolView};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
@@ -202,11 +202,19 @@ impl Cast {
 
     /// Lets time pass until `done`; not for ever.
     pub(crate) fn wait(&mut self, what: &str, done: &mut dyn FnMut(&mut Cast) -> bool) -> Result<(), String> {
-        let at = self.world.now() + PATIENCE;
-        match self.pass(at, done)? {
-            true => Ok(()),
-            false => Err(format!("{what} does not end: {}", self.state())),
+        let end = self.world.now() + PATIENCE;
+        // Who waits for space may wait for ever: then somebody gives some back.
+        let is_patient = self.plan.no_space == NoSpacePolicy::Error;
+        while self.world.now() < end {
+            let at = if is_patient { end } else { end.min(self.world.now() + Duration::from_secs(20)) };
+            if self.pass(at, done)? {
+                return Ok(());
+            }
+            if !is_patient {
+                crate::events::make_room(self);
+            }
         }
+        Err(format!("{what} does not end: {}", self.state()))
     }
 
     fn trouble(&self, what: String) {

@@ -4,8 +4,9 @@ use crate::cast::{Cast, Crash, Health};
 use crate::model::Op;
 use crate::plan::Event;
 use hawser_block::{Device, Status};
-use hawser_volume::pool::{MemberState, Pool, PoolError};
+use hawser_volume::pool::{MemberState, MemberView, NoSpacePolicy, Pool, PoolError};
 use hawser_volume::raid::Level;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -80,7 +81,7 @@ fn fault(cast: &mut Cast, event: Event) {
         let Some(at) = choose(cast, |_, _| true) else { return };
         let most = [50_000u64, 2_000_000, 100_000_000][cast.random.index(3)];
         let (permille, shift) = ([0, 30, 200][cast.random.index(3)], cast.random.below(10));
-        let stuck = cast.random.below(10_000_000_000 >> shift);
+        let stuck = cast.random.below(1_000_000_000 >> shift);
         let mut state = cast.members[at].disk.state();
         state.set_latency(Duration::from_nanos(most));
         (state.stuck_permille, state.stuck_ns) = (permille, stuck);
@@ -148,7 +149,7 @@ fn heal(cast: &mut Cast, at: usize) {
     }
     let was_dead = cast.members[at].health == Health::Dead;
     // Who says nothing of its cache, and was not missed, cannot be found out.
-    let is_missed = cast.plan.has_cache_identity || !is_taken(cast, at);
+    let is_missed = cast.plan.has_cache_identity || cast.pool.is_some() && !is_taken(cast, at);
     {
         let mut state = disk.state();
         state.errors_permille = 0;
@@ -190,8 +191,16 @@ pub(crate) fn return_members(cast: &mut Cast) {
 pub(crate) fn fill_places(cast: &mut Cast) {
     let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
     let view = pool.view();
-    let missing = view.members.iter().find(|member| member.place.is_some() && member.device.is_none());
-    let has_more = (0..cast.members.len()).any(|at| !cast.members[at].is_retired && !is_taken(cast, at));
+    let is_gone = |member: &&MemberView| {
+        let is_strange = member.why == "another device than it was";
+        member.place.is_some() && (member.device.is_none() || is_strange)
+    };
+    let missing = view.members.iter().find(is_gone);
+    let has_more = (0..cast.members.len()).any(|at| {
+        let member = &cast.members[at];
+        let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
+        !member.is_retired && !member.is_new && !is_listed
+    });
     let Some(place) = missing.and_then(|member| member.place).filter(|_| !has_more) else { return };
     add(cast, &format!("replace {place} by"), |pool, device| {
         Box::pin(pool.replace(&place.to_string(), device, false))
@@ -312,7 +321,9 @@ fn change(cast: &mut Cast, event: Event) -> Result<(), String> {
     let shift = cast.plan.block_size.shift();
     let op = match event {
         Event::Create if names.len() < VOLUMES_MAX => {
-            let bytes = [cast.plan.volume_bytes, 384 << 10, 1 << 40][cast.random.index(3)];
+            let waits = cast.plan.no_space == NoSpacePolicy::Wait;
+            let large = if waits { 2 << 20 } else { 1 << 40 };
+            let bytes = [cast.plan.volume_bytes, 384 << 10, large][cast.random.index(3)];
             Some(Op::Create(format!("v{number}"), bytes >> shift))
         }
         Event::Snapshot if names.len() < VOLUMES_MAX => {
@@ -368,7 +379,6 @@ pub(crate) fn begin_change(cast: &mut Cast, op: Op) -> Result<(), String> {
         cast.queues.retain(|queue| queue.guest.borrow().volume != name);
         cast.freed_at = cast.world.now();
     }
-    let shift = cast.plan.block_size.shift();
     if let Op::Resize(name, size) = &op {
         // Who makes a volume smaller has told its guest.
         let size = *size;
@@ -390,7 +400,13 @@ pub(crate) fn begin_change(cast: &mut Cast, op: Op) -> Result<(), String> {
             }
         }
     }
-    let Some(pool) = cast.pool.clone() else { return Ok(()) };
+    ask_change(cast, op);
+    Ok(())
+}
+
+fn ask_change(cast: &mut Cast, op: Op) {
+    let Some(pool) = cast.pool.clone() else { return };
+    let shift = cast.plan.block_size.shift();
     if crate::tells() {
         println!("{:?} {op:?}", cast.world.now());
     }
@@ -410,7 +426,34 @@ pub(crate) fn begin_change(cast: &mut Cast, op: Op) -> Result<(), String> {
     });
     cast.shared.models.borrow_mut().op_begins(op);
     cast.change = Some(Box::pin(ask));
-    Ok(())
+}
+
+/// Guests give back what they have, and a snapshot is deleted: writes wait for space.
+pub(crate) fn make_room(cast: &mut Cast) {
+    if cast.pool.is_none() {
+        return;
+    }
+    cast.count("room_made");
+    let models = Rc::clone(&cast.shared.models);
+    for queue in &cast.queues {
+        let mut guest = queue.guest.borrow_mut();
+        if !guest.read_only && guest.to_discard.is_empty() {
+            guest.to_discard = models.borrow().written(&guest.volume).into();
+        }
+    }
+    cast.freed_at = cast.world.now();
+    let names = models.borrow().names();
+    let is_unused = |cast: &Cast, name: &String| {
+        let queues = cast.queues.iter().map(|queue| queue.guest.borrow());
+        queues.filter(|guest| guest.volume == *name).all(|guest| guest.is_idle())
+    };
+    let snapshot = names.iter().find(|(name, (_, is_snapshot))| *is_snapshot && is_unused(cast, name));
+    if let Some((name, _)) = snapshot.filter(|_| cast.change.is_none()) {
+        cast.detach(|volume| volume == name);
+        cast.queues.retain(|queue| queue.guest.borrow().volume != *name);
+        ask_change(cast, Op::Delete(name.clone()));
+    }
+    cast.wake_guests();
 }
 
 /// Disks that are there can be read and written.

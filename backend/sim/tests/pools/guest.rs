@@ -90,6 +90,8 @@ pub(crate) struct Guest {
     pub(crate) to_do: usize,
     /// What it still reads, besides.
     pub(crate) to_verify: VecDeque<(u64, u64)>,
+    /// What it gives back, so that others get space; these do not wait for anybody.
+    pub(crate) to_discard: VecDeque<(u64, u64)>,
     /// Writes one after the other from here to there, besides.
     pub(crate) to_fill: (u64, u64),
     pub(crate) read_only: bool,
@@ -104,7 +106,8 @@ impl Guest {
             let iovec = Box::new(libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 0 });
             Slot { memory, iovec, used: 0, busy: None }
         };
-        let slots = (0..SLOTS).map(|_| slot()).collect();
+        // The last is for what is given back.
+        let slots = (0..=SLOTS).map(|_| slot()).collect();
         let read_only = shared.models.borrow().is_snapshot(volume);
         let (volume, to_verify) = (volume.to_owned(), VecDeque::new());
         Guest {
@@ -114,6 +117,7 @@ impl Guest {
             habits,
             to_do: 0,
             to_verify,
+            to_discard: VecDeque::new(),
             to_fill: (0, 0),
             read_only,
             next_request: 0,
@@ -126,7 +130,16 @@ impl Guest {
     }
 
     fn has_work(&self) -> bool {
-        self.to_do > 0 || !self.to_verify.is_empty() || self.to_fill.0 < self.to_fill.1
+        let has_some = self.to_do > 0 || !self.to_verify.is_empty() || self.to_fill.0 < self.to_fill.1;
+        has_some || !self.to_discard.is_empty()
+    }
+
+    /// There is a slot for what it has to do.
+    fn can_go_on(&self) -> bool {
+        let has_some = self.to_do > 0 || !self.to_verify.is_empty() || self.to_fill.0 < self.to_fill.1;
+        let is_free = |slot: &Slot| slot.busy.is_none();
+        has_some && self.slots[..SLOTS].iter().any(is_free)
+            || !self.to_discard.is_empty() && is_free(&self.slots[SLOTS])
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -138,6 +151,7 @@ impl Guest {
         self.to_do = 0;
         self.to_fill = (0, 0);
         self.to_verify.clear();
+        self.to_discard.clear();
     }
 
     /// What it waits for, for people.
@@ -371,6 +385,11 @@ impl Guest {
                 batch.push(self.begin(index, Operation::Read, range, true));
             }
         }
+        if self.slots[SLOTS].busy.is_none()
+            && let Some(range) = self.to_discard.pop_front()
+        {
+            batch.push(self.begin(SLOTS, Operation::Discard, range, false));
+        }
         batch
     }
 
@@ -482,7 +501,7 @@ impl Source for Client {
             }
         }
         // Who has no slot left goes on when a request has ended.
-        self.is_going = guest.has_work() && guest.slots.iter().any(|slot| slot.busy.is_none());
+        self.is_going = guest.can_go_on();
         if self.is_going {
             // Any order of magnitude.
             let is_verify = guest.to_do == 0;

@@ -221,6 +221,16 @@ impl Models {
         runs
     }
 
+    /// What was ever written of a volume, as whole extents.
+    pub(crate) fn written(&self, name: &str) -> Vec<(u64, u64)> {
+        let Some(volume) = self.volumes.get(name) else { return Vec::new() };
+        let extent = |at: &u64| {
+            let from = at * self.extent_blocks;
+            (from, self.extent_blocks.min(volume.size_blocks.saturating_sub(from)))
+        };
+        volume.written.iter().map(extent).filter(|(_, count)| *count > 0).collect()
+    }
+
     /// How many extents all volumes have at most.
     pub(crate) fn extents_max(&self) -> u64 {
         self.volumes.values().map(|volume| volume.written.len() as u64).sum()

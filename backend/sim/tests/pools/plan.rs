@@ -196,6 +196,7 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         4..7 => 1 << 20,
         _ => 384 << 10,
     };
+    let metadata_bytes = [256u64 << 10, 700 << 10, 1700 << 10][random.index(3)];
     let block_bytes = u64::from(block_size.bytes());
     let habits = Habits {
         pause_ns_max: [300_000, 3_000_000, 30_000_000][random.index(3)],
@@ -208,6 +209,10 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         small_blocks: [1, 4, (16 << 10) / block_bytes][random.index(3)],
         hot_blocks: [64 << 10, 256 << 10, 1 << 20][random.index(3)] / block_bytes,
     };
+    // Who waits for space waits for ever when it is room for mappings that lacks.
+    let waits = random.chance(150);
+    let (volume_bytes, metadata_bytes) =
+        if waits { (volume_bytes.min(2 << 20), 1700 << 10) } else { (volume_bytes, metadata_bytes) };
     Plan {
         seed,
         scenario,
@@ -220,13 +225,13 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         extent_bytes,
         region_bytes: (64 << 10) << random.below(4),
         log_bytes: [16u64 << 10, 64 << 10, 64 << 10][random.index(3)],
-        metadata_bytes: [256u64 << 10, 700 << 10, 1700 << 10][random.index(3)],
+        metadata_bytes,
         tail_bytes: (64 << 10) << random.below(2),
         lanes: 1 + random.index(2),
         volumes: 1 + random.index(2),
         volume_bytes,
         habits,
-        no_space: if random.chance(0) { NoSpacePolicy::Wait } else { NoSpacePolicy::Error },
+        no_space: if waits { NoSpacePolicy::Wait } else { NoSpacePolicy::Error },
         intent_idle: Duration::from_millis([3, 50, 1000, 5000][random.index(4)]),
         spare_delay: Duration::from_millis([10, 500][random.index(2)]),
         sync_bytes_per_second: [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)],

@@ -33,7 +33,7 @@ impl Cast {
             0 => 0,
             at if at < self.plan.members => self.random.below(5) * 4096,
             // As large as any that it may replace.
-            _ => (5 + self.random.below(5)) * 4096,
+            at => (5 + at as u64) * 4096,
         };
         let blocks = (self.plan.member_bytes + more) >> block_size.shift();
         let geometry = Geometry {
@@ -125,7 +125,7 @@ impl Cast {
             let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
             if is_listed {
                 member.is_new = false;
-            } else if member.is_new || member.is_leaving || all_there {
+            } else if member.is_leaving || (all_there && !member.is_new) {
                 member.is_retired = true;
             }
         }

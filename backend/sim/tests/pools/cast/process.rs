@@ -122,6 +122,8 @@ impl Cast {
                 let ask = pool::probe(&owner, Arc::clone(&disk) as Arc<dyn Device>);
                 let label = match self.ask("a probe", ask)? {
                     Ok(label) => label,
+                    // A superblock that was being written when the power went.
+                    Err(_) if is_new => None,
                     Err(_) if self.present().any(|member| member.health == Health::Faulty) => {
                         crate::events::mend_faulty(self);
                         return self.devices();
@@ -168,6 +170,7 @@ impl Cast {
             crate::events::heal_all(self);
         }
         loop {
+            self.shared.trap.clear();
             self.start_reactors();
             if self.random.chance(400) {
                 self.check(false)?;
@@ -255,7 +258,13 @@ impl Cast {
             // Nothing can be said of what cannot be read.
             return Ok(());
         }
-        let devices = self.devices()?;
+        let mut devices = self.devices()?;
+        if is_closed {
+            // What never became a member.
+            let is_new =
+                |name: &str| self.members.iter().any(|member| member.is_new && member.disk.name() == name);
+            devices.retain(|device| !is_new(device.name()));
+        }
         let owner = self.reactors[0].runtime().handle();
         let ask = pool::check(&owner, devices);
         let report = self.ask("a check", ask)?;
