@@ -12,6 +12,7 @@ mod import;
 mod load;
 mod permissions;
 mod pools;
+mod pools_two_daemons;
 mod restart;
 mod sandbox;
 mod serve;

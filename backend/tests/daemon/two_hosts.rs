@@ -7,7 +7,7 @@ use std::fs;
 const MIB: u64 = 1 << 20;
 
 /// A target with two files as namespaces.
-fn storage() -> (Place, Serving, String) {
+pub(crate) fn storage() -> (Place, Serving, String) {
     let storage = Place::new();
     let mut text = String::new();
     let mut namespaces = String::new();
@@ -24,7 +24,7 @@ fn storage() -> (Place, Serving, String) {
 }
 
 /// A host of a pool on these namespaces.
-fn host(listen: &str, more: &str) -> Place {
+pub(crate) fn host(listen: &str, more: &str) -> Place {
     let host = Place::new();
     let device = |nsid| {
         format!(
@@ -36,11 +36,11 @@ fn host(listen: &str, more: &str) -> Place {
     host
 }
 
-fn config(place: &Place) -> String {
+pub(crate) fn config(place: &Place) -> String {
     place.text("hawser.toml")
 }
 
-fn wish() -> Wish {
+pub(crate) fn wish() -> Wish {
     Wish { inflight: true, ..Wish::default() }
 }
 

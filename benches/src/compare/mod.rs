@@ -15,6 +15,7 @@ pub mod cases;
 pub mod fabric;
 pub mod idle;
 pub mod load;
+pub mod pools;
 pub mod quiet;
 pub mod results;
 pub mod runner;

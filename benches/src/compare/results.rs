@@ -8,6 +8,7 @@ use super::cases::{Case, Goal};
 use super::fabric;
 use super::idle::{DISKS, GOAL_PERCENT, IdleOutcome};
 use super::load::Measured;
+use super::pools;
 use crate::to_f64;
 
 /// All samples of one server in one case.
@@ -167,6 +168,8 @@ pub struct Results {
     pub outcomes: Vec<Outcome>,
     /// One per case of hawser beside itself.
     pub fabric: Vec<fabric::Outcome>,
+    /// One per case of pools.
+    pub pools: Vec<pools::Outcome>,
     /// One per device on which the in-flight log was measured.
     pub inflight: Vec<InflightOutcome>,
     /// What an idle daemon used, if that was measured.
@@ -228,6 +231,23 @@ impl Results {
                     format!("{:.2}", outcome.value()),
                     format!("{sign} {goal} {}", Verdict::of(outcome.reached()).word()),
                 ]);
+            }
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
+        if !self.pools.is_empty() {
+            let head = ["thin volumes over mem:", "beside", "", "what", "ratio", "goal"];
+            let mut rows = vec![head.map(String::from).to_vec()];
+            for outcome in &self.pools {
+                let [beside, itself, meaning] = outcome.words();
+                let goal = match (outcome.case.goal(), outcome.reached()) {
+                    (Some((goal, more)), Some(reached)) => {
+                        format!("{} {goal} {}", if more { "≥" } else { "≤" }, Verdict::of(reached).word())
+                    }
+                    _ => String::new(),
+                };
+                let name = outcome.case.name().to_owned();
+                rows.push(vec![name, beside, itself, meaning, format!("{:.2}", outcome.value()), goal]);
             }
             text.push('\n');
             text.push_str(&table(&rows));
@@ -321,7 +341,8 @@ impl Results {
         let inflight = self.inflight.iter().map(|o| Verdict::of(o.ratio() >= INFLIGHT_GOAL));
         let fabric = self.fabric.iter().map(|o| Verdict::of(o.reached()));
         let idle = self.idle.iter().map(Self::idle_verdict);
-        let all: Vec<Verdict> = verdicts.chain(fabric).chain(inflight).chain(idle).collect();
+        let pools = self.pools.iter().filter_map(|o| o.reached().map(Verdict::of));
+        let all: Vec<Verdict> = verdicts.chain(fabric).chain(pools).chain(inflight).chain(idle).collect();
         (all.iter().filter(|&&v| v == Verdict::Reached).count(), all.len())
     }
 }

@@ -9,7 +9,7 @@
 //! All slices of one call are equally long, in whole blocks of [`BLOCK_BYTES`]; they may be a part of the members' strips, the
 //! same of each. Memory that a guest can change while it is summed gives sums of nothing: callers have private copies.
 //!
-//! Invariants: nothing is allocated; whatever can be computed from what is known, [`recover`] computes.
+//! Invariants: nothing is allocated; whatever can be computed from what is known, [`recover()`] computes.
 
 mod field;
 mod kernels;
