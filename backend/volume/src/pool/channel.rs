@@ -11,6 +11,7 @@ use super::resolve::{Plan, Resolved, prefetch, resolve};
 use super::shared::{Class, Shared, View, VolumeShared, lock};
 use super::slow;
 use crate::raid::Mode;
+use crate::simulated::is_broken;
 use crate::thin::VolumeMap;
 use hawser_block::{
     BlockCount, BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, Lba, Operation,
@@ -370,7 +371,8 @@ impl VolumeChannel {
         let is_write = request.operation.is_write();
         let Some(status) = status else {
             // What was read from a member that has been found to lack something meanwhile may be old.
-            let is_good = is_write || !self.view.is_redundant || self.are_in_sync(members);
+            let is_old = !is_write && self.view.is_redundant && !self.are_in_sync(members);
+            let is_good = !is_old || is_broken("stale_member_read");
             core.place.leave(turn);
             match is_good {
                 true => core.end(request.token, Ok(())),
