@@ -46,6 +46,12 @@ impl std::fmt::Display for Firmware {
 /// barriers, and now and then the guest and who serves its disk, in another thread, miss each other's last word: the disk hangs.
 pub(crate) const ONE_CPU: &str = "1,maxcpus=2";
 
+/// One CPU, unless `more` says otherwise.
+fn cpus(more: &[&str]) -> impl Iterator<Item = &'static str> {
+    let arguments = if more.contains(&"-smp") { &[][..] } else { &["-smp", ONE_CPU] };
+    arguments.iter().copied()
+}
+
 /// A running guest.
 pub struct Qemu {
     process: Process,
@@ -71,9 +77,8 @@ impl Qemu {
         accel: Accel,
         more: &[&str],
     ) -> Result<Qemu> {
-        // Unless `more` says otherwise.
-        let mut recipe: Vec<OsString> =
-            vec!["-smp".into(), ONE_CPU.into(), "-readconfig".into(), config.into()];
+        let mut recipe: Vec<OsString> = vec!["-readconfig".into(), config.into()];
+        recipe.extend(cpus(more).map(OsString::from));
         recipe.extend(more.iter().map(OsString::from));
         let mut command = Command::new(QEMU);
         command.args(&recipe);
@@ -94,7 +99,9 @@ impl Qemu {
     ) -> Result<Qemu> {
         let mut command = Command::new(QEMU);
         command
-            .args(["-M", "q35", "-m", "384M", "-smp", ONE_CPU, "-kernel"])
+            .args(["-M", "q35", "-m", "384M"])
+            .args(cpus(more))
+            .arg("-kernel")
             .arg(&image.kernel)
             .arg("-initrd")
             .arg(&image.initrd);

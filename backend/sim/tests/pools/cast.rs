@@ -238,7 +238,9 @@ impl Cast {
             {
                 replaced.push(name.to_owned());
             }
-            let may_fail = *may_fail || self.shared.rules.borrow().may_fail;
+            // A spare was faster.
+            let is_late = what.starts_with("replace ") && matches!(answer, Err(PoolError::Unknown(_)));
+            let may_fail = *may_fail || is_late || self.shared.rules.borrow().may_fail;
             if let (Err(why), false) = (&answer, may_fail) {
                 self.trouble(format!("{what}: {why:?}"));
             }
@@ -246,8 +248,13 @@ impl Cast {
         });
         asks.append(&mut self.asks);
         self.asks = asks;
-        for member in &mut self.members {
-            member.is_retired |= replaced.iter().any(|name| name == member.disk.name());
+        if let Some(pool) = self.pool.as_ref().filter(|_| !replaced.is_empty()) {
+            let view = pool.view();
+            let is_listed = |name: &str| view.members.iter().any(|it| it.device.as_deref() == Some(name));
+            for member in &mut self.members {
+                let name = member.disk.name();
+                member.is_retired |= replaced.iter().any(|other| other == name) && !is_listed(name);
+            }
         }
         let lacked = self.shared.rules.borrow().no_space;
         if lacked > self.told_no_space {

@@ -87,6 +87,9 @@ const SUITE: Suite = Suite {
     usage: "\
 --events N              only the first so many events of each history
 --skip N,N              without these events of each history
+HAWSER_SIM_TELL=1       tells every request and event
+HAWSER_SIM_FIND=ID      where on the disks that write's content is, when a history fails
+HAWSER_SIM_OVERLAPS=1   guests also write what is being written: mirrors differ then
 ",
 };
 
