@@ -7,6 +7,7 @@
 //! Behind the end of an input come numbers that follow from all of it: short inputs try something at random, long ones say what.
 
 /// An input, taken from its front.
+#[derive(Clone)]
 pub struct Input<'a> {
     bytes: &'a [u8],
     state: u64,

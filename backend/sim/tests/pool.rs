@@ -4,7 +4,10 @@ use hawser_block::held::HeldDevice;
 use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};
 use hawser_runtime::Reactor;
 use hawser_sim::{Client, SimDisk, World, WorldConfig};
-use hawser_volume::pool::{self, Ask, CreateOptions, MemberState, MemoryTail, OpenOptions, Pool, PoolError};
+use hawser_volume::format::{Record, Superblock, decode_tail, encode_tail_entry};
+use hawser_volume::pool::{
+    self, Ask, CreateOptions, MemberState, MemoryTail, OpenOptions, Pool, PoolError, Tail,
+};
 use hawser_volume::raid::Level;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -516,4 +519,25 @@ fn an_extent_is_not_used_again_while_a_write_to_it_is_under_way() {
     for extent in 0..extents {
         assert_eq!(scene.read(&pool, "w", extent << 16, 64 << 10), pattern(7, 64 << 10), "extent {extent}");
     }
+}
+
+/// Found by reading: the record was carried out, and the first write to such an extent was a panic.
+#[test]
+fn a_tail_that_names_more_extents_than_there_are_is_refused() {
+    let mut scene = Scene::new(8, 2);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    scene.write(&pool, "v", 0, &pattern(1, 4096));
+    drop(pool);
+    scene.kill();
+    let book = Superblock::decode(&scene.disks[0].state().content[4096..8192]).unwrap().unwrap();
+    let content = decode_tail(&scene.tail.content(), &book.pool_uuid).expect("a tail of this pool");
+    let (last, _) = *content.records.last().expect("the write is in it");
+    let mut more = Vec::new();
+    encode_tail_entry(last + 1, &Record::Grow { extents: 1_000_000 }, &mut more);
+    scene.tail.append(&more);
+    let devices = scene.devices();
+    let Err(PoolError::Failed(what)) = scene.try_open(devices, false) else { panic!("it was taken") };
+    assert!(what.contains("names more extents than its members have"), "{what}");
 }

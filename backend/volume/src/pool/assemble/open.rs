@@ -2,7 +2,7 @@
 //! under way), then everything is read, then a checkpoint is made that all who have tables agree on.
 
 use super::found::Found;
-use super::tables::{read_intents, read_tables};
+use super::tables::{is_within, read_intents, read_tables};
 use crate::format::{self, Record, Superblock, TailContent, Uuid};
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::{Intents, Locks, Log, Member, Options, Owner, Pending, Rounds, Turns, Work};
@@ -269,6 +269,9 @@ fn replay_tail(owner: &Rc<Owner>, seq: u64, entries: Vec<(u64, Record)>) -> Resu
         };
         if number > next {
             return Err(failed(format!("lacks records before {number}")));
+        }
+        if !is_within(&record, &owner.view().array) {
+            return Err(failed("names more extents than its members have".to_owned()));
         }
         owner.replay_one(number, &record).map_err(|what| failed(format!("cannot be done: {what}")))?;
         next += 1;

@@ -1,12 +1,13 @@
 //! The tables as the members have them: the newest root, what it points to, and the log behind it. Each page from whoever has it whole.
 
 use super::found::Found;
-use crate::format::{self, Layout, PAGE_BYTES, Root, Superblock};
+use crate::format::{self, Layout, PAGE_BYTES, Record, Root, Superblock};
 use crate::pool::bounce::Bounce;
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::Log;
 use crate::pool::wait::all;
 use crate::pool::{PoolError, coverage};
+use crate::raid::Array;
 use crate::thin::{Loader, Metadata, Thin};
 use std::rc::Rc;
 
@@ -121,6 +122,11 @@ async fn read_log(lanes: &Rc<Lanes>, leaf: &Leaf, layout: Layout) -> Option<Vec<
     Some(bytes)
 }
 
+/// A pool grows after its superblocks: what says otherwise is none of ours, and would name places that are not there.
+pub(super) fn is_within(record: &Record, array: &Array) -> bool {
+    !matches!(record, Record::Grow { extents } if *extents > array.extents())
+}
+
 /// Applies the log behind a root: from whoever has the next batch whole.
 async fn replay(
     lanes: &Rc<Lanes>,
@@ -154,6 +160,12 @@ async fn replay(
                 return Err(corrupt(book, &format!("its log at {place} lacks records before {number}")));
             }
             if number == seq {
+                if !is_within(record, &found.array) {
+                    return Err(corrupt(
+                        book,
+                        &format!("its log at {place} names more extents than its members have"),
+                    ));
+                }
                 meta.apply(record).map_err(|what| corrupt(book, &format!("its log at {place}: {what}")))?;
                 meta.settle();
                 seq += 1;
