@@ -17,7 +17,7 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask COMMAND [--yes]
 
-  demo                        boot a VM from a remote disk, kill its back end, print what happened
+  demo                        boot a VM from a clone in a pool over three targets, kill a target and its back end, print what happened
   test                        all tests: unit, documentation, guests
   guest [FILTER | list]       the guest tests whose names contain FILTER
   soak [--minutes N] [--seed S]
