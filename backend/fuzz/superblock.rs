@@ -29,7 +29,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
         extent_bytes,
         unit_bytes: unit_bytes_for(extent_bytes),
         region_bytes,
-        layout: Layout { intent_pages: 1, log_bytes: 1 << 20, metadata_pages: 100 },
+        layout: Layout { intent_pages: 1, log_bytes: 1 << 20, metadata_pages: 100, parity_log_pages: if matches!(level, Level::Raid5 | Level::Raid6) { 256 } else { 0 } },
         generation: 7,
         epoch: 3,
         opened_by: Some([5; 16]),

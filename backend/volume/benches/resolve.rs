@@ -130,6 +130,7 @@ fn view(metadata: &Metadata, thin: Thin, level: Level, members: u64) -> View {
         extent_bytes: EXTENT_BYTES,
         region_bytes: 64 << 20,
         data_offset: DATA_OFFSET,
+        parity_log: (0, 1024),
     });
     let set = set.expect("good");
     for member in 0..set.members() {

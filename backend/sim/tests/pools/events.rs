@@ -465,6 +465,19 @@ pub(crate) fn mend_faulty(cast: &mut Cast) {
     }
 }
 
+/// Disks of which the pool does not know yet that they fail do not.
+pub(crate) fn heal_unnoticed(cast: &mut Cast) {
+    let view = cast.pool.as_ref().map(Pool::view);
+    for at in 0..cast.members.len() {
+        let name = cast.members[at].name();
+        let state = view.as_ref().and_then(|view| cast.state_of(view, &name));
+        let is_out = matches!(state, Some(MemberState::Stale | MemberState::Missing | MemberState::Spare));
+        if cast.members[at].health != Health::Good && !cast.members[at].is_retired && !is_out {
+            heal(cast, at);
+        }
+    }
+}
+
 /// Disks that were dead are there again.
 pub(crate) fn heal_dead(cast: &mut Cast) {
     for at in 0..cast.members.len() {

@@ -63,7 +63,7 @@ use Event::{
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 9] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -86,6 +86,13 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
     ),
     ("full", &[Fill, Fill, Fill, Slow, Delete, Snapshot, Create, Cut, CutAtStep, KillAtStep, Sync, Grow]),
     ("split", &[Kill, Cut, Dies, Back, Split]),
+    (
+        "parity",
+        &[
+            Cut, CutAtStep, CutAtStep, Kill, KillAtStep, Dies, Dies, Errs, Slow, Power, Media, Back, Replace,
+            Scrub, Snapshot,
+        ],
+    ),
     (
         "all",
         &[
@@ -137,6 +144,7 @@ pub(crate) struct Plan {
     pub(crate) extent_bytes: u64,
     pub(crate) region_bytes: u64,
     pub(crate) log_bytes: u64,
+    pub(crate) parity_log_bytes: u64,
     pub(crate) metadata_bytes: u64,
     pub(crate) tail_bytes: usize,
     /// Reactors besides the owner's.
@@ -154,9 +162,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Whether every block is there twice.
+    /// Whether every block is there twice, or can be computed.
     pub(crate) fn is_redundant(&self) -> bool {
-        matches!(self.level, Level::Raid1 | Level::Raid10)
+        self.level.is_redundant()
+    }
+
+    pub(crate) fn has_parity(&self) -> bool {
+        matches!(self.level, Level::Raid5 | Level::Raid6)
     }
 }
 
@@ -166,13 +178,21 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     let drawn = random.index(SCENARIOS.len() + 3).min(SCENARIOS.len() - 1);
     let named = scenario.and_then(|name| SCENARIOS.iter().position(|(other, _)| *other == name));
     let (scenario, choice) = SCENARIOS[named.unwrap_or(drawn)];
-    let (mut level, mut members) = match random.below(10) {
+    let (mut level, mut members) = match random.below(16) {
         0 => (Level::Linear, 1 + random.index(3)),
         1..3 => (Level::Raid0, 2 + random.index(3)),
         3..7 => (Level::Raid1, 2 + random.index(3).min(random.index(3))),
-        _ => (Level::Raid10, 2 + random.index(4)),
+        7..10 => (Level::Raid10, 2 + random.index(4)),
+        10..13 => (Level::Raid5, 3 + random.index(3)),
+        _ => (Level::Raid6, 4 + random.index(3)),
     };
-    if scenario == "members" && !matches!(level, Level::Raid1 | Level::Raid10) && random.chance(700) {
+    if scenario == "parity" {
+        (level, members) = match random.chance(500) {
+            true => (Level::Raid5, 3 + random.index(3)),
+            false => (Level::Raid6, 4 + random.index(3)),
+        };
+    }
+    if scenario == "members" && !level.is_redundant() && random.chance(700) {
         level = Level::Raid1;
         members = members.max(2);
     }
@@ -225,6 +245,7 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         extent_bytes,
         region_bytes: (64 << 10) << random.below(4),
         log_bytes: [16u64 << 10, 64 << 10, 64 << 10][random.index(3)],
+        parity_log_bytes: (64u64 << 10) << random.below(5),
         metadata_bytes,
         tail_bytes: (64 << 10) << random.below(2),
         lanes: 1 + random.index(2),

@@ -98,6 +98,7 @@ fn sets_of_too_few_or_too_many_members_are_refused() {
     for (level, members) in cases {
         let mut bad = superblock(Level::Linear, &[members]);
         bad.level = level;
+        bad.layout.parity_log_pages = crate::format::parity_log_pages_min(level, members, bad.strip_bytes);
         let error = Superblock::decode(&bad.encode()).expect_err("wrong number of members");
         assert!(error.0.contains("members, and not"), "{level:?} {members}: {error}");
     }
@@ -162,12 +163,12 @@ fn the_largest_superblock_fits() {
 
 #[test]
 fn pages_stand_behind_each_other_and_data_is_aligned() {
-    let layout = Layout { intent_pages: 2, log_bytes: 16 << 20, metadata_pages: 5 };
+    let layout = Layout { intent_pages: 2, log_bytes: 16 << 20, metadata_pages: 5, parity_log_pages: 0 };
     assert_eq!(layout.intents_offset(), 1 << 20);
     assert_eq!(layout.log_offset(), (1 << 20) + 8192);
     assert_eq!(layout.pages_offset(), (17 << 20) + 8192);
     assert_eq!(layout.page_offset(4), (17 << 20) + 8192 + 16384);
     assert_eq!(layout.data_offset(), 18 << 20);
-    let exact = Layout { intent_pages: 0, log_bytes: 1 << 20, metadata_pages: 256 };
+    let exact = Layout { intent_pages: 0, log_bytes: 1 << 20, metadata_pages: 256, parity_log_pages: 0 };
     assert_eq!(exact.data_offset(), 3 << 20);
 }

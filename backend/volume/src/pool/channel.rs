@@ -7,10 +7,11 @@
 use super::bounce::{Bounce, zero_payload};
 use super::lanes::Leaf;
 use super::place::Place;
-use super::resolve::{Plan, Resolved, prefetch, resolve};
+use super::resolve::{Plan, Resolved, Stripe, prefetch, resolve};
 use super::shared::{Class, Shared, View, VolumeShared, lock};
 use super::slow;
-use crate::raid::Mode;
+use super::stripes::{Held, Ways};
+use crate::raid::{Mode, Parity};
 use crate::simulated::is_broken;
 use crate::thin::VolumeMap;
 use hawser_block::{
@@ -101,7 +102,8 @@ impl Device for VolumeDevice {
     }
 
     fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
-        vec![("mirror", self.volume.copied_bytes.load(Ordering::Relaxed))]
+        let has_parity = self.shared.view().array.sets().iter().any(|set| set.parity().is_some());
+        vec![(if has_parity { "parity" } else { "mirror" }, self.volume.copied_bytes.load(Ordering::Relaxed))]
     }
 }
 
@@ -119,6 +121,16 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// The ways of tasks.
+    pub(crate) fn ways(&self) -> Ways {
+        Ways {
+            runtime: self.runtime.clone(),
+            shared: Arc::clone(&self.shared),
+            place: Rc::clone(&self.place),
+            lanes: Rc::clone(&self.place.lanes),
+        }
+    }
+
     fn end(&self, token: Token, outcome: Outcome) {
         self.ended.borrow_mut().push(Completion { token, outcome });
         self.runtime.wake(self.user);
@@ -136,6 +148,8 @@ struct Slot {
     aborted: u64,
     status: Option<Status>,
     copy: Option<Bounce>,
+    /// Stripes that are ours until it has ended.
+    stripes: Vec<Stripe>,
 }
 
 struct Lane {
@@ -160,6 +174,8 @@ struct VolumeChannel {
     plan: Plan,
     rotor: u32,
     reaped: Vec<Completion>,
+    /// Lists of stripes that nobody uses now.
+    lists: Vec<Vec<Stripe>>,
 }
 
 impl VolumeChannel {
@@ -193,6 +209,7 @@ impl VolumeChannel {
             plan: Plan::new(),
             rotor: 0,
             reaped: Vec::with_capacity(64),
+            lists: Vec::with_capacity(64),
         };
         channel.refresh();
         channel
@@ -294,8 +311,21 @@ impl VolumeChannel {
                 self.slowly(request, None);
                 return;
             }
-            let bounce = core.place.spare.take(len);
+            if !self.take_stripes() {
+                core.place.end_copy(len);
+                core.place.leave(turn);
+                self.slowly(request, Some(Class::PartialStripe));
+                return;
+            }
+            let mut bounce = core.place.spare.take(len + self.plan.parity_bytes as usize);
             bounce.copy_payload(0, &request.buffers);
+            for stripe in &self.plan.stripes {
+                let stripes = &parity_of(&self.view, stripe).stripes;
+                let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
+                let p = stripe.parity as usize;
+                let q = (stripes.parities() == 2).then_some(p + strip);
+                bounce.sums(stripe.start as usize, strip, usize::from(stripes.data_strips()), p, q);
+            }
             core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
             copy = Some(bounce);
         }
@@ -308,7 +338,12 @@ impl VolumeChannel {
             return;
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
-        let slot = Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy };
+        let stripes = match self.plan.stripes.is_empty() {
+            true => Vec::new(),
+            false => std::mem::replace(&mut self.plan.stripes, self.lists.pop().unwrap_or_default()),
+        };
+        let slot =
+            Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy, stripes };
         let key = self.slots.insert(slot);
         let slot = self.slots.get_mut(key).expect("just inserted");
         let shift = self.view.block_shift;
@@ -333,6 +368,26 @@ impl VolumeChannel {
                 buffers,
                 token: Token(key as u64),
             });
+        }
+    }
+
+    /// Takes all stripes of the plan, or none.
+    fn take_stripes(&self) -> bool {
+        let is_taken = |stripe: &Stripe| parity_of(&self.view, stripe).guards.take_unlogged(stripe.row);
+        let Some(other) = self.plan.stripes.iter().position(|stripe| !is_taken(stripe)) else { return true };
+        for stripe in &self.plan.stripes[..other] {
+            parity_of(&self.view, stripe).guards.give_back(stripe.row);
+        }
+        false
+    }
+
+    /// Gives a request's stripes back.
+    fn give_back(&mut self, mut stripes: Vec<Stripe>) {
+        for stripe in stripes.drain(..) {
+            parity_of(&self.view, &stripe).guards.give_back(stripe.row);
+        }
+        if stripes.capacity() > 0 {
+            self.lists.push(stripes);
         }
     }
 
@@ -363,8 +418,20 @@ impl VolumeChannel {
     }
 
     fn finish(&mut self, slot: Slot) {
+        let Slot { request, turn, members, failed, aborted, status, copy, stripes, .. } = slot;
+        // Kept until a failure is written down: who changes them before would take for right what the member does not have.
+        let held = match status {
+            None => {
+                self.give_back(stripes);
+                Vec::new()
+            }
+            Some(_) => {
+                let held =
+                    |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
+                stripes.iter().map(held).collect()
+            }
+        };
         let core = &self.core;
-        let Slot { request, turn, members, failed, aborted, status, copy, .. } = slot;
         if copy.is_some() {
             core.place.end_copy(request.buffers.len());
         }
@@ -399,7 +466,8 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::after_failure(Rc::clone(core), request, (failed, aborted), status, under_way);
+        let failure =
+            slow::after_failure(Rc::clone(core), request, (failed, aborted), status, (under_way, held));
         spawn(core, request.token, failure);
     }
 
@@ -415,6 +483,10 @@ impl VolumeChannel {
         }
         true
     }
+}
+
+fn parity_of<'a>(view: &'a View, stripe: &Stripe) -> &'a Parity {
+    view.array.set(stripe.set as usize).parity().expect("only sets with parity have stripes")
 }
 
 /// Runs a slow request as a task.

@@ -24,6 +24,7 @@ mod place;
 pub mod resolve;
 mod shared;
 mod slow;
+mod stripes;
 mod wait;
 
 pub use ask::Ask;
@@ -118,6 +119,8 @@ pub struct CreateOptions {
     pub region_bytes: u64,
     /// The log of mapping changes, on each member that has metadata.
     pub log_bytes: u64,
+    /// RAID 5 and 6: the log of stripes that are being changed, on each member.
+    pub parity_log_bytes: u64,
     /// Room for metadata besides the log; `None`: by the pool's size.
     pub metadata_bytes: Option<u64>,
     /// Members that are spares from the beginning, behind the others in the list of devices.
@@ -127,7 +130,7 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
-    /// The defaults: strips of 64 KiB, extents of 1 MiB, regions of 64 MiB, a log of 16 MiB.
+    /// The defaults: strips of 64 KiB, extents of 1 MiB, regions of 64 MiB, a log of 16 MiB, a parity log of 32 MiB.
     #[must_use]
     pub fn new(name: &str, uuid: [u8; 16], level: Level) -> CreateOptions {
         CreateOptions {
@@ -138,6 +141,7 @@ impl CreateOptions {
             extent_bytes: 1 << 20,
             region_bytes: 64 << 20,
             log_bytes: 16 << 20,
+            parity_log_bytes: 32 << 20,
             metadata_bytes: None,
             spares: 0,
             force: false,
@@ -165,6 +169,8 @@ pub struct OpenOptions {
     pub assume_exclusive: bool,
     /// Start although members are missing, if the others have all the data.
     pub degraded: bool,
+    /// Start although it cannot be told which stripes of a set that lacks members were being written when it was not closed.
+    pub accept_loss: bool,
     /// For those who write when there is no space.
     pub no_space: NoSpacePolicy,
     /// Below so many free bytes in 1000 of all, a warning is due.
@@ -190,6 +196,7 @@ impl OpenOptions {
             tail,
             assume_exclusive: false,
             degraded: false,
+            accept_loss: false,
             no_space: NoSpacePolicy::Error,
             low_water_permille: 100,
             sync_bytes_per_second: 200 << 20,
@@ -326,6 +333,8 @@ pub struct PoolView {
     pub metadata_used_bytes: u64,
     /// What is wrong, each a line; empty: nothing.
     pub troubles: Vec<String>,
+    /// Regions whose copies, or parity, may not be right, or that a member lacks.
+    pub unsynced_regions: u64,
     /// It has less redundancy than it should, or none.
     pub is_degraded: bool,
     /// It takes no writes any more.
@@ -352,6 +361,7 @@ impl PoolView {
             metadata_bytes: 0,
             metadata_used_bytes: 0,
             troubles: Vec::new(),
+            unsynced_regions: 0,
             is_degraded: false,
             is_failed: false,
             members: Vec::new(),

@@ -3,12 +3,13 @@
 //! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
 //! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
 
-use super::bounce::{Bounce, zero_payload};
+use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
 use super::owner::Owner;
 use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, View};
+use super::stripes::{Change, Changed, Held, IsValid};
 use super::wait::all;
 use crate::format::NONE;
 use crate::raid::{Mode, Piece, Set};
@@ -106,7 +107,7 @@ pub(super) async fn after_failure(
     request: Request,
     members: (u64, u64),
     status: Status,
-    under_way: UnderWay,
+    under_way: (UnderWay, Vec<Held>),
 ) -> Outcome {
     match report_failures(&core, members, status, under_way).await {
         Err(status) if is_out_of_reach(&core, status) => {
@@ -122,7 +123,7 @@ async fn report_failures(
     core: &Core,
     (failed, aborted): (u64, u64),
     status: Status,
-    _under_way: UnderWay,
+    _until_recorded: (UnderWay, Vec<Held>),
 ) -> Outcome {
     let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
     let (members, status) = match (is_given_up, status) {
@@ -230,14 +231,21 @@ fn content(
 
 /// Whether copies of a piece may differ, so that it matters which is read.
 fn is_unsettled(set: &Set, piece: &Piece) -> bool {
+    if set.parity().is_some() {
+        // What is read must not change when its member is lost before parity is made right.
+        return set.are_all_in_sync() && any_unsynced(set, piece);
+    }
     let copies = piece.copies.as_slice();
     let with_data =
         copies.iter().filter(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync).count();
-    with_data > 1
-        && copies.iter().any(|copy| {
-            let last = copy.offset + u64::from(piece.len) - 1;
-            (set.region_of(copy.offset)..=set.region_of(last)).any(|region| set.unsynced.get(region))
-        })
+    with_data > 1 && any_unsynced(set, piece)
+}
+
+fn any_unsynced(set: &Set, piece: &Piece) -> bool {
+    piece.copies.as_slice().iter().any(|copy| {
+        let last = copy.offset + u64::from(piece.len) - 1;
+        (set.region_of(copy.offset)..=set.region_of(last)).any(|region| set.unsynced.get(region))
+    })
 }
 
 /// A piece, as settled ones are remembered.
@@ -312,7 +320,21 @@ async fn read_piece(
                     || is_broken("stale_member_read"))
                 && view.leaves[usize::from(copy.member)].is_some()
         });
-        let Some(copy) = copy else { return Err(last) };
+        let Some(copy) = copy else {
+            if set.parity().is_none() {
+                return Err(last);
+            }
+            core.volume.count(Class::Degraded);
+            let computed = core.ways().read_lost(view, set, &wanted.piece).await?;
+            if bad {
+                let (set, piece) = (wanted.set, wanted.piece);
+                // It goes on by itself.
+                drop(core.shared.ask(move |owner| async move { owner.repair(set, piece).await }));
+            }
+            let bytes = computed.bytes(0, wanted.piece.len as usize);
+            fill_payload(&into, bytes);
+            return Ok(());
+        };
         let leaf = view.leaves[usize::from(copy.member)].as_ref().expect("looked at just now");
         let at = view.data_offset + copy.offset;
         let outcome = core.place.lanes.start(leaf, Operation::Read, at, into, kept.clone()).await;
@@ -367,7 +389,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
     let id = core.volume.id;
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
     let mut wait = Duration::from_micros(50);
-    loop {
+    for tries in 0u64.. {
         let view = core.shared.view();
         let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
         let unit = u64::from(view.thin.unit_bytes);
@@ -375,9 +397,13 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         let end = within + len;
         // Only who fills a unit whose rest it does not have must be alone with it.
         let is_whole = within % unit == 0 && (end % unit == 0 || end == view.thin.extent_bytes);
+        // Where parity says what members have that are lost, others who have written and not noted it yet are in the way too.
+        let has_parity = view.array.sets().iter().any(|set| set.parity().is_some());
+        let is_lacking = || view.array.sets().iter().any(|set| !set.are_all_in_sync());
+        let is_alone = !is_whole || (has_parity && (tries > 0 || is_lacking()));
         let (index, given_up) = (part.0, Arc::clone(&core.is_given_up));
         let prepared = core.shared.request(move |owner| async move {
-            owner.prepare(id, index, (within, len), !is_whole, given_up).await
+            owner.prepare(id, index, (within, len), is_alone, given_up).await
         });
         let class = match prepared.await {
             Err(Status::NoSpace) => Some((Class::NoSpace, Status::NoSpace)),
@@ -393,7 +419,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
         let written = match &copied {
-            Some(_) => write_prepared(core, part, payload).await,
+            Some(_) => write_prepared(core, part, is_alone, payload).await,
             None => Err(Status::Aborted),
         };
         let outcome = match written {
@@ -406,7 +432,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             _ => [0; 4],
         };
         let finished =
-            core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
+            core.shared.request(move |owner| async move { owner.finish(id, index, is_alone, bits).await });
         let finished = finished.await;
         drop((under_way, copied));
         match outcome? {
@@ -421,10 +447,16 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             return Err(Status::Aborted);
         }
     }
+    unreachable!("it is tried until it has ended")
 }
 
 /// Writes into an extent that is ours, while the caller is under way; says which units are valid now, or `None` when it is not ours after all.
-async fn write_prepared(core: &Rc<Core>, part: Part, payload: &Payload) -> Result<Option<[u64; 4]>, Status> {
+async fn write_prepared(
+    core: &Rc<Core>,
+    part: Part,
+    is_alone: bool,
+    payload: &Payload,
+) -> Result<Option<[u64; 4]>, Status> {
     let (view, map) = (core.shared.view(), core.volume.map());
     let (index, within, _, len) = part;
     let entry = view.table.lookup(&map, index);
@@ -463,7 +495,11 @@ async fn write_prepared(core: &Rc<Core>, part: Part, payload: &Payload) -> Resul
     }
     core.volume.copied_bytes.fetch_add(len, Ordering::Relaxed);
     let extent = extent_of(&view, entry);
-    match write_copies(core, &view, extent, from, &bounce, size).await? {
+    let written = match view.array.sets()[view.array.locate(extent).0].parity() {
+        Some(_) => write_stripes(core, &view, (index, extent), (from, size), &bounce, is_alone).await?,
+        None => write_copies(core, &view, extent, from, &bounce, size).await?,
+    };
+    match written {
         true => Ok(Some(bits_of(&view, from, to))),
         false => Ok(None),
     }
@@ -547,6 +583,55 @@ async fn write_copies(
     }
     core.shared.request(move |owner| async move { owner.report(failed, status).await }).await?;
     Ok(true)
+}
+
+/// The same where there is parity, stripe by stripe.
+async fn write_stripes(
+    core: &Rc<Core>,
+    view: &Arc<View>,
+    (index, extent): (u32, u32),
+    (within, len): (u64, usize),
+    bounce: &Rc<Bounce>,
+    is_alone: bool,
+) -> Result<bool, Status> {
+    let (set, address) = view.array.locate(extent);
+    let set = view.array.set(set);
+    let parity = set.parity().expect("looked at just now");
+    let (stripe, strip) = (parity.stripes.stripe_bytes(), parity.stripes.strip_bytes());
+    let data = u64::from(parity.stripes.data_strips());
+    let names = Rc::clone(core);
+    // As it is when the stripe's turn comes.
+    let is_valid: IsValid = Rc::new(move |row: u64, within: u64, len: u64| {
+        let view = names.shared.view();
+        let entry = view.table.lookup(&names.volume.map(), index);
+        if !entry.is_partial() {
+            return true;
+        }
+        let bits = view.table.partial(entry.low()).bits;
+        let first = row * stripe - address;
+        (0..data).any(|slot| {
+            let at = first + slot * strip + within;
+            runs(bits, view.thin.unit_shift(), at, len).any(|(valid, ..)| valid)
+        })
+    });
+    let ways = core.ways();
+    let changes = parity.stripes.touched(address + within, len as u64).map(|touched| {
+        if !touched.is_whole() {
+            core.volume.count(Class::PartialStripe);
+        }
+        let change = Change {
+            from: touched.from,
+            to: touched.to,
+            bounce: Rc::clone(bounce),
+            at: usize_of(touched.start),
+            is_valid: Rc::clone(&is_valid),
+            is_alone,
+        };
+        ways.change(set, touched.row, change, || core.is_given_up.load(Ordering::Relaxed))
+    });
+    let outcomes = all(changes.collect::<Vec<_>>()).await;
+    let outcomes = outcomes.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
+    Ok(outcomes.iter().all(|outcome| *outcome == Changed::Done))
 }
 
 /// The units that lie wholly in bytes `from..to` of an extent.

@@ -4,7 +4,6 @@ use super::{Cast, Health};
 use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
 use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, Pool, PoolView};
-use hawser_volume::raid::Level;
 use std::sync::Arc;
 
 /// A disk.
@@ -76,7 +75,9 @@ impl Cast {
     /// No member is being brought up to date, and all that the pool does not know yet it has had time to notice.
     pub(crate) fn is_quiet(&self, view: &PoolView) -> bool {
         let syncs = view.tasks.iter().any(|task| !task.is_done && task.kind != "scrub");
-        !syncs && self.world.now() >= self.doubtful_until
+        // A stripe that was being written in a crash has no parity yet.
+        let is_whole = !self.plan.has_parity() || view.unsynced_regions == 0 || view.is_degraded;
+        !syncs && is_whole && self.world.now() >= self.doubtful_until
     }
 
     /// Members are being compared.
@@ -107,9 +108,17 @@ impl Cast {
         let good = self.members.iter().enumerate().filter(is_good).count();
         let places = view.members.iter().filter(|member| member.place.is_some()).count();
         let is_one_set = places == self.plan.members;
-        let is_enough =
-            if self.plan.level == Level::Raid1 && is_one_set { good >= 1 } else { good + 1 >= places };
-        is_enough && self.is_quiet(&view) && self.asks.is_empty()
+        let redundancy = match is_one_set {
+            true => self.plan.level.redundancy(u16::try_from(self.plan.members).unwrap_or(0)),
+            false => 1,
+        };
+        let is_enough = good + usize::from(redundancy) >= places;
+        let is_quiet = match self.plan.has_parity() && self.plan.members - 1 > good {
+            // Two may be lost, also while the first is being rebuilt: of what was written then, everything was in the log.
+            true => self.world.now() >= self.doubtful_until,
+            false => self.is_quiet(&view),
+        };
+        is_enough && is_quiet && self.asks.is_empty()
     }
 
     /// Sees which disks are the pool's now.

@@ -54,6 +54,10 @@ impl Cast {
         if self.tail.len() > 0 && crash == Crash::Kill {
             self.count("tails_found");
         }
+        if self.plan.has_parity() {
+            // A whole stripe that was being written when the process ends, and a member that is lost at the same moment, are one too many.
+            crate::events::heal_unnoticed(self);
+        }
         self.end_process();
         self.shared.trap.clear();
         let replays = crash == Crash::Kill && self.random.chance(600);
@@ -150,6 +154,7 @@ impl Cast {
         options.extent_bytes = self.plan.extent_bytes;
         options.region_bytes = self.plan.region_bytes;
         options.log_bytes = self.plan.log_bytes;
+        options.parity_log_bytes = self.plan.parity_log_bytes;
         options.metadata_bytes = Some(self.plan.metadata_bytes);
         let ask = pool::create(&owner, devices, options);
         self.ask("creation", ask)?.map_err(|why| format!("creation: {why:?}"))?;

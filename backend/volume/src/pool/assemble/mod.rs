@@ -7,6 +7,7 @@ mod check;
 mod create;
 mod found;
 mod open;
+mod parity_log;
 mod tables;
 
 pub(super) use check::check;
@@ -15,6 +16,7 @@ pub(super) use open::open;
 
 use super::lanes::{Lanes, Leaf};
 use super::{Ask, Label, PoolError};
+use crate::format::parity_log::HEADER_PAGES;
 use crate::format::{Layout, PAGE_BYTES, SetRecord, Superblock, Uuid};
 use crate::raid::{Array, Set, SetConfig};
 use hawser_block::{Device, Status};
@@ -86,6 +88,10 @@ pub(crate) fn new_set(
         extent_bytes: book.extent_bytes,
         region_bytes: book.region_bytes,
         data_offset: book.layout.data_offset(),
+        parity_log: (
+            book.layout.parity_log_offset(),
+            book.layout.parity_log_pages.saturating_sub(HEADER_PAGES),
+        ),
     })?;
     let record = SetRecord { members: set.members(), regions: set.regions() };
     Ok((Arc::new(set), record))

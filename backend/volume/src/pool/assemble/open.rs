@@ -2,6 +2,7 @@
 //! under way), then everything is read, then a checkpoint is made that all who have tables agree on.
 
 use super::found::Found;
+use super::parity_log;
 use super::tables::{is_within, read_intents, read_tables};
 use crate::format::{self, Record, Superblock, TailContent, Uuid};
 use crate::pool::lanes::{Lanes, Leaf};
@@ -60,6 +61,13 @@ async fn start(
     }
     // Before anything is changed: whether it can be opened at all.
     let mut tables = Some(read_tables(lanes, &found).await?);
+    let mut logs = parity_log::read(lanes, &found, was_closed, options.accept_loss).await?;
+    if options.read_only && !was_closed && logs.iter().any(parity_log::SetLog::is_half_written) {
+        return Err(PoolError::Conflict(format!(
+            "pool {} lacks members and was not closed, and stripes that were being written are only put right when it is opened for writing",
+            found.book.name
+        )));
+    }
     let tail = tail_of(&found.book, &options);
     let (caches, entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
     let book = next_book(runtime, &found.book, &options);
@@ -166,9 +174,13 @@ async fn start(
         owner.is_open.set(true);
         if !was_closed {
             // Writes of the process before us are over only now.
-            drop(tables.take());
+            drop((tables.take(), logs));
             tables = Some(read_tables(lanes, &found).await?);
+            logs = parity_log::read(lanes, &found, was_closed, options.accept_loss).await?;
         }
+        let in_place = parity_log::put_in_place(&owner, logs).await;
+        in_place
+            .map_err(|status| owner.failed("stripes that were being written cannot be put right", status))?;
     }
     let tables = tables.expect("read just now");
     let pages = read_intents(lanes, &found).await;
@@ -346,6 +358,7 @@ impl Owner {
         let _turn = self.turns.change.take().await;
         self.barrier().await;
         self.flush().await?;
+        self.release_all_stripes().await?;
         self.clear_idle_intents(true).await?;
         self.checkpoint(false).await?;
         let _turn = self.turns.superblock.take().await;

@@ -7,12 +7,13 @@ use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::runs;
 use crate::pool::shared::View;
+use crate::pool::stripes::{Change, Changed, IsValid};
 use crate::pool::wait::{Bell, all};
-use crate::raid::{Mode, Set, Slow};
+use crate::raid::{Mode, Parity, Set, Slow};
 use crate::simulated::is_broken;
 use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -254,8 +255,9 @@ impl Owner {
                 (from != NONE).then_some((from, at, len))
             })
             .collect();
+        let written = Rc::new(Cell::new([0; 4]));
         for (from, at, len) in parts {
-            let (view, _under_way) = loop {
+            let (view, under_way) = loop {
                 self.mark_extent(to, at, len).await?;
                 let under_way = self.place.under_way();
                 // As it is now: members may have come since the last part.
@@ -275,7 +277,16 @@ impl Owner {
             let size = usize::try_from(len).expect("extents are small");
             let bounce = Rc::new(Bounce::zeroed(size));
             self.read_extent(&view, from, at, &bounce).await?;
-            self.write_extent(&view, to, at, &bounce).await?;
+            // Stripes wait until they may be changed, and who waits is not under way.
+            let _under_way =
+                view.array.sets()[view.array.locate(to).0].parity().is_none().then_some(under_way);
+            self.write_extent(&view, to, at, &bounce, &written).await?;
+            let mut bits = written.get();
+            let unit_shift = view.thin.unit_shift();
+            for unit in at >> unit_shift..(at + len).div_ceil(1 << unit_shift) {
+                bits[usize::try_from(unit >> 6).unwrap_or(3)] |= 1 << (unit & 63);
+            }
+            written.set(bits);
         }
         Ok(())
     }
@@ -297,16 +308,57 @@ impl Owner {
         Ok(())
     }
 
-    /// Writes bytes of an extent that nobody else uses to all copies.
+    /// The same where there is parity. `within` is where in the extent at `address`.
+    async fn write_stripes(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        parity: &Parity,
+        (extent, address): (u32, u64),
+        within: u64,
+        from: &Rc<Bounce>,
+        written: &Rc<Cell<[u64; 4]>>,
+    ) -> Outcome {
+        let (thin, stripe) = (self.view().thin, parity.stripes.stripe_bytes());
+        let (strip, data) = (u64::from(set.strip_bytes()), u64::from(parity.stripes.data_strips()));
+        let bits = Rc::clone(written);
+        let is_valid: IsValid = Rc::new(move |row: u64, within: u64, len: u64| {
+            let first = row * stripe - address;
+            (0..data).any(|slot| {
+                let at = first + slot * strip + within;
+                runs(bits.get(), thin.unit_shift(), at, len).any(|(valid, ..)| valid)
+            })
+        });
+        for touched in parity.stripes.touched(address + within, from.len() as u64) {
+            let change = Change {
+                from: touched.from,
+                to: touched.to,
+                bounce: Rc::clone(from),
+                at: usize::try_from(touched.start).expect("extents are small"),
+                is_valid: Rc::clone(&is_valid),
+                is_alone: true,
+            };
+            while self.ways().change(set, touched.row, change.clone(), || false).await? == Changed::NotNow {
+                self.runtime.sleep(Duration::from_millis(1)).await;
+                self.mark_extent(extent, within, from.len() as u64).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of an extent that nobody else uses to all copies. `written`: units of it that hold something already.
     async fn write_extent(
         self: &Rc<Self>,
         view: &Arc<View>,
         extent: u32,
         within: u64,
         from: &Rc<Bounce>,
+        written: &Rc<Cell<[u64; 4]>>,
     ) -> Outcome {
         let (set, address) = view.array.locate(extent);
         let set = view.array.set(set);
+        if let Some(parity) = set.parity() {
+            return self.write_stripes(set, parity, (extent, address), within, from, written).await;
+        }
         let mut writes = Vec::new();
         for piece in set.pieces(address + within, from.len() as u64) {
             let at = usize::try_from(piece.start).expect("extents are small");
@@ -403,7 +455,7 @@ impl Owner {
     ) -> Result<bool, Status> {
         self.locks.take((volume, index), true).await;
         let changeable = self.changeable(volume).await;
-        let done = changeable.map(|()| {
+        let mut done = changeable.map(|()| {
             let (mapped, is_exclusive) = {
                 let meta = self.meta.borrow();
                 (meta.entry(volume, index), meta.is_exclusive(volume, index))
@@ -418,6 +470,11 @@ impl Owner {
                 }
             }
         });
+        let has_parity = self.view().array.sets().iter().any(|set| set.parity().is_some());
+        if done == Ok(true) && has_parity && !is_broken("invalid_units_not_durable") {
+            // Where nothing is valid parity is not kept right: that must not be valid again after a power cut.
+            done = self.flush().await.map(|()| true);
+        }
         self.locks.release((volume, index), true);
         done
     }

@@ -80,6 +80,11 @@ fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
 
 /// Whether all data is still there without these members of a set, given as bits.
 pub(crate) fn survives(set: &Set, without: u64) -> bool {
+    if set.parity().is_some() {
+        let left = (0..set.members()).filter(|member| without & 1 << member == 0);
+        let left = left.filter(|member| set.mode(*member) == Mode::InSync).count();
+        return left >= usize::from(set.members() - set.level().parities());
+    }
     (0..set.members()).filter(|member| without & 1 << member != 0).all(|member| {
         let has_it = |other: &u16| without & 1 << other == 0 && set.mode(*other) == Mode::InSync;
         groups(set, member).iter().all(|group| group.iter().any(has_it))
@@ -155,6 +160,7 @@ impl Owner {
         if is_broken("skip_member_flush") {
             return Ok(());
         }
+        let logged = self.stripes_placed();
         let targets = self.targets();
         let flushes =
             targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
@@ -167,7 +173,9 @@ impl Owner {
             self.report(1 << member, status).await?;
         }
         // A flush of another cache than the one that was written to is no flush.
-        self.put_out_doubted().await
+        self.put_out_doubted().await?;
+        self.stripes_flushed(&logged);
+        Ok(())
     }
 
     /// Members have failed what others may have done: they are out when it ends, or it has failed.

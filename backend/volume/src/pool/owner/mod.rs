@@ -7,11 +7,13 @@
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
 //!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
+//!   parity     stripes: their log, what makes them whole again
 //! ```
 //!
 //! Invariants:
 //! - State is changed without awaiting in between, so that every task sees it whole.
-//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents, superblock. The turns
+//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents,
+//!   parity, superblock. The turns
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
@@ -19,6 +21,7 @@ mod intents;
 mod journal;
 mod mapping;
 mod members;
+mod parity;
 mod rejoin;
 mod replace;
 mod resync;
@@ -78,6 +81,7 @@ pub(crate) struct Turns {
     pub(crate) flush: Turn,
     pub(crate) commit: Turn,
     pub(crate) intents: Turn,
+    pub(crate) parity: Turn,
     pub(crate) superblock: Turn,
     pub(crate) window: Turn,
     pub(crate) barrier: Turn,

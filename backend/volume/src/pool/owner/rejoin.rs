@@ -165,6 +165,7 @@ impl Owner {
         set.set_mode(index, Mode::Syncing);
         self.barrier().await;
         self.mark_lacking(set);
+        self.repeat_parity_header(set, number).await?;
         if number < self.book.borrow().metadata_members() {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;

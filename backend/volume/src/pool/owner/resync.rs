@@ -4,6 +4,7 @@
 //! sync is read and the others are written. A region's mark of difference goes when all of it has been copied.
 
 use super::Owner;
+use super::parity::stripe_window;
 use crate::pool::TaskView;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -101,6 +102,11 @@ impl Owner {
         into: &Rc<Bounce>,
         at: usize,
     ) -> Result<Copy, Status> {
+        if set.parity().is_some() {
+            let found = self.read_or_compute(view, set, piece, false).await?;
+            into.fill(at, found.bytes(0, piece.len as usize));
+            return Ok(piece.copies.as_slice()[0]);
+        }
         let mut last = Status::Path;
         for copy in piece.copies.as_slice() {
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
@@ -142,7 +148,7 @@ impl Owner {
     }
 
     /// Whether it is still ours to write.
-    fn check_ours(&self) -> Outcome {
+    pub(super) fn check_ours(&self) -> Outcome {
         match self.lost.borrow().is_some() {
             true => Err(Status::ReadOnly),
             false => Ok(()),
@@ -176,6 +182,10 @@ impl Owner {
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
         coverage::count(coverage::Event::Settled);
+        if set.parity().is_some() {
+            let window = stripe_window(&set, &piece);
+            return self.in_window(&set, window.clone(), self.mend_stripes(&set, window)).await.map(drop);
+        }
         self.in_window(&set, window_of(&piece), self.copy_piece(&view, &set, &piece, None)).await
     }
 
@@ -184,14 +194,24 @@ impl Owner {
         self.check_writable()?;
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
-        let outcome = self.in_window(&set, window_of(&piece), self.rewrite_bad(&view, &set, &piece)).await;
+        let window = match set.parity() {
+            Some(_) => stripe_window(&set, &piece),
+            None => window_of(&piece),
+        };
+        let outcome = self.in_window(&set, window, self.rewrite_bad(&view, &set, &piece)).await;
         self.publish();
         outcome
     }
 
     pub(super) async fn rewrite_bad(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece) -> Outcome {
-        let good = Rc::new(self.place.spare.take(piece.len as usize));
-        self.read_first(view, set, piece, &good, 0).await?;
+        let good = match set.parity() {
+            Some(_) => self.read_or_compute(view, set, piece, true).await?,
+            None => {
+                let good = Rc::new(self.place.spare.take(piece.len as usize));
+                self.read_first(view, set, piece, &good, 0).await?;
+                good
+            }
+        };
         self.check_ours()?;
         for copy in piece.copies.as_slice() {
             let index = copy.member - set.first_member();
@@ -250,7 +270,10 @@ impl Owner {
         let syncing: Vec<u16> =
             (0..set.members()).filter(|member| set.mode(*member) == Mode::Syncing).collect();
         let regions: Vec<u32> = set.unsynced.iter_set().collect();
-        let in_sync = (0..set.members()).filter(|member| set.mode(*member) == Mode::InSync).count();
+        let in_sync = usize::from(set.in_sync_count());
+        if set.parity().is_some() && regions_wait(set) {
+            return true;
+        }
         if (regions.is_empty() || in_sync + syncing.len() < 2) && syncing.is_empty() {
             return true;
         }
@@ -317,6 +340,9 @@ impl Owner {
     }
 
     async fn resync_window(self: &Rc<Self>, set: &Arc<Set>, offset: u64, len: u64) -> Outcome {
+        if set.parity().is_some() {
+            return self.mend_stripes(set, offset..offset + len).await.map(drop);
+        }
         let view = self.view();
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
             let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
@@ -353,6 +379,12 @@ impl Owner {
         let due = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
         self.runtime.sleep_until(began + due).await;
     }
+}
+
+/// Nothing can be made right: what is lost is not there to be brought up to date, and what is left cannot be told from it.
+fn regions_wait(set: &Set) -> bool {
+    let is = |mode: Mode| (0..set.members()).filter(|member| set.mode(*member) == mode).count();
+    is(Mode::Syncing) == 0 && is(Mode::Away) > 0
 }
 
 /// The members' bytes that a piece's copies are in, and what is between.

@@ -3,7 +3,9 @@
 use super::Owner;
 use super::resync::{SCRUB, window_of};
 use crate::pool::PoolError;
+use crate::pool::resolve::runs;
 use crate::pool::shared::View;
+use crate::pool::stripes::Row;
 use crate::raid::{Mode, Piece, Set};
 use crate::thin::Mapped;
 use std::collections::BTreeSet;
@@ -77,14 +79,61 @@ impl Owner {
         let (set, address) = view.array.locate(extent);
         let set = Arc::clone(view.array.set(set));
         let mut mismatches = 0;
-        let parts: Vec<_> =
-            crate::pool::resolve::runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
-                .filter(|(valid, ..)| *valid)
-                .collect();
+        if let Some(parity) = set.parity() {
+            let stripe = parity.stripes.stripe_bytes();
+            let strip = u64::from(set.strip_bytes());
+            for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
+                let number = (address + first) / stripe;
+                let work = self.scrub_stripe(&view, &set, number, (first, bits), repair);
+                mismatches += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
+            }
+            return mismatches;
+        }
+        let parts: Vec<_> = runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
+            .filter(|(valid, ..)| *valid)
+            .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 let work = self.compare(&view, &set, &piece, repair);
                 mismatches += self.in_window(&set, window_of(&piece), work).await;
+            }
+        }
+        mismatches
+    }
+
+    /// How many columns of a stripe do not go together, of those that somebody can read: what nobody has written has no parity. `first` is
+    /// where the stripe begins in its extent, whose valid units are `bits`.
+    async fn scrub_stripe(
+        self: &Rc<Self>,
+        view: &View,
+        set: &Set,
+        number: u64,
+        (first, bits): (u64, [u64; 4]),
+        repair: bool,
+    ) -> u64 {
+        let strip = u64::from(set.strip_bytes());
+        let step = strip.min(u64::from(view.thin.unit_bytes));
+        let unit_shift = view.thin.unit_shift();
+        let mut mismatches = 0;
+        for within in (0..strip).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
+            let row = Row::new(view, set, number, within, usize::try_from(step).unwrap_or(0));
+            let is_valid = (0..row.data() as u64).any(|slot| {
+                let at = first + slot * strip + within;
+                runs(bits, unit_shift, at, step).any(|(valid, ..)| valid)
+            });
+            if !is_valid {
+                continue;
+            }
+            match self.scrub_columns(&row, repair).await {
+                Ok(found) => mismatches += found,
+                Err(status) => {
+                    log::error!(
+                        "pool {}: some bytes of stripe {number} cannot be read: {}",
+                        self.shared.name,
+                        status.name()
+                    );
+                    mismatches += 1;
+                }
             }
         }
         mismatches
