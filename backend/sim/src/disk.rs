@@ -8,6 +8,7 @@
 //!
 //! Invariant: `content` and `stable` differ in unstable blocks only.
 
+use crate::memory::Memory;
 use crate::random::Random;
 use crate::trap::Trap;
 use hawser_block::{
@@ -25,11 +26,11 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct SimDiskState {
     /// The blocks as reads see them.
-    pub content: Vec<u8>,
+    pub content: Memory,
     /// The blocks as a loss of power leaves them at worst.
-    pub stable: Vec<u8>,
-    /// Blocks whose content is not stable, with every content that they had since they were, and which write each is of.
-    unstable: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
+    pub stable: Memory,
+    /// What was written since the last FLUSH.
+    unstable: Unstable,
     /// Writes so far.
     writes: u64,
     /// Requests are executed and answered between 0 and this many nanoseconds after they came.
@@ -69,26 +70,69 @@ pub struct SimDiskState {
     random: Random,
 }
 
+/// Blocks whose content is not stable, with every content that they had since they were.
+#[derive(Debug, Default)]
+struct Unstable {
+    /// In the order in which they were written.
+    contents: Vec<Content>,
+    /// Of all of `contents`.
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Content {
+    block: u64,
+    /// Which write it is of.
+    write: u64,
+    /// Where it is in `bytes`; `None`: the block has become stable.
+    at: Option<usize>,
+}
+
+impl Unstable {
+    fn push(&mut self, block: u64, write: u64, content: &[u8]) {
+        self.contents.push(Content { block, write, at: Some(self.bytes.len()) });
+        self.bytes.extend_from_slice(content);
+    }
+
+    fn is_stable(&mut self, block: u64) {
+        if !self.contents.is_empty() {
+            self.contents.push(Content { block, write: 0, at: None });
+        }
+    }
+
+    fn clear(&mut self) {
+        self.contents.clear();
+        self.bytes.clear();
+    }
+}
+
 impl SimDiskState {
     /// Loses what is in the cache: each block that is not stable has any content that it had since it was, or the stable one.
     pub fn lose_cache(&mut self) {
         let size = self.block_bytes();
         // Of each write: blocks that are there, or newer; blocks that are older.
         let mut left: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
-        for (block, contents) in std::mem::take(&mut self.unstable) {
-            let from = usize::try_from(block).unwrap_or(0) * size;
+        let mut unstable = std::mem::take(&mut self.unstable);
+        unstable.contents.sort_by_key(|content| content.block);
+        for contents in unstable.contents.chunk_by(|one, other| one.block == other.block) {
+            let since = contents.iter().rposition(|content| content.at.is_none()).map_or(0, |at| at + 1);
+            let contents = &contents[since..];
+            let Some(Content { block, .. }) = contents.first() else { continue };
+            let from = usize::try_from(*block).unwrap_or(0) * size;
             let chosen = self.random.index(contents.len() + 1);
-            for (at, (write, _)) in contents.iter().enumerate() {
-                let (there, lost) = left.entry(*write).or_default();
+            for (at, content) in contents.iter().enumerate() {
+                let (there, lost) = left.entry(content.write).or_default();
                 let is_there = chosen < contents.len() && chosen >= at;
                 *(if is_there { there } else { lost }) += 1;
             }
             self.lost_blocks += u64::from(chosen + 1 != contents.len());
-            if let Some((_, content)) = contents.get(chosen) {
-                self.stable[from..from + size].copy_from_slice(content);
+            if let Some(at) = contents.get(chosen).and_then(|content| content.at) {
+                self.stable.change(from..from + size).copy_from_slice(&unstable.bytes[at..at + size]);
             }
-            self.content[from..from + size].copy_from_slice(&self.stable[from..from + size]);
+            self.content.change(from..from + size).copy_from_slice(&self.stable[from..from + size]);
         }
+        unstable.clear();
+        self.unstable = unstable;
         self.torn_writes += left.values().filter(|(there, lost)| *there > 0 && *lost > 0).count() as u64;
         self.cuts += 1;
         self.epoch += 1;
@@ -101,16 +145,17 @@ impl SimDiskState {
     pub fn flush(&mut self) {
         self.flushes += 1;
         let size = self.block_bytes();
-        for block in std::mem::take(&mut self.unstable).into_keys() {
-            let from = usize::try_from(block).unwrap_or(0) * size;
-            self.stable[from..from + size].copy_from_slice(&self.content[from..from + size]);
+        for content in &self.unstable.contents {
+            let from = usize::try_from(content.block).unwrap_or(0) * size;
+            self.stable.change(from..from + size).copy_from_slice(&self.content[from..from + size]);
         }
+        self.unstable.clear();
     }
 
     /// Comes back empty, as another disk in its place would.
     pub fn wipe(&mut self) {
-        let size = self.content.len();
-        (self.content, self.stable) = (vec![0; size], vec![0; size]);
+        self.content.clear();
+        self.stable.clear();
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -119,7 +164,7 @@ impl SimDiskState {
     /// What reads see now, to be restored later.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.content.clone()
+        self.content.to_vec()
     }
 
     /// Comes back with this content, stable.
@@ -127,8 +172,9 @@ impl SimDiskState {
     /// # Panics
     /// When it is not of this disk's size.
     pub fn restore(&mut self, content: &[u8]) {
-        self.content.copy_from_slice(content);
-        self.stable.copy_from_slice(content);
+        let all = 0..self.content.len();
+        self.content.change(all.clone()).copy_from_slice(content);
+        self.stable.change(all).copy_from_slice(content);
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -156,12 +202,14 @@ impl SimDiskState {
         let size = self.block_bytes();
         for at in (from..to).step_by(size) {
             let (block, content) = ((at / size) as u64, &self.content[at..at + size]);
-            self.media_errors.remove(&block);
+            if !self.media_errors.is_empty() {
+                self.media_errors.remove(&block);
+            }
             if durable {
-                self.stable[at..at + size].copy_from_slice(content);
-                self.unstable.remove(&block);
+                self.stable.change(at..at + size).copy_from_slice(content);
+                self.unstable.is_stable(block);
             } else {
-                self.unstable.entry(block).or_default().push((self.writes, content.to_vec()));
+                self.unstable.push(block, self.writes, content);
             }
         }
     }
@@ -188,10 +236,9 @@ impl SimDisk {
     pub fn new(name: &str, geometry: Geometry, uuid: [u8; 16]) -> SimDisk {
         let size = usize::try_from(geometry.size_bytes()).expect("a simulated disk is small");
         let state = SimDiskState {
-            // Neither costs memory where nothing is ever written.
-            stable: vec![0; size],
-            content: vec![0; size],
-            unstable: BTreeMap::new(),
+            stable: Memory::new(size),
+            content: Memory::new(size),
+            unstable: Unstable::default(),
             writes: 0,
             latency_ns_max: 50_000,
             stuck_permille: 0,
@@ -233,8 +280,8 @@ impl SimDisk {
             let state = &mut *self.state();
             state.geometry.blocks += blocks;
             let bytes = usize::try_from(state.geometry.size_bytes()).unwrap_or(state.content.len());
-            state.content.resize(bytes, 0);
-            state.stable.resize(bytes, 0);
+            state.content.grow(bytes);
+            state.stable.grow(bytes);
         }
         self.tell();
     }
@@ -477,9 +524,11 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
     let shift = geometry.block_size.shift();
     let from = usize::try_from(request.lba.0 << shift).map_err(|_| Status::Invalid)?;
     let to = from + ((request.blocks.0 as usize) << shift);
-    let content = &mut state.content[from..to];
+    if request.operation == Operation::Read {
+        return read(&state.content[from..to], &request.buffers);
+    }
+    let content = state.content.change(from..to);
     let durable = match request.operation {
-        Operation::Read => return read(content, &request.buffers),
         Operation::Write { fua } => {
             write(content, &request.buffers)?;
             fua

@@ -21,33 +21,53 @@ pub(crate) use names::{Names, Op};
 use names::apply;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The content of block `lba` after write `id`.
+/// The content of block `lba` after write `id`: both, and words that follow from them.
 pub(crate) fn fill(memory: &mut [u8], id: u64, lba: u64) {
-    for (index, chunk) in memory.chunks_exact_mut(8).enumerate() {
-        chunk.copy_from_slice(&word(id, lba, index as u64).to_le_bytes());
+    let mut word = first_word(id, lba);
+    for chunk in memory.chunks_exact_mut(8) {
+        chunk.copy_from_slice(&word.to_le_bytes());
+        word = word.wrapping_add(1);
     }
+    memory[..8].copy_from_slice(&id.to_le_bytes());
+    memory[8..16].copy_from_slice(&lba.to_le_bytes());
 }
 
-fn word(id: u64, lba: u64, index: u64) -> u64 {
-    match (id, index) {
-        (0, _) => 0,
-        (id, 0) => id,
-        (_, 1) => lba,
-        (id, index) => (id ^ (lba << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index),
-    }
+/// Each word behind it is greater by one.
+fn first_word(id: u64, lba: u64) -> u64 {
+    (id ^ (lba << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 
 /// Which write this content of block `lba` is.
 pub(crate) fn identify(memory: &[u8], lba: u64) -> Result<u64, String> {
     let at = |index: usize| u64::from_le_bytes(memory[index * 8..index * 8 + 8].try_into().unwrap());
     let id = at(0);
-    for index in 0..memory.len() / 8 {
-        if at(index) != word(id, lba, index as u64) {
-            let (start, there) = (at(0), at(index));
-            return Err(format!("{start:#x} at its start, {there:#x} at word {index}: no write's content"));
-        }
+    if id == 0 {
+        return match is_zero(memory) {
+            true => Ok(0),
+            false => Err("zero at its start, and not all of it: no write's content".to_owned()),
+        };
     }
-    Ok(id)
+    let mut word = first_word(id, lba).wrapping_add(2);
+    let mut differs = at(1) ^ lba;
+    for chunk in memory[16..].chunks_exact(8) {
+        differs |= u64::from_le_bytes(chunk.try_into().unwrap()) ^ word;
+        word = word.wrapping_add(1);
+    }
+    if differs == 0 {
+        return Ok(id);
+    }
+    let is_wrong = |index: &usize| match index {
+        1 => at(1) != lba,
+        _ => at(*index) != first_word(id, lba).wrapping_add(*index as u64),
+    };
+    let wrong = (1..memory.len() / 8).find(is_wrong).unwrap_or(0);
+    Err(format!("{id:#x} at its start, {:#x} at word {wrong}: no write's content", at(wrong)))
+}
+
+/// Whether all of it is.
+fn is_zero(memory: &[u8]) -> bool {
+    const ZEROES: [u8; 512] = [0; 512];
+    memory.chunks(ZEROES.len()).all(|chunk| *chunk == ZEROES[..chunk.len()])
 }
 
 #[derive(Clone, Debug)]
