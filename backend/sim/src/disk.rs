@@ -2,11 +2,10 @@
 //!
 //! ```text
 //!   content   what reads see
-//!   unstable  each block written since the last FLUSH, with every content that it had since
-//!   stable    what a loss of power leaves, but for unstable blocks: each of those keeps any of its contents, or the stable one
+//!   unstable  each block written since the last FLUSH, with every content that it had before: the first of them is stable
 //! ```
 //!
-//! Invariant: `content` and `stable` differ in unstable blocks only.
+//! After a loss of power a block that is not stable has any content that it had since it was, or the stable one.
 
 use crate::memory::Memory;
 use crate::random::Random;
@@ -27,8 +26,6 @@ use std::time::Duration;
 pub struct SimDiskState {
     /// The blocks as reads see them.
     pub content: Memory,
-    /// The blocks as a loss of power leaves them at worst.
-    pub stable: Memory,
     /// What was written since the last FLUSH.
     unstable: Unstable,
     /// Writes so far.
@@ -70,38 +67,73 @@ pub struct SimDiskState {
     random: Random,
 }
 
-/// Blocks whose content is not stable, with every content that they had since they were.
+/// Blocks whose content is not stable, with every content that they had until it was written over.
 #[derive(Debug, Default)]
 struct Unstable {
-    /// In the order in which they were written.
-    contents: Vec<Content>,
-    /// Of all of `contents`.
+    /// In the order of the writes.
+    overwritten: Vec<Overwritten>,
+    /// Contents.
     bytes: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Content {
+struct Overwritten {
     block: u64,
-    /// Which write it is of.
+    /// Which write has done it.
     write: u64,
-    /// Where it is in `bytes`; `None`: the block has become stable.
-    at: Option<usize>,
+    before: Before,
+}
+
+/// What a block was before it was written.
+#[derive(Clone, Copy, Debug)]
+enum Before {
+    Zero,
+    /// There in `bytes`.
+    At(usize),
+    /// It does not matter any more: the block is stable after this write.
+    Gone,
 }
 
 impl Unstable {
-    fn push(&mut self, block: u64, write: u64, content: &[u8]) {
-        self.contents.push(Content { block, write, at: Some(self.bytes.len()) });
-        self.bytes.extend_from_slice(content);
+    fn push(&mut self, block: u64, write: u64, before: Option<&[u8]>) {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(before.unwrap_or_default());
+        let before = if before.is_some() { Before::At(at) } else { Before::Zero };
+        self.overwritten.push(Overwritten { block, write, before });
     }
 
     fn is_stable(&mut self, block: u64) {
-        if !self.contents.is_empty() {
-            self.contents.push(Content { block, write: 0, at: None });
+        if !self.overwritten.is_empty() {
+            self.overwritten.push(Overwritten { block, write: 0, before: Before::Gone });
+        }
+    }
+
+    /// By block, and each block's in the order of its writes.
+    fn sort(&mut self) {
+        self.overwritten.sort_by_key(|overwritten| overwritten.block);
+    }
+
+    /// Those of each block that is not stable, after `sort`.
+    fn blocks(&self) -> impl Iterator<Item = &[Overwritten]> {
+        let by_block = self.overwritten.chunk_by(|one, other| one.block == other.block);
+        let since = |all: &[Overwritten]| {
+            all.iter().rposition(|it| matches!(it.before, Before::Gone)).map_or(0, |at| at + 1)
+        };
+        by_block.map(move |all| &all[since(all)..]).filter(|all| !all.is_empty())
+    }
+
+    /// What it was before, put back.
+    fn restore(&self, overwritten: Overwritten, content: &mut Memory, size: usize) {
+        let from = usize::try_from(overwritten.block).unwrap_or(0) * size;
+        match overwritten.before {
+            Before::Zero => content.zero(from..from + size),
+            Before::At(at) => content.change(from..from + size).copy_from_slice(&self.bytes[at..at + size]),
+            Before::Gone => {}
         }
     }
 
     fn clear(&mut self) {
-        self.contents.clear();
+        self.overwritten.clear();
         self.bytes.clear();
     }
 }
@@ -112,27 +144,21 @@ impl SimDiskState {
         let size = self.block_bytes();
         // Of each write: blocks that are there, or newer; blocks that are older.
         let mut left: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
-        let mut unstable = std::mem::take(&mut self.unstable);
-        unstable.contents.sort_by_key(|content| content.block);
-        for contents in unstable.contents.chunk_by(|one, other| one.block == other.block) {
-            let since = contents.iter().rposition(|content| content.at.is_none()).map_or(0, |at| at + 1);
-            let contents = &contents[since..];
-            let Some(Content { block, .. }) = contents.first() else { continue };
-            let from = usize::try_from(*block).unwrap_or(0) * size;
-            let chosen = self.random.index(contents.len() + 1);
-            for (at, content) in contents.iter().enumerate() {
-                let (there, lost) = left.entry(content.write).or_default();
-                let is_there = chosen < contents.len() && chosen >= at;
+        self.unstable.sort();
+        for all in self.unstable.blocks() {
+            // The content after that write; or, behind the last, the stable one.
+            let chosen = self.random.index(all.len() + 1);
+            for (at, overwritten) in all.iter().enumerate() {
+                let (there, lost) = left.entry(overwritten.write).or_default();
+                let is_there = chosen < all.len() && chosen >= at;
                 *(if is_there { there } else { lost }) += 1;
             }
-            self.lost_blocks += u64::from(chosen + 1 != contents.len());
-            if let Some(at) = contents.get(chosen).and_then(|content| content.at) {
-                self.stable.change(from..from + size).copy_from_slice(&unstable.bytes[at..at + size]);
+            self.lost_blocks += u64::from(chosen + 1 != all.len());
+            if let Some(overwritten) = all.get((chosen + 1) % (all.len() + 1)) {
+                self.unstable.restore(*overwritten, &mut self.content, size);
             }
-            self.content.change(from..from + size).copy_from_slice(&self.stable[from..from + size]);
         }
-        unstable.clear();
-        self.unstable = unstable;
+        self.unstable.clear();
         self.torn_writes += left.values().filter(|(there, lost)| *there > 0 && *lost > 0).count() as u64;
         self.cuts += 1;
         self.epoch += 1;
@@ -144,18 +170,25 @@ impl SimDiskState {
     /// Everything is stable, as after a FLUSH.
     pub fn flush(&mut self) {
         self.flushes += 1;
-        let size = self.block_bytes();
-        for content in &self.unstable.contents {
-            let from = usize::try_from(content.block).unwrap_or(0) * size;
-            self.stable.change(from..from + size).copy_from_slice(&self.content[from..from + size]);
-        }
         self.unstable.clear();
+    }
+
+    /// The blocks as a loss of power leaves them at worst.
+    #[must_use]
+    pub fn stable(&mut self) -> Memory {
+        let mut stable = Memory::new(self.content.len());
+        stable.copy(&self.content);
+        let size = self.block_bytes();
+        self.unstable.sort();
+        for overwritten in self.unstable.blocks().filter_map(|all| all.first()) {
+            self.unstable.restore(*overwritten, &mut stable, size);
+        }
+        stable
     }
 
     /// Comes back empty, as another disk in its place would.
     pub fn wipe(&mut self) {
         self.content.clear();
-        self.stable.clear();
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -170,11 +203,9 @@ impl SimDiskState {
     /// Comes back with this content, stable.
     ///
     /// # Panics
-    /// When it is not of this disk's size.
+    /// When it is larger than this disk.
     pub fn restore(&mut self, content: &[u8]) {
-        let all = 0..self.content.len();
-        self.content.change(all.clone()).copy_from_slice(content);
-        self.stable.change(all).copy_from_slice(content);
+        self.content.change(0..content.len()).copy_from_slice(content);
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -197,19 +228,21 @@ impl SimDiskState {
         1 << self.geometry.block_size.shift()
     }
 
-    /// Blocks `from..to` of bytes were written.
-    fn wrote(&mut self, from: usize, to: usize, durable: bool) {
+    /// Blocks `from..to` of bytes are about to be written.
+    fn writes(&mut self, from: usize, to: usize, durable: bool) {
         let size = self.block_bytes();
+        self.writes += 1;
         for at in (from..to).step_by(size) {
-            let (block, content) = ((at / size) as u64, &self.content[at..at + size]);
+            let block = (at / size) as u64;
             if !self.media_errors.is_empty() {
                 self.media_errors.remove(&block);
             }
             if durable {
-                self.stable.change(at..at + size).copy_from_slice(content);
                 self.unstable.is_stable(block);
             } else {
-                self.unstable.push(block, self.writes, content);
+                let is_zero = self.content.is_zero(at);
+                let before = (!is_zero).then(|| &self.content[at..at + size]);
+                self.unstable.push(block, self.writes, before);
             }
         }
     }
@@ -236,7 +269,6 @@ impl SimDisk {
     pub fn new(name: &str, geometry: Geometry, uuid: [u8; 16]) -> SimDisk {
         let size = usize::try_from(geometry.size_bytes()).expect("a simulated disk is small");
         let state = SimDiskState {
-            stable: Memory::new(size),
             content: Memory::new(size),
             unstable: Unstable::default(),
             writes: 0,
@@ -281,7 +313,6 @@ impl SimDisk {
             state.geometry.blocks += blocks;
             let bytes = usize::try_from(state.geometry.size_bytes()).unwrap_or(state.content.len());
             state.content.grow(bytes);
-            state.stable.grow(bytes);
         }
         self.tell();
     }
@@ -527,23 +558,24 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
     if request.operation == Operation::Read {
         return read(&state.content[from..to], &request.buffers);
     }
-    let content = state.content.change(from..to);
-    let durable = match request.operation {
+    match request.operation {
         Operation::Write { fua } => {
-            write(content, &request.buffers)?;
-            fua
+            if request.buffers.len() != to - from {
+                return Err(Status::Invalid);
+            }
+            state.writes(from, to, fua);
+            // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
+            unsafe { request.buffers.copy_to(state.content.change(from..to).as_mut_ptr()) };
         }
         Operation::WriteZeroes { fua, .. } => {
-            content.fill(0);
-            fua
+            state.writes(from, to, fua);
+            state.content.zero(from..to);
         }
         _ => {
-            content.fill(0);
-            false
+            state.writes(from, to, false);
+            state.content.zero(from..to);
         }
-    };
-    state.writes += 1;
-    state.wrote(from, to, durable);
+    }
     Ok(())
 }
 
@@ -553,14 +585,5 @@ fn read(content: &[u8], buffers: &Buffers) -> Outcome {
     }
     // SAFETY: the request has not ended, is a read, and has our length; our content is apart from its buffers.
     unsafe { buffers.copy_from(content.as_ptr()) };
-    Ok(())
-}
-
-fn write(content: &mut [u8], buffers: &Buffers) -> Outcome {
-    if buffers.len() != content.len() {
-        return Err(Status::Invalid);
-    }
-    // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
-    unsafe { buffers.copy_to(content.as_mut_ptr()) };
     Ok(())
 }

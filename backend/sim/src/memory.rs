@@ -46,6 +46,34 @@ impl Memory {
         &mut self.bytes[range]
     }
 
+    /// Makes these bytes zero.
+    pub fn zero(&mut self, range: Range<usize>) {
+        let mut from = range.start;
+        while from < range.end {
+            let to = (from / PAGE_BYTES + 1) * PAGE_BYTES;
+            let to = to.min(range.end);
+            if !self.is_zero(from) {
+                self.bytes[from..to].fill(0);
+            }
+            from = to;
+        }
+    }
+
+    /// The page that this byte is in was never written.
+    #[must_use]
+    pub fn is_zero(&self, at: usize) -> bool {
+        !self.is_written[at / PAGE_BYTES]
+    }
+
+    /// Becomes the same as the other, which is as long.
+    pub fn copy(&mut self, other: &Memory) {
+        self.clear();
+        for page in (0..other.is_written.len()).filter(|page| other.is_written[*page]) {
+            let range = page * PAGE_BYTES..((page + 1) * PAGE_BYTES).min(other.len);
+            self.change(range.clone()).copy_from_slice(&other[range]);
+        }
+    }
+
     /// More of them; none fewer.
     pub fn grow(&mut self, len: usize) {
         if self.bytes.len() < len {
@@ -119,6 +147,11 @@ mod tests {
         second.change(0..20_001).fill(2);
         second.grow(70_000);
         assert!(second[..20_001].iter().all(|byte| *byte == 2) && second[20_001..].iter().all(|byte| *byte == 0));
+        let mut third = Memory::new(70_000);
+        third.copy(&second);
+        second.zero(10..20_000);
+        assert!(third[10..20_001].iter().all(|byte| *byte == 2) && third[20_001..].iter().all(|byte| *byte == 0));
+        assert!(second[9..11] == [2, 0] && second[19_999..20_001] == [0, 2] && second.is_zero(69_999));
         second.clear();
         assert!(second.len() == 70_000 && second.iter().all(|byte| *byte == 0));
     }

@@ -418,8 +418,9 @@ impl Cast {
     /// Where on the disks a write's content is, for people.
     pub(crate) fn tell_where(&self, id: u64) {
         for member in &self.members {
-            let state = member.disk.state();
-            for (what, bytes) in [("", &state.content), (" stable", &state.stable)] {
+            let mut state = member.disk.state();
+            let stable = state.stable();
+            for (what, bytes) in [("", &state.content), (" stable", &stable)] {
                 for (at, sector) in bytes.chunks_exact(512).enumerate() {
                     let word =
                         |index: usize| u64::from_le_bytes(sector[index * 8..][..8].try_into().unwrap());

@@ -420,16 +420,24 @@ impl Guest {
         batch
     }
 
-    /// Reads everything that was ever used, and some more.
+    /// Reads all extents that were ever written, and some more; now and then a whole volume.
     pub(crate) fn verify(&mut self) {
         let (models, random) = (self.shared.models.borrow(), &mut self.random);
         let most = (BYTES_MAX / self.shared.block_bytes) as u64;
         let size = models.size_blocks(&self.volume);
-        let mut ranges: Vec<(u64, u64)> = models.runs(&self.volume);
-        if size * self.shared.block_bytes as u64 <= 4 << 20 {
-            ranges = vec![(0, size)];
+        let is_small = size * self.shared.block_bytes as u64 <= 4 << 20;
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        if is_small && random.chance(100) {
+            ranges.push((0, size));
         } else {
-            ranges.extend((0..4).map(|_| (random.below(size - most), most)));
+            for (from, count) in models.written(&self.volume) {
+                match ranges.last_mut() {
+                    Some((first, so_far)) if *first + *so_far == from => *so_far += count,
+                    _ => ranges.push((from, count)),
+                }
+            }
+            let few = (most / 8).min(size);
+            ranges.extend((0..3).map(|_| (random.below(size - few + 1), few)));
         }
         drop(models);
         self.to_verify.clear();

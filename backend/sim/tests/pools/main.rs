@@ -103,6 +103,9 @@ fn main() -> ExitCode {
         libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         // Each opening makes a table of its own and fills a few words of it: clearing a huge page each time costs more than the opening.
         libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
+        // What a history gives back the next one asks for.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
     }
     runner::main(&SUITE)
 }

@@ -198,18 +198,6 @@ impl Models {
         self.volumes.get(name).map_or(0, |volume| volume.size_blocks)
     }
 
-    /// Blocks of it that were ever used, in runs.
-    pub(crate) fn runs(&self, name: &str) -> Vec<(u64, u64)> {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for lba in self.volumes.get(name).into_iter().flat_map(|volume| volume.blocks.numbers()) {
-            match runs.last_mut() {
-                Some((from, count)) if *from + *count == lba => *count += 1,
-                _ => runs.push((lba, 1)),
-            }
-        }
-        runs
-    }
-
     /// What was ever written of a volume, as whole extents.
     pub(crate) fn written(&self, name: &str) -> Vec<(u64, u64)> {
         let Some(volume) = self.volumes.get(name) else { return Vec::new() };

@@ -212,11 +212,6 @@ impl Blocks {
         (page.there & bit(at) != 0).then(|| &page.blocks[index(at)])
     }
 
-    /// Those that were ever used.
-    pub(super) fn numbers(&self) -> impl Iterator<Item = u64> + '_ {
-        self.0.iter().flat_map(|(page_at, page)| bits(page.there).map(move |index| page_at * PAGE_BLOCKS + index))
-    }
-
     /// Those that are not at rest.
     pub(super) fn busy(&self) -> impl Iterator<Item = (u64, &Busy)> + '_ {
         self.busy_in(0, u64::MAX)
