@@ -17,6 +17,7 @@ use hawser_block::{
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -48,6 +49,8 @@ pub struct SimDiskState {
     pub cache_identity: Option<[u8; 16]>,
     /// Reads of these blocks end as `Media` until they are written again.
     pub media_errors: BTreeSet<u64>,
+    /// Writes to these blocks end with `error` and without effect.
+    pub unwritable: Range<u64>,
     /// Writes that are given up may leave some of their blocks and not others, rather than all or none.
     pub tears: bool,
     /// Takes a step with each request; once it has sprung, what the process submits has no effect and does not end.
@@ -281,6 +284,7 @@ impl SimDisk {
             flushes: 0,
             cache_identity: None,
             media_errors: BTreeSet::new(),
+            unwritable: 0..0,
             tears: false,
             trap: None,
             cuts: 0,
@@ -549,8 +553,12 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
         return Err(Status::Invalid);
     }
     let lbas = request.lba.0..request.lba.0 + u64::from(request.blocks.0);
-    if request.operation == Operation::Read && state.media_errors.range(lbas).next().is_some() {
+    if request.operation == Operation::Read && state.media_errors.range(lbas.clone()).next().is_some() {
         return Err(Status::Media);
+    }
+    let is_refused = lbas.start < state.unwritable.end && state.unwritable.start < lbas.end;
+    if is_refused && request.operation.is_write() {
+        return Err(state.error);
     }
     let shift = geometry.block_size.shift();
     let from = usize::try_from(request.lba.0 << shift).map_err(|_| Status::Invalid)?;

@@ -93,7 +93,25 @@ HAWSER_SIM_OVERLAPS=1   guests also write what is being written: mirrors differ 
 ",
 };
 
+/// Prints what the pool logs, among what happens.
+struct Teller;
+
+impl log::Log for Teller {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        println!("{}: {}", record.level(), record.args());
+    }
+
+    fn flush(&self) {}
+}
+
 fn main() -> ExitCode {
+    if tells() && log::set_logger(&Teller).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
     // What is killed keeps its descriptors.
     // SAFETY: plain calls with a structure of our own, before there is another thread.
     unsafe {
