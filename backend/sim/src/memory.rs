@@ -146,11 +146,15 @@ mod tests {
         assert!(second.iter().all(|byte| *byte == 0));
         second.change(0..20_001).fill(2);
         second.grow(70_000);
-        assert!(second[..20_001].iter().all(|byte| *byte == 2) && second[20_001..].iter().all(|byte| *byte == 0));
+        assert!(
+            second[..20_001].iter().all(|byte| *byte == 2) && second[20_001..].iter().all(|byte| *byte == 0)
+        );
         let mut third = Memory::new(70_000);
         third.copy(&second);
         second.zero(10..20_000);
-        assert!(third[10..20_001].iter().all(|byte| *byte == 2) && third[20_001..].iter().all(|byte| *byte == 0));
+        assert!(
+            third[10..20_001].iter().all(|byte| *byte == 2) && third[20_001..].iter().all(|byte| *byte == 0)
+        );
         assert!(second[9..11] == [2, 0] && second[19_999..20_001] == [0, 2] && second.is_zero(69_999));
         second.clear();
         assert!(second.len() == 70_000 && second.iter().all(|byte| *byte == 0));

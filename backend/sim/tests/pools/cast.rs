@@ -105,7 +105,7 @@ impl Cast {
         let trap = Arc::new(Trap::default());
         let block_bytes = plan.block_size.bytes() as usize;
         let shared = Shared {
-            models: Rc::new(RefCell::new(Models::new())),
+            models: Rc::new(RefCell::new(Models::new(block_bytes))),
             troubles: Rc::default(),
             rules: Rc::new(RefCell::new(Rules { may_lack_space: true, ..Rules::default() })),
             world: world.clone(),
@@ -226,6 +226,9 @@ impl Cast {
             self.change = None;
             self.change_ends(answer);
         }
+        if self.asks.is_empty() {
+            return self.look_for_space();
+        }
         let mut asks = std::mem::take(&mut self.asks);
         let mut replaced = Vec::new();
         asks.retain_mut(|(what, may_fail, ask)| {
@@ -256,6 +259,10 @@ impl Cast {
                 member.is_retired |= replaced.iter().any(|other| other == name) && !is_listed(name);
             }
         }
+        self.look_for_space();
+    }
+
+    fn look_for_space(&mut self) {
         let lacked = self.shared.rules.borrow().no_space;
         if lacked > self.told_no_space {
             self.told_no_space = lacked;

@@ -107,13 +107,18 @@ struct Volume {
     size_blocks: u64,
     is_snapshot: bool,
     captures: Vec<Capture>,
-    /// Extents that were ever written.
+    /// Pieces that were ever written.
     written: BTreeSet<u64>,
     /// Of a snapshot whose instant has not been looked at yet: its group, and what was touched while it was made.
     made: Option<(u64, Touched)>,
 }
 
 impl Volume {
+    fn up_to_its_end(&self, from: u64, count: u64) -> Option<(u64, u64)> {
+        let count = count.min(self.size_blocks.saturating_sub(from));
+        (count > 0).then_some((from, count))
+    }
+
     /// Reads of `from..to` that are under way may see `id` too, which is about to be written.
     fn doubt(&mut self, (from, to): (u64, u64), id: u64) {
         let Volume { blocks, readings, .. } = self;
@@ -155,12 +160,14 @@ pub(crate) struct Models {
     is_pending: bool,
     /// As the pool has them.
     pub(crate) extent_blocks: u64,
+    /// What is written is remembered in pieces of so many: no extent is smaller.
+    piece_blocks: u64,
     /// A change of volumes is durable when it is answered.
     pub(crate) changes_are_durable: bool,
 }
 
 impl Models {
-    pub(crate) fn new() -> Models {
+    pub(crate) fn new(block_bytes: usize) -> Models {
         Models {
             seq: 1,
             next_id: 0,
@@ -171,6 +178,7 @@ impl Models {
             settled: 0,
             is_pending: false,
             extent_blocks: 1,
+            piece_blocks: (64 << 10) / block_bytes as u64,
             changes_are_durable: true,
         }
     }
@@ -200,24 +208,46 @@ impl Models {
 
     /// What was ever written of a volume, as whole extents.
     pub(crate) fn written(&self, name: &str) -> Vec<(u64, u64)> {
-        let Some(volume) = self.volumes.get(name) else { return Vec::new() };
-        let extent = |at: &u64| {
-            let from = at * self.extent_blocks;
-            (from, self.extent_blocks.min(volume.size_blocks.saturating_sub(from)))
-        };
-        volume.written.iter().map(extent).filter(|(_, count)| *count > 0).collect()
+        self.volumes.get(name).map_or_else(Vec::new, |volume| {
+            let extents = self.extents(volume).into_iter().map(|at| at * self.extent_blocks);
+            extents.filter_map(|from| volume.up_to_its_end(from, self.extent_blocks)).collect()
+        })
+    }
+
+    /// The same with little around it, in runs.
+    pub(crate) fn written_closely(&self, name: &str) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let Some(volume) = self.volumes.get(name) else { return runs };
+        let pieces = volume.written.iter().map(|at| at * self.piece_blocks);
+        for (from, count) in pieces.filter_map(|from| volume.up_to_its_end(from, self.piece_blocks)) {
+            match runs.last_mut() {
+                Some((first, so_far)) if *first + *so_far == from => *so_far += count,
+                _ => runs.push((from, count)),
+            }
+        }
+        runs
+    }
+
+    fn extents(&self, volume: &Volume) -> Vec<u64> {
+        let mut extents: Vec<u64> =
+            volume.written.iter().map(|at| at * self.piece_blocks / self.extent_blocks).collect();
+        extents.dedup();
+        extents
     }
 
     /// How many extents all volumes have at most.
     pub(crate) fn extents_max(&self) -> u64 {
-        self.volumes.values().map(|volume| volume.written.len() as u64).sum()
+        self.volumes.values().map(|volume| self.extents(volume).len() as u64).sum()
     }
 
     /// How many pages their mappings take about: each chunk of entries, what is partial of it, and what names it.
     pub(crate) fn pages_max(&self) -> u64 {
-        let chunks =
-            |volume: &Volume| volume.written.iter().map(|at| at / 448).collect::<BTreeSet<u64>>().len();
-        self.volumes.values().map(|volume| 3 * chunks(volume) as u64 + 3).sum()
+        let chunks = |volume: &Volume| {
+            let mut chunks: Vec<u64> = self.extents(volume).into_iter().map(|at| at / 448).collect();
+            chunks.dedup();
+            chunks.len() as u64
+        };
+        self.volumes.values().map(|volume| 3 * chunks(volume) + 3).sum()
     }
 
     /// Whether some of these blocks are being written.
@@ -245,10 +275,10 @@ impl Models {
         }
         let uid = name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff);
         let id = if is_zero { 0 } else { self.next_id | uid << 32 };
-        let extent_blocks = self.extent_blocks;
+        let (extent_blocks, piece_blocks) = (self.extent_blocks, self.piece_blocks);
         let volume = self.volume(name);
         if !is_zero {
-            volume.written.extend(lba / extent_blocks..=(lba + count - 1) / extent_blocks);
+            volume.written.extend(lba / piece_blocks..=(lba + count - 1) / piece_blocks);
         }
         volume.doubt((lba, lba + count), id);
         let mut captures = std::mem::take(&mut volume.captures);
@@ -334,8 +364,10 @@ impl Models {
             let block = volume.blocks.get(at);
             let doubt = reading.doubtful.get(&at);
             // Nothing has happened to it meanwhile.
-            let allowed =
-                || doubt.map_or_else(|| block.map_or(Few::one(0), Block::possible), |doubt| doubt.allowed.clone());
+            let allowed = || {
+                doubt
+                    .map_or_else(|| block.map_or(Few::one(0), Block::possible), |doubt| doubt.allowed.clone())
+            };
             let id = match identify(content, at) {
                 Ok(id) => id,
                 Err(why) => {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Blocks in a page: one bit each in a word.
-const PAGE_BLOCKS: u64 = 64;
+const PAGE_BLOCKS: u64 = u64::BITS as u64;
 
 /// A few contents; rarely more.
 #[derive(Clone)]
@@ -174,7 +174,7 @@ struct Page {
     there: u64,
     /// Those that are not at rest.
     busy: u64,
-    blocks: [Block; PAGE_BLOCKS as usize],
+    blocks: [Block; u64::BITS as usize],
 }
 
 /// Blocks by number.
@@ -221,8 +221,9 @@ impl Blocks {
     pub(super) fn busy_in(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, &Busy)> + '_ {
         let pages = self.0.range(from / PAGE_BLOCKS..to.div_ceil(PAGE_BLOCKS));
         let all = pages.filter(|(_, page)| page.busy != 0).flat_map(|(page_at, page)| {
-            let of = move |index: u64| (page_at * PAGE_BLOCKS + index, &page.blocks[index as usize]);
-            bits(page.busy).map(of)
+            bits(page.busy)
+                .map(move |bit| page_at * PAGE_BLOCKS + bit)
+                .map(|at| (at, &page.blocks[index(at)]))
         });
         let all = all.filter(move |(at, _)| (from..to).contains(at));
         all.filter_map(|(at, block)| Some((at, block.as_busy()?)))
@@ -258,7 +259,7 @@ fn change_in<T>(page: &mut Page, at: u64, change: impl FnOnce(&mut Block) -> T) 
 }
 
 fn index(at: u64) -> usize {
-    (at % PAGE_BLOCKS) as usize
+    usize::try_from(at % PAGE_BLOCKS).expect("below 64")
 }
 
 fn bit(at: u64) -> u64 {
