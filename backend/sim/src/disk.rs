@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   content   what reads see
-//!   unstable  each block written since the last FLUSH, with every content that it had since
-//!   stable    what a loss of power leaves, but for unstable blocks: each of those keeps any of its contents, or the stable one
+//!   unstable  each block written since the last FLUSH, with every content that it had before: the first of them is stable
 //! ```
 //!
-//! Invariant: `content` and `stable` differ in unstable blocks only.
+//! After a loss of power a block that is not stable has any content that it had since it was, or the stable one.
 
+use crate::memory::Memory;
 use crate::random::Random;
 use crate::trap::Trap;
 use hawser_block::{
@@ -17,6 +17,7 @@ use hawser_block::{
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,11 +26,9 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct SimDiskState {
     /// The blocks as reads see them.
-    pub content: Vec<u8>,
-    /// The blocks as a loss of power leaves them at worst.
-    pub stable: Vec<u8>,
-    /// Blocks whose content is not stable, with every content that they had since they were, and which write each is of.
-    unstable: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
+    pub content: Memory,
+    /// What was written since the last FLUSH.
+    unstable: Unstable,
     /// Writes so far.
     writes: u64,
     /// Requests are executed and answered between 0 and this many nanoseconds after they came.
@@ -50,6 +49,8 @@ pub struct SimDiskState {
     pub cache_identity: Option<[u8; 16]>,
     /// Reads of these blocks end as `Media` until they are written again.
     pub media_errors: BTreeSet<u64>,
+    /// Writes to these blocks end with `error` and without effect.
+    pub unwritable: Range<u64>,
     /// Writes that are given up may leave some of their blocks and not others, rather than all or none.
     pub tears: bool,
     /// Takes a step with each request; once it has sprung, what the process submits has no effect and does not end.
@@ -69,26 +70,98 @@ pub struct SimDiskState {
     random: Random,
 }
 
+/// Blocks whose content is not stable, with every content that they had until it was written over.
+#[derive(Debug, Default)]
+struct Unstable {
+    /// In the order of the writes.
+    overwritten: Vec<Overwritten>,
+    /// Contents.
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Overwritten {
+    block: u64,
+    /// Which write has done it.
+    write: u64,
+    before: Before,
+}
+
+/// What a block was before it was written.
+#[derive(Clone, Copy, Debug)]
+enum Before {
+    Zero,
+    /// There in `bytes`.
+    At(usize),
+    /// It does not matter any more: the block is stable after this write.
+    Gone,
+}
+
+impl Unstable {
+    fn push(&mut self, block: u64, write: u64, before: Option<&[u8]>) {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(before.unwrap_or_default());
+        let before = if before.is_some() { Before::At(at) } else { Before::Zero };
+        self.overwritten.push(Overwritten { block, write, before });
+    }
+
+    fn is_stable(&mut self, block: u64) {
+        if !self.overwritten.is_empty() {
+            self.overwritten.push(Overwritten { block, write: 0, before: Before::Gone });
+        }
+    }
+
+    /// By block, and each block's in the order of its writes.
+    fn sort(&mut self) {
+        self.overwritten.sort_by_key(|overwritten| overwritten.block);
+    }
+
+    /// Those of each block that is not stable, after `sort`.
+    fn blocks(&self) -> impl Iterator<Item = &[Overwritten]> {
+        let by_block = self.overwritten.chunk_by(|one, other| one.block == other.block);
+        let since = |all: &[Overwritten]| {
+            all.iter().rposition(|it| matches!(it.before, Before::Gone)).map_or(0, |at| at + 1)
+        };
+        by_block.map(move |all| &all[since(all)..]).filter(|all| !all.is_empty())
+    }
+
+    /// What it was before, put back.
+    fn restore(&self, overwritten: Overwritten, content: &mut Memory, size: usize) {
+        let from = usize::try_from(overwritten.block).unwrap_or(0) * size;
+        match overwritten.before {
+            Before::Zero => content.zero(from..from + size),
+            Before::At(at) => content.change(from..from + size).copy_from_slice(&self.bytes[at..at + size]),
+            Before::Gone => {}
+        }
+    }
+
+    fn clear(&mut self) {
+        self.overwritten.clear();
+        self.bytes.clear();
+    }
+}
+
 impl SimDiskState {
     /// Loses what is in the cache: each block that is not stable has any content that it had since it was, or the stable one.
     pub fn lose_cache(&mut self) {
         let size = self.block_bytes();
         // Of each write: blocks that are there, or newer; blocks that are older.
         let mut left: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
-        for (block, contents) in std::mem::take(&mut self.unstable) {
-            let from = usize::try_from(block).unwrap_or(0) * size;
-            let chosen = self.random.index(contents.len() + 1);
-            for (at, (write, _)) in contents.iter().enumerate() {
-                let (there, lost) = left.entry(*write).or_default();
-                let is_there = chosen < contents.len() && chosen >= at;
+        self.unstable.sort();
+        for all in self.unstable.blocks() {
+            // The content after that write; or, behind the last, the stable one.
+            let chosen = self.random.index(all.len() + 1);
+            for (at, overwritten) in all.iter().enumerate() {
+                let (there, lost) = left.entry(overwritten.write).or_default();
+                let is_there = chosen < all.len() && chosen >= at;
                 *(if is_there { there } else { lost }) += 1;
             }
-            self.lost_blocks += u64::from(chosen + 1 != contents.len());
-            if let Some((_, content)) = contents.get(chosen) {
-                self.stable[from..from + size].copy_from_slice(content);
+            self.lost_blocks += u64::from(chosen + 1 != all.len());
+            if let Some(overwritten) = all.get((chosen + 1) % (all.len() + 1)) {
+                self.unstable.restore(*overwritten, &mut self.content, size);
             }
-            self.content[from..from + size].copy_from_slice(&self.stable[from..from + size]);
         }
+        self.unstable.clear();
         self.torn_writes += left.values().filter(|(there, lost)| *there > 0 && *lost > 0).count() as u64;
         self.cuts += 1;
         self.epoch += 1;
@@ -100,17 +173,25 @@ impl SimDiskState {
     /// Everything is stable, as after a FLUSH.
     pub fn flush(&mut self) {
         self.flushes += 1;
+        self.unstable.clear();
+    }
+
+    /// The blocks as a loss of power leaves them at worst.
+    #[must_use]
+    pub fn stable(&mut self) -> Memory {
+        let mut stable = Memory::new(self.content.len());
+        stable.copy(&self.content);
         let size = self.block_bytes();
-        for block in std::mem::take(&mut self.unstable).into_keys() {
-            let from = usize::try_from(block).unwrap_or(0) * size;
-            self.stable[from..from + size].copy_from_slice(&self.content[from..from + size]);
+        self.unstable.sort();
+        for overwritten in self.unstable.blocks().filter_map(|all| all.first()) {
+            self.unstable.restore(*overwritten, &mut stable, size);
         }
+        stable
     }
 
     /// Comes back empty, as another disk in its place would.
     pub fn wipe(&mut self) {
-        let size = self.content.len();
-        (self.content, self.stable) = (vec![0; size], vec![0; size]);
+        self.content.clear();
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -119,16 +200,15 @@ impl SimDiskState {
     /// What reads see now, to be restored later.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.content.clone()
+        self.content.to_vec()
     }
 
     /// Comes back with this content, stable.
     ///
     /// # Panics
-    /// When it is not of this disk's size.
+    /// When it is larger than this disk.
     pub fn restore(&mut self, content: &[u8]) {
-        self.content.copy_from_slice(content);
-        self.stable.copy_from_slice(content);
+        self.content.change(0..content.len()).copy_from_slice(content);
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -151,17 +231,21 @@ impl SimDiskState {
         1 << self.geometry.block_size.shift()
     }
 
-    /// Blocks `from..to` of bytes were written.
-    fn wrote(&mut self, from: usize, to: usize, durable: bool) {
+    /// Blocks `from..to` of bytes are about to be written.
+    fn writes(&mut self, from: usize, to: usize, durable: bool) {
         let size = self.block_bytes();
+        self.writes += 1;
         for at in (from..to).step_by(size) {
-            let (block, content) = ((at / size) as u64, &self.content[at..at + size]);
-            self.media_errors.remove(&block);
+            let block = (at / size) as u64;
+            if !self.media_errors.is_empty() {
+                self.media_errors.remove(&block);
+            }
             if durable {
-                self.stable[at..at + size].copy_from_slice(content);
-                self.unstable.remove(&block);
+                self.unstable.is_stable(block);
             } else {
-                self.unstable.entry(block).or_default().push((self.writes, content.to_vec()));
+                let is_zero = self.content.is_zero(at);
+                let before = (!is_zero).then(|| &self.content[at..at + size]);
+                self.unstable.push(block, self.writes, before);
             }
         }
     }
@@ -188,10 +272,8 @@ impl SimDisk {
     pub fn new(name: &str, geometry: Geometry, uuid: [u8; 16]) -> SimDisk {
         let size = usize::try_from(geometry.size_bytes()).expect("a simulated disk is small");
         let state = SimDiskState {
-            // Neither costs memory where nothing is ever written.
-            stable: vec![0; size],
-            content: vec![0; size],
-            unstable: BTreeMap::new(),
+            content: Memory::new(size),
+            unstable: Unstable::default(),
             writes: 0,
             latency_ns_max: 50_000,
             stuck_permille: 0,
@@ -202,6 +284,7 @@ impl SimDisk {
             flushes: 0,
             cache_identity: None,
             media_errors: BTreeSet::new(),
+            unwritable: 0..0,
             tears: false,
             trap: None,
             cuts: 0,
@@ -233,8 +316,7 @@ impl SimDisk {
             let state = &mut *self.state();
             state.geometry.blocks += blocks;
             let bytes = usize::try_from(state.geometry.size_bytes()).unwrap_or(state.content.len());
-            state.content.resize(bytes, 0);
-            state.stable.resize(bytes, 0);
+            state.content.grow(bytes);
         }
         self.tell();
     }
@@ -471,30 +553,37 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
         return Err(Status::Invalid);
     }
     let lbas = request.lba.0..request.lba.0 + u64::from(request.blocks.0);
-    if request.operation == Operation::Read && state.media_errors.range(lbas).next().is_some() {
+    if request.operation == Operation::Read && state.media_errors.range(lbas.clone()).next().is_some() {
         return Err(Status::Media);
+    }
+    let is_refused = lbas.start < state.unwritable.end && state.unwritable.start < lbas.end;
+    if is_refused && request.operation.is_write() {
+        return Err(state.error);
     }
     let shift = geometry.block_size.shift();
     let from = usize::try_from(request.lba.0 << shift).map_err(|_| Status::Invalid)?;
     let to = from + ((request.blocks.0 as usize) << shift);
-    let content = &mut state.content[from..to];
-    let durable = match request.operation {
-        Operation::Read => return read(content, &request.buffers),
+    if request.operation == Operation::Read {
+        return read(&state.content[from..to], &request.buffers);
+    }
+    match request.operation {
         Operation::Write { fua } => {
-            write(content, &request.buffers)?;
-            fua
+            if request.buffers.len() != to - from {
+                return Err(Status::Invalid);
+            }
+            state.writes(from, to, fua);
+            // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
+            unsafe { request.buffers.copy_to(state.content.change(from..to).as_mut_ptr()) };
         }
         Operation::WriteZeroes { fua, .. } => {
-            content.fill(0);
-            fua
+            state.writes(from, to, fua);
+            state.content.zero(from..to);
         }
         _ => {
-            content.fill(0);
-            false
+            state.writes(from, to, false);
+            state.content.zero(from..to);
         }
-    };
-    state.writes += 1;
-    state.wrote(from, to, durable);
+    }
     Ok(())
 }
 
@@ -504,14 +593,5 @@ fn read(content: &[u8], buffers: &Buffers) -> Outcome {
     }
     // SAFETY: the request has not ended, is a read, and has our length; our content is apart from its buffers.
     unsafe { buffers.copy_from(content.as_ptr()) };
-    Ok(())
-}
-
-fn write(content: &mut [u8], buffers: &Buffers) -> Outcome {
-    if buffers.len() != content.len() {
-        return Err(Status::Invalid);
-    }
-    // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
-    unsafe { buffers.copy_to(content.as_mut_ptr()) };
     Ok(())
 }

@@ -18,6 +18,7 @@
 pub mod client;
 pub mod disk;
 mod driver;
+pub mod memory;
 pub mod net;
 pub mod random;
 pub mod trap;
@@ -25,6 +26,7 @@ pub mod world;
 
 pub use client::Client;
 pub use disk::SimDisk;
+pub use memory::Memory;
 pub use net::{Side, Sides};
 pub use random::Random;
 pub use trap::Trap;

@@ -260,6 +260,33 @@ fn a_member_that_dies_is_put_out_and_comes_back() {
     }
 }
 
+/// A member was away when the pool was opened, and had everything again; but its own superblock, of an earlier opening, could not be written. It was
+/// read from all the same, and the next look at who owns the pool took that superblock for another host's: no more writes.
+#[test]
+fn a_member_that_cannot_be_told_that_it_is_whole_stays_out() {
+    let mut scene = Scene::new(10, 2);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    scene.ask(pool.close()).unwrap();
+    scene.disks[0].fail_all(Some(Status::Path));
+    let alone = vec![Arc::clone(&scene.disks[1]) as Arc<dyn Device>];
+    let pool = scene.try_open(alone, true).unwrap();
+    scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+    scene.disks[0].fail_all(None);
+    // Its superblocks, and nothing else of it.
+    scene.disks[0].state().unwritable = 0..(1 << 20) / 512;
+    let _ = scene.ask(pool.add_member(Arc::clone(&scene.disks[0]) as Arc<dyn Device>));
+    scene.wait(Duration::from_secs(30));
+    assert_ne!(pool.view().members[0].state, MemberState::InSync, "{:?}", pool.view().members);
+    scene.write(&pool, "v", 0, &pattern(2, 64 << 10));
+    scene.disks[0].state().unwritable = 0..0;
+    scene.wait(Duration::from_secs(30));
+    assert_eq!(pool.view().members[0].state, MemberState::InSync, "{:?}", pool.view().members);
+    scene.ask(pool.close()).unwrap();
+    scene.check();
+}
+
 #[test]
 fn members_that_were_used_without_each_other_are_refused() {
     let mut scene = Scene::new(5, 2);
@@ -445,8 +472,7 @@ fn damage_is_found_and_the_other_copy_is_used() {
             };
             for (from, to) in ranges {
                 for byte in (from..to).step_by(100) {
-                    disk.content[byte] ^= 0x40;
-                    disk.stable[byte] ^= 0x40;
+                    disk.content.change(byte..byte + 1)[0] ^= 0x40;
                 }
             }
         }

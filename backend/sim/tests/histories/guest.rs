@@ -134,8 +134,8 @@ impl Guest {
                 Ok(())
             }
             Operation::Flush => {
-                let state = self.disk.state();
-                let ended = model.flush_ends(&busy.snapshot.expect("a flush has one"), ok, &state.stable);
+                let stable = self.disk.state().stable();
+                let ended = model.flush_ends(&busy.snapshot.expect("a flush has one"), ok, &stable);
                 ended.map_err(|why| format!("{why} ({:?})", completion.outcome))
             }
             Operation::Write { fua } | Operation::WriteZeroes { fua, .. } => {

@@ -105,7 +105,7 @@ impl Cast {
         let trap = Arc::new(Trap::default());
         let block_bytes = plan.block_size.bytes() as usize;
         let shared = Shared {
-            models: Rc::new(RefCell::new(Models::new())),
+            models: Rc::new(RefCell::new(Models::new(block_bytes))),
             troubles: Rc::default(),
             rules: Rc::new(RefCell::new(Rules { may_lack_space: true, ..Rules::default() })),
             world: world.clone(),
@@ -226,6 +226,9 @@ impl Cast {
             self.change = None;
             self.change_ends(answer);
         }
+        if self.asks.is_empty() {
+            return self.look_for_space();
+        }
         let mut asks = std::mem::take(&mut self.asks);
         let mut replaced = Vec::new();
         asks.retain_mut(|(what, may_fail, ask)| {
@@ -256,6 +259,10 @@ impl Cast {
                 member.is_retired |= replaced.iter().any(|other| other == name) && !is_listed(name);
             }
         }
+        self.look_for_space();
+    }
+
+    fn look_for_space(&mut self) {
         let lacked = self.shared.rules.borrow().no_space;
         if lacked > self.told_no_space {
             self.told_no_space = lacked;
@@ -418,8 +425,9 @@ impl Cast {
     /// Where on the disks a write's content is, for people.
     pub(crate) fn tell_where(&self, id: u64) {
         for member in &self.members {
-            let state = member.disk.state();
-            for (what, bytes) in [("", &state.content), (" stable", &state.stable)] {
+            let mut state = member.disk.state();
+            let stable = state.stable();
+            for (what, bytes) in [("", &state.content), (" stable", &stable)] {
                 for (at, sector) in bytes.chunks_exact(512).enumerate() {
                     let word =
                         |index: usize| u64::from_le_bytes(sector[index * 8..][..8].try_into().unwrap());

@@ -60,6 +60,35 @@ struct Slot {
     busy: Option<Busy>,
 }
 
+thread_local! {
+    /// Memory of slots that are gone, for the next: all poison.
+    static KEPT: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Slot {
+    fn new() -> Slot {
+        let kept = KEPT.with_borrow_mut(Vec::pop);
+        let mut memory = kept.unwrap_or_else(|| vec![POISON; BYTES_MAX].into_boxed_slice());
+        let iovec = Box::new(libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 0 });
+        Slot { memory, iovec, used: 0, busy: None }
+    }
+
+    /// Nothing has written to what a request named, since that ended.
+    fn is_poison(&self) -> bool {
+        const POISONED: [u8; 512] = [POISON; 512];
+        self.memory[..self.used].chunks(POISONED.len()).all(|chunk| *chunk == POISONED[..chunk.len()])
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut memory = std::mem::take(&mut self.memory);
+        memory[..self.used].fill(POISON);
+        // A thread that ends keeps nothing.
+        let _ = KEPT.try_with(|kept| kept.borrow_mut().push(memory));
+    }
+}
+
 /// How a guest behaves.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Habits {
@@ -101,13 +130,8 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(shared: Shared, volume: &str, random: Random, habits: Habits) -> Guest {
-        let slot = || {
-            let mut memory = vec![POISON; BYTES_MAX].into_boxed_slice();
-            let iovec = Box::new(libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 0 });
-            Slot { memory, iovec, used: 0, busy: None }
-        };
         // The last is for what is given back.
-        let slots = (0..=SLOTS).map(|_| slot()).collect();
+        let slots = (0..=SLOTS).map(|_| Slot::new()).collect();
         let read_only = shared.models.borrow().is_snapshot(volume);
         let (volume, to_verify) = (volume.to_owned(), VecDeque::new());
         Guest {
@@ -253,7 +277,7 @@ impl Guest {
         self.next_request += 1;
         let token = Token(self.next_request * 16 + index as u64);
         let slot = &mut self.slots[index];
-        let touched = slot.memory[..slot.used].iter().any(|byte| *byte != POISON);
+        let touched = !slot.is_poison();
         let block_bytes = self.shared.block_bytes;
         let bytes = if operation.has_payload() { usize::try_from(range.1).unwrap() * block_bytes } else { 0 };
         slot.used = bytes;
@@ -396,16 +420,19 @@ impl Guest {
         batch
     }
 
-    /// Reads everything that was ever used, and some more.
+    /// Reads what was ever written with what is around it, and some more; now and then a whole volume.
     pub(crate) fn verify(&mut self) {
         let (models, random) = (self.shared.models.borrow(), &mut self.random);
         let most = (BYTES_MAX / self.shared.block_bytes) as u64;
         let size = models.size_blocks(&self.volume);
-        let mut ranges: Vec<(u64, u64)> = models.runs(&self.volume);
-        if size * self.shared.block_bytes as u64 <= 4 << 20 {
-            ranges = vec![(0, size)];
+        let is_small = size * self.shared.block_bytes as u64 <= 4 << 20;
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        if is_small && random.chance(100) {
+            ranges.push((0, size));
         } else {
-            ranges.extend((0..4).map(|_| (random.below(size - most), most)));
+            ranges.extend(models.written_closely(&self.volume));
+            let few = (most / 8).min(size);
+            ranges.extend((0..3).map(|_| (random.below(size - few + 1), few)));
         }
         drop(models);
         self.to_verify.clear();

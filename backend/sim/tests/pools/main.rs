@@ -93,7 +93,25 @@ HAWSER_SIM_OVERLAPS=1   guests also write what is being written: mirrors differ 
 ",
 };
 
+/// Prints what the pool logs, among what happens.
+struct Teller;
+
+impl log::Log for Teller {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        println!("{}: {}", record.level(), record.args());
+    }
+
+    fn flush(&self) {}
+}
+
 fn main() -> ExitCode {
+    if tells() && log::set_logger(&Teller).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
     // What is killed keeps its descriptors.
     // SAFETY: plain calls with a structure of our own, before there is another thread.
     unsafe {
@@ -101,6 +119,11 @@ fn main() -> ExitCode {
         libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
         limit.rlim_cur = limit.rlim_max;
         libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        // Each opening makes a table of its own and fills a few words of it: clearing a huge page each time costs more than the opening.
+        libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
+        // What a history gives back the next one asks for.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
     }
     runner::main(&SUITE)
 }

@@ -14,107 +14,79 @@
 //! - Of contents that are possible, the one that was read is what it stays.
 //! - A snapshot has what its origin had at one instant between its begin and its end.
 
+mod blocks;
 mod names;
 
 pub(crate) use names::{Names, Op};
 
+use blocks::{Block, Blocks, Busy, Few, Write};
 use names::apply;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The content of block `lba` after write `id`.
+/// The content of block `lba` after write `id`: both, and words that follow from them.
 pub(crate) fn fill(memory: &mut [u8], id: u64, lba: u64) {
-    for (index, chunk) in memory.chunks_exact_mut(8).enumerate() {
-        chunk.copy_from_slice(&word(id, lba, index as u64).to_le_bytes());
+    let mut word = first_word(id, lba);
+    for chunk in memory.chunks_exact_mut(8) {
+        chunk.copy_from_slice(&word.to_le_bytes());
+        word = word.wrapping_add(1);
     }
+    memory[..8].copy_from_slice(&id.to_le_bytes());
+    memory[8..16].copy_from_slice(&lba.to_le_bytes());
 }
 
-fn word(id: u64, lba: u64, index: u64) -> u64 {
-    match (id, index) {
-        (0, _) => 0,
-        (id, 0) => id,
-        (_, 1) => lba,
-        (id, index) => (id ^ (lba << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index),
-    }
+/// Each word behind it is greater by one.
+fn first_word(id: u64, lba: u64) -> u64 {
+    (id ^ (lba << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 
 /// Which write this content of block `lba` is.
 pub(crate) fn identify(memory: &[u8], lba: u64) -> Result<u64, String> {
     let at = |index: usize| u64::from_le_bytes(memory[index * 8..index * 8 + 8].try_into().unwrap());
     let id = at(0);
-    for index in 0..memory.len() / 8 {
-        if at(index) != word(id, lba, index as u64) {
-            let (start, there) = (at(0), at(index));
-            return Err(format!("{start:#x} at its start, {there:#x} at word {index}: no write's content"));
-        }
+    if id == 0 {
+        return match is_zero(memory) {
+            true => Ok(0),
+            false => Err("zero at its start, and not all of it: no write's content".to_owned()),
+        };
     }
-    Ok(id)
+    let mut word = first_word(id, lba).wrapping_add(2);
+    let mut differs = at(1) ^ lba;
+    for chunk in memory[16..].chunks_exact(8) {
+        differs |= u64::from_le_bytes(chunk.try_into().unwrap()) ^ word;
+        word = word.wrapping_add(1);
+    }
+    if differs == 0 {
+        return Ok(id);
+    }
+    let is_wrong = |index: &usize| match index {
+        1 => at(1) != lba,
+        _ => at(*index) != first_word(id, lba).wrapping_add(*index as u64),
+    };
+    let wrong = (1..memory.len() / 8).find(is_wrong).unwrap_or(0);
+    Err(format!("{id:#x} at its start, {:#x} at word {wrong}: no write's content", at(wrong)))
 }
 
-#[derive(Clone, Debug)]
-struct Write {
-    seq: u64,
-    id: u64,
-    /// Writes that were under way at the same time.
-    others: Vec<u64>,
-    /// What was there may stay.
-    is_weak: bool,
+/// Whether all of it is.
+fn is_zero(memory: &[u8]) -> bool {
+    const ZEROES: [u8; 512] = [0; 512];
+    memory.chunks(ZEROES.len()).all(|chunk| *chunk == ZEROES[..chunk.len()])
 }
 
+/// A read that is under way.
 #[derive(Clone, Debug)]
 struct Reading {
     request: u64,
-    allowed: Vec<u64>,
-    /// No write was under way meanwhile.
-    alone: bool,
+    /// Its first block, and the one behind its last.
+    range: (u64, u64),
+    /// Blocks that may read as more than one content.
+    doubtful: BTreeMap<u64, Doubt>,
 }
 
 #[derive(Clone, Debug)]
-struct Block {
-    possible: Vec<u64>,
-    writes: Vec<Write>,
-    readings: Vec<Reading>,
-    /// Number in the order of begins, and content.
-    log: Vec<(u64, u64)>,
-    /// As of this number.
-    stable: (Vec<u64>, u64),
-}
-
-impl Default for Block {
-    fn default() -> Block {
-        Block { possible: vec![0], writes: vec![], readings: vec![], log: vec![], stable: (vec![0], 0) }
-    }
-}
-
-impl Block {
-    fn seen(&self) -> Vec<u64> {
-        let mut seen: Vec<u64> =
-            self.possible.iter().copied().chain(self.writes.iter().map(|write| write.id)).collect();
-        seen.sort_unstable();
-        seen.dedup();
-        seen
-    }
-
-    fn is_settled(&self) -> bool {
-        self.log.is_empty()
-            && self.writes.is_empty()
-            && self.possible.len() == 1
-            && self.stable.0 == self.possible
-    }
-
-    fn make_stable(&mut self, contents: Vec<u64>, seq: u64) {
-        if seq >= self.stable.1 {
-            self.stable = (contents, seq);
-            self.log.retain(|(other, _)| *other > seq);
-        }
-    }
-
-    fn cut(&mut self) {
-        self.possible = self.stable.0.iter().copied().chain(self.log.iter().map(|(_, id)| *id)).collect();
-        self.possible.sort_unstable();
-        self.possible.dedup();
-        self.writes.clear();
-        self.readings.clear();
-    }
+struct Doubt {
+    allowed: Few,
+    /// No write was under way meanwhile.
+    alone: bool,
 }
 
 /// Writes by block: number in order, and content.
@@ -128,29 +100,51 @@ struct Capture {
     pub(crate) touched: Touched,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 struct Volume {
-    blocks: BTreeMap<u64, Block>,
+    blocks: Blocks,
+    readings: Vec<Reading>,
     size_blocks: u64,
     is_snapshot: bool,
     captures: Vec<Capture>,
-    /// Extents that were ever written.
+    /// Pieces that were ever written.
     written: BTreeSet<u64>,
     /// Of a snapshot whose instant has not been looked at yet: its group, and what was touched while it was made.
     made: Option<(u64, Touched)>,
 }
 
+impl Volume {
+    fn up_to_its_end(&self, from: u64, count: u64) -> Option<(u64, u64)> {
+        let count = count.min(self.size_blocks.saturating_sub(from));
+        (count > 0).then_some((from, count))
+    }
+
+    /// Reads of `from..to` that are under way may see `id` too, which is about to be written.
+    fn doubt(&mut self, (from, to): (u64, u64), id: u64) {
+        let Volume { blocks, readings, .. } = self;
+        for reading in readings {
+            for at in from.max(reading.range.0)..to.min(reading.range.1) {
+                let doubt = reading.doubtful.entry(at).or_insert_with(|| Doubt {
+                    allowed: blocks.get(at).map_or(Few::one(0), Block::possible),
+                    alone: true,
+                });
+                doubt.allowed.push(id);
+                doubt.alone = false;
+            }
+        }
+    }
+}
+
 /// What a FLUSH has to make durable, as it is when it begins.
-#[derive(Clone, Debug)]
 pub(crate) struct Flush {
     seq: u64,
-    blocks: BTreeMap<u64, Vec<u64>>,
+    blocks: Vec<(u64, Few)>,
     /// Changes of volumes that were done.
     ops: usize,
 }
 
 /// All volumes of a pool.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Models {
     seq: u64,
     next_id: u64,
@@ -166,12 +160,14 @@ pub(crate) struct Models {
     is_pending: bool,
     /// As the pool has them.
     pub(crate) extent_blocks: u64,
+    /// What is written is remembered in pieces of so many: no extent is smaller.
+    piece_blocks: u64,
     /// A change of volumes is durable when it is answered.
     pub(crate) changes_are_durable: bool,
 }
 
 impl Models {
-    pub(crate) fn new() -> Models {
+    pub(crate) fn new(block_bytes: usize) -> Models {
         Models {
             seq: 1,
             next_id: 0,
@@ -182,6 +178,7 @@ impl Models {
             settled: 0,
             is_pending: false,
             extent_blocks: 1,
+            piece_blocks: (64 << 10) / block_bytes as u64,
             changes_are_durable: true,
         }
     }
@@ -209,43 +206,53 @@ impl Models {
         self.volumes.get(name).map_or(0, |volume| volume.size_blocks)
     }
 
-    /// Blocks of it that were ever used, in runs.
-    pub(crate) fn runs(&self, name: &str) -> Vec<(u64, u64)> {
+    /// What was ever written of a volume, as whole extents.
+    pub(crate) fn written(&self, name: &str) -> Vec<(u64, u64)> {
+        self.volumes.get(name).map_or_else(Vec::new, |volume| {
+            let extents = self.extents(volume).into_iter().map(|at| at * self.extent_blocks);
+            extents.filter_map(|from| volume.up_to_its_end(from, self.extent_blocks)).collect()
+        })
+    }
+
+    /// The same with little around it, in runs.
+    pub(crate) fn written_closely(&self, name: &str) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
-        for lba in self.volumes.get(name).into_iter().flat_map(|volume| volume.blocks.keys().copied()) {
+        let Some(volume) = self.volumes.get(name) else { return runs };
+        let pieces = volume.written.iter().map(|at| at * self.piece_blocks);
+        for (from, count) in pieces.filter_map(|from| volume.up_to_its_end(from, self.piece_blocks)) {
             match runs.last_mut() {
-                Some((from, count)) if *from + *count == lba => *count += 1,
-                _ => runs.push((lba, 1)),
+                Some((first, so_far)) if *first + *so_far == from => *so_far += count,
+                _ => runs.push((from, count)),
             }
         }
         runs
     }
 
-    /// What was ever written of a volume, as whole extents.
-    pub(crate) fn written(&self, name: &str) -> Vec<(u64, u64)> {
-        let Some(volume) = self.volumes.get(name) else { return Vec::new() };
-        let extent = |at: &u64| {
-            let from = at * self.extent_blocks;
-            (from, self.extent_blocks.min(volume.size_blocks.saturating_sub(from)))
-        };
-        volume.written.iter().map(extent).filter(|(_, count)| *count > 0).collect()
+    fn extents(&self, volume: &Volume) -> Vec<u64> {
+        let mut extents: Vec<u64> =
+            volume.written.iter().map(|at| at * self.piece_blocks / self.extent_blocks).collect();
+        extents.dedup();
+        extents
     }
 
     /// How many extents all volumes have at most.
     pub(crate) fn extents_max(&self) -> u64 {
-        self.volumes.values().map(|volume| volume.written.len() as u64).sum()
+        self.volumes.values().map(|volume| self.extents(volume).len() as u64).sum()
     }
 
     /// How many pages their mappings take about: each chunk of entries, what is partial of it, and what names it.
     pub(crate) fn pages_max(&self) -> u64 {
-        let chunks =
-            |volume: &Volume| volume.written.iter().map(|at| at / 448).collect::<BTreeSet<u64>>().len();
-        self.volumes.values().map(|volume| 3 * chunks(volume) as u64 + 3).sum()
+        let chunks = |volume: &Volume| {
+            let mut chunks: Vec<u64> = self.extents(volume).into_iter().map(|at| at / 448).collect();
+            chunks.dedup();
+            chunks.len() as u64
+        };
+        self.volumes.values().map(|volume| 3 * chunks(volume) + 3).sum()
     }
 
     /// Whether some of these blocks are being written.
     pub(crate) fn is_being_written(&self, name: &str, (lba, count): (u64, u64)) -> bool {
-        let blocks = self.volumes.get(name).map(|volume| volume.blocks.range(lba..lba + count));
+        let blocks = self.volumes.get(name).map(|volume| volume.blocks.busy_in(lba, lba + count));
         blocks.into_iter().flatten().any(|(_, block)| !block.writes.is_empty())
     }
 
@@ -268,34 +275,35 @@ impl Models {
         }
         let uid = name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff);
         let id = if is_zero { 0 } else { self.next_id | uid << 32 };
-        let extent_blocks = self.extent_blocks;
+        let (extent_blocks, piece_blocks) = (self.extent_blocks, self.piece_blocks);
         let volume = self.volume(name);
         if !is_zero {
-            volume.written.extend(lba / extent_blocks..=(lba + count - 1) / extent_blocks);
+            volume.written.extend(lba / piece_blocks..=(lba + count - 1) / piece_blocks);
         }
+        volume.doubt((lba, lba + count), id);
         let mut captures = std::mem::take(&mut volume.captures);
         for at in lba..lba + count {
             let from = at / extent_blocks * extent_blocks;
             let is_whole = from >= lba && (from + extent_blocks).min(volume.size_blocks) <= lba + count;
             let is_weak = is_discard && !is_whole;
-            let block = volume.blocks.entry(at).or_default();
-            let others = block.writes.iter().map(|write| write.id).collect();
-            for write in &mut block.writes {
-                write.others.push(id);
-            }
-            for reading in &mut block.readings {
-                reading.allowed.push(id);
-                reading.alone = false;
-            }
-            block.log.push((seq, id));
-            block.writes.push(Write { seq, id, others, is_weak });
+            volume.blocks.change(at, |block| {
+                let block = block.busy();
+                let others = block.writes.iter().map(|write| write.id).collect();
+                for write in &mut block.writes {
+                    write.others.push(id);
+                }
+                block.log.push((seq, id));
+                block.writes.push(Write { seq, id, others, is_weak });
+            });
         }
         for capture in &mut captures {
             let Some(snapshot) = self.volumes.get_mut(&capture.name) else { continue };
             for at in lba..lba + count {
-                let block = snapshot.blocks.entry(at).or_default();
-                block.possible.push(id);
-                block.log.push((seq, id));
+                snapshot.blocks.change(at, |block| {
+                    let block = block.busy();
+                    block.possible.push(id);
+                    block.log.push((seq, id));
+                });
                 capture.touched.entry(at).or_default().push((seq, id));
             }
         }
@@ -311,29 +319,30 @@ impl Models {
         }
         let volume = self.volume(name);
         for at in lba..lba + count {
-            let Some(block) = volume.blocks.get_mut(&at) else { continue };
-            let Some(place) = block.writes.iter().position(|write| write.seq == seq) else { continue };
-            let write = block.writes.swap_remove(place);
-            if ok && !write.is_weak {
-                block.possible = write.others;
-            }
-            if !block.possible.contains(&write.id) {
-                block.possible.push(write.id);
-            }
-            if ok && fua {
-                let possible = block.possible.clone();
-                block.make_stable(possible, seq);
-            }
+            volume.blocks.change_known(at, |whole| {
+                let block = whole.busy();
+                let Some(place) = block.writes.iter().position(|write| write.seq == seq) else { return };
+                let write = block.writes.swap_remove(place);
+                if ok && !write.is_weak {
+                    block.possible = Few::NONE;
+                    write.others.iter().for_each(|id| block.possible.push(*id));
+                }
+                if !block.possible.contains(write.id) {
+                    block.possible.push(write.id);
+                }
+                if ok && fua {
+                    let possible = block.possible.clone();
+                    whole.make_stable(possible, seq);
+                }
+            });
         }
     }
 
     pub(crate) fn read_begins(&mut self, name: &str, request: u64, (lba, count): (u64, u64)) {
         let volume = self.volume(name);
-        for at in lba..lba + count {
-            let block = volume.blocks.entry(at).or_default();
-            let (allowed, alone) = (block.seen(), block.writes.is_empty());
-            block.readings.push(Reading { request, allowed, alone });
-        }
+        let of = |block: &Busy| Doubt { allowed: block.seen(), alone: block.writes.is_empty() };
+        let doubtful = volume.blocks.busy_in(lba, lba + count).map(|(at, block)| (at, of(block))).collect();
+        volume.readings.push(Reading { request, range: (lba, lba + count), doubtful });
     }
 
     /// `payload`: what was read; `None`: it has failed.
@@ -345,39 +354,43 @@ impl Models {
         payload: Option<&[u8]>,
     ) -> Result<(), String> {
         let volume = self.volumes.get_mut(name).expect("a volume that is used has a model");
-        for at in lba..lba + count {
-            let block = volume.blocks.entry(at).or_default();
-            let Some(place) = block.readings.iter().position(|reading| reading.request == request) else {
-                continue;
+        let Some(place) = volume.readings.iter().position(|reading| reading.request == request) else {
+            return Ok(());
+        };
+        let reading = volume.readings.swap_remove(place);
+        let Some(payload) = payload else { return Ok(()) };
+        let size = payload.len() / usize::try_from(count).unwrap();
+        for (at, content) in (lba..).zip(payload.chunks_exact(size)) {
+            let block = volume.blocks.get(at);
+            let doubt = reading.doubtful.get(&at);
+            // Nothing has happened to it meanwhile.
+            let allowed = || {
+                doubt
+                    .map_or_else(|| block.map_or(Few::one(0), Block::possible), |doubt| doubt.allowed.clone())
             };
-            let reading = block.readings.swap_remove(place);
-            let Some(payload) = payload else { continue };
-            let size = payload.len() / usize::try_from(count).unwrap();
-            let from = usize::try_from(at - lba).unwrap() * size;
-            let found = identify(&payload[from..from + size], at);
-            let id = match found {
+            let id = match identify(content, at) {
                 Ok(id) => id,
                 Err(why) => {
-                    let wanted = &reading.allowed;
-                    return Err(format!("{name} block {at} is {why}; want one of {wanted:#x?}"));
+                    return Err(format!("{name} block {at} is {why}; want one of {:#x?}", allowed()));
                 }
             };
-            if !reading.allowed.contains(&id) {
-                let (wanted, log) = (reading.allowed, &block.log);
+            if !allowed().contains(id) {
+                let (wanted, log) = (allowed(), block.and_then(Block::as_busy).map(|block| &block.log));
+                let stable = block.map(Block::stable);
                 return Err(format!(
-                    "{name} block {at} reads as {id:#x}, want one of {wanted:#x?} (stable {:#x?}, since {log:#x?})",
-                    block.stable
+                    "{name} block {at} reads as {id:#x}, want one of {wanted:#x?} (stable {stable:#x?}, since {log:#x?})"
                 ));
             }
             // What was possible before may be narrower by now.
-            if reading.alone && block.writes.is_empty() {
-                if !block.possible.contains(&id) {
-                    let possible = &block.possible;
+            let Some(busy) = block.and_then(Block::as_busy) else { continue };
+            if doubt.is_none_or(|doubt| doubt.alone) && busy.writes.is_empty() {
+                if !busy.possible.contains(id) {
+                    let possible = &busy.possible;
                     return Err(format!(
                         "{name} block {at} reads as {id:#x} after it read as {possible:#x?}"
                     ));
                 }
-                block.possible = vec![id];
+                volume.blocks.change(at, |block| block.busy().possible = Few::one(id));
             }
         }
         Ok(())
@@ -389,17 +402,15 @@ impl Models {
 
     pub(crate) fn flush_begins(&mut self, name: &str) -> Flush {
         let (seq, ops) = (self.tick(), self.done());
-        let blocks = self.volume(name).blocks.iter().filter(|(_, block)| !block.is_settled());
-        Flush { seq, blocks: blocks.map(|(at, block)| (*at, block.seen())).collect(), ops }
+        let blocks = self.volume(name).blocks.busy();
+        Flush { seq, blocks: blocks.map(|(at, block)| (at, block.seen())).collect(), ops }
     }
 
     /// It was acknowledged.
     pub(crate) fn flush_ends(&mut self, name: &str, flush: Flush) {
         let volume = self.volume(name);
         for (at, contents) in flush.blocks {
-            if let Some(block) = volume.blocks.get_mut(&at) {
-                block.make_stable(contents, flush.seq);
-            }
+            volume.blocks.change_known(at, |block| block.make_stable(contents, flush.seq));
         }
         self.settle(flush.ops);
     }
@@ -428,17 +439,20 @@ impl Models {
     /// Everything was made durable, and nothing was under way.
     pub(crate) fn all_durable(&mut self) {
         let seq = self.tick();
-        for block in self.volumes.values_mut().flat_map(|volume| volume.blocks.values_mut()) {
-            let seen = block.seen();
-            block.make_stable(seen, seq);
+        for volume in self.volumes.values_mut() {
+            volume.blocks.change_busy(|_, block| {
+                let seen = block.seen();
+                block.make_stable(seen, seq);
+            });
         }
         self.settle(self.done());
     }
 
     /// The power was lost: writes under way are not heard of again.
     pub(crate) fn cut(&mut self) {
-        for block in self.volumes.values_mut().flat_map(|volume| volume.blocks.values_mut()) {
-            block.cut();
+        for volume in self.volumes.values_mut() {
+            volume.readings.clear();
+            volume.blocks.change_busy(|_, block| block.cut());
         }
         self.process_died();
     }

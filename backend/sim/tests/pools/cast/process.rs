@@ -177,7 +177,7 @@ impl Cast {
         loop {
             self.shared.trap.clear();
             self.start_reactors();
-            if self.random.chance(400) {
+            if self.random.chance(200) {
                 self.check(false)?;
             }
             let devices = self.devices()?;

@@ -1,5 +1,6 @@
 //! Which volumes there are: changes of them, what a crash may undo, and the instants of snapshots.
 
+use super::blocks::{Block, Few};
 use super::{Capture, Models, Volume};
 use std::collections::BTreeMap;
 
@@ -52,15 +53,15 @@ impl Models {
                 for (origin, name) in items {
                     let volume = self.volume(origin);
                     let (mut blocks, mut touched) = (volume.blocks.clone(), BTreeMap::new());
-                    for (at, block) in &mut blocks {
+                    blocks.change_busy(|at, block| {
+                        let block = block.busy();
                         block.possible = block.seen();
                         let under_way: Vec<_> =
                             block.writes.drain(..).map(|write| (write.seq, write.id)).collect();
-                        block.readings.clear();
                         if !under_way.is_empty() {
-                            touched.insert(*at, under_way);
+                            touched.insert(at, under_way);
                         }
-                    }
+                    });
                     let size_blocks = volume.size_blocks;
                     volume.captures.push(Capture { name: name.clone(), touched });
                     let written = volume.written.clone();
@@ -71,8 +72,7 @@ impl Models {
             }
             Op::Clone(snapshot, name) => {
                 let from = self.volume(snapshot);
-                let mut blocks = from.blocks.clone();
-                blocks.values_mut().for_each(|block| block.readings.clear());
+                let blocks = from.blocks.clone();
                 let (size_blocks, written) = (from.size_blocks, from.written.clone());
                 let clone = Volume { blocks, size_blocks, written, ..Volume::default() };
                 self.volumes.insert(name.clone(), clone);
@@ -127,13 +127,10 @@ impl Models {
         for (name, (size, _)) in self.names() {
             let volume = self.volume(&name);
             volume.size_blocks = size;
-            let gone = volume.blocks.split_off(&size);
-            for (at, block) in gone {
-                if !block.possible.contains(&0) {
-                    return Err(format!(
-                        "{name} was made smaller, and block {at} held {:#x?}",
-                        block.possible
-                    ));
+            for (at, block) in volume.blocks.split_off(size) {
+                let possible = block.possible();
+                if !possible.contains(0) {
+                    return Err(format!("{name} was made smaller, and block {at} held {possible:#x?}"));
                 }
             }
         }
@@ -179,9 +176,8 @@ impl Models {
             let instant = groups.entry(group).or_insert((0, u64::MAX, Vec::new()));
             instant.2.push(name.clone());
             for (at, writes) in touched {
-                let Some([id]) = volume.blocks.get(&at).map(|block| block.possible.as_slice()) else {
-                    continue;
-                };
+                let possible = volume.blocks.get(at).map(Block::possible);
+                let Some([id]) = possible.as_ref().map(Few::all) else { continue };
                 // Zeroes are of any write.
                 let there = writes.iter().find(|(_, other)| other == id);
                 if *id == 0 || writes.iter().any(|(_, other)| *other == 0) {

@@ -43,13 +43,14 @@ impl Owner {
         }
         // Before the superblocks call it whole, the next process can tell whether it still is.
         self.begin_tail();
-        // It has everything, whoever could write that down: those who could not are found out by the next write to them.
+        // It has everything, whoever of the others could write that down: those who could not are found out by the next write to them.
         let (_, failed) = self.write_superblocks(&BTreeSet::new()).await;
         if !failed.is_empty() {
             log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
         }
-        if set.mode(member) != Mode::Syncing || set.unsynced.any() {
-            // It failed meanwhile, or lacks a write, and may be called in sync by some: that must not stay.
+        if set.mode(member) != Mode::Syncing || set.unsynced.any() || failed.contains(&number) {
+            // It failed meanwhile, or lacks a write, and may be called in sync by some: that must not stay. Nor may what it says of itself,
+            // which is of an earlier opening: it would be of no use alone, and looks like another host's.
             drop(turn);
             self.put_out(number, "failed when it had just come back").await;
             return Ok(());
