@@ -25,6 +25,7 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("parity_log_not_replayed", "parity", 4000),
     mutation("parity_released_unflushed", "parity", 4000),
     mutation("parity_released_in_memory_only", "parity", 4000),
+    mutation("parity_log_kept_over_rejoin", "parity", 4000),
     mutation("stripe_changed_by_two", "parity", 4000),
     mutation("degraded_read_without_lock", "parity", 4000),
     mutation("unsynced_parity_trusted", "parity", 4000),

@@ -66,7 +66,7 @@ impl Owner {
         Ok(())
     }
 
-    async fn release_stripes(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
+    pub(super) async fn release_stripes(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
         let _turn = self.turns.parity.take().await;
         let parity = set.parity().expect("only of sets with parity");
         parity.ring().is_release_wanted = false;

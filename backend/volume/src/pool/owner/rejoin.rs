@@ -6,6 +6,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::lock;
 use crate::raid::{Mode, Set};
+use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -167,6 +168,10 @@ impl Owner {
         self.barrier().await;
         self.mark_lacking(set);
         self.repeat_parity_header(set, number).await?;
+        // What was logged without it does not say what it has to have: that is not done again once it has been brought up to date.
+        if set.parity().is_some() && !is_broken("parity_log_kept_over_rejoin") {
+            self.release_stripes(set).await?;
+        }
         if number < self.book.borrow().metadata_members() {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;
