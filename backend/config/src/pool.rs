@@ -44,6 +44,9 @@ pub struct PoolConfig {
     /// Whoever wrote this says that no other host has the pool open.
     #[serde(default)]
     pub assume_exclusive: bool,
+    /// Whoever wrote this would rather have the pool with some garbage in it than not at all.
+    #[serde(default)]
+    pub accept_loss: bool,
 }
 
 fn low_water() -> u32 {
@@ -83,6 +86,7 @@ impl PoolConfig {
             spare_delay: spare_delay(),
             assemble_timeout: assemble_timeout(),
             assume_exclusive: false,
+            accept_loss: false,
         }
     }
 

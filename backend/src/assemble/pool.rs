@@ -30,15 +30,12 @@ pub(crate) fn level_name(level: Level) -> &'static str {
 /// A level by its word.
 ///
 /// # Errors
-/// When there is none, or it is not there yet.
+/// When there is none.
 pub(crate) fn level(text: &str) -> Result<Level, String> {
     let found = LEVELS.iter().find(|(name, _)| *name == text).map(|(_, level)| *level);
     match found {
-        Some(Level::Raid5 | Level::Raid6) => {
-            Err(format!("{text:?} cannot be made yet, want linear, raid0, raid1 or raid10"))
-        }
         Some(level) => Ok(level),
-        None => Err(format!("{text:?} is no RAID level, want linear, raid0, raid1 or raid10")),
+        None => Err(format!("{text:?} is no RAID level, want linear, raid0, raid1, raid10, raid5 or raid6")),
     }
 }
 
@@ -67,6 +64,7 @@ pub(crate) fn open_options(policy: &PoolConfig, host: [u8; 16], tail: Box<dyn Ta
     let seconds = |seconds: u32| Duration::from_secs(u64::from(seconds));
     OpenOptions {
         assume_exclusive: policy.assume_exclusive,
+        accept_loss: policy.accept_loss,
         no_space: match policy.no_space {
             NoSpace::Error => NoSpacePolicy::Error,
             NoSpace::Wait => NoSpacePolicy::Wait,

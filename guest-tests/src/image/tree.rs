@@ -19,7 +19,7 @@ const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "
 
 /// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them; SCSI disks of
 /// QEMU's, and Linux md on them.
-const ROOT_MODULES: [&str; 21] = [
+const ROOT_MODULES: [&str; 22] = [
     "virtio_net",
     "configfs",
     "crct10dif_generic",
@@ -41,6 +41,7 @@ const ROOT_MODULES: [&str; 21] = [
     "raid0",
     "raid1",
     "raid10",
+    "raid456",
 ];
 
 /// Programs that the root has besides busybox, with their libraries.

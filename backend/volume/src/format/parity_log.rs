@@ -31,7 +31,11 @@ pub struct ParityHeader {
     pub released: u64,
     /// Of the opening whose entries these are.
     pub key: [u8; 16],
+    /// Whole stripes may have been written without the log, and not flushed.
+    pub unlogged: bool,
 }
+
+const UNLOGGED: u32 = 1;
 
 impl ParityHeader {
     /// The page.
@@ -43,6 +47,7 @@ impl ParityHeader {
         put_u64(&mut out, self.number);
         put_u64(&mut out, self.released);
         out.extend_from_slice(&self.key);
+        put_u32(&mut out, if self.unlogged { UNLOGGED } else { 0 });
         fill_page(&mut out);
         seal(&mut out);
         out
@@ -59,7 +64,9 @@ impl ParityHeader {
             take_header(&mut bytes, HEADER_MAGIC)?;
             let other = take::<16>(&mut bytes)?;
             let (number, released) = (take_u64(&mut bytes)?, take_u64(&mut bytes)?);
-            Ok((other == *pool).then_some(ParityHeader { number, released, key: take::<16>(&mut bytes)? }))
+            let (key, flags) = (take::<16>(&mut bytes)?, take_u32(&mut bytes)?);
+            let header = ParityHeader { number, released, key, unlogged: flags & UNLOGGED != 0 };
+            Ok((other == *pool).then_some(header))
         };
         let found = parse().ok().flatten()?;
         (found.encode(pool) == page).then_some(found)
@@ -146,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_header_and_an_entry_come_back_as_they_were() {
-        let header = ParityHeader { number: 3, released: 17, key: [9; 16] };
+        let header = ParityHeader { number: 3, released: 17, key: [9; 16], unlogged: true };
         assert_eq!(ParityHeader::decode(&header.encode(&POOL), &POOL), Some(header));
         assert_eq!(ParityHeader::decode(&header.encode(&POOL), &[8; 16]), None);
         let page = entry().encode(&POOL, 77);
@@ -158,7 +165,7 @@ mod tests {
 
     #[test]
     fn whatever_bit_is_wrong_it_is_no_header_and_no_entry() {
-        let header = ParityHeader { number: 3, released: 17, key: [9; 16] };
+        let header = ParityHeader { number: 3, released: 17, key: [9; 16], unlogged: true };
         for (page, is_entry) in [(header.encode(&POOL), false), (entry().encode(&POOL, 77), true)] {
             for bit in 0..PAGE_BYTES * 8 {
                 let mut other = page.clone();

@@ -336,6 +336,9 @@ fn write_stripes(
     if !set.are_all_in_sync() {
         return Err(Class::Degraded);
     }
+    if !parity.is_unlogged() {
+        return Err(Class::Intent);
+    }
     for (index, row) in (0..).zip(rows) {
         let start = start + index * whole;
         let parity = payload + u64::from(plan.parity_bytes);

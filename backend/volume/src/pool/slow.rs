@@ -272,7 +272,14 @@ async fn read(core: &Rc<Core>, request: &Request) -> Outcome {
         if !unsettled.is_empty() {
             drop(under_way);
             for (set, piece) in unsettled {
-                core.shared.request(move |owner| async move { owner.settle(set, piece).await }).await?;
+                let settle = core.shared.request(move |owner| async move { owner.settle(set, piece).await });
+                match settle.await {
+                    Err(Status::Aborted) if !core.is_given_up.load(Ordering::Relaxed) => {
+                        pause(core).await;
+                        continue;
+                    }
+                    outcome => outcome?,
+                }
                 settled.insert(name_of(&Wanted { set, piece, start: 0 }));
             }
             continue;
@@ -627,10 +634,12 @@ async fn write_stripes(
             is_valid: Rc::clone(&is_valid),
             is_alone,
         };
-        ways.change(set, touched.row, change, || core.is_given_up.load(Ordering::Relaxed))
+        ways.change(set, touched.row, change)
     });
-    let outcomes = all(changes.collect::<Vec<_>>()).await;
-    let outcomes = outcomes.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
+    let mut changed = Box::pin(all(changes.collect::<Vec<_>>()));
+    // Who has waited long enough does not wait for a member: what was begun is ended without him.
+    let ended = core.place.bell.until_or(&mut changed, || core.is_given_up.load(Ordering::Relaxed)).await;
+    let outcomes = ended.ok_or(Status::Aborted)?.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
     Ok(outcomes.iter().all(|outcome| *outcome == Changed::Done))
 }
 

@@ -6,8 +6,8 @@
 //! wait for each other, nothing worse. A word counts also the entries about its stripes in the parity log that are not released: while there are any, an
 //! opening may write them again, so whatever changes such a stripe has to be in the log too, behind them.
 
-use super::{Ring, Stripes};
-use crate::atomic::{AtomicU32, Ordering};
+use super::{AtomicBits, Ring, Stripes};
+use crate::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Words: 32 KiB of them.
@@ -23,14 +23,38 @@ pub struct Parity {
     pub guards: Guards,
     /// Where the parity log begins on each member, in bytes.
     pub log_offset: u64,
+    /// Regions where a whole stripe was being written without the log in a crash, and parity was not made right since: what is lost there
+    /// cannot be computed.
+    pub doubtful: AtomicBits,
+    /// 1: the members know that whole stripes are written without the log.
+    unlogged: AtomicU8,
     ring: Mutex<Ring>,
 }
 
 impl Parity {
     /// Of a set whose members' parity logs have so many pages for entries, from `log_offset` on.
     #[must_use]
-    pub fn new(stripes: Stripes, log_offset: u64, pages: u32) -> Parity {
-        Parity { stripes, guards: Guards::default(), log_offset, ring: Mutex::new(Ring::new(pages)) }
+    pub fn new(stripes: Stripes, regions: u32, log_offset: u64, pages: u32) -> Parity {
+        Parity {
+            stripes,
+            guards: Guards::default(),
+            log_offset,
+            doubtful: AtomicBits::new(regions),
+            unlogged: AtomicU8::new(0),
+            ring: Mutex::new(Ring::new(pages)),
+        }
+    }
+
+    /// Whether a whole stripe may be written without the log.
+    #[must_use]
+    #[inline]
+    pub fn is_unlogged(&self) -> bool {
+        self.unlogged.load(Ordering::Acquire) != 0
+    }
+
+    /// Lets whole stripes be written without the log from now on, or not. The owner's.
+    pub fn set_unlogged(&self, is: bool) {
+        self.unlogged.store(u8::from(is), Ordering::Release);
     }
 
     /// The parity log, for a moment.

@@ -24,6 +24,8 @@ pub struct Ring {
     pub key: [u8; 16],
     /// Of the last header that was written, and what it says is released.
     pub header: (u64, u64),
+    /// The last header says that whole stripes are written without the log.
+    pub is_unlogged_known: bool,
     /// Somebody has asked for a release.
     pub is_release_wanted: bool,
 }
@@ -51,19 +53,30 @@ impl Ring {
 
     /// Room for an entry about this row: its number, and its page in the area. `None`: not before some are released.
     pub fn begin(&mut self, pages: u32, row: u64) -> Option<(u64, u32)> {
-        assert!(pages > 0 && 2 * pages <= self.pages, "an entry of {pages} pages in {}", self.pages);
-        // One page is never used: a full ring would look like an empty one.
-        let page = match self.entries.front().map(|entry| entry.page) {
-            None => 0,
-            Some(tail) if self.head < tail => (pages < tail - self.head).then_some(self.head)?,
-            Some(_) if pages <= self.pages - self.head => self.head,
-            Some(tail) => (pages < tail).then_some(0)?,
-        };
+        let page = self.room(pages)?;
         let number = self.next;
         self.next += 1;
         self.head = page + pages;
         self.entries.push_back(Entry { number, page, row, is_placed: false });
         Some((number, page))
+    }
+
+    /// Where an entry of so many pages would go.
+    fn room(&self, pages: u32) -> Option<u32> {
+        assert!(pages > 0 && 2 * pages <= self.pages, "an entry of {pages} pages in {}", self.pages);
+        // One page is never used: a full ring would look like an empty one.
+        match self.entries.front().map(|entry| entry.page) {
+            None => Some(0),
+            Some(tail) if self.head < tail => (pages < tail - self.head).then_some(self.head),
+            Some(_) if pages <= self.pages - self.head => Some(self.head),
+            Some(tail) => (pages < tail).then_some(0),
+        }
+    }
+
+    /// Whether there is room for an entry of so many pages.
+    #[must_use]
+    pub fn has_room(&self, pages: u32) -> bool {
+        self.room(pages).is_some()
     }
 
     /// What an entry says stands on the members.

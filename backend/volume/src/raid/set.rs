@@ -162,7 +162,7 @@ impl Set {
                         stripes.stripe_bytes()
                     ));
                 }
-                Some(Parity::new(stripes, log_offset, log_pages))
+                Some(Parity::new(stripes, regions, log_offset, log_pages))
             }
         };
         Ok(Set {

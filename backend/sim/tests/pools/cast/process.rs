@@ -234,6 +234,12 @@ impl Cast {
                     crate::events::mend_faulty(self);
                     self.end_process();
                 }
+                Some(Err(PoolError::Conflict(why))) if why.contains("whole stripes were being written") => {
+                    // A member and the power were lost at once, and nobody can say what is right: that is said, and it is all that can be.
+                    self.count("refused_as_half_written");
+                    self.is_half_written = true;
+                    return Err(why);
+                }
                 Some(Err(why)) => return Err(format!("the pool cannot be opened: {why:?}")),
                 None => return Err(format!("the pool is not opened in {PATIENCE:?}")),
             }

@@ -216,7 +216,11 @@ fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64, parity_lo
         metadata_pages: narrow(metadata_bytes / 4096),
         parity_log_pages: match parity_log_min {
             0 => 0,
-            least => narrow(options.parity_log_bytes / 4096).clamp(least, PARITY_LOG_PAGES_MAX),
+            // No more of small members than a sixteenth.
+            least => {
+                let bytes = options.parity_log_bytes.min(member_bytes / 16);
+                narrow(bytes / 4096).clamp(least, PARITY_LOG_PAGES_MAX)
+            }
         },
     }
 }
@@ -229,7 +233,7 @@ async fn write_empty_parity_log(
     book: &Superblock,
 ) -> Result<(), Status> {
     for number in [0, 1] {
-        let header = ParityHeader { number, released: 0, key: random_uuid(runtime) };
+        let header = ParityHeader { number, released: 0, key: random_uuid(runtime), unlogged: false };
         let bounce = Rc::new(Bounce::holding(&header.encode(&book.pool_uuid)));
         let offset = book.layout.parity_log_offset() + number * PAGE_BYTES as u64;
         lanes.write(leaf, offset, &bounce, 0, PAGE_BYTES, true).await?;

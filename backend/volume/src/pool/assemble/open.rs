@@ -178,14 +178,16 @@ async fn start(
             tables = Some(read_tables(lanes, &found).await?);
             logs = parity_log::read(lanes, &found, was_closed, options.accept_loss).await?;
         }
-        let in_place = parity_log::put_in_place(&owner, logs).await;
-        in_place
-            .map_err(|status| owner.failed("stripes that were being written cannot be put right", status))?;
     }
     let tables = tables.expect("read just now");
     let pages = read_intents(lanes, &found).await;
     owner.take_over(tables.meta, tables.seq, tables.log);
     owner.begin_intents(pages, was_closed);
+    if !is_read_only {
+        let in_place = parity_log::put_in_place(&owner, logs).await;
+        in_place
+            .map_err(|status| owner.failed("stripes that were being written cannot be put right", status))?;
+    }
     let replayed = replay_tail(&owner, tables.seq, entries)?;
     if !is_read_only {
         owner.begin_tail();
@@ -359,6 +361,7 @@ impl Owner {
         self.barrier().await;
         self.flush().await?;
         self.release_all_stripes().await?;
+        self.end_idle_unlogged(true).await?;
         self.clear_idle_intents(true).await?;
         self.checkpoint(false).await?;
         let _turn = self.turns.superblock.take().await;

@@ -66,15 +66,21 @@ pub(super) async fn read(
                 readable += u16::from(read.is_ok());
             }
             let is_lacking = set.members() - readable > set.level().parities();
-            if is_lacking && !set.are_all_in_sync() && !accept_loss {
+            let why = match (is_lacking, log.header.unlogged) {
+                (true, _) => format!(
+                    "the log of stripes that were being written can be read on {readable} of its members only"
+                ),
+                (false, true) => "whole stripes were being written, which are not in the log".to_owned(),
+                (false, false) => String::new(),
+            };
+            if !why.is_empty() && !set.are_all_in_sync() && !accept_loss {
                 let lost: Vec<String> = (0..set.members())
                     .filter(|member| set.mode(*member) != Mode::InSync)
                     .map(|member| (set.first_member() + member).to_string())
                     .collect();
                 return Err(PoolError::Conflict(format!(
-                    "pool {} was not closed, lacks members {}, and the log of stripes that were being written can be read on {readable} \
-                     of its members only: want one of the missing members back, or --force, with which blocks of theirs that share a \
-                     stripe with what was written last may read as garbage",
+                    "pool {} was not closed and lacks members {}, and {why}: want the missing members back, or --accept-loss: then blocks \
+                     of theirs that share a stripe with what was written last, and was not flushed, may read as garbage",
                     found.book.name,
                     lost.join(", ")
                 )));
@@ -162,9 +168,15 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
             owner.flush_members().await?;
         }
         {
+            // Until parity is right again.
+            let is_doubtful = header.unlogged && set.are_all_in_sync() && set.unsynced.any();
             let mut ring = parity_of(&set).ring();
             ring.key = random_uuid(&owner.runtime);
             ring.header = (header.number, 0);
+            ring.is_unlogged_known = is_doubtful;
+            if is_doubtful {
+                set.unsynced.iter_set().for_each(|region| parity_of(&set).doubtful.set(region));
+            }
         }
         // In both places: nobody looks for the old ones again.
         owner.write_parity_header(&set, 0).await?;

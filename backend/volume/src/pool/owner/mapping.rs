@@ -337,7 +337,7 @@ impl Owner {
                 is_valid: Rc::clone(&is_valid),
                 is_alone: true,
             };
-            while self.ways().change(set, touched.row, change.clone(), || false).await? == Changed::NotNow {
+            while self.ways().change(set, touched.row, change.clone()).await? == Changed::NotNow {
                 self.runtime.sleep(Duration::from_millis(1)).await;
                 self.mark_extent(extent, within, from.len() as u64).await?;
             }

@@ -274,6 +274,7 @@ impl Owner {
                 for member in &out {
                     let (set, index) = self.place_of(*member);
                     self.away(&set, index, *member, why);
+                    self.after_loss(&set);
                     coverage::count(coverage::Event::Stale);
                     log::error!(
                         "pool {}: member {member} ({}) is out: {why}; the others go on without it",

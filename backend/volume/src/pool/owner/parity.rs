@@ -84,7 +84,13 @@ impl Owner {
         if flushed < placed {
             self.flush_members().await?;
         }
-        let released = parity.ring().flushed_before();
+        let (released, last) = {
+            let ring = parity.ring();
+            (ring.flushed_before(), ring.header.1)
+        };
+        if released == last {
+            return Ok(());
+        }
         if !is_broken("parity_released_in_memory_only") {
             self.write_parity_header(set, released).await?;
         }
@@ -93,13 +99,79 @@ impl Owner {
         Ok(())
     }
 
+    /// Lets whole stripes of a set be written without the log, once its members know.
+    pub(crate) async fn allow_unlogged(self: Rc<Self>, first_member: u16) -> Outcome {
+        let set = self.sets_with_parity().into_iter().find(|set| set.first_member() == first_member);
+        let set = set.ok_or(Status::Invalid)?;
+        let parity = set.parity().expect("only of sets with parity");
+        let _turn = self.turns.parity.take().await;
+        if !parity.is_unlogged() {
+            self.check_writable()?;
+            parity.ring().is_unlogged_known = true;
+            let released = parity.ring().header.1;
+            self.write_parity_header(&set, released).await?;
+            parity.set_unlogged(true);
+        }
+        match set.are_all_in_sync() {
+            true => Ok(()),
+            false => Err(Status::Path),
+        }
+    }
+
+    /// What was written without the log becomes durable, and the members know that there is no more of it. Nobody who is under way may wait for this.
+    pub(super) async fn end_unlogged(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
+        let parity = set.parity().expect("only of sets with parity");
+        let is_known = parity.ring().is_unlogged_known;
+        if !is_known || parity.doubtful.any() {
+            return Ok(());
+        }
+        parity.set_unlogged(false);
+        self.barrier().await;
+        let _turn = self.turns.parity.take().await;
+        self.flush_members().await?;
+        if parity.is_unlogged() {
+            // Somebody has begun again.
+            return Ok(());
+        }
+        let released = {
+            let mut ring = parity.ring();
+            ring.is_unlogged_known = false;
+            ring.header.1
+        };
+        self.write_parity_header(set, released).await
+    }
+
+    /// The same of all sets, where nobody has written so since this was called last; `all`: everywhere.
+    pub(crate) async fn end_idle_unlogged(self: &Rc<Self>, all: bool) -> Outcome {
+        for set in self.sets_with_parity() {
+            let is_idle = !set.intents.any() || all;
+            if is_idle {
+                self.end_unlogged(&set).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A member is out: from now on a power cut must not find what was written without the log while it was there.
+    pub(super) fn after_loss(self: &Rc<Self>, set: &Arc<Set>) {
+        if set.parity().is_some() {
+            let (owner, set) = (Rc::clone(self), Arc::clone(set));
+            self.runtime.spawn(async move {
+                if let Err(status) = owner.end_unlogged(&set).await {
+                    log::warn!("pool {}: cannot make stripes durable: {}", owner.shared.name, status.name());
+                }
+            });
+        }
+    }
+
     /// Tells all members which entries count from now on. The turn is the caller's, or nobody else is there yet.
     pub(crate) async fn write_parity_header(self: &Rc<Self>, set: &Arc<Set>, released: u64) -> Outcome {
         let parity = set.parity().expect("only of sets with parity");
         let header = {
             let mut ring = parity.ring();
             ring.header = (ring.header.0 + 1, released);
-            ParityHeader { number: ring.header.0, released, key: ring.key }
+            let unlogged = ring.is_unlogged_known;
+            ParityHeader { number: ring.header.0, released, key: ring.key, unlogged }
         };
         let targets: Vec<(u16, Leaf)> =
             self.targets().into_iter().filter(|(member, _)| is_of(set, *member)).collect();
@@ -111,13 +183,13 @@ impl Owner {
         let Some(parity) = set.parity() else { return Ok(()) };
         let _turn = self.turns.parity.take().await;
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
-        let ((last, released), key) = {
+        let ((last, released), key, unlogged) = {
             let ring = parity.ring();
-            (ring.header, ring.key)
+            (ring.header, ring.key, ring.is_unlogged_known)
         };
         // In both places: what stood there is of another time.
         for number_before in [last.saturating_sub(1), last] {
-            let header = ParityHeader { number: number_before, released, key };
+            let header = ParityHeader { number: number_before, released, key, unlogged };
             self.put_parity_header(parity.log_offset, &header, &[(number, leaf.clone())]).await?;
         }
         Ok(())
@@ -172,6 +244,9 @@ impl Owner {
         if made == 0 {
             return Ok(0);
         }
+        if lost_data != 0 && row.is_doubtful() {
+            return Err(Status::Media);
+        }
         let mut bad = 0;
         let from = match lost_data {
             0 => row.all_data(),
@@ -179,10 +254,11 @@ impl Owner {
         };
         let gathered = row.gather(&self.lanes, &self.place, from, &mut bad, Lost::Computed).await?;
         let mut contents = gathered.expect("what is lost is computed");
-        for slot in each(made | bad) {
+        for slot in each(made) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
         }
-        row.recover(&mut contents, from & !bad, made | (bad & from))?;
+        // What could not be read has been computed.
+        row.recover(&mut contents, from, made)?;
         // What is right already is not written again.
         let compared = made & in_sync;
         let mut wrong = made & !in_sync;

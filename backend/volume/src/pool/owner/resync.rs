@@ -335,6 +335,9 @@ impl Owner {
             set.unsynced.set(region);
             return false;
         }
+        if let Some(parity) = set.parity() {
+            parity.doubtful.clear(region);
+        }
         coverage::count(coverage::Event::Resync);
         true
     }

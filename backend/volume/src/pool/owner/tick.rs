@@ -50,6 +50,7 @@ impl Owner {
                 }
                 let _ = self.release_all_stripes().await;
                 let _ = self.clear_idle_intents(false).await;
+                let _ = self.end_idle_unlogged(false).await;
             }
             if self.has_garbage() {
                 let _ = self.reclaim().await;

@@ -66,10 +66,13 @@ impl Ways {
                 Row { within, len, ..whole }
             })
             .collect();
-        let is_fresh: Vec<bool> = rows
-            .iter()
-            .map(|row| !changes.iter().any(|change| (change.is_valid)(number, row.within, row.len as u64)))
-            .collect();
+        let is_valid = |within, len| changes.iter().any(|change| (change.is_valid)(number, within, len));
+        let is_fresh: Vec<bool> = rows.iter().map(|row| !is_valid(row.within, row.len as u64)).collect();
+        // Of what nobody has written parity is not right, though it may be beside.
+        let unit = u64::from(view.thin.unit_bytes);
+        let is_known = |row: &Row<'_>| {
+            steps(row.within..row.within + row.len as u64, unit).all(|(within, len)| is_valid(within, len))
+        };
         let is_alone = changes.iter().all(|change| change.is_alone) || is_broken("fresh_beside_others");
         if !is_healthy && is_fresh.contains(&true) && !is_alone {
             // What others have just written, and not noted yet, would count as zeroes.
@@ -80,15 +83,22 @@ impl Ways {
             (true, true) => Lost::Zeroes,
             (true, false) => Lost::Unknown,
         };
-        let each_row =
-            rows.iter().zip(&is_fresh).map(|(row, is_fresh)| self.columns(row, changes, lost(is_fresh)));
+        let each_row = rows
+            .iter()
+            .zip(&is_fresh)
+            .map(|(row, is_fresh)| self.columns(row, changes, lost(is_fresh), is_known(row)));
         let outcomes = all(each_row).await.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
         Ok(outcomes.into_iter().find(|outcome| *outcome == Changed::NotNow).unwrap_or(Changed::Done))
     }
 
     /// Changes some columns.
-    async fn columns(&self, row: &Row<'_>, changes: &[Change], lost: Lost) -> Result<Changed, Status> {
-        let is_fresh = lost != Lost::Computed;
+    async fn columns(
+        &self,
+        row: &Row<'_>,
+        changes: &[Change],
+        lost: Lost,
+        is_known: bool,
+    ) -> Result<Changed, Status> {
         let (in_sync, written) = (row.in_sync(), row.written());
         let covers: Vec<Cover> = (0..row.data()).map(|slot| cover_of(row, changes, slot)).collect();
         let with = |cover: Cover| {
@@ -101,7 +111,7 @@ impl Ways {
         let is_healthy = in_sync.count_ones() as usize == row.slots();
 
         let mut bad = 0;
-        let contents = match self.is_changed_by_difference(row, touched, untouched | part, is_fresh) {
+        let contents = match self.is_changed_by_difference(row, touched, untouched | part, is_known) {
             true => self.by_difference(row, changes, touched, parities, &mut bad).await?,
             false => self.by_all(row, changes, (untouched | part, part), parities, &mut bad, lost).await?,
         };
@@ -109,7 +119,7 @@ impl Ways {
         let slots = (touched & written) | parities;
         // Without it only where nothing that could be lost stands in these columns; and where all of it is overwritten on all members: then
         // parity is made again from whatever part of it has come there.
-        let needs_no_log = (is_whole && is_healthy) || lost == Lost::Zeroes;
+        let needs_no_log = lost == Lost::Zeroes || (is_whole && is_healthy && self.is_unlogged(row).await);
         let is_logged = row.parity.guards.is_logged(row.row) || !needs_no_log;
         let is_logged = is_logged && !is_broken("parity_write_unlogged");
         let entry = match is_logged {
@@ -123,13 +133,24 @@ impl Ways {
         outcome.map(|()| Changed::Done)
     }
 
+    /// Whether a whole stripe may be written without the log: the members have to know that before.
+    async fn is_unlogged(&self, row: &Row<'_>) -> bool {
+        let first = row.set.first_member();
+        row.parity.is_unlogged()
+            || self
+                .shared
+                .request(move |owner| async move { owner.allow_unlogged(first).await })
+                .await
+                .is_ok()
+    }
+
     /// Whether parity is changed by what the data changes by.
-    fn is_changed_by_difference(&self, row: &Row<'_>, touched: Slots, rest: Slots, is_fresh: bool) -> bool {
+    fn is_changed_by_difference(&self, row: &Row<'_>, touched: Slots, rest: Slots, is_known: bool) -> bool {
         let (in_sync, written) = (row.in_sync(), row.written());
         let parities = row.all_parity() & written;
-        let is_known = (touched | parities) & !in_sync == 0;
-        let is_unknown = is_fresh && !is_broken("fresh_parity_trusted");
-        if is_unknown || parities == 0 || !is_known {
+        let is_readable = (touched | parities) & !in_sync == 0;
+        let is_known = is_known || is_broken("fresh_parity_trusted");
+        if !is_known || parities == 0 || !is_readable {
             return false;
         }
         let lost = row.all_data() & !in_sync;

@@ -70,7 +70,9 @@ impl Ways {
                     Some(_) => drop(release),
                     None => release.await.unwrap_or(Err(Status::Aborted))?,
                 }
-            } else if room.is_none() {
+            }
+            if room.is_none() && !self.has_room(row, pages) {
+                // Others have it, and are still at work.
                 self.runtime.sleep(Duration::from_millis(1)).await;
             }
             match room {
@@ -79,6 +81,10 @@ impl Ways {
                 None => {}
             }
         }
+    }
+
+    fn has_room(&self, row: &Row<'_>, pages: u32) -> bool {
+        row.parity.ring().has_room(pages)
     }
 
     async fn log_write(

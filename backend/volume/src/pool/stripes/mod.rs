@@ -67,6 +67,15 @@ struct Waiting {
     reply: Reply<Answer>,
 }
 
+/// Nobody waits any more when this is dropped.
+struct Left(Rc<Cell<bool>>);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        self.0.set(true);
+    }
+}
+
 /// The stripes that are being changed from this reactor, by the set's first member and the row: what waits behind the round under way.
 #[derive(Default)]
 pub(crate) struct Queues(RefCell<BTreeMap<(u16, u64), Vec<Waiting>>>);
@@ -126,6 +135,9 @@ impl Ways {
             false => Some(self.hold(set, number).await),
         };
         let row = Row::new(view, set, number, within, piece.len as usize);
+        if row.is_doubtful() {
+            return Err(Status::Media);
+        }
         let slot = (0..row.data()).find(|slot| row.member(*slot) == copy.member);
         let slot = slot.expect("a piece of data is on one of them");
         let mut bad = 1 << slot;
@@ -134,17 +146,12 @@ impl Ways {
         Ok(contents.as_mut().and_then(|contents| contents[slot].take()).expect("it is computed"))
     }
 
-    /// Changes a part of a stripe. With whatever waits for the same stripe, in the order in which they came.
-    pub(crate) async fn change(
-        &self,
-        set: &Arc<Set>,
-        row: u64,
-        change: Change,
-        is_given_up: impl Fn() -> bool,
-    ) -> Answer {
-        let (reply, mut answer) = ask::channel();
-        let is_left = Rc::new(Cell::new(false));
-        let waiting = Waiting { change, is_left: Rc::clone(&is_left), reply };
+    /// Changes a part of a stripe. With whatever waits for the same stripe, in the order in which they came. When the future is dropped, what
+    /// was begun goes on.
+    pub(crate) async fn change(&self, set: &Arc<Set>, row: u64, change: Change) -> Answer {
+        let (reply, answer) = ask::channel();
+        let is_left = Left(Rc::new(Cell::new(false)));
+        let waiting = Waiting { change, is_left: Rc::clone(&is_left.0), reply };
         let key = (set.first_member(), row);
         let queued = {
             let mut queues = self.place.queues.0.borrow_mut();
@@ -163,9 +170,7 @@ impl Ways {
             let (ways, set) = (self.clone(), Arc::clone(set));
             self.runtime.spawn(async move { ways.rounds(&set, row).await });
         }
-        let ended = self.place.bell.until_or(&mut answer, is_given_up).await;
-        is_left.set(true);
-        ended.flatten().unwrap_or(Err(Status::Aborted))
+        answer.await.unwrap_or(Err(Status::Aborted))
     }
 
     /// Changes a stripe until nobody wants to any more.

@@ -95,6 +95,13 @@ impl<'a> Row<'a> {
         self.view.data_offset + self.row * u64::from(self.set.strip_bytes()) + self.within
     }
 
+    /// What is lost cannot be computed: a crash came between data and parity, and nothing has put that right.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        let first = self.row * u64::from(self.set.strip_bytes()) + self.within;
+        let mut regions = self.set.region_of(first)..=self.set.region_of(first + self.len.max(1) as u64 - 1);
+        regions.any(|region| self.parity.doubtful.get(region))
+    }
+
     fn slots_that(&self, is: impl Fn(usize) -> bool) -> Slots {
         (0..self.slots()).filter(|slot| is(*slot)).fold(0, |slots, slot| slots | 1 << slot)
     }
@@ -151,7 +158,9 @@ impl<'a> Row<'a> {
             for (slot, outcome) in all(reads).await {
                 match outcome {
                     Ok(()) => {}
-                    Err(Status::Aborted) => return Err(Status::Aborted),
+                    Err(Status::Aborted) if self.in_sync() >> slot & 1 != 0 => return Err(Status::Aborted),
+                    // Not waited for any more.
+                    Err(Status::Aborted) => is_whole = false,
                     Err(status) => {
                         *bad |= 1 << slot;
                         (last, is_whole) = (status, false);
