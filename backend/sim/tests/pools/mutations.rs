@@ -30,6 +30,7 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("degraded_read_without_lock", "parity", 4000),
     mutation("unsynced_parity_trusted", "parity", 4000),
     mutation("fresh_parity_trusted", "parity", 4000),
+    mutation("zeroes_not_written", "parity", 4000),
     mutation("fresh_beside_others", "parity", 4000),
     mutation("invalid_units_not_durable", "parity", 4000),
 ];

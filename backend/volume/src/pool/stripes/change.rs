@@ -116,7 +116,14 @@ impl Ways {
             false => self.by_all(row, changes, (untouched | part, part), parities, &mut bad, lost).await?,
         };
         let Some(contents) = contents else { return Ok(Changed::NotNow) };
-        let slots = (touched & written) | parities;
+        // What counts as zeroes becomes zeroes where it is written to: it may be in sync, and counted by this parity, later.
+        let zeroed = match lost {
+            Lost::Zeroes if !is_broken("zeroes_not_written") => {
+                (untouched | part) & written & (bad | !in_sync)
+            }
+            _ => 0,
+        };
+        let slots = (touched & written) | parities | zeroed;
         // Without it only where nothing that could be lost stands in these columns; and where all of it is overwritten on all members: then
         // parity is made again from whatever part of it has come there.
         let needs_no_log = lost == Lost::Zeroes || (is_whole && is_healthy && self.is_unlogged(row).await);
