@@ -119,7 +119,9 @@ impl Ways {
         // What counts as zeroes becomes zeroes where it is written to: it may be in sync, and counted by this parity, later.
         let zeroed = match lost {
             Lost::Zeroes if !is_broken("zeroes_not_written") => {
-                (untouched | part) & written & (bad | !in_sync)
+                let is_there = |slot: &usize| contents[*slot].is_some();
+                let lacking = each(untouched & written & (bad | !in_sync)).filter(is_there);
+                lacking.fold(0, |slots, slot| slots | 1 << slot)
             }
             _ => 0,
         };
