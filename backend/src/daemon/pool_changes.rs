@@ -135,7 +135,17 @@ impl Daemon {
             let new = devices.pop().ok_or_else(|| pool::PoolError::Failed("no device".to_owned()))?;
             open.replace(&replace.old, new, replace.force).wait()
         })?;
-        log::info!("pool {pool}: {} replaced by device {}", replace.old, replace.new);
+        log::info!("pool {pool}: device {} is to replace {}", replace.new, replace.old);
+        self.pool_view(pool)
+    }
+
+    /// Gives up replacing a member that is still in service.
+    ///
+    /// # Errors
+    /// When there is no such pool, or nothing to give up.
+    pub fn abort_replace(&self, pool: &str) -> Result<PoolView, ChangeError> {
+        self.pools.open_pool(pool)?.abort_replace().wait()?;
+        log::info!("pool {pool}: the replacement of a member is given up");
         self.pool_view(pool)
     }
 

@@ -38,6 +38,8 @@ pub(crate) enum Event {
     BackEmpty,
     /// A good member is replaced by a new disk.
     Replace,
+    /// It is not, after all.
+    AbortReplace,
     /// A spare waits.
     Spare,
     /// Members are compared.
@@ -58,12 +60,12 @@ pub(crate) enum Event {
 }
 
 use Event::{
-    Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep, Media, Pause,
-    Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
+    AbortReplace, Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep,
+    Media, Pause, Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 9] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -87,6 +89,34 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
     ("full", &[Fill, Fill, Fill, Slow, Delete, Snapshot, Create, Cut, CutAtStep, KillAtStep, Sync, Grow]),
     ("split", &[Kill, Cut, Dies, Back, Split]),
     (
+        "replace",
+        &[
+            Replace,
+            Replace,
+            Replace,
+            Replace,
+            AbortReplace,
+            Pause,
+            Pause,
+            Dies,
+            Errs,
+            Slow,
+            Power,
+            Media,
+            Back,
+            Back,
+            Kill,
+            KillAtStep,
+            KillAtStep,
+            Cut,
+            CutAtStep,
+            CutAtStep,
+            Reopen,
+            Reopen,
+            Snapshot,
+        ],
+    ),
+    (
         "all",
         &[
             Cut,
@@ -107,6 +137,7 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
             Back,
             BackEmpty,
             Replace,
+            AbortReplace,
             Spare,
             Scrub,
             Grow,

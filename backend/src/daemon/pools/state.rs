@@ -112,6 +112,11 @@ impl Entry {
         })
     }
 
+    /// Whether it is open, and lacks the device of a member or spare.
+    pub(super) fn lacks_device(&self) -> bool {
+        self.pool().is_some_and(|pool| pool.view().members.iter().any(|member| member.device.is_none()))
+    }
+
     pub(super) fn not_open(&self) -> String {
         let why = if self.trouble.is_empty() { "it is being opened" } else { &self.trouble };
         format!("pool {} is not open yet: {why}", self.found.label.pool)
@@ -143,7 +148,11 @@ impl State {
         if let Some(entry) = self.pools.values().find(|entry| entry.has(device)) {
             return Some(entry);
         }
-        let found = |entry: &&Entry| entry.found.devices.iter().any(|(name, ..)| name == device);
+        // One that is open and has all of its own was replaced where it says that it is a member.
+        let is_possible = |entry: &Entry| entry.pool().is_none() || entry.lacks_device();
+        let found = |entry: &&Entry| {
+            entry.found.devices.iter().any(|(name, ..)| name == device) && is_possible(entry)
+        };
         match (&known.knowledge, self.pools.values().find(found)) {
             (Knowledge::Nothing, _) | (_, None) => None,
             (_, entry) => entry,

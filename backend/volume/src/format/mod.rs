@@ -39,7 +39,7 @@ pub use intents::{INTENTS_PER_PAGE, decode_intents, encode_intents};
 pub use layout::Layout;
 pub use log::{Batch, batch_len, decode_batch, encode_batch};
 pub use record::{NewSnapshot, Record};
-pub use superblock::{MemberRecord, SetRecord, Superblock, metadata_members, unit_bytes_for};
+pub use superblock::{MemberRecord, Replacement, SetRecord, Superblock, metadata_members, unit_bytes_for};
 pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header};
 pub use volumes::{VolumeRecord, VolumesDecoder, encode_volumes};
 

@@ -147,6 +147,13 @@ struct Lane {
     outstanding: usize,
 }
 
+/// A lane that gets nothing new.
+struct Retired {
+    /// The member that it still is a part of.
+    member: Option<usize>,
+    lane: Lane,
+}
+
 struct VolumeChannel {
     core: Rc<Core>,
     version: u64,
@@ -154,8 +161,8 @@ struct VolumeChannel {
     map: Arc<VolumeMap>,
     /// By the member's number.
     lanes: Vec<Option<Lane>>,
-    /// Of devices that are members no more, with requests under way.
-    retired: Vec<Lane>,
+    /// With requests under way: of devices that are members no more, and of those that members were alone until now.
+    retired: Vec<Retired>,
     slots: Slab<Slot>,
     plan: Plan,
     rotor: u32,
@@ -222,9 +229,12 @@ impl VolumeChannel {
             }
             let retired = place.take().filter(|lane| lane.outstanding > 0);
             self.retired.extend(retired.map(|mut lane| {
-                // Nobody waits for a device that is no member any more.
-                lane.channel.abort();
-                lane
+                let is_kin = leaf.as_ref().is_some_and(|leaf| leaf.is_kin(&lane.leaf));
+                if !is_kin {
+                    // Nobody waits for a device that is no member any more.
+                    lane.channel.abort();
+                }
+                Retired { member: is_kin.then_some(member), lane }
             }));
             *place = leaf.as_ref().map(|leaf| Lane {
                 leaf: leaf.clone(),
@@ -288,7 +298,7 @@ impl VolumeChannel {
         }
         let mut copy = None;
         let len = request.buffers.len();
-        if is_write && self.view.is_redundant {
+        if is_write && self.view.is_copied {
             if !core.place.begin_copy(len) {
                 core.place.leave(turn);
                 self.slowly(request, None);
@@ -468,15 +478,22 @@ impl Channel for VolumeChannel {
             }
         }
         let mut retired = std::mem::take(&mut self.retired);
-        for lane in &mut retired {
+        for Retired { member, lane } in &mut retired {
+            if let Some(member) = *member {
+                let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+                if given_up != lane.given_up {
+                    lane.given_up = given_up;
+                    lane.channel.abort();
+                }
+            }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
-                // Whose number it had may be another's now; the answer counts all the same.
-                self.ended(0, completion);
+                // Else whose number it had may be another's now; the answer counts all the same.
+                self.ended(member.map_or(0, |member| 1 << member), completion);
             }
         }
-        retired.retain(|lane| lane.outstanding > 0);
+        retired.retain(|retired| retired.lane.outstanding > 0);
         self.retired = retired;
         self.reaped = reaped;
         ended.append(&mut self.core.ended.borrow_mut());
@@ -489,7 +506,8 @@ impl Channel for VolumeChannel {
     fn abort(&mut self) {
         self.core.is_given_up.store(true, Ordering::Relaxed);
         self.core.place.bell.ring();
-        for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
+        let retired = self.retired.iter_mut().map(|retired| &mut retired.lane);
+        for lane in self.lanes.iter_mut().flatten().chain(retired) {
             lane.channel.abort();
         }
         if self.core.slow.get() > 0 {

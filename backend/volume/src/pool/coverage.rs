@@ -18,9 +18,10 @@ pub(crate) enum Event {
     IntentSet,
     IntentCleared,
     Rejoined,
+    Replaced,
 }
 
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -34,6 +35,7 @@ const NAMES: [&str; 13] = [
     "intents set",
     "intents cleared",
     "members back",
+    "members replaced",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

@@ -24,6 +24,7 @@ mod place;
 pub mod resolve;
 mod shared;
 mod slow;
+mod twin;
 mod wait;
 
 pub use ask::Ask;
@@ -226,6 +227,8 @@ pub struct Label {
     pub member_uuids: Vec<[u8; 16]>,
     /// The UUIDs of all spares, as far as this device knows.
     pub spare_uuids: Vec<[u8; 16]>,
+    /// The place of the member that is being replaced while it stays in service, and the UUID of what is to take its place.
+    pub replacement: Option<(u16, [u8; 16])>,
     /// The host that has it open, or had when it ended without closing it.
     pub opened_by: Option<[u8; 16]>,
 }
@@ -234,7 +237,8 @@ impl Label {
     /// Whether a member or spare with this UUID belongs to the pool, as far as this device knows.
     #[must_use]
     pub fn names(&self, uuid: &[u8; 16]) -> bool {
-        self.member_uuids.iter().chain(&self.spare_uuids).any(|known| known == uuid)
+        let replacement = self.replacement.as_ref().map(|(_, uuid)| uuid);
+        self.member_uuids.iter().chain(&self.spare_uuids).chain(replacement).any(|known| known == uuid)
     }
 }
 
@@ -251,6 +255,8 @@ pub enum MemberState {
     Missing,
     /// Waits to replace another.
     Spare,
+    /// Is to take the place of a member that is in service, and is given what that has.
+    Replacing,
 }
 
 impl MemberState {
@@ -263,6 +269,7 @@ impl MemberState {
             MemberState::Stale => "stale",
             MemberState::Missing => "missing",
             MemberState::Spare => "spare",
+            MemberState::Replacing => "replacing",
         }
     }
 }
@@ -285,7 +292,7 @@ pub struct MemberView {
 /// Long work on a pool.
 #[derive(Clone, Debug)]
 pub struct TaskView {
-    /// `resync`, `rebuild` or `scrub`.
+    /// `resync`, `rebuild`, `replace` or `scrub`.
     pub kind: &'static str,
     /// Bytes of members that are done.
     pub done_bytes: u64,
@@ -502,11 +509,18 @@ impl Pool {
         self.shared.control(move |owner| owner.delete_volume(name))
     }
 
-    /// Puts `device` in the place of the member whose device is (or, when it is missing, whose place is) `old`.
+    /// Puts `device` in the place of the member whose device is (or, when it is missing, whose place is) `old`. One that is in service
+    /// stays so until `device` has all that it has; how far that is: [`Pool::view`].
     #[must_use]
     pub fn replace(&self, old: &str, device: Arc<dyn Device>, force: bool) -> Ask<()> {
         let old = old.to_owned();
         self.shared.control(move |owner| owner.replace(old, device, force))
+    }
+
+    /// Gives up replacing a member that is still in service.
+    #[must_use]
+    pub fn abort_replace(&self) -> Ask<()> {
+        self.shared.control(|owner| owner.abort_replacing())
     }
 
     /// Takes back a member that was missing or stale, or a spare.

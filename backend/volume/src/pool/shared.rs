@@ -87,6 +87,8 @@ pub struct View {
     pub block_shift: u32,
     /// Several members have the same data.
     pub is_redundant: bool,
+    /// A write goes to several devices, from a copy of its payload.
+    pub is_copied: bool,
     /// The members' devices, those that are there.
     pub(crate) leaves: Vec<Option<Leaf>>,
 }
@@ -102,7 +104,8 @@ impl View {
         block_shift: u32,
     ) -> View {
         let is_redundant = array.sets().iter().any(|set| set.level().is_redundant());
-        View { array, table, thin, data_offset, block_shift, is_redundant, leaves: Vec::new() }
+        let is_copied = is_redundant;
+        View { array, table, thin, data_offset, block_shift, is_redundant, is_copied, leaves: Vec::new() }
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{Cast, Health};
 use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
 use hawser_sim::SimDisk;
-use hawser_volume::pool::{MemberState, Pool, PoolView};
+use hawser_volume::pool::{MemberState, MemberView, Pool, PoolView};
 use hawser_volume::raid::Level;
 use std::sync::Arc;
 
@@ -75,8 +75,14 @@ impl Cast {
 
     /// No member is being brought up to date, and all that the pool does not know yet it has had time to notice.
     pub(crate) fn is_quiet(&self, view: &PoolView) -> bool {
-        let syncs = view.tasks.iter().any(|task| !task.is_done && task.kind != "scrub");
+        let syncs = view.tasks.iter().any(|task| !task.is_done && !matches!(task.kind, "scrub" | "replace"));
         !syncs && self.world.now() >= self.doubtful_until
+    }
+
+    /// What is to take the place of a member that is in service.
+    pub(crate) fn replacement(&self) -> Option<MemberView> {
+        let view = self.pool.as_ref()?.view();
+        view.members.into_iter().find(|member| member.state == MemberState::Replacing)
     }
 
     /// Members are being compared.
@@ -90,6 +96,7 @@ impl Cast {
         let Some(pool) = &self.pool else { return false };
         let view = pool.view();
         let places = view.members.iter().filter(|member| member.place.is_some());
+        // One that is being replaced is not, until it has been.
         self.is_quiet(&view)
             && places.clone().all(|member| member.state == MemberState::InSync)
             && self.present().all(|member| member.health == Health::Good)
@@ -105,7 +112,9 @@ impl Cast {
                 && self.state_of(&view, member.disk.name()) == Some(MemberState::InSync)
         };
         let good = self.members.iter().enumerate().filter(is_good).count();
-        let places = view.members.iter().filter(|member| member.place.is_some()).count();
+        let is_place =
+            |member: &&MemberView| member.place.is_some() && member.state != MemberState::Replacing;
+        let places = view.members.iter().filter(is_place).count();
         let is_one_set = places == self.plan.members;
         let is_enough =
             if self.plan.level == Level::Raid1 && is_one_set { good >= 1 } else { good + 1 >= places };

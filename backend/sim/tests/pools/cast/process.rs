@@ -132,6 +132,7 @@ impl Cast {
                 };
                 match label {
                     Some(label) if label.pool == NAME && label.pool_uuid == POOL_UUID => {}
+                    // It was not taken, or is one no more.
                     None if is_new => continue,
                     other => return Err(format!("{} says {other:?}", disk.name())),
                 }

@@ -3,7 +3,7 @@
 //! A member that failed a write is out when the superblocks of the others say so; only then does the write end. Whoever is the last to have some
 //! data is not put out: then the write fails.
 
-use super::Owner;
+use super::{Owner, Replacing};
 use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -192,21 +192,24 @@ impl Owner {
     pub(crate) fn whole_caches(&self) -> Vec<(Uuid, [u8; 16])> {
         let members = self.members.borrow();
         let whole = members.iter().filter(|member| member.is_recorded);
-        whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect()
+        let mut caches: Vec<_> =
+            whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect();
+        caches.extend(self.replacing.borrow().as_ref().and_then(Replacing::old_cache));
+        caches
     }
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
     pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
         // Whoever is just writing it down may have the turn: that counts when it is done.
         drop(self.turns.superblock.take().await);
-        let is_doubted = |member: &Member| member.is_recorded && member.is_doubted.load(Ordering::Acquire);
         let doubted: Vec<u16> = {
             let members = self.members.borrow();
-            (0u16..)
-                .zip(members.iter())
-                .filter(|(_, member)| is_doubted(member))
-                .map(|(number, _)| number)
-                .collect()
+            // Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
+            let is_doubted = |(number, member): &(u16, &Member)| {
+                let is_told = member.is_doubted.load(Ordering::Acquire);
+                member.is_recorded && (is_told || self.mode_of(*number) == Mode::Syncing)
+            };
+            (0u16..).zip(members.iter()).filter(is_doubted).map(|(number, _)| number).collect()
         };
         for member in doubted {
             let (set, index) = self.place_of(member);
@@ -215,6 +218,10 @@ impl Owner {
                 let entry = &mut self.members.borrow_mut()[usize::from(member)];
                 entry.is_doubted.store(false, Ordering::Release);
                 entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+                // Its replacement may have what it has lost.
+                if let Some(twin) = entry.leaf.as_ref().and_then(|leaf| leaf.twin.as_ref()) {
+                    twin.switch_off();
+                }
                 set.set_mode(index, Mode::InSync);
                 return Err(Status::Media);
             }
@@ -353,7 +360,9 @@ impl Owner {
         for (record, member) in book.members.iter_mut().zip(members.iter()) {
             (record.uuid, record.in_sync) = (member.uuid, member.is_recorded);
         }
+        drop(members);
         book.spares = self.spares.borrow().iter().map(|(uuid, _)| *uuid).collect();
+        book.replacement = self.replacement();
         book.clone()
     }
 
@@ -400,6 +409,9 @@ impl Owner {
                 log::warn!("pool {}: spare {}: {}", self.shared.name, leaf.name(), status.name());
             }
         }
+        if let Err(status) = self.label_replacement(&book).await {
+            log::warn!("pool {}: the replacement of a member: {}", self.shared.name, status.name());
+        }
         let (mut written, mut failed) = (Vec::new(), Vec::new());
         for (member, outcome) in results {
             match outcome {
@@ -441,10 +453,12 @@ impl Owner {
     /// The array as all see it, with the members' devices as they are now.
     pub(crate) fn new_view(&self) {
         let old = self.view();
-        let leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
+        let leaves: Vec<Option<Leaf>> =
+            self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
         self.shared.set_view(View {
             array: old.array.clone(),
             table: Arc::clone(&old.table),
+            is_copied: is_copied(old.is_redundant, &leaves),
             leaves,
             ..*old
         });
@@ -515,6 +529,13 @@ impl Owner {
             }
         });
         let mut views: Vec<MemberView> = views.collect();
+        views.extend(self.replacement_view().map(|(member, device, why)| MemberView {
+            place: Some(member),
+            device,
+            state: MemberState::Replacing,
+            why,
+            repaired: 0,
+        }));
         views.extend(self.spares.borrow().iter().map(|(_, leaf)| MemberView {
             place: None,
             device: leaf.as_ref().map(|leaf| leaf.name().to_owned()),
@@ -524,6 +545,11 @@ impl Owner {
         }));
         views
     }
+}
+
+/// Whether writes go to several devices.
+pub(crate) fn is_copied(is_redundant: bool, leaves: &[Option<Leaf>]) -> bool {
+    is_redundant || leaves.iter().flatten().any(|leaf| leaf.twin.is_some())
 }
 
 /// One copy after the other, so that one is whole at any time.

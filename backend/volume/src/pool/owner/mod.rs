@@ -7,6 +7,7 @@
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
 //!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
+//!   replacing  a member that is copied to another device while it stays in service
 //! ```
 //!
 //! Invariants:
@@ -21,6 +22,7 @@ mod mapping;
 mod members;
 mod rejoin;
 mod replace;
+mod replacing;
 mod resync;
 mod scrub;
 mod tick;
@@ -30,7 +32,8 @@ pub(crate) use intents::Intents;
 pub(crate) use journal::Log;
 pub(crate) use mapping::Locks;
 pub(crate) use members::Member;
-pub(crate) use members::survives;
+pub(crate) use members::{is_copied, survives};
+pub(crate) use replacing::Replacing;
 pub(crate) use resync::Work;
 
 use super::ask::{self};
@@ -104,6 +107,7 @@ pub(crate) struct Owner {
     pub(crate) book: RefCell<Superblock>,
     pub(crate) members: RefCell<Vec<Member>>,
     pub(crate) spares: RefCell<Vec<(Uuid, Option<Leaf>)>>,
+    pub(crate) replacing: RefCell<Option<Replacing>>,
     pub(crate) options: Options,
     pub(crate) tail: RefCell<Box<dyn Tail>>,
     pub(crate) tail_used: Cell<usize>,

@@ -133,6 +133,9 @@ impl Owner {
         {
             let mut members = self.members.borrow_mut();
             let member = &mut members[usize::from(number)];
+            // One that is being replaced stays a part of two.
+            let twin = member.leaf.clone().filter(|before| before.twin.is_some() && before.is_kin(&leaf));
+            let leaf = twin.unwrap_or(leaf);
             let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());

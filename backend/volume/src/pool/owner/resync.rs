@@ -32,6 +32,8 @@ pub(super) const SCRUB: &str = "scrub";
 #[derive(Default)]
 pub(crate) struct Work {
     pub(super) running: Cell<Option<Progress>>,
+    /// What goes on when other work has had its turn.
+    paused: Cell<Option<Progress>>,
     /// The last resync or rebuild, and the last scrub.
     pub(super) last: [Cell<Option<Progress>>; 2],
     pub(super) scrub_wanted: RefCell<Option<bool>>,
@@ -61,6 +63,30 @@ impl Work {
         }
     }
 
+    /// Goes on with what was paused, or begins where `done` of it is done.
+    pub(super) fn go_on(&self, kind: &'static str, done: u64, total: u64, now: Instant) {
+        if self.running.get().is_none() {
+            match self.paused.take() {
+                Some(progress) => self.running.set(Some(progress)),
+                None => self.begin(kind, total.saturating_sub(done), now),
+            }
+        }
+    }
+
+    /// Other work has its turn.
+    pub(super) fn pause(&self) {
+        if let Some(progress) = self.running.take() {
+            self.paused.set(Some(progress));
+        }
+    }
+
+    /// Work of this kind begins anew, or does not go on.
+    pub(super) fn forget(&self, kind: &'static str) {
+        for place in [&self.running, &self.paused] {
+            place.set(place.take().filter(|progress| progress.kind != kind));
+        }
+    }
+
     pub(super) fn end(&self, now: Instant) {
         if let Some(progress) = self.running.take() {
             let place = usize::from(progress.kind == SCRUB);
@@ -77,8 +103,9 @@ impl Work {
             ended: None,
             mismatches: 0,
         });
-        let each =
-            [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
+        let each = [self.running.get(), self.paused.get(), waiting, self.last[0].get(), self.last[1].get()]
+            .into_iter()
+            .flatten();
         each.map(|progress| TaskView {
             kind: progress.kind,
             done_bytes: progress.done_bytes,
@@ -117,13 +144,8 @@ impl Owner {
     }
 
     /// Makes all copies of a piece those of the first that is in sync. The window is the caller's.
-    pub(super) async fn copy_piece(
-        self: &Rc<Self>,
-        view: &View,
-        set: &Set,
-        piece: &Piece,
-        only: Option<u16>,
-    ) -> Outcome {
+    pub(super) async fn copy_piece(self: &Rc<Self>, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
+        let view = &self.view();
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         self.check_ours()?;
@@ -176,7 +198,7 @@ impl Owner {
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
         coverage::count(coverage::Event::Settled);
-        self.in_window(&set, window_of(&piece), self.copy_piece(&view, &set, &piece, None)).await
+        self.in_window(&set, window_of(&piece), self.copy_piece(&set, &piece, None)).await
     }
 
     /// A copy could not be read and another could: it is written again.
@@ -184,12 +206,13 @@ impl Owner {
         self.check_writable()?;
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
-        let outcome = self.in_window(&set, window_of(&piece), self.rewrite_bad(&view, &set, &piece)).await;
+        let outcome = self.in_window(&set, window_of(&piece), self.rewrite_bad(&set, &piece)).await;
         self.publish();
         outcome
     }
 
-    pub(super) async fn rewrite_bad(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece) -> Outcome {
+    pub(super) async fn rewrite_bad(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece) -> Outcome {
+        let view = &self.view();
         let good = Rc::new(self.place.spare.take(piece.len as usize));
         self.read_first(view, set, piece, &good, 0).await?;
         self.check_ours()?;
@@ -234,6 +257,7 @@ impl Owner {
                     is_whole &= self.resync_set(set).await;
                 }
             }
+            self.go_on_replacing().await;
             if !is_whole {
                 self.rest(AGAIN).await;
             }
@@ -317,18 +341,17 @@ impl Owner {
     }
 
     async fn resync_window(self: &Rc<Self>, set: &Arc<Set>, offset: u64, len: u64) -> Outcome {
-        let view = self.view();
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
             let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
             for piece in &pieces {
-                self.copy_piece(&view, set, piece, Some(member)).await?;
+                self.copy_piece(set, piece, Some(member)).await?;
             }
         }
         Ok(())
     }
 
     /// Whether some extent that lies there is in use: what was never written need not be the same.
-    fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
+    pub(super) fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
         let data = set.data_of_rows(offset, len);
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
