@@ -262,3 +262,36 @@ fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place(
     assert_eq!(daemon.end(), Some(0));
     drop(spare);
 }
+
+/// A pool without redundancy waits for its member as long as that takes. Whoever asks it for something waits too, but not everybody, and
+/// all others have their answers.
+#[test]
+fn a_pool_that_hangs_keeps_only_some_of_those_who_ask() {
+    let (_storage, target, listen) = storage();
+    let one = host(&listen, "");
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "linear", "n1"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let daemon = one.serve();
+    until("it is there", || daemon.disk("v").0 == "listening");
+    target.stop();
+    let create = |number: usize| {
+        let body = format!("{{\"name\": \"w{number}\", \"size_bytes\": 1048576}}");
+        let (code, _, body) = daemon.http("POST", "/v1/pools/p0/volumes", &body);
+        (code, body)
+    };
+    std::thread::scope(|scope| {
+        let mut asked: Vec<_> = (0..9).map(|number| scope.spawn(move || create(number))).collect();
+        until("one of them is refused", || asked.iter().any(|it| it.is_finished()));
+        let refused = asked.iter().position(|it| it.is_finished()).unwrap();
+        let (code, body) = asked.remove(refused).join().unwrap();
+        assert!(code == 409 && body.contains("pool p0 is busy: 8 others wait for it"), "{code}: {body}");
+        assert_eq!(daemon.status()["pools"][0]["name"], "p0");
+        assert!(asked.iter().all(|it| !it.is_finished()), "they wait");
+        target.signal("CONT");
+        for waiting in asked {
+            let (code, body) = waiting.join().unwrap();
+            assert_eq!(code, 201, "{body}");
+        }
+    });
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}

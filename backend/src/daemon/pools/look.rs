@@ -328,7 +328,8 @@ impl Shared {
         }
         let members: Vec<Name> = entry.found.devices.iter().map(|(name, ..)| name.clone()).collect();
         let is_complete = !entry.lacks_device();
-        if is_complete {
+        // Who asks for a change may be about to give it more.
+        if is_complete && self.asks.is_idle(&name) {
             state.tasks += usize::from(self.let_go(entry, &view));
         }
         for known in state.devices.iter_mut().filter(|known| members.contains(&known.name)) {

@@ -12,6 +12,7 @@
 //! All of it is decided on one thread, `pools`, which is the only one that waits for devices, targets and pools here; others read
 //! what is known under a lock that nobody holds while waiting.
 
+mod asks;
 mod close;
 mod look;
 pub(crate) mod past;
@@ -23,6 +24,7 @@ use super::run_state;
 use crate::assemble::late::LateDevice;
 use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{PoolView, VolumeView};
+use asks::Asks;
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Name, VolumePath};
@@ -64,6 +66,7 @@ pub(super) struct Shared {
     wake: Notify,
     /// Something has changed that others may wait for.
     changed: Condvar,
+    asks: Asks,
 }
 
 /// Devices that a change has for itself; they are looked at anew when it is over.
@@ -108,6 +111,7 @@ impl Pools {
             state: Mutex::new(state),
             wake: Notify::new(),
             changed: Condvar::new(),
+            asks: Asks::default(),
         };
         Pools { shared: Arc::new(shared), thread: Mutex::default() }
     }
@@ -181,6 +185,11 @@ impl Pools {
             Some(Entry { phase: Phase::Open(open), .. }) => Ok(open.pool.clone()),
             Some(entry) => Err(Lack::Conflict(entry.not_open())),
         }
+    }
+
+    /// Who waits for pools.
+    pub(super) fn asks(&self) -> &Asks {
+        &self.shared.asks
     }
 
     /// Whether there is a pool called `name`, open or not.
