@@ -120,9 +120,32 @@ fn a_clone_of_a_running_volume_has_what_that_had_then() {
     image.read_exact_at(&mut piece, 0).unwrap();
     let want = |at: u64| u8::from(at % (3 * MIB) < 4096 && at / (3 * MIB) < 8);
     assert!((0..).zip(&piece).all(|(at, byte)| *byte == want(at)));
-    let line = rig.online_refused(&format!("volume export p0/v {none}"), 1);
-    assert_eq!(line, "volume p0/v is in use, want a snapshot of it");
-    assert!(!rig.place.path("none").exists());
+    // A volume that is written to meanwhile comes out as it was at one instant: what was written first is never older.
+    let (first, last) = (90 * MIB, (10 << 30) - 4096);
+    write(&mut guest, first, 10);
+    write(&mut guest, last, 10);
+    std::thread::scope(|scope| {
+        let exporting = scope.spawn(|| rig.online(&format!("volume export p0/v {none}")));
+        let mut fill = 10;
+        while !exporting.is_finished() {
+            fill += u8::from(fill < 250);
+            write(&mut guest, first, fill);
+            write(&mut guest, last, fill);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(fill > 12, "nothing was written meanwhile");
+        assert_eq!(exporting.join().unwrap(), format!("p0/v exported to {none}: 10 GiB\n"));
+    });
+    let image = fs::File::open(rig.place.path("none")).unwrap();
+    let byte_at = |at: u64| {
+        let mut byte = [0];
+        image.read_exact_at(&mut byte, at).unwrap();
+        byte[0]
+    };
+    let (first, last) = (byte_at(first), byte_at(last));
+    assert!(first == last || first == last + 1, "{first}, {last}");
+    let volumes = rig.online("volume list --json");
+    assert!(!volumes.contains("export-"), "{volumes}");
     let free = |rig: &Rig| json(&rig.online("pool list --json"))[0]["free_bytes"].as_u64().unwrap();
     let before = free(&rig);
     // A snapshot is served where nothing can be written.
