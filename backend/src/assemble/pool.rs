@@ -71,6 +71,7 @@ pub(crate) fn open_options(policy: &PoolConfig, host: [u8; 16], tail: Box<dyn Ta
             NoSpace::Error => NoSpacePolicy::Error,
             NoSpace::Wait => NoSpacePolicy::Wait,
         },
+        discard: policy.discard,
         low_water_permille: policy.low_water * 10,
         sync_bytes_per_second: policy.sync_rate.0,
         member_timeout: seconds(policy.member_timeout),

@@ -177,6 +177,8 @@ pub(crate) struct Plan {
     pub(crate) volume_bytes: u64,
     pub(crate) habits: Habits,
     pub(crate) no_space: NoSpacePolicy,
+    /// Members are told what is free.
+    pub(crate) discards: bool,
     pub(crate) intent_idle: Duration,
     pub(crate) spare_delay: Duration,
     pub(crate) sync_bytes_per_second: u64,
@@ -267,5 +269,6 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         spare_delay: Duration::from_millis([10, 500][random.index(2)]),
         sync_bytes_per_second: [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)],
         has_cache_identity: random.chance(700),
+        discards: random.chance(500),
     }
 }

@@ -129,6 +129,8 @@ impl Core {
 struct Slot {
     request: Request,
     turn: usize,
+    /// [`Shared::joins`] when its members were known.
+    since: u64,
     left: u32,
     /// Members that have a part of it, those that failed, and those that were given up, by bits.
     members: u64,
@@ -318,7 +320,8 @@ impl VolumeChannel {
             return;
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
-        let slot = Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy };
+        let since = core.shared.joins();
+        let slot = Slot { request, turn, since, left, members: 0, failed: 0, aborted: 0, status: None, copy };
         let key = self.slots.insert(slot);
         let slot = self.slots.get_mut(key).expect("just inserted");
         let shift = self.view.block_shift;
@@ -374,7 +377,7 @@ impl VolumeChannel {
 
     fn finish(&mut self, slot: Slot) {
         let core = &self.core;
-        let Slot { request, turn, members, failed, aborted, status, copy, .. } = slot;
+        let Slot { request, turn, since, members, failed, aborted, status, copy, .. } = slot;
         if copy.is_some() {
             core.place.end_copy(request.buffers.len());
         }
@@ -409,7 +412,8 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::after_failure(Rc::clone(core), request, (failed, aborted), status, under_way);
+        let failure =
+            slow::after_failure(Rc::clone(core), request, (failed, aborted), (status, since), under_way);
         spawn(core, request.token, failure);
     }
 

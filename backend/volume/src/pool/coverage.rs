@@ -19,9 +19,10 @@ pub(crate) enum Event {
     IntentCleared,
     Rejoined,
     Replaced,
+    Discarded,
 }
 
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 15] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -36,6 +37,7 @@ const NAMES: [&str; 14] = [
     "intents cleared",
     "members back",
     "members replaced",
+    "discards of members",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

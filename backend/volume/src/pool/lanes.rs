@@ -161,6 +161,19 @@ impl Lanes {
         buffers: Buffers,
         kept: Option<Rc<Bounce>>,
     ) -> Io {
+        let blocks = u32::try_from(buffers.len()).expect("far below 4 GiB") >> leaf.shift;
+        self.start_blocks(leaf, operation, offset, blocks, buffers, kept)
+    }
+
+    fn start_blocks(
+        self: &Rc<Self>,
+        leaf: &Leaf,
+        operation: Operation,
+        offset: u64,
+        blocks: u32,
+        buffers: Buffers,
+        kept: Option<Rc<Bounce>>,
+    ) -> Io {
         let mut lanes = self.lanes.borrow_mut();
         let at = lanes.iter().position(|lane| lane.leaf.same(leaf)).unwrap_or_else(|| {
             let channel = leaf.whole.channel(&self.runtime, self.source());
@@ -171,7 +184,6 @@ impl Lanes {
         let key = self.waiting.borrow_mut().insert(waiting);
         let is_flush = operation == Operation::Flush;
         let lba = if is_flush { 0 } else { offset >> leaf.shift };
-        let blocks = u32::try_from(buffers.len()).expect("far below 4 GiB") >> leaf.shift;
         lanes[at].batch.push(Request {
             operation,
             lba: Lba(lba),
@@ -219,6 +231,11 @@ impl Lanes {
     ) -> Outcome {
         let buffers = from.buffers(at, len);
         self.start(leaf, Operation::Write { fua }, offset, buffers, Some(Rc::clone(from))).await
+    }
+
+    pub(crate) async fn discard(self: &Rc<Self>, leaf: &Leaf, offset: u64, len: u64) -> Outcome {
+        let blocks = u32::try_from(len >> leaf.shift).expect("far below 2^32 blocks");
+        self.start_blocks(leaf, Operation::Discard, offset, blocks, Buffers::EMPTY, None).await
     }
 
     pub(crate) async fn flush(self: &Rc<Self>, leaf: &Leaf) -> Outcome {

@@ -168,6 +168,8 @@ pub struct OpenOptions {
     pub degraded: bool,
     /// For those who write when there is no space.
     pub no_space: NoSpacePolicy,
+    /// Extents that nobody has are discarded on the members.
+    pub discard: bool,
     /// Below so many free bytes in 1000 of all, a warning is due.
     pub low_water_permille: u32,
     /// The most bytes per second that a resync, rebuild or scrub copies, from all members together; 0: no limit.
@@ -192,6 +194,7 @@ impl OpenOptions {
             assume_exclusive: false,
             degraded: false,
             no_space: NoSpacePolicy::Error,
+            discard: false,
             low_water_permille: 100,
             sync_bytes_per_second: 200 << 20,
             intent_idle: Duration::from_secs(5),

@@ -40,7 +40,7 @@ impl Cast {
             transfer_blocks_max: (256 << 10) >> block_size.shift(),
             volatile_cache: true,
             write_zeroes: Some(WriteZeroesLimits { blocks_max: 1 << 12, may_unmap: true }),
-            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: true }),
+            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: false }),
             ..Geometry::new(block_size, blocks)
         };
         let index = self.next_disk;

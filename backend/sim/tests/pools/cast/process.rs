@@ -82,6 +82,7 @@ impl Cast {
     fn open_options(&self) -> OpenOptions {
         let mut options = OpenOptions::new(HOST, Box::new(self.tail.clone()));
         options.no_space = self.plan.no_space;
+        options.discard = self.plan.discards;
         options.intent_idle = self.plan.intent_idle;
         options.spare_delay = self.plan.spare_delay;
         options.sync_bytes_per_second = self.plan.sync_bytes_per_second;

@@ -42,6 +42,8 @@ pub(crate) struct Member {
     pub(crate) is_unlabelled: bool,
     /// It gets all writes, and is not ready to be taken for whole.
     pub(crate) is_joining: bool,
+    /// The pool's count of members that came back, when this one last did.
+    pub(crate) joined: u64,
     /// It has lost its cache, or may have: its data is not what was written.
     pub(crate) is_doubted: Arc<AtomicBool>,
 }
@@ -61,6 +63,7 @@ impl Member {
             cache: Arc::new(Mutex::new(cache)),
             is_unlabelled: false,
             is_joining: false,
+            joined: 0,
             is_doubted: Arc::default(),
         }
     }
@@ -124,13 +127,13 @@ impl Owner {
         if self.is_read_only || self.lost.borrow().is_some() {
             return Err(Status::ReadOnly);
         }
-        let targets = self.metadata_targets();
+        let (targets, since) = (self.metadata_targets(), self.shared.joins());
         let results = self.lanes.write_to_all(&targets, offset, bounce, len, fua).await;
-        self.all_or_failed(results).await
+        self.all_or_failed(results, since).await
     }
 
     /// Those who failed what others did are out when it ends.
-    async fn all_or_failed(self: &Rc<Self>, results: Vec<(u16, Outcome)>) -> Outcome {
+    async fn all_or_failed(self: &Rc<Self>, results: Vec<(u16, Outcome)>, since: u64) -> Outcome {
         let (mut failed, mut status, mut is_done) = (0u64, Status::Path, false);
         for (member, outcome) in results {
             match outcome {
@@ -146,7 +149,7 @@ impl Owner {
                 }
                 Err(status)
             }
-            (failed, true) => self.report(failed, status).await,
+            (failed, true) => self.report(failed, status, since).await,
         }
     }
 
@@ -155,7 +158,7 @@ impl Owner {
         if is_broken("skip_member_flush") {
             return Ok(());
         }
-        let targets = self.targets();
+        let (targets, since) = (self.targets(), self.shared.joins());
         let flushes =
             targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
         let results = all(flushes).await;
@@ -164,14 +167,15 @@ impl Owner {
             failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
         for (member, status) in failed {
             // What it had not made durable may be lost: it has not got all the data any more.
-            self.report(1 << member, status).await?;
+            self.report(1 << member, status, since).await?;
         }
         // A flush of another cache than the one that was written to is no flush.
         self.put_out_doubted().await
     }
 
-    /// Members have failed what others may have done: they are out when it ends, or it has failed.
-    pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status) -> Outcome {
+    /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: [`Shared::joins`] when it
+    /// began. One that came back after that was out in between, and is given what it lacked then.
+    pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
         if status == Status::Conflict {
             self.lose("another host has reserved it");
             return Err(status);
@@ -181,6 +185,10 @@ impl Owner {
             return Err(status);
         }
         for member in (0..64).filter(|member| failed & 1 << member != 0) {
+            let joined = self.members.borrow()[usize::from(member)].joined;
+            if joined > since && !is_broken("late_failure_counts") {
+                continue;
+            }
             if !self.put_out(member, status.name()).await {
                 return Err(status);
             }

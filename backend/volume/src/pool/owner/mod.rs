@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   journal    records → tail → (members flush) → log → checkpoints
-//!   mapping    extents for writes, discards, space
+//!   mapping    extents for writes, discards, space; discard: what members are told of those that are free
 //!   intents    regions that may differ
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
@@ -16,6 +16,7 @@
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
+mod discard;
 mod intents;
 mod journal;
 mod mapping;
@@ -142,6 +143,7 @@ pub(crate) struct Owner {
 /// What was asked for when the pool was opened.
 pub(crate) struct Options {
     pub(crate) no_space: super::NoSpacePolicy,
+    pub(crate) discard: bool,
     pub(crate) low_water_permille: u32,
     pub(crate) sync_bytes_per_second: u64,
     pub(crate) intent_idle: std::time::Duration,
@@ -153,6 +155,7 @@ impl Options {
     pub(crate) fn of(options: &OpenOptions) -> Options {
         Options {
             no_space: options.no_space,
+            discard: options.discard,
             low_water_permille: options.low_water_permille,
             sync_bytes_per_second: options.sync_bytes_per_second,
             intent_idle: options.intent_idle,

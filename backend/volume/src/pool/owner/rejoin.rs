@@ -163,6 +163,7 @@ impl Owner {
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
     async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        self.members.borrow_mut()[usize::from(number)].joined = self.shared.joins_now();
         // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
         self.mark_lacking(set);
         set.set_mode(index, Mode::Syncing);

@@ -145,7 +145,7 @@ impl Owner {
 
     /// Makes all copies of a piece those of the first that is in sync. The window is the caller's.
     pub(super) async fn copy_piece(self: &Rc<Self>, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
-        let view = &self.view();
+        let (view, since) = (&self.view(), self.shared.joins());
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         self.check_ours()?;
@@ -157,7 +157,7 @@ impl Owner {
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
             let offset = view.data_offset + copy.offset;
             if let Err(status) = self.lanes.write(leaf, offset, &bounce, 0, piece.len as usize, false).await {
-                self.report(1 << copy.member, status).await?;
+                self.report(1 << copy.member, status, since).await?;
             }
         }
         Ok(())
@@ -212,7 +212,7 @@ impl Owner {
     }
 
     pub(super) async fn rewrite_bad(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece) -> Outcome {
-        let view = &self.view();
+        let (view, since) = (&self.view(), self.shared.joins());
         let good = Rc::new(self.place.spare.take(piece.len as usize));
         self.read_first(view, set, piece, &good, 0).await?;
         self.check_ours()?;
@@ -237,7 +237,7 @@ impl Owner {
                         self.shared.name
                     );
                 }
-                Err(status) => self.report(1 << copy.member, status).await?,
+                Err(status) => self.report(1 << copy.member, status, since).await?,
             }
         }
         Ok(())
