@@ -189,7 +189,7 @@ fn a_clone_of_a_running_volume_has_what_that_had_then() {
     assert_eq!(daemon.end(), Some(0));
     rig.configure("");
     let check = rig.offline("pool check p0");
-    assert!(check.contains(" 8 mapped extents"), "{check}");
+    assert!(check.contains(" 10 mapped extents"), "{check}");
 }
 
 #[test]

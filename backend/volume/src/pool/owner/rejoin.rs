@@ -167,6 +167,8 @@ impl Owner {
         // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
         self.mark_lacking(set);
         set.set_mode(index, Mode::Syncing);
+        // Who is under way may take long.
+        self.publish();
         self.barrier().await;
         self.mark_lacking(set);
         if number < self.book.borrow().metadata_members() {
