@@ -527,6 +527,12 @@ impl Owner {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;
         }
+        {
+            // It says itself what the others say of it: who looks at it as a member finds it so.
+            let _turn = self.turns.superblock.take().await;
+            let book = self.book.borrow().clone();
+            self.label_replacement(&book).await?;
+        }
         if !is_broken("replacement_swapped_early") {
             twin.set_phase(Phase::Strict);
         }
