@@ -332,6 +332,7 @@ impl Shared {
         if is_complete && self.asks.is_idle(&name) {
             state.tasks += usize::from(self.let_go(entry, &view));
         }
+        self.see_reserved(state, uuid, &view, now);
         for known in state.devices.iter_mut().filter(|known| members.contains(&known.name)) {
             // Those that it has it looks after itself.
             if view.members.iter().any(|member| member.device.as_deref() == Some(known.name.as_str())) {

@@ -16,6 +16,7 @@ mod asks;
 mod close;
 mod look;
 pub(crate) mod past;
+mod reserved;
 mod state;
 
 pub(super) use state::Absent;
@@ -30,8 +31,9 @@ use hawser_config::Config;
 use hawser_config::value::{Name, VolumePath};
 use hawser_runtime::ReactorHandle;
 use hawser_volume::pool::Pool;
-use state::{Entry, Knowledge, Known, Phase, State, Wanted, is_reached, lack_of};
+use state::{Entry, Knowledge, Known, Phase, Reservation, State, Wanted, is_reached, lack_of};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -100,6 +102,8 @@ impl Pools {
             device,
             taken: false,
             knowledge: Knowledge::Unknown,
+            changes: Arc::default(),
+            reservation: Reservation::default(),
             again: (now, RETRY_MIN),
         };
         let devices = devices.map(known).collect();
@@ -122,8 +126,9 @@ impl Pools {
     /// When there is no thread to be had: one line.
     pub(super) fn start(&self) -> Result<(), String> {
         for known in &self.shared.state().devices {
-            let shared = Arc::downgrade(&self.shared);
+            let (shared, changes) = (Arc::downgrade(&self.shared), Arc::clone(&known.changes));
             known.device.subscribe(Box::new(move || {
+                changes.fetch_add(1, Ordering::Relaxed);
                 if let Some(shared) = shared.upgrade() {
                     shared.wake.notify_one();
                 }

@@ -10,6 +10,7 @@ use hawser_config::{DeviceConfig, Placed};
 use hawser_volume::pool::{Label, Pool};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -52,8 +53,20 @@ pub(super) struct Known {
     /// A change is under way that gives it to a pool.
     pub(super) taken: bool,
     pub(super) knowledge: Knowledge,
+    /// Raised whenever it says that it has changed.
+    pub(super) changes: Arc<AtomicU64>,
+    pub(super) reservation: Reservation,
     /// When it is next given back to its pool, and how long it is waited for after that.
     pub(super) again: (Instant, Duration),
+}
+
+/// When it was last seen that a member is reserved for us.
+#[derive(Default)]
+pub(super) struct Reservation {
+    /// As of which of its changes, and when; `None`: never, or it could not be told.
+    pub(super) seen: Option<(u64, Instant)>,
+    /// It is being looked at.
+    pub(super) is_asked: bool,
 }
 
 pub(super) enum Knowledge {

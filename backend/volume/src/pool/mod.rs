@@ -550,6 +550,25 @@ impl Pool {
         self.shared.control(move |owner| owner.scrub(repair))
     }
 
+    /// The members' reservations tell that another host has it: it takes no more writes from now on.
+    #[must_use]
+    pub fn lose(&self, why: &str) -> Ask<()> {
+        let why = why.to_owned();
+        self.shared.control(move |owner| async move {
+            owner.lose(&why);
+            Ok(())
+        })
+    }
+
+    /// A member's reservation was lost for a while: looks whether another host has opened the pool meanwhile.
+    #[must_use]
+    pub fn check_owner(&self) -> Ask<()> {
+        self.shared.control(|owner| async move {
+            owner.check_owner().await;
+            Ok(())
+        })
+    }
+
     /// Makes everything durable.
     #[must_use]
     pub fn sync(&self) -> Ask<()> {
