@@ -6,7 +6,7 @@ mod edits;
 
 use edits::{Input, edit_some, seal};
 use hawser_volume::format::{
-    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Root, SetRecord, Superblock, decode_intents,
+    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Replacement, Root, SetRecord, Superblock, decode_intents,
     encode_intents, unit_bytes_for,
 };
 use hawser_volume::raid::{Array, Level, Set, SetConfig};
@@ -38,6 +38,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
             .map(|number| MemberRecord { uuid: [10 + number as u8; 16], in_sync: number != 1, data_bytes })
             .collect(),
         spares: vec![[200; 16]],
+        replacement: (total > 2).then_some(Replacement { uuid: [201; 16], copied_bytes: 1 << 20, member: 1 }),
         this: [10; 16],
     }
 }

@@ -26,6 +26,9 @@ pub struct PoolConfig {
     /// What writes get that need space when there is none.
     #[serde(default)]
     pub no_space: NoSpace,
+    /// Extents that nobody has any more are discarded on the members.
+    #[serde(default)]
+    pub discard: bool,
     /// Below so many percent of free space a warning is due.
     #[serde(default = "low_water")]
     pub low_water: u32,
@@ -80,6 +83,7 @@ impl PoolConfig {
         PoolConfig {
             name: name.clone(),
             no_space: NoSpace::default(),
+            discard: false,
             low_water: low_water(),
             sync_rate: sync_rate(),
             member_timeout: member_timeout(),

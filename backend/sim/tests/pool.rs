@@ -1,5 +1,12 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+#[path = "pool_cases/owners.rs"]
+mod owners;
+#[path = "pool_cases/replace.rs"]
+mod replace;
+#[path = "pool_cases/space.rs"]
+mod space;
+
 use hawser_block::held::HeldDevice;
 use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};
 use hawser_runtime::Reactor;

@@ -565,7 +565,10 @@ impl Device for NvmeDevice {
     }
 
     fn fail_after(&self, patience: Duration) {
-        let ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX).max(1);
+        let ns = match patience {
+            Duration::MAX => 0,
+            patience => u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX).max(1),
+        };
         self.shared.patience_ns.store(ns, Ordering::Relaxed);
     }
 

@@ -40,6 +40,7 @@ pub(crate) fn strike(cast: &mut Cast, event: Event) -> Result<(), String> {
         Event::Back => back(cast),
         Event::BackEmpty => back_empty(cast),
         Event::Replace => replace(cast),
+        Event::AbortReplace => abort_replace(cast),
         Event::Spare => {
             let waiting = cast.pool.as_ref().map(|pool| {
                 let view = pool.view();
@@ -169,7 +170,8 @@ fn heal(cast: &mut Cast, at: usize) {
 fn is_taken(cast: &Cast, at: usize) -> bool {
     let Some(pool) = &cast.pool else { return false };
     let state = cast.state_of(&pool.view(), cast.members[at].disk.name());
-    matches!(state, Some(MemberState::InSync | MemberState::Syncing | MemberState::Spare))
+    let taken = [MemberState::InSync, MemberState::Syncing, MemberState::Spare, MemberState::Replacing];
+    state.is_some_and(|state| taken.contains(&state))
 }
 
 /// Disks that are well, and that the pool does not use, are given back to it.
@@ -193,9 +195,11 @@ pub(crate) fn fill_places(cast: &mut Cast) {
     let view = pool.view();
     let is_gone = |member: &&MemberView| {
         let is_strange = member.why == "another device than it was";
-        member.place.is_some() && (member.device.is_none() || is_strange)
+        let is_place = member.place.is_some() && member.state != MemberState::Replacing;
+        is_place && (member.device.is_none() || is_strange)
     };
-    let missing = view.members.iter().find(is_gone);
+    let leaves = cast.replacement().and_then(|new| new.place);
+    let missing = view.members.iter().filter(is_gone).find(|member| member.place != leaves);
     let has_more = (0..cast.members.len()).any(|at| {
         let member = &cast.members[at];
         let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
@@ -219,7 +223,8 @@ fn back(cast: &mut Cast) {
 fn back_empty(cast: &mut Cast) {
     let dead = |cast: &Cast, at: usize| cast.members[at].health == Health::Dead && !is_taken(cast, at);
     let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
-    let Some(at) = choose(cast, dead) else { return };
+    // Its replacement takes its place.
+    let Some(at) = choose(cast, dead).filter(|_| cast.replacement().is_none()) else { return };
     let disk = Arc::clone(&cast.members[at].disk);
     disk.state().wipe();
     cast.members[at].is_new = true;
@@ -261,14 +266,31 @@ fn add(cast: &mut Cast, what: &str, ask: impl FnOnce(&Pool, Arc<dyn Device>) -> 
 }
 
 fn replace(cast: &mut Cast) {
-    if !cast.plan.is_redundant() || !cast.asks.is_empty() {
+    if !cast.asks.is_empty() || cast.replacement().is_some() || cast.pool.is_none() {
         return;
     }
+    let is_redundant = cast.plan.is_redundant();
     // A good one, or one that is dead while the others are good.
-    let Some(at) = choose(cast, |cast, at| cast.can_lose(at) && !is_spare(cast, at)) else { return };
+    let can_go = |cast: &Cast, at: usize| match is_redundant {
+        true => cast.can_lose(at) && !is_spare(cast, at),
+        false => cast.members[at].health == Health::Good && is_taken(cast, at),
+    };
+    let Some(at) = choose(cast, can_go) else { return };
     let name = name_or_place(cast, &cast.members[at].name());
     cast.members[at].is_leaving = true;
     add(cast, &format!("replace {name} by"), |pool, device| Box::pin(pool.replace(&name, device, false)));
+}
+
+fn abort_replace(cast: &mut Cast) {
+    let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
+    let Some(new) = cast.replacement() else { return };
+    cast.count("replacements_given_up");
+    for member in &mut cast.members {
+        member.is_leaving = false;
+        member.is_new |= Some(member.disk.name()) == new.device.as_deref();
+    }
+    // It may be over just now.
+    cast.asks.push(("abort_replace".to_owned(), true, Box::pin(pool.abort_replace())));
 }
 
 fn is_spare(cast: &Cast, at: usize) -> bool {

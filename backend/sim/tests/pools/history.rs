@@ -178,7 +178,7 @@ fn mend(cast: &mut Cast) -> Result<(), String> {
 
 /// All members have all the data.
 fn whole(cast: &mut Cast) -> Result<(), String> {
-    if !cast.plan.is_redundant() {
+    if !cast.plan.is_redundant() && cast.replacement().is_none() {
         return Ok(());
     }
     let mut asked_at = cast.world.now();

@@ -38,6 +38,8 @@ pub(crate) enum Event {
     BackEmpty,
     /// A good member is replaced by a new disk.
     Replace,
+    /// It is not, after all.
+    AbortReplace,
     /// A spare waits.
     Spare,
     /// Members are compared.
@@ -58,12 +60,12 @@ pub(crate) enum Event {
 }
 
 use Event::{
-    Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep, Media, Pause,
-    Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
+    AbortReplace, Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep,
+    Media, Pause, Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 9] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 10] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -94,6 +96,34 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 9] = [
         ],
     ),
     (
+        "replace",
+        &[
+            Replace,
+            Replace,
+            Replace,
+            Replace,
+            AbortReplace,
+            Pause,
+            Pause,
+            Dies,
+            Errs,
+            Slow,
+            Power,
+            Media,
+            Back,
+            Back,
+            Kill,
+            KillAtStep,
+            KillAtStep,
+            Cut,
+            CutAtStep,
+            CutAtStep,
+            Reopen,
+            Reopen,
+            Snapshot,
+        ],
+    ),
+    (
         "all",
         &[
             Cut,
@@ -114,6 +144,7 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 9] = [
             Back,
             BackEmpty,
             Replace,
+            AbortReplace,
             Spare,
             Scrub,
             Grow,
@@ -154,6 +185,8 @@ pub(crate) struct Plan {
     pub(crate) volume_bytes: u64,
     pub(crate) habits: Habits,
     pub(crate) no_space: NoSpacePolicy,
+    /// Members are told what is free.
+    pub(crate) discards: bool,
     pub(crate) intent_idle: Duration,
     pub(crate) spare_delay: Duration,
     pub(crate) sync_bytes_per_second: u64,
@@ -257,5 +290,6 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         spare_delay: Duration::from_millis([10, 500][random.index(2)]),
         sync_bytes_per_second: [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)],
         has_cache_identity: random.chance(700),
+        discards: random.chance(500),
     }
 }

@@ -9,7 +9,8 @@
 //!    208 8 sets of 8:      members 2 │ reserved 2 │ regions 4
 //!    272 8 spares of 16:   UUID
 //!    400 64 members of 32: UUID 16 │ data_bytes 8 │ flags 4: 1 in sync │ reserved 4
-//!   2448 reserved, to 4096
+//!   2448 replacement: UUID 16 │ copied_bytes 8 │ member 2 │ reserved 6; all zero: none
+//!   2480 reserved, to 4096
 //! ```
 //!
 //! All copies of one generation differ in `this` only.
@@ -43,6 +44,8 @@ pub const LOG_BYTES_MAX: u64 = 1 << 40;
 pub const PARITY_LOG_PAGES_MAX: u32 = 1 << 16;
 
 const MAGIC: &[u8; 8] = b"HAWSERSB";
+/// Behind the members: 400 + 64 × 32.
+const REPLACEMENT_AT: usize = 2448;
 const OPENED: u32 = 1;
 const IN_SYNC: u32 = 1;
 
@@ -55,6 +58,17 @@ pub struct MemberRecord {
     pub in_sync: bool,
     /// What of it can be used for data.
     pub data_bytes: u64,
+}
+
+/// A device that is to take a member's place, and is given what that has while it stays in service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    /// Its UUID, now and when it is the member.
+    pub uuid: Uuid,
+    /// So many bytes of the member's data area are on it, in regions that are not marked.
+    pub copied_bytes: u64,
+    /// The member's place in the list.
+    pub member: u16,
 }
 
 /// A set of members: an array of the pool's level. Sets follow each other in the list of members, and in the pool's extents.
@@ -99,7 +113,9 @@ pub struct Superblock {
     pub members: Vec<MemberRecord>,
     /// Those that wait to replace a member.
     pub spares: Vec<Uuid>,
-    /// The member or spare that this copy stands on.
+    /// The one that is just replacing a member.
+    pub replacement: Option<Replacement>,
+    /// The member, spare or replacement that this copy stands on.
     pub this: Uuid,
 }
 
@@ -156,6 +172,12 @@ impl Superblock {
             put_u64(&mut out, member.data_bytes);
             put_u32(&mut out, if member.in_sync { IN_SYNC } else { 0 });
             put_u32(&mut out, 0);
+        }
+        out.resize(REPLACEMENT_AT, 0);
+        if let Some(replacement) = self.replacement {
+            out.extend_from_slice(&replacement.uuid);
+            put_u64(&mut out, replacement.copied_bytes);
+            put_u16(&mut out, replacement.member);
         }
         fill_page(&mut out);
         seal(&mut out);
@@ -265,14 +287,23 @@ impl Superblock {
                 return Err(wrong!("member {place} has {bytes} bytes for data"));
             }
         }
+        if let Some(Replacement { copied_bytes, member, .. }) = self.replacement {
+            let Some(replaced) = self.members.get(usize::from(member)) else {
+                return Err(wrong!("member {member} is being replaced, and there are {members}"));
+            };
+            if copied_bytes > replaced.data_bytes {
+                return Err(wrong!("{copied_bytes} bytes of member {member} are copied, which has fewer"));
+            }
+        }
         let mut uuids: Vec<&Uuid> =
             self.members.iter().map(|member| &member.uuid).chain(&self.spares).collect();
+        uuids.extend(self.replacement.as_ref().map(|replacement| &replacement.uuid));
         if !uuids.contains(&&self.this) {
             return Err(wrong!("the device is neither among the members nor among the spares"));
         }
         uuids.sort_unstable();
         if uuids.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(wrong!("two members or spares have the same UUID"));
+            return Err(wrong!("two members, spares or replacements have the same UUID"));
         }
         Ok(())
     }
@@ -363,6 +394,8 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         members.push(MemberRecord { uuid, in_sync: flags & IN_SYNC != 0, data_bytes });
     }
     members.truncate(members_len);
+    let (uuid, copied_bytes, member) = (take_uuid(&mut b)?, take_u64(&mut b)?, take_u16(&mut b)?);
+    let replacement = (uuid != [0; 16]).then_some(Replacement { uuid, copied_bytes, member });
     Ok(Superblock {
         pool_uuid,
         name,
@@ -379,6 +412,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         sets,
         members,
         spares,
+        replacement,
         this,
     })
 }

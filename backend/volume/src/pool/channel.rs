@@ -141,6 +141,8 @@ impl Core {
 struct Slot {
     request: Request,
     turn: usize,
+    /// [`Shared::joins`] when its members were known.
+    since: u64,
     left: u32,
     /// Members that have a part of it, those that failed, and those that were given up, by bits.
     members: u64,
@@ -161,6 +163,13 @@ struct Lane {
     outstanding: usize,
 }
 
+/// A lane that gets nothing new.
+struct Retired {
+    /// The member that it still is a part of.
+    member: Option<usize>,
+    lane: Lane,
+}
+
 struct VolumeChannel {
     core: Rc<Core>,
     version: u64,
@@ -168,8 +177,8 @@ struct VolumeChannel {
     map: Arc<VolumeMap>,
     /// By the member's number.
     lanes: Vec<Option<Lane>>,
-    /// Of devices that are members no more, with requests under way.
-    retired: Vec<Lane>,
+    /// With requests under way: of devices that are members no more, and of those that members were alone until now.
+    retired: Vec<Retired>,
     slots: Slab<Slot>,
     plan: Plan,
     rotor: u32,
@@ -239,9 +248,12 @@ impl VolumeChannel {
             }
             let retired = place.take().filter(|lane| lane.outstanding > 0);
             self.retired.extend(retired.map(|mut lane| {
-                // Nobody waits for a device that is no member any more.
-                lane.channel.abort();
-                lane
+                let is_kin = leaf.as_ref().is_some_and(|leaf| leaf.is_kin(&lane.leaf));
+                if !is_kin {
+                    // Nobody waits for a device that is no member any more.
+                    lane.channel.abort();
+                }
+                Retired { member: is_kin.then_some(member), lane }
             }));
             *place = leaf.as_ref().map(|leaf| Lane {
                 leaf: leaf.clone(),
@@ -305,7 +317,7 @@ impl VolumeChannel {
         }
         let mut copy = None;
         let len = request.buffers.len();
-        if is_write && self.view.is_redundant {
+        if is_write && self.view.is_copied {
             if !core.place.begin_copy(len) {
                 core.place.leave(turn);
                 self.slowly(request, None);
@@ -338,12 +350,23 @@ impl VolumeChannel {
             return;
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
+        let since = core.shared.joins();
         let stripes = match self.plan.stripes.is_empty() {
             true => Vec::new(),
             false => std::mem::replace(&mut self.plan.stripes, self.lists.pop().unwrap_or_default()),
         };
-        let slot =
-            Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy, stripes };
+        let slot = Slot {
+            request,
+            turn,
+            since,
+            left,
+            members: 0,
+            failed: 0,
+            aborted: 0,
+            status: None,
+            copy,
+            stripes,
+        };
         let key = self.slots.insert(slot);
         let slot = self.slots.get_mut(key).expect("just inserted");
         let shift = self.view.block_shift;
@@ -418,7 +441,7 @@ impl VolumeChannel {
     }
 
     fn finish(&mut self, slot: Slot) {
-        let Slot { request, turn, members, failed, aborted, status, copy, stripes, .. } = slot;
+        let Slot { request, turn, since, members, failed, aborted, status, copy, stripes, .. } = slot;
         // Kept until a failure is written down: who changes them before would take for right what the member does not have.
         let held = match status {
             None => {
@@ -466,8 +489,13 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure =
-            slow::after_failure(Rc::clone(core), request, (failed, aborted), status, (under_way, held));
+        let failure = slow::after_failure(
+            Rc::clone(core),
+            request,
+            (failed, aborted),
+            (status, since),
+            (under_way, held),
+        );
         spawn(core, request.token, failure);
     }
 
@@ -540,15 +568,22 @@ impl Channel for VolumeChannel {
             }
         }
         let mut retired = std::mem::take(&mut self.retired);
-        for lane in &mut retired {
+        for Retired { member, lane } in &mut retired {
+            if let Some(member) = *member {
+                let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+                if given_up != lane.given_up {
+                    lane.given_up = given_up;
+                    lane.channel.abort();
+                }
+            }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
-                // Whose number it had may be another's now; the answer counts all the same.
-                self.ended(0, completion);
+                // Else whose number it had may be another's now; the answer counts all the same.
+                self.ended(member.map_or(0, |member| 1 << member), completion);
             }
         }
-        retired.retain(|lane| lane.outstanding > 0);
+        retired.retain(|retired| retired.lane.outstanding > 0);
         self.retired = retired;
         self.reaped = reaped;
         ended.append(&mut self.core.ended.borrow_mut());
@@ -561,7 +596,8 @@ impl Channel for VolumeChannel {
     fn abort(&mut self) {
         self.core.is_given_up.store(true, Ordering::Relaxed);
         self.core.place.bell.ring();
-        for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
+        let retired = self.retired.iter_mut().map(|retired| &mut retired.lane);
+        for lane in self.lanes.iter_mut().flatten().chain(retired) {
             lane.channel.abort();
         }
         if self.core.slow.get() > 0 {

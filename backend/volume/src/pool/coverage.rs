@@ -24,9 +24,11 @@ pub(crate) enum Event {
     ParityReleased,
     Computed,
     ParityMended,
+    Replaced,
+    Discarded,
 }
 
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 21] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -46,6 +48,8 @@ const NAMES: [&str; 19] = [
     "releases of the parity log",
     "reads computed",
     "parity made right",
+    "members replaced",
+    "discards of members",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

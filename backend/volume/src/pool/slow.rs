@@ -106,10 +106,10 @@ pub(super) async fn after_failure(
     core: Rc<Core>,
     request: Request,
     members: (u64, u64),
-    status: Status,
+    (status, since): (Status, u64),
     under_way: (UnderWay, Vec<Held>),
 ) -> Outcome {
-    match report_failures(&core, members, status, under_way).await {
+    match report_failures(&core, members, (status, since), under_way).await {
         Err(status) if is_out_of_reach(&core, status) => {
             core.runtime.sleep(OUT_OF_REACH).await;
             carry_out(core, request).await
@@ -122,7 +122,7 @@ pub(super) async fn after_failure(
 async fn report_failures(
     core: &Core,
     (failed, aborted): (u64, u64),
-    status: Status,
+    (status, since): (Status, u64),
     _until_recorded: (UnderWay, Vec<Held>),
 ) -> Outcome {
     let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
@@ -134,7 +134,8 @@ async fn report_failures(
         (false, Status::Aborted) => (aborted, Status::Timeout),
         (false, status) => (failed | aborted, status),
     };
-    let reported = core.shared.request(move |owner| async move { owner.report(members, status).await }).await;
+    let reported =
+        core.shared.request(move |owner| async move { owner.report(members, status, since).await }).await;
     if is_broken("ack_before_stale_recorded") {
         return Ok(());
     }
@@ -560,7 +561,7 @@ async fn write_copies(
                 .map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)),
         );
     }
-    let lanes = &core.place.lanes;
+    let (lanes, since) = (&core.place.lanes, core.shared.joins());
     let requests = writes.iter().map(|(member, offset, start, len)| async move {
         let Some(leaf) = &view.leaves[usize::from(*member)] else { return (*member, Err(Status::Path)) };
         (*member, lanes.write(leaf, view.data_offset + offset, bounce, *start, *len, false).await)
@@ -588,7 +589,7 @@ async fn write_copies(
             false => Ok(false),
         };
     }
-    core.shared.request(move |owner| async move { owner.report(failed, status).await }).await?;
+    core.shared.request(move |owner| async move { owner.report(failed, status, since).await }).await?;
     Ok(true)
 }
 
@@ -703,7 +704,10 @@ async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, 
     }
     left.retain(|(_, len)| *len > 0);
     if let Some((index, count)) = whole {
-        core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+        let kept =
+            core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+        let bytes = |index: u32| (u64::from(index) * view.thin.extent_bytes).clamp(first, first + len);
+        left.extend(kept.into_iter().map(|(from, to)| (bytes(from), bytes(to) - bytes(from))));
     }
     Ok(left)
 }

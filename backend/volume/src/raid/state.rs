@@ -160,7 +160,7 @@ impl Set {
     ///
     /// # Errors
     /// [`Slow::Degraded`] when none of them can be read; then, at redundant levels, [`Slow::Intent`] when the mark of a region
-    /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised.
+    /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised, or copied for a replacement.
     #[inline]
     pub fn writable(&self, piece: &Piece) -> Result<Copies, Slow> {
         if self.parity().is_some() {
@@ -181,9 +181,6 @@ impl Set {
         if !is_readable {
             return Err(Slow::Degraded);
         }
-        if !is_redundant {
-            return Ok(copies);
-        }
         // A copy of a member that is away counts too: its region is what a resync will look for.
         if !is_marked {
             return Err(Slow::Intent);
@@ -191,6 +188,9 @@ impl Set {
         let len = u64::from(piece.len);
         if piece.copies.as_slice().iter().any(|copy| self.in_window(copy.offset, len)) {
             return Err(Slow::Window);
+        }
+        if !is_redundant {
+            return Ok(copies);
         }
         self.any_region(piece, |region| {
             self.touched.mark(region);

@@ -86,6 +86,7 @@ impl Cast {
     fn open_options(&self) -> OpenOptions {
         let mut options = OpenOptions::new(HOST, Box::new(self.tail.clone()));
         options.no_space = self.plan.no_space;
+        options.discard = self.plan.discards;
         options.intent_idle = self.plan.intent_idle;
         options.spare_delay = self.plan.spare_delay;
         options.sync_bytes_per_second = self.plan.sync_bytes_per_second;
@@ -136,6 +137,7 @@ impl Cast {
                 };
                 match label {
                     Some(label) if label.pool == NAME && label.pool_uuid == POOL_UUID => {}
+                    // It was not taken, or is one no more.
                     None if is_new => continue,
                     other => return Err(format!("{} says {other:?}", disk.name())),
                 }

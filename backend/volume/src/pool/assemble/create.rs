@@ -195,6 +195,7 @@ fn plan_pool(
         this: members[0].uuid,
         members,
         spares: spares.clone(),
+        replacement: None,
     };
     let (_, record) = new_set(&book, 0, count).map_err(|what| wrong(format!("pool {name}: {what}")))?;
     book.sets.push(record);

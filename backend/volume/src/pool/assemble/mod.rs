@@ -138,6 +138,7 @@ pub(super) fn probe(reactor: &ReactorHandle, device: Arc<dyn Device>) -> Ask<Opt
             uuid: book.this,
             member_uuids: book.members.iter().map(|member| member.uuid).collect(),
             spare_uuids: book.spares.clone(),
+            replacement: book.replacement.map(|it| (it.member, it.uuid)),
             opened_by: book.opened_by,
             pool: book.name,
             pool_uuid: book.pool_uuid,

@@ -189,6 +189,7 @@ async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8
     let view = owner.view();
     let len = entry.len as usize;
     let offset = view.data_offset + entry.row * u64::from(set.strip_bytes()) + u64::from(entry.within);
+    let since = owner.shared.joins();
     let places = (0..set.members()).filter(|place| entry.places >> place & 1 != 0);
     for (place, bytes) in places.zip(payload.chunks_exact(len)) {
         let member = set.first_member() + place;
@@ -196,7 +197,7 @@ async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8
         let Some(leaf) = leaf.filter(|_| set.mode(place) == Mode::InSync) else { continue };
         let bounce = Rc::new(Bounce::holding(bytes));
         if let Err(status) = owner.lanes.write(leaf, offset, &bounce, 0, len, false).await {
-            owner.report(1 << member, status).await?;
+            owner.report(1 << member, status, since).await?;
         }
     }
     Ok(())

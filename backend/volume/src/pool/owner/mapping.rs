@@ -6,7 +6,7 @@ use crate::pool::NoSpacePolicy;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::runs;
-use crate::pool::shared::View;
+use crate::pool::shared::{Class, View, lock};
 use crate::pool::stripes::{Change, Changed, IsValid};
 use crate::pool::wait::{Bell, all};
 use crate::raid::{Mode, Parity, Set, Slow};
@@ -127,6 +127,7 @@ impl Owner {
         exclusive: bool,
         given_up: Arc<AtomicBool>,
     ) -> Outcome {
+        let mut is_counted = false;
         loop {
             self.check_writable()?;
             self.locks.take((volume, index), exclusive).await;
@@ -146,6 +147,12 @@ impl Owner {
             }
             if outcome != Err(Status::NoSpace) || self.options.no_space == NoSpacePolicy::Error {
                 return outcome;
+            }
+            // When it begins to wait: it may wait for ever.
+            if !std::mem::replace(&mut is_counted, true)
+                && let Some(shown) = lock(&self.shared.volumes).get(&volume)
+            {
+                shown.count(Class::NoSpace);
             }
             // Whoever makes space may need this extent.
             if given_up.load(Ordering::Relaxed) {
@@ -359,6 +366,7 @@ impl Owner {
         if let Some(parity) = set.parity() {
             return self.write_stripes(set, parity, (extent, address), within, from, written).await;
         }
+        let since = self.shared.joins();
         let mut writes = Vec::new();
         for piece in set.pieces(address + within, from.len() as u64) {
             let at = usize::try_from(piece.start).expect("extents are small");
@@ -380,7 +388,7 @@ impl Owner {
         });
         for (member, outcome) in all(requests).await {
             if let Err(status) = outcome {
-                self.report(1 << member, status).await?;
+                self.report(1 << member, status, since).await?;
             }
         }
         Ok(())
@@ -479,8 +487,14 @@ impl Owner {
         done
     }
 
-    /// Gives extents back.
-    pub(crate) async fn unmap(self: Rc<Self>, volume: u32, index: u32, count: u32) -> Outcome {
+    /// Gives extents back; those that there is no room for, because a snapshot has them too, are left as they are, and told: from, to.
+    pub(crate) async fn unmap(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        count: u32,
+    ) -> Result<Vec<(u32, u32)>, Status> {
+        let mut left = Vec::new();
         let end = index.saturating_add(count);
         let mut at = index;
         while at < end {
@@ -492,23 +506,25 @@ impl Owner {
             for index in at..upto {
                 self.locks.release((volume, index), true);
             }
-            outcome?;
+            if !outcome? {
+                left.push((at, upto));
+            }
             at = upto;
         }
-        Ok(())
+        Ok(left)
     }
 
-    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Outcome {
+    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Result<bool, Status> {
         self.changeable(volume).await?;
         let is_mapped = |index: &u32| self.meta.borrow().entry(volume, *index) != Mapped::None;
         if (from..to).any(|index| is_mapped(&index)) {
-            if !self.meta.borrow().has_room_for_metadata(1) {
-                return Err(Status::NoSpace);
+            if !self.meta.borrow().has_room_to_unmap(volume, from, to) {
+                return Ok(false);
             }
             self.make(&Record::Unmap { volume, index: from, count: to - from });
             self.space.ring();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// There is no free extent: finds some, or says that there are none.
@@ -540,6 +556,11 @@ impl Owner {
         if self.freed.borrow().is_empty() {
             return Ok(());
         }
+        if self.options.discard && is_broken("discard_before_durable") {
+            let early: Vec<u32> =
+                self.freed.borrow().iter().flat_map(|(_, freed)| freed.extents().to_vec()).collect();
+            self.discard_extents(early.iter()).await?;
+        }
         if !is_broken("reuse_before_durable") {
             self.flush().await?;
         }
@@ -549,6 +570,14 @@ impl Owner {
         };
         let ready: Vec<_> = self.freed.borrow_mut().extract_if(.., |(seq, _)| *seq < durable).collect();
         self.barrier().await;
+        if self.options.discard
+            && let Err(status) =
+                self.discard_extents(ready.iter().flat_map(|(_, freed)| freed.extents())).await
+        {
+            // A discard that is carried out late may not find anything new there: they wait.
+            self.freed.borrow_mut().extend(ready);
+            return Err(status);
+        }
         for (_, freed) in ready {
             coverage::count(coverage::Event::Recycled);
             self.meta.borrow_mut().recycle(freed);

@@ -203,10 +203,11 @@ impl Owner {
     ) -> Outcome {
         let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
         let offset = log_offset + header.number % 2 * PAGE_BYTES as u64;
+        let since = self.shared.joins();
         let results = self.lanes.write_to_all(targets, offset, &bounce, PAGE_BYTES, true).await;
         for (member, outcome) in results {
             if let Err(status) = outcome {
-                self.report(1 << member, status).await?;
+                self.report(1 << member, status, since).await?;
             }
         }
         Ok(())
@@ -227,7 +228,8 @@ impl Owner {
             while within < strip {
                 let len = COLUMNS_MAX.min(strip - within);
                 let len_here = usize::try_from(len).expect("a strip is small");
-                let row = Row::new(&view, set, number, within, len_here);
+                let since = self.shared.joins();
+                let row = Row { since, ..Row::new(&view, set, number, within, len_here) };
                 wrong += self.mend_columns(&row).await?;
                 within += len;
             }
@@ -276,7 +278,7 @@ impl Owner {
             let leaf = row.leaf(slot).expect("who is written to is there");
             let content = contents[slot].as_ref().expect("made just now");
             if let Err(status) = self.lanes.write(leaf, row.offset(), content, 0, row.len, false).await {
-                self.report(1 << row.member(slot), status).await?;
+                self.report(1 << row.member(slot), status, row.since).await?;
             }
         }
         let mended = u64::from((wrong & compared).count_ones());
@@ -284,6 +286,20 @@ impl Owner {
             coverage::count(coverage::Event::ParityMended);
         }
         Ok(mended)
+    }
+
+    /// Rewrites what cannot be read in these rows. The window is the caller's.
+    pub(super) async fn rewrite_bad_strips(self: &Rc<Self>, set: &Arc<Set>, rows: Range<u64>) -> Outcome {
+        let view = self.view();
+        let strip = u64::from(set.strip_bytes());
+        for number in rows.start / strip..rows.end.div_ceil(strip) {
+            for within in (0..strip).step_by(4096) {
+                let since = self.shared.joins();
+                let row = Row { since, ..Row::new(&view, set, number, within, 4096) };
+                self.scrub_columns(&row, false).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Reads a piece, or computes it. Nobody may change its stripe meanwhile.
@@ -341,7 +357,7 @@ impl Owner {
                         row.member(slot)
                     );
                 }
-                Err(status) => self.report(1 << row.member(slot), status).await?,
+                Err(status) => self.report(1 << row.member(slot), status, row.since).await?,
             }
         }
         Ok(found)

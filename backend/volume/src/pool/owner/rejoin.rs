@@ -135,6 +135,9 @@ impl Owner {
         {
             let mut members = self.members.borrow_mut();
             let member = &mut members[usize::from(number)];
+            // One that is being replaced stays a part of two.
+            let twin = member.leaf.clone().filter(|before| before.twin.is_some() && before.is_kin(&leaf));
+            let leaf = twin.unwrap_or(leaf);
             let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
@@ -162,9 +165,12 @@ impl Owner {
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
     async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        self.members.borrow_mut()[usize::from(number)].joined = self.shared.joins_now();
         // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
         self.mark_lacking(set);
         set.set_mode(index, Mode::Syncing);
+        // Who is under way may take long.
+        self.publish();
         self.barrier().await;
         self.mark_lacking(set);
         self.repeat_parity_header(set, number).await?;

@@ -33,6 +33,8 @@ pub(super) const SCRUB: &str = "scrub";
 #[derive(Default)]
 pub(crate) struct Work {
     pub(super) running: Cell<Option<Progress>>,
+    /// What goes on when other work has had its turn.
+    paused: Cell<Option<Progress>>,
     /// The last resync or rebuild, and the last scrub.
     pub(super) last: [Cell<Option<Progress>>; 2],
     pub(super) scrub_wanted: RefCell<Option<bool>>,
@@ -62,6 +64,30 @@ impl Work {
         }
     }
 
+    /// Goes on with what was paused, or begins where `done` of it is done.
+    pub(super) fn go_on(&self, kind: &'static str, done: u64, total: u64, now: Instant) {
+        if self.running.get().is_none() {
+            match self.paused.take() {
+                Some(progress) => self.running.set(Some(progress)),
+                None => self.begin(kind, total.saturating_sub(done), now),
+            }
+        }
+    }
+
+    /// Other work has its turn.
+    pub(super) fn pause(&self) {
+        if let Some(progress) = self.running.take() {
+            self.paused.set(Some(progress));
+        }
+    }
+
+    /// Work of this kind begins anew, or does not go on.
+    pub(super) fn forget(&self, kind: &'static str) {
+        for place in [&self.running, &self.paused] {
+            place.set(place.take().filter(|progress| progress.kind != kind));
+        }
+    }
+
     pub(super) fn end(&self, now: Instant) {
         if let Some(progress) = self.running.take() {
             let place = usize::from(progress.kind == SCRUB);
@@ -78,8 +104,9 @@ impl Work {
             ended: None,
             mismatches: 0,
         });
-        let each =
-            [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
+        let each = [self.running.get(), self.paused.get(), waiting, self.last[0].get(), self.last[1].get()]
+            .into_iter()
+            .flatten();
         each.map(|progress| TaskView {
             kind: progress.kind,
             done_bytes: progress.done_bytes,
@@ -123,13 +150,8 @@ impl Owner {
     }
 
     /// Makes all copies of a piece those of the first that is in sync. The window is the caller's.
-    pub(super) async fn copy_piece(
-        self: &Rc<Self>,
-        view: &View,
-        set: &Set,
-        piece: &Piece,
-        only: Option<u16>,
-    ) -> Outcome {
+    pub(super) async fn copy_piece(self: &Rc<Self>, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
+        let (view, since) = (&self.view(), self.shared.joins());
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         self.check_ours()?;
@@ -141,7 +163,7 @@ impl Owner {
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
             let offset = view.data_offset + copy.offset;
             if let Err(status) = self.lanes.write(leaf, offset, &bounce, 0, piece.len as usize, false).await {
-                self.report(1 << copy.member, status).await?;
+                self.report(1 << copy.member, status, since).await?;
             }
         }
         Ok(())
@@ -186,7 +208,7 @@ impl Owner {
             let window = stripe_window(&set, &piece);
             return self.in_window(&set, window.clone(), self.mend_stripes(&set, window)).await.map(drop);
         }
-        self.in_window(&set, window_of(&piece), self.copy_piece(&view, &set, &piece, None)).await
+        self.in_window(&set, window_of(&piece), self.copy_piece(&set, &piece, None)).await
     }
 
     /// A copy could not be read and another could: it is written again.
@@ -198,12 +220,13 @@ impl Owner {
             Some(_) => stripe_window(&set, &piece),
             None => window_of(&piece),
         };
-        let outcome = self.in_window(&set, window, self.rewrite_bad(&view, &set, &piece)).await;
+        let outcome = self.in_window(&set, window, self.rewrite_bad(&set, &piece)).await;
         self.publish();
         outcome
     }
 
-    pub(super) async fn rewrite_bad(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece) -> Outcome {
+    pub(super) async fn rewrite_bad(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece) -> Outcome {
+        let (view, since) = (&self.view(), self.shared.joins());
         let good = match set.parity() {
             Some(_) => self.read_or_compute(view, set, piece, true).await?,
             None => {
@@ -234,7 +257,7 @@ impl Owner {
                         self.shared.name
                     );
                 }
-                Err(status) => self.report(1 << copy.member, status).await?,
+                Err(status) => self.report(1 << copy.member, status, since).await?,
             }
         }
         Ok(())
@@ -254,6 +277,7 @@ impl Owner {
                     is_whole &= self.resync_set(set).await;
                 }
             }
+            self.go_on_replacing().await;
             if !is_whole {
                 self.rest(AGAIN).await;
             }
@@ -346,18 +370,17 @@ impl Owner {
         if set.parity().is_some() {
             return self.mend_stripes(set, offset..offset + len).await.map(drop);
         }
-        let view = self.view();
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
             let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
             for piece in &pieces {
-                self.copy_piece(&view, set, piece, Some(member)).await?;
+                self.copy_piece(set, piece, Some(member)).await?;
             }
         }
         Ok(())
     }
 
     /// Whether some extent that lies there is in use: what was never written need not be the same.
-    fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
+    pub(super) fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
         let data = set.data_of_rows(offset, len);
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;

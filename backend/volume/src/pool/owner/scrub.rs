@@ -94,7 +94,7 @@ impl Owner {
             .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
-                let work = self.compare(&view, &set, &piece, repair);
+                let work = self.compare(&set, &piece, repair);
                 mismatches += self.in_window(&set, window_of(&piece), work).await;
             }
         }
@@ -140,7 +140,8 @@ impl Owner {
     }
 
     /// How many copies of a piece differ from the first.
-    async fn compare(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
+    async fn compare(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
+        let view = &self.view();
         let len = piece.len as usize;
         let first = Rc::new(self.place.spare.take(len));
         let from = match self.read_first(view, set, piece, &first, 0).await {
@@ -170,8 +171,8 @@ impl Owner {
         // A copy that could not be read counts where it is rewritten.
         if has_bad || (repair && mismatches > 0) {
             let _ = match repair && mismatches > 0 {
-                true => self.copy_piece(view, set, piece, None).await,
-                false => self.rewrite_bad(view, set, piece).await,
+                true => self.copy_piece(set, piece, None).await,
+                false => self.rewrite_bad(set, piece).await,
             };
         }
         mismatches

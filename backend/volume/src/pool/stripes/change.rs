@@ -50,7 +50,7 @@ impl Ways {
             Err(Slow::Degraded) => return Err(Status::Path),
             Err(_) => return Ok(Changed::NotNow),
         }
-        let whole = Row::new(&view, set, number, 0, 0);
+        let whole = Row { since: self.shared.joins(), ..Row::new(&view, set, number, 0, 0) };
         let is_healthy = set.are_all_in_sync() && whole.in_sync().count_ones() as usize == whole.slots();
         let columns = columns_of(changes, strip);
         let step = match is_healthy {

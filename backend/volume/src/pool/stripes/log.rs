@@ -138,8 +138,8 @@ impl Ways {
             self.runtime.sleep(Duration::from_millis(10)).await;
             return Ok(());
         }
-        let member = row.member(slot);
-        self.shared.request(move |owner| async move { owner.report(1 << member, status).await }).await
+        let (member, since) = (row.member(slot), row.since);
+        self.shared.request(move |owner| async move { owner.report(1 << member, status, since).await }).await
     }
 
     pub(super) fn is_writable(&self) -> bool {

@@ -24,6 +24,8 @@ pub(crate) struct Row<'a> {
     pub(crate) row: u64,
     pub(crate) within: u64,
     pub(crate) len: usize,
+    /// [`Shared::joins`](super::super::shared::Shared::joins) when it was begun.
+    pub(crate) since: u64,
 }
 
 /// What is taken for that which cannot be read.
@@ -51,7 +53,7 @@ pub(crate) fn each(slots: Slots) -> impl Iterator<Item = usize> + Clone {
 impl<'a> Row<'a> {
     pub(crate) fn new(view: &'a View, set: &'a Set, row: u64, within: u64, len: usize) -> Row<'a> {
         let parity = set.parity().expect("only sets with parity have stripes");
-        Row { view, set, parity, row, within, len }
+        Row { view, set, parity, row, within, len, since: u64::MAX }
     }
 
     /// How many strips of a stripe are data.
