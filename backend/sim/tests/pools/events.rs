@@ -520,7 +520,10 @@ pub(crate) fn heal_all(cast: &mut Cast) {
             state.set_latency(Duration::from_micros(50));
             state.stuck_permille = 0;
         }
-        let keeps_media = cast.plan.is_redundant() && !cast.members[at].disk.state().media_errors.is_empty();
+        // Who is out cannot even say who it is, if that is what cannot be read.
+        let is_used = is_taken(cast, at);
+        let keeps_media =
+            is_used && cast.plan.is_redundant() && !cast.members[at].disk.state().media_errors.is_empty();
         if cast.members[at].health != Health::Good {
             let media = keeps_media.then(|| cast.members[at].disk.state().media_errors.clone());
             heal(cast, at);
