@@ -46,7 +46,7 @@ fn of_two_owners_without_reservations_the_first_notices_and_stops() {
         assert!(troubles[0].ends_with("takes no more writes: another host has opened it"), "{troubles:?}");
         // Both try to write, mapped blocks and new ones, and to change volumes.
         for round in 0..40u64 {
-            let at = round % 20 << 18;
+            let at = (round % 20) << 18;
             let written = scene.io(&first, "v", WRITE, at, &pattern(0xF0, 4096)).0;
             assert_eq!(written, Err(Status::ReadOnly), "{level:?} {round}");
             let bytes = pattern(u8::try_from(10 + round).unwrap(), 4096);
@@ -65,7 +65,7 @@ fn of_two_owners_without_reservations_the_first_notices_and_stops() {
         assert_eq!(scene.read(&second, "v", 4096, 4096), pattern(2, 4096), "what the first had flushed");
         for round in 20..40u64 {
             let want = pattern(u8::try_from(10 + round).unwrap(), 4096);
-            assert_eq!(scene.read(&second, "v", round % 20 << 18, 4096), want, "{level:?} {round}");
+            assert_eq!(scene.read(&second, "v", (round % 20) << 18, 4096), want, "{level:?} {round}");
         }
         scene.ask(second.close()).unwrap();
         drop(second);

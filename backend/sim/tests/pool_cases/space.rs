@@ -124,7 +124,7 @@ fn members_are_told_of_what_is_free_when_that_is_durable_and_only_if_asked_to() 
             scene.ask(pool.create_volume("w", 8 << 20)).unwrap();
             // Nothing else has such a byte.
             for extent in 0..8 {
-                scene.write(&pool, "v", extent * 2 << 16, &vec![0xAB; 64 << 10]);
+                scene.write(&pool, "v", (extent * 2) << 16, &vec![0xAB; 64 << 10]);
                 scene.write(&pool, "w", extent << 16, &vec![0xCD; 64 << 10]);
             }
             let copies = if level.is_redundant() { 2 } else { 1 };
@@ -132,7 +132,7 @@ fn members_are_told_of_what_is_free_when_that_is_durable_and_only_if_asked_to() 
                 let disks = scene.disks.iter();
                 disks.map(|disk| disk.state().content.iter().filter(|it| **it == byte).count()).sum()
             };
-            let all = copies * (8 * 64 << 10);
+            let all = copies * ((8 * 64) << 10);
             assert!(count(&scene, 0xAB) >= all);
             let gone = scene.io(&pool, "v", Operation::Discard, 0, &vec![0; 1 << 20]);
             assert_eq!(gone.0, Ok(()));

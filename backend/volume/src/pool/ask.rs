@@ -128,7 +128,6 @@ impl<T> Ask<T> {
     }
 
     /// One that a test answers when it likes.
-    #[must_use]
     pub fn pending() -> (impl FnOnce(Result<T, PoolError>), Ask<T>) {
         let (reply, answer) = channel();
         (move |answer| reply.send(answer), Ask(answer))

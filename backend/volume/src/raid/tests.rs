@@ -474,7 +474,7 @@ fn raid10_copies_in_two_regions_are_both_looked_at() {
 }
 
 #[test]
-fn levels_without_redundancy_ask_for_the_member_alone() {
+fn levels_without_redundancy_ask_for_the_member_and_the_window_alone() {
     for level in [Level::Linear, Level::Raid0] {
         let set = Set::new(config(level, &[16, 16], 8, 8)).expect("good");
         set.set_window(Some(0..16));
@@ -484,6 +484,8 @@ fn levels_without_redundancy_ask_for_the_member_alone() {
         let (here, gone) = (set.pieces(0, 1).next().expect("one"), set.pieces(last, 1).next().expect("one"));
         let copy = here.copies.as_slice()[0];
         assert_eq!(chosen(&set, &here), Ok(vec![copy; 12]));
+        assert_eq!(set.writable(&here), Err(Slow::Window), "it is being copied");
+        set.set_window(None);
         assert_eq!(set.writable(&here), Ok(here.copies));
         for mode in [Mode::Away, Mode::Syncing] {
             set.set_mode(1, mode);
