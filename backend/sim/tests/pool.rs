@@ -287,6 +287,47 @@ fn a_member_that_cannot_be_told_that_it_is_whole_stays_out() {
     scene.check();
 }
 
+/// A member that was brought up to date lost its cache, with what it had been given and nobody had flushed. The next FLUSH for the marks of regions was
+/// one of the new cache; marks were cleared by it, and when the member's loss was looked at, nothing said any more what it lacked.
+#[test]
+fn a_member_that_loses_its_cache_on_the_way_back_gets_everything_again() {
+    let mut scene = Scene::new(11, 2);
+    scene.disks.iter().for_each(|disk| disk.state().cache_identity = Some([1; 16]));
+    scene.create(Level::Raid1);
+    let options = OpenOptions {
+        // A region takes a second, and marks are cleared soon.
+        sync_bytes_per_second: 512 << 10,
+        intent_idle: Duration::from_millis(1),
+        ..OpenOptions::new(HOST, Box::new(scene.tail.clone()))
+    };
+    let handle = scene.reactors[0].runtime().handle();
+    let opened = Pool::open(&handle, scene.devices(), options);
+    let pool = scene.ask(opened).unwrap();
+    scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+    scene.disks[1].fail_all(Some(Status::Path));
+    scene.write(&pool, "v", 0, &pattern(1, 256 << 10));
+    for at in 1..8 {
+        scene.write(&pool, "v", at * (256 << 10), &pattern(1, 256 << 10));
+    }
+    assert_eq!(pool.view().members[1].state, MemberState::Stale);
+    scene.disks[1].fail_all(None);
+    while pool.view().members[1].state != MemberState::Syncing {
+        scene.wait(Duration::from_millis(10));
+    }
+    scene.wait(Duration::from_millis(1500));
+    scene.disks[1].lose_power();
+    while pool.view().members[1].state != MemberState::InSync {
+        scene.wait(Duration::from_secs(1));
+    }
+    scene.ask(pool.close()).unwrap();
+    drop(pool);
+    let alone = vec![Arc::clone(&scene.disks[1]) as Arc<dyn Device>];
+    let pool = scene.try_open(alone, true).unwrap();
+    for at in 0..8 {
+        assert!(scene.read(&pool, "v", at * (256 << 10), 256 << 10) == pattern(1, 256 << 10), "at {at}");
+    }
+}
+
 #[test]
 fn members_that_were_used_without_each_other_are_refused() {
     let mut scene = Scene::new(5, 2);

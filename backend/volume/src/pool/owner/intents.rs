@@ -166,7 +166,11 @@ impl Owner {
             if is_still_wanted {
                 continue;
             }
-            let is_same = flushed.is_ok() && are_all_there(array_set) && !array_set.unsynced.get(*region);
+            // Who has lost what it was given before that flush is put out by others, or when it has been given everything.
+            let is_same = flushed.is_ok()
+                && are_all_there(array_set)
+                && !self.is_doubted(array_set)
+                && !array_set.unsynced.get(*region);
             if is_same {
                 set(&mut self.intents.borrow_mut().wanted, flat, false);
                 coverage::count(coverage::Event::IntentCleared);

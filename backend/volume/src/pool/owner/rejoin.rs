@@ -28,11 +28,13 @@ impl Owner {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
             let is_ready = !member.is_joining && !member.is_recorded;
-            (is_ready, is_ready && member.is_doubted.swap(false, Ordering::AcqRel))
+            (is_ready, is_ready && member.is_doubted.load(Ordering::Acquire))
         };
         if is_doubted {
-            // It has lost its cache on the way: what was not flushed is lacking again.
-            self.mark_lacking(set);
+            // It has lost its cache on the way: what was not flushed is lacking again, of the tables too. It begins again.
+            drop(turn);
+            self.put_out(number, "lost its volatile cache").await;
+            return Ok(());
         }
         if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
