@@ -328,6 +328,67 @@ fn a_member_that_loses_its_cache_on_the_way_back_gets_everything_again() {
     }
 }
 
+/// Its own superblock still said that it had everything, from before it was away, while it was half overwritten: alone it was opened, degraded.
+#[test]
+fn a_member_that_is_half_brought_up_to_date_is_of_no_use_alone() {
+    let mut scene = Scene::new(12, 2);
+    scene.create(Level::Raid1);
+    let options = OpenOptions {
+        sync_bytes_per_second: 512 << 10,
+        ..OpenOptions::new(HOST, Box::new(scene.tail.clone()))
+    };
+    let handle = scene.reactors[0].runtime().handle();
+    let opened = Pool::open(&handle, scene.devices(), options);
+    let pool = scene.ask(opened).unwrap();
+    scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+    scene.disks[1].fail_all(Some(Status::Path));
+    for at in 0..8 {
+        scene.write(&pool, "v", at * (256 << 10), &pattern(1, 256 << 10));
+    }
+    scene.disks[1].fail_all(None);
+    while pool.view().members[1].state != MemberState::Syncing {
+        scene.wait(Duration::from_millis(10));
+    }
+    drop(pool);
+    scene.kill();
+    let alone = vec![Arc::clone(&scene.disks[1]) as Arc<dyn Device>];
+    let Err(PoolError::Conflict(what)) = scene.try_open(alone, true) else { panic!("it was taken") };
+    assert!(what.contains("lacks data without its members 0"), "{what}");
+}
+
+/// A member was away while both others were replaced one after the other. It was taken back as what is behind at the next opening, of which it was not
+/// told; at the one after that it trusted nobody who was left, nobody trusted it, and the pool was refused.
+#[test]
+fn a_member_that_was_away_while_the_others_were_replaced_is_taken_for_what_is_behind() {
+    let mut scene = Scene::new(13, 5);
+    let spares = scene.disks.split_off(3);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 4 << 20)).unwrap();
+    scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+    scene.disks[2].fail_all(Some(Status::Path));
+    scene.write(&pool, "v", 0, &pattern(2, 64 << 10));
+    for (place, disk) in spares.into_iter().enumerate() {
+        let device = Arc::clone(&disk) as Arc<dyn Device>;
+        scene.ask(pool.replace(&place.to_string(), device, false)).unwrap();
+        scene.disks[place] = disk;
+        while pool.view().members[place].state != MemberState::InSync {
+            scene.wait(Duration::from_secs(1));
+        }
+    }
+    scene.ask(pool.close()).unwrap();
+    scene.disks[2].fail_all(None);
+    for _ in 0..2 {
+        let pool = scene.open();
+        // Before it has joined.
+        assert_eq!(pool.view().members[2].state, MemberState::Stale);
+        scene.ask(pool.close()).unwrap();
+    }
+    let pool = scene.open();
+    scene.wait(Duration::from_secs(20));
+    assert!(!pool.view().is_degraded, "{:?}", pool.view().members);
+}
+
 #[test]
 fn members_that_were_used_without_each_other_are_refused() {
     let mut scene = Scene::new(5, 2);

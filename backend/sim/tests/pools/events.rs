@@ -4,6 +4,7 @@ use crate::cast::{Cast, Crash, Health};
 use crate::model::Op;
 use crate::plan::Event;
 use hawser_block::{Device, Status};
+use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, MemberView, NoSpacePolicy, Pool, PoolError};
 use hawser_volume::raid::Level;
 use std::rc::Rc;
@@ -117,7 +118,10 @@ fn fault(cast: &mut Cast, event: Event) {
         }
         Event::Power => {
             disk.lose_power();
-            cast.doubtful_until = cast.world.now() + Duration::from_millis(20);
+            // As long as it may take the slowest to write that down.
+            let slowest = |disk: &SimDisk| 10 * disk.state().latency_ns_max + 3 * disk.state().stuck_ns;
+            let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
+            cast.doubtful_until = cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow);
             cast.count("members_without_power");
         }
         _ => {

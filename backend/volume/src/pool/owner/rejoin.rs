@@ -151,7 +151,12 @@ impl Owner {
         }
         self.new_view();
         self.members.borrow_mut()[usize::from(number)].is_joining = true;
-        let joined = self.join(number, &set, index).await;
+        // Before any of it is overwritten: from here on it is of no use alone, which it may not have been told yet.
+        let told = self.tell(number).await;
+        let joined = match told {
+            Ok(()) => self.join(number, &set, index).await,
+            Err(status) => Err(status),
+        };
         self.members.borrow_mut()[usize::from(number)].is_joining = false;
         if let Err(status) = joined {
             set.set_mode(index, Mode::Away);
@@ -159,6 +164,12 @@ impl Owner {
         }
         self.publish();
         Ok(())
+    }
+
+    /// A member that is out learns from its own superblock that it is.
+    pub(crate) async fn tell(self: &Rc<Self>, number: u16) -> Outcome {
+        let _turn = self.turns.superblock.take().await;
+        self.label(number).await
     }
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
