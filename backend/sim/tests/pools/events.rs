@@ -105,6 +105,10 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Dies => {
             disk.fail_all(Some([Status::Path, Status::Timeout, Status::Media][cast.random.index(3)]));
             cast.members[at].health = Health::Dead;
+            let view = cast.pool.as_ref().map(Pool::view);
+            // A spare may take a place without being asked.
+            cast.members[at].is_outdated |=
+                view.is_some_and(|view| view.members.iter().any(|member| member.place.is_none()));
             cast.count("deaths");
         }
         Event::Errs => {
@@ -119,7 +123,10 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Power => {
             disk.lose_power();
             // As long as it may take the slowest to write that down.
-            let slowest = |disk: &SimDisk| 10 * disk.state().latency_ns_max + 3 * disk.state().stuck_ns;
+            let slowest = |disk: &SimDisk| {
+                let state = disk.state();
+                10 * state.latency_ns_max + 3 * state.stuck_ns
+            };
             let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
             cast.doubtful_until = cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow);
             cast.count("members_without_power");
@@ -225,6 +232,7 @@ fn back_empty(cast: &mut Cast) {
     let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
     let Some(at) = choose(cast, dead) else { return };
     let disk = Arc::clone(&cast.members[at].disk);
+    cast.members_change();
     disk.state().wipe();
     cast.members[at].is_new = true;
     heal(cast, at);
@@ -257,6 +265,7 @@ pub(crate) fn name_or_place(cast: &Cast, name: &str) -> String {
 
 fn add(cast: &mut Cast, what: &str, ask: impl FnOnce(&Pool, Arc<dyn Device>) -> crate::cast::AnyAsk) {
     let Some(pool) = cast.pool.clone() else { return };
+    cast.members_change();
     let member = cast.new_member();
     let ask = ask(&pool, Arc::clone(&member.disk) as Arc<dyn Device>);
     cast.count("new_disks");

@@ -166,8 +166,7 @@ async fn start(
         }
         owner.is_open.set(true);
         // Who is out and there may say that it is not. Now that it was found to be behind, it says so itself: later it may not be to be seen.
-        let is_there: Vec<bool> =
-            owner.members.borrow().iter().map(|member| member.leaf.is_some()).collect();
+        let is_there: Vec<bool> = owner.members.borrow().iter().map(|member| member.leaf.is_some()).collect();
         for (member, is_there) in (0u16..).zip(is_there) {
             if is_there && owner.mode_of(member) == Mode::Away {
                 // Who cannot be is told when it joins.
