@@ -100,6 +100,12 @@ fn fault(cast: &mut Cast, event: Event) {
     if crate::tells() {
         println!("{:?} {event:?} {}", cast.world.now(), cast.members[at].name());
     }
+    if matches!(event, Event::Dies | Event::Errs) && cast.random.chance(300) {
+        // And the process, while it finds that out.
+        cast.crash = if cast.random.chance(500) { Crash::Cut } else { Crash::Kill };
+        let steps = 1 + cast.random.below(16);
+        cast.members[at].disk.state().trap_after_failure = Some(steps);
+    }
     let disk = Arc::clone(&cast.members[at].disk);
     match event {
         Event::Dies => {
@@ -164,6 +170,7 @@ fn heal(cast: &mut Cast, at: usize) {
     {
         let mut state = disk.state();
         state.errors_permille = 0;
+        state.trap_after_failure = None;
         state.media_errors.clear();
         if was_dead && is_missed && cast.random.chance(500) {
             state.lose_cache();

@@ -68,7 +68,7 @@ const USAGE: &str = "\
 --seeds N --from SEED   so many histories, from this one on
 --scenario NAME         all of one kind
 --jobs N                at a time; else one for each CPU
---sums FILE             adds what was seen to FILE, every 20000 seeds and at the end; without --from, goes on where FILE ends
+--sums FILE             adds what was seen to FILE, every 10000 seeds and at the end; without --from, goes on where FILE ends
 --mutation NAME         with this promise broken
 --mutations             every mutation, each until it is found out
 ";
@@ -240,7 +240,7 @@ const ENOUGH: usize = 20;
 const PART: u64 = 250;
 
 /// What is lost at most when a run that adds up is interrupted.
-const STRETCH: u64 = 20_000;
+const STRETCH: u64 = 10_000;
 
 /// Runs seeds in stretches, each of which is added to the file.
 fn run_in_stretches(suite: &Suite, options: &Options, path: &Path) -> Result<Sums, String> {
