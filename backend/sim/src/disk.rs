@@ -53,6 +53,8 @@ pub struct SimDiskState {
     pub unwritable: Range<u64>,
     /// Writes that are given up may leave some of their blocks and not others, rather than all or none.
     pub tears: bool,
+    /// So many steps after the next write that it fails, the trap springs.
+    pub trap_after_failure: Option<u64>,
     /// Takes a step with each request; once it has sprung, what the process submits has no effect and does not end.
     pub trap: Option<Arc<Trap>>,
     /// Losses of the cache.
@@ -229,6 +231,13 @@ impl SimDiskState {
         self.content.get(at(lba)..at(lba + count)).unwrap_or_default()
     }
 
+    /// It has failed a write.
+    fn set_trap(&mut self) {
+        if let (Some(steps), Some(trap)) = (self.trap_after_failure.take(), &self.trap) {
+            trap.set(steps);
+        }
+    }
+
     fn block_bytes(&self) -> usize {
         1 << self.geometry.block_size.shift()
     }
@@ -289,6 +298,7 @@ impl SimDisk {
             unwritable: 0..0,
             tears: false,
             trap: None,
+            trap_after_failure: None,
             cuts: 0,
             torn_writes: 0,
             lost_blocks: 0,
@@ -521,7 +531,14 @@ impl Source for Inner {
             let Event::Timer { key: due } = event else { continue };
             let Some(position) = self.waiting.iter().position(|waiting| waiting.key == due) else { continue };
             let Waiting { request, epoch, .. } = self.waiting.remove(position);
-            let outcome = answer(&mut lock(&self.state), &request, epoch, runtime);
+            let outcome = {
+                let state = &mut *lock(&self.state);
+                let outcome = answer(state, &request, epoch, runtime);
+                if outcome.is_err() && request.operation.is_write() {
+                    state.set_trap();
+                }
+                outcome
+            };
             self.ended.push(Completion { token: request.token, outcome });
             runtime.wake(self.user);
         }

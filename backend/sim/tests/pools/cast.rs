@@ -233,6 +233,8 @@ impl Cast {
             return self.look_for_space();
         }
         let mut asks = std::mem::take(&mut self.asks);
+        let outdated = self.members.iter().filter(|member| member.is_outdated);
+        let outdated: Vec<String> = outdated.map(Member::name).collect();
         let mut replaced = Vec::new();
         asks.retain_mut(|(what, may_fail, ask)| {
             let Some(answer) = ready(ask) else { return true };
@@ -240,7 +242,9 @@ impl Cast {
                 println!("{:?} {what}: {answer:?}", self.world.now());
             }
             if let (Err(PoolError::Conflict(why)), Some(name)) = (&answer, what.strip_prefix("add_member "))
-                && why.contains("has been replaced")
+                && (why.contains("has been replaced")
+                    || why.contains("was used without the others")
+                        && outdated.iter().any(|other| other == name))
             {
                 replaced.push(name.to_owned());
             }

@@ -4,6 +4,7 @@ use crate::cast::{Cast, Crash, Health};
 use crate::model::Op;
 use crate::plan::Event;
 use hawser_block::{Device, Status};
+use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, MemberView, NoSpacePolicy, Pool, PoolError};
 use hawser_volume::raid::Level;
 use std::rc::Rc;
@@ -100,11 +101,21 @@ fn fault(cast: &mut Cast, event: Event) {
     if crate::tells() {
         println!("{:?} {event:?} {}", cast.world.now(), cast.members[at].name());
     }
+    if matches!(event, Event::Dies | Event::Errs) && cast.random.chance(300) {
+        // And the process, while it finds that out.
+        cast.crash = if cast.random.chance(500) { Crash::Cut } else { Crash::Kill };
+        let steps = 1 + cast.random.below(16);
+        cast.members[at].disk.state().trap_after_failure = Some(steps);
+    }
     let disk = Arc::clone(&cast.members[at].disk);
     match event {
         Event::Dies => {
             disk.fail_all(Some([Status::Path, Status::Timeout, Status::Media][cast.random.index(3)]));
             cast.members[at].health = Health::Dead;
+            let view = cast.pool.as_ref().map(Pool::view);
+            // A spare may take a place without being asked.
+            cast.members[at].is_outdated |=
+                view.is_some_and(|view| view.members.iter().any(|member| member.place.is_none()));
             cast.count("deaths");
         }
         Event::Errs => {
@@ -118,7 +129,13 @@ fn fault(cast: &mut Cast, event: Event) {
         }
         Event::Power => {
             disk.lose_power();
-            cast.doubtful_until = cast.world.now() + Duration::from_millis(20);
+            // As long as it may take the slowest to write that down.
+            let slowest = |disk: &SimDisk| {
+                let state = disk.state();
+                10 * state.latency_ns_max + 3 * state.stuck_ns
+            };
+            let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
+            cast.doubtful_until = cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow);
             cast.count("members_without_power");
         }
         _ => {
@@ -154,6 +171,7 @@ fn heal(cast: &mut Cast, at: usize) {
     {
         let mut state = disk.state();
         state.errors_permille = 0;
+        state.trap_after_failure = None;
         state.media_errors.clear();
         if was_dead && is_missed && cast.random.chance(500) {
             state.lose_cache();
@@ -226,6 +244,7 @@ fn back_empty(cast: &mut Cast) {
     // Its replacement takes its place.
     let Some(at) = choose(cast, dead).filter(|_| cast.replacement().is_none()) else { return };
     let disk = Arc::clone(&cast.members[at].disk);
+    cast.members_change();
     disk.state().wipe();
     cast.members[at].is_new = true;
     heal(cast, at);
@@ -258,6 +277,7 @@ pub(crate) fn name_or_place(cast: &Cast, name: &str) -> String {
 
 fn add(cast: &mut Cast, what: &str, ask: impl FnOnce(&Pool, Arc<dyn Device>) -> crate::cast::AnyAsk) {
     let Some(pool) = cast.pool.clone() else { return };
+    cast.members_change();
     let member = cast.new_member();
     let ask = ask(&pool, Arc::clone(&member.disk) as Arc<dyn Device>);
     cast.count("new_disks");

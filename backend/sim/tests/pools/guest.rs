@@ -377,11 +377,20 @@ impl Guest {
             // What begins or ends with others.
             lba -= lba % self.habits.small_blocks.max(1);
         }
+        let extent_blocks = self.shared.models.borrow().extent_blocks;
+        if operation == Operation::Discard && count >= extent_blocks && self.random.chance(500) {
+            return (lba - lba % extent_blocks, (count - count % extent_blocks).min(size - lba));
+        }
         (lba, count.min(size - lba))
     }
 
     fn is_being_written(&self, range: (u64, u64)) -> bool {
         self.shared.models.borrow().is_being_written(&self.volume, range)
+    }
+
+    fn is_of_whole_extents(&self, (lba, count): (u64, u64)) -> bool {
+        let extent_blocks = self.shared.models.borrow().extent_blocks;
+        lba.is_multiple_of(extent_blocks) && count.is_multiple_of(extent_blocks)
     }
 
     fn batch(&mut self) -> Vec<Request> {
@@ -394,9 +403,10 @@ impl Guest {
                 self.to_do -= 1;
                 let operation = self.operation();
                 let range = self.range(operation);
-                // Mirrors carry out writes that overlap each in its own order; what is given back meanwhile is all the same to them.
-                let is_ordered =
-                    operation.is_write() && !(operation == Operation::Discard && self.random.chance(500));
+                // Mirrors carry out writes that overlap each in its own order; whole extents that are given back meanwhile are all the same
+                // to them.
+                let gives_back = operation == Operation::Discard && self.is_of_whole_extents(range);
+                let is_ordered = operation.is_write() && !(gives_back && self.random.chance(500));
                 let is_busy = !self.habits.overlaps && is_ordered && self.is_being_written(range);
                 let operation = if is_busy { Operation::Read } else { operation };
                 let range = if is_busy { self.range(operation) } else { range };

@@ -236,7 +236,8 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     let strip_bytes = 4096u32 << random.below(5);
     let extent_bytes = (64u64 << 10) << random.below(5).min(random.below(5));
     let is_full = scenario == "full";
-    let member_bytes = (if level.parities() > 0 { 6u64 } else { 5 } << 20) + (random.below(if is_full { 2 << 20 } else { 5 << 20 }) & !0xfff);
+    let member_bytes = (if level.parities() > 0 { 6u64 } else { 5 } << 20)
+        + (random.below(if is_full { 2 << 20 } else { 5 << 20 }) & !0xfff);
     let count = 2 + random.index(12);
     let mut events: Vec<Event> = (0..count).map(|_| choice[random.index(choice.len())]).collect();
     if scenario == "split" {

@@ -5,11 +5,15 @@
 //!
 //! A seed that fails is named, with the command that runs it again.
 
+mod sums;
+
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use sums::{Sums, Total};
 
 /// What a history was.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,6 +68,7 @@ const USAGE: &str = "\
 --seeds N --from SEED   so many histories, from this one on
 --scenario NAME         all of one kind
 --jobs N                at a time; else one for each CPU
+--sums FILE             adds what was seen to FILE, every 10000 seeds and at the end; without --from, goes on where FILE ends
 --mutation NAME         with this promise broken
 --mutations             every mutation, each until it is found out
 ";
@@ -74,6 +79,7 @@ struct Options {
     from: u64,
     scenario: Option<String>,
     jobs: Option<usize>,
+    sums: Option<PathBuf>,
     mutation: Option<String>,
     mutations: bool,
     /// Told by `cargo xtask sim`, which wants more lines.
@@ -86,6 +92,7 @@ fn options(suite: &Suite) -> Result<Options, String> {
     let seeds = std::env::var("HAWSER_SIM_SEEDS").ok().and_then(|text| text.parse().ok());
     let mut options = Options { seeds: seeds.unwrap_or(suite.seeds), ..Options::default() };
     let mut args = std::env::args().skip(1);
+    let mut has_from = false;
     while let Some(arg) = args.next() {
         if (suite.option)(&arg, &mut args)? {
             continue;
@@ -96,7 +103,8 @@ fn options(suite: &Suite) -> Result<Options, String> {
         };
         match arg.as_str() {
             "--seeds" => (options.seeds, options.is_run) = (number()?, true),
-            "--from" => (options.from, options.is_run) = (number()?, true),
+            "--from" => (options.from, options.is_run, has_from) = (number()?, true, true),
+            "--sums" => (options.sums, options.is_run) = (args.next().map(PathBuf::from), true),
             "--jobs" => options.jobs = usize::try_from(number()?).ok(),
             "--scenario" => options.scenario = args.next(),
             "--mutation" => (options.mutation, options.is_run) = (args.next(), true),
@@ -105,6 +113,9 @@ fn options(suite: &Suite) -> Result<Options, String> {
             // What cargo gives to every test binary.
             _ => {}
         }
+    }
+    if let Some(path) = options.sums.as_deref().filter(|_| !has_from) {
+        options.from = Total::read(path)?.next.unwrap_or_default();
     }
     if let Some(name) = options.scenario.as_deref().filter(|name| !suite.scenarios.contains(name)) {
         return Err(format!("there is no scenario {name}: {}", suite.scenarios.join(" ")));
@@ -115,28 +126,6 @@ fn options(suite: &Suite) -> Result<Options, String> {
         return Err(format!("there is no mutation {name}"));
     }
     Ok(options)
-}
-
-/// What became of many.
-#[derive(Default)]
-struct Sums {
-    histories: u64,
-    scenarios: BTreeMap<String, u64>,
-    counts: BTreeMap<String, u64>,
-    failed: Vec<(u64, &'static str, String)>,
-}
-
-impl Sums {
-    fn add(&mut self, other: Sums) {
-        self.histories += other.histories;
-        self.failed.extend(other.failed);
-        for (name, count) in other.scenarios {
-            *self.scenarios.entry(name).or_default() += count;
-        }
-        for (name, count) in other.counts {
-            *self.counts.entry(name).or_default() += count;
-        }
-    }
 }
 
 fn jobs(options: &Options) -> usize {
@@ -187,7 +176,7 @@ fn run(suite: &Suite, options: &Options, enough: usize) -> Sums {
                         }
                         Err(why) => {
                             failed.fetch_add(1, Ordering::Relaxed);
-                            sums.failed.push((seed, scenario, why));
+                            sums.failed.push((seed, scenario.to_owned(), why));
                         }
                     }
                     let done = sums.histories;
@@ -227,7 +216,7 @@ pub(crate) fn main(suite: &Suite) -> ExitCode {
         }
     }));
     if options.is_part {
-        let sums = run(suite, &options, 20);
+        let sums = run(suite, &options, ENOUGH);
         let words = |counts: &BTreeMap<String, u64>, mark: &str| {
             counts.iter().map(|(name, count)| format!(" {mark}{name}={count}")).collect::<String>()
         };
@@ -245,8 +234,30 @@ pub(crate) fn main(suite: &Suite) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// A run ends when so many have failed.
+const ENOUGH: usize = 20;
 /// Histories of one process: what dies in them is not cleaned up.
 const PART: u64 = 250;
+
+/// What is lost at most when a run that adds up is interrupted.
+const STRETCH: u64 = 10_000;
+
+/// Runs seeds in stretches, each of which is added to the file.
+fn run_in_stretches(suite: &Suite, options: &Options, path: &Path) -> Result<Sums, String> {
+    let (mut sums, mut at) = (Sums::default(), 0);
+    while at < options.seeds && sums.failed.len() < ENOUGH {
+        let seeds = STRETCH.min(options.seeds - at);
+        let stretch = run_in_parts(&Options { from: options.from + at, seeds, ..options.clone() });
+        let done = stretch.histories;
+        let mut total = Total::read(path)?;
+        total.add(stretch.clone(), options.from + at + done);
+        total.write(path, suite.command)?;
+        println!("{} seeds in {}, {} failed", total.sums.histories, path.display(), total.sums.failed.len());
+        sums.add(stretch);
+        at += seeds;
+    }
+    Ok(sums)
+}
 
 /// Runs seeds in processes of their own, one for each core at a time.
 fn run_in_parts(options: &Options) -> Sums {
@@ -258,7 +269,7 @@ fn run_in_parts(options: &Options) -> Sums {
             scope.spawn(|| {
                 loop {
                     let at = next.fetch_add(PART, Ordering::Relaxed);
-                    if at >= options.seeds || failed.load(Ordering::Relaxed) >= 20 {
+                    if at >= options.seeds || failed.load(Ordering::Relaxed) >= ENOUGH {
                         return;
                     }
                     let (from, count) = (options.from + at, PART.min(options.seeds - at));
@@ -305,7 +316,8 @@ fn part(from: u64, count: u64, scenario: Option<&str>) -> Sums {
         } else {
             println!("{line}");
             if line.contains(" FAILED: ") {
-                sums.failed.push((from, "", line.to_owned()));
+                let seed = line.split_whitespace().nth(1).and_then(|seed| seed.parse().ok());
+                sums.failed.push((seed.unwrap_or(from), String::new(), line.to_owned()));
             }
         }
     }
@@ -313,7 +325,7 @@ fn part(from: u64, count: u64, scenario: Option<&str>) -> Sums {
         let what =
             format!("the process for seeds {from} to {} ends with {}", from + count - 1, output.status);
         println!("{what}\n{}", String::from_utf8_lossy(&output.stderr));
-        sums.failed.push((from, "", what));
+        sums.failed.push((from, String::new(), what));
     }
     sums
 }
@@ -333,7 +345,14 @@ fn all_seeds(suite: &Suite, options: &Options) -> (usize, usize) {
     };
     let began = Instant::now();
     let is_long = options.is_run && options.mutation.is_none() && options.seeds > PART;
-    let sums = if is_long { run_in_parts(options) } else { run(suite, options, 20) };
+    let sums = match options.sums.as_deref() {
+        Some(path) => run_in_stretches(suite, options, path).unwrap_or_else(|why| {
+            let failed = vec![(options.from, String::new(), why)];
+            Sums { failed, ..Sums::default() }
+        }),
+        None if is_long => run_in_parts(options),
+        None => run(suite, options, ENOUGH),
+    };
     let elapsed = began.elapsed().max(Duration::from_millis(1));
     let rate = f64::from(u32::try_from(sums.histories).unwrap_or(u32::MAX)) / elapsed.as_secs_f64();
     let scenarios = suite.scenarios.iter().filter_map(|name| sums.scenarios.get_key_value(*name));

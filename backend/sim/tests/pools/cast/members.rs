@@ -16,6 +16,8 @@ pub(crate) struct Member {
     pub(crate) is_new: bool,
     /// Another one was to take its place.
     pub(crate) is_leaving: bool,
+    /// While it was away others were replaced: those that it trusts may be gone, and then nobody can tell whether it went on alone.
+    pub(crate) is_outdated: bool,
 }
 
 impl Member {
@@ -58,6 +60,16 @@ impl Cast {
             is_retired: false,
             is_new: true,
             is_leaving: false,
+            is_outdated: false,
+        }
+    }
+
+    /// A member is about to be replaced, or may be.
+    pub(crate) fn members_change(&mut self) {
+        let Some(view) = self.pool.as_ref().map(Pool::view) else { return };
+        for at in 0..self.members.len() {
+            let state = self.state_of(&view, self.members[at].disk.name());
+            self.members[at].is_outdated |= state != Some(MemberState::InSync);
         }
     }
 
@@ -141,6 +153,9 @@ impl Cast {
         let all_there = places.iter().all(|member| member.device.is_some());
         for member in self.members.iter_mut().filter(|member| !member.is_retired) {
             let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
+            let is_in_sync = |it: &&MemberView| it.state == MemberState::InSync;
+            let listed = view.members.iter().filter(|it| it.device.as_deref() == Some(member.disk.name()));
+            member.is_outdated &= listed.clone().find(is_in_sync).is_none();
             if is_listed {
                 member.is_new = false;
             } else if member.is_leaving || (all_there && !member.is_new) {

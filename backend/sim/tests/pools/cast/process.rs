@@ -1,6 +1,6 @@
 //! The process that has the pool: how it begins, dies, and ends.
 
-use super::{Cast, Crash, Health, PATIENCE, ready};
+use super::{Cast, Crash, Health, Member, PATIENCE, ready};
 use crate::model::Names;
 use hawser_block::Device;
 use hawser_runtime::ReactorHandle;
@@ -242,10 +242,32 @@ impl Cast {
                     self.is_half_written = true;
                     return Err(why);
                 }
+                Some(Err(PoolError::Conflict(why))) if self.gives_up_outdated(&why) => {
+                    degraded = true;
+                    self.end_process();
+                }
                 Some(Err(why)) => return Err(format!("the pool cannot be opened: {why:?}")),
                 None => return Err(format!("the pool is not opened in {PATIENCE:?}")),
             }
         }
+    }
+
+    /// The pool is refused with a member that nobody can tell to be behind: whether there is one, which is not given to it any more.
+    fn gives_up_outdated(&mut self, why: &str) -> bool {
+        let is_it = |member: &&mut Member| {
+            member.is_outdated
+                && !member.is_retired
+                && member.health != Health::Dead
+                && why.contains(member.disk.name())
+        };
+        let is_refused = why.contains("were each used without the other");
+        let Some(member) = self.members.iter_mut().find(is_it).filter(|_| is_refused) else { return false };
+        if crate::tells() {
+            println!("without {}: {why}", member.disk.name());
+        }
+        member.is_retired = true;
+        self.count("outdated_members");
+        true
     }
 
     fn started(&mut self, cut: bool) -> Result<(), String> {
@@ -282,7 +304,10 @@ impl Cast {
         let ask = pool::check(&owner, devices);
         let report = self.ask("a check", ask)?;
         self.count("checks");
-        let report = report.map_err(|why| format!("a check: {why:?}"))?;
+        let report = match report {
+            Err(PoolError::Conflict(why)) if !is_closed && self.gives_up_outdated(&why) => return Ok(()),
+            report => report.map_err(|why| format!("a check: {why:?}"))?,
+        };
         // What members miss is no fault of what is there.
         let is_expected = |fault: &String| {
             let of_members = [" is stale", " is missing"].iter().any(|text| fault.contains(text));

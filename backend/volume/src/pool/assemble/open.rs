@@ -13,6 +13,7 @@ use crate::pool::place::Place;
 use crate::pool::shared::{Shared, View};
 use crate::pool::wait::Bell;
 use crate::pool::{Ask, MemoryTail, OpenOptions, Pool, PoolError, PoolView, coverage};
+use crate::raid::Mode;
 use crate::thin::{Metadata, Thin};
 use hawser_block::{Device, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
@@ -190,6 +191,14 @@ async fn start(
             }
         }
         owner.is_open.set(true);
+        // Who is out and there may say that it is not. Now that it was found to be behind, it says so itself: later it may not be to be seen.
+        let is_there: Vec<bool> = owner.members.borrow().iter().map(|member| member.leaf.is_some()).collect();
+        for (member, is_there) in (0u16..).zip(is_there) {
+            if is_there && owner.mode_of(member) == Mode::Away {
+                // Who cannot be is told when it joins.
+                let _ = owner.tell(member).await;
+            }
+        }
         if !was_closed {
             // Writes of the process before us are over only now.
             drop((tables.take(), logs));

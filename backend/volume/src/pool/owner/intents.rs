@@ -138,10 +138,7 @@ impl Owner {
     /// Whether somebody in a set lacks what nothing tells but the marks: a replacement, or a member that has lost its cache, whether it
     /// was in sync or was just being brought up to date.
     fn is_lacking(&self, set: &Set) -> bool {
-        let members = self.members.borrow();
-        let range = usize::from(set.first_member())..usize::from(set.first_member() + set.members());
-        let has_doubts = members[range].iter().any(|member| member.is_doubted.load(Ordering::Acquire));
-        has_doubts || self.replacement_lacks(set)
+        self.is_doubted(set) || self.replacement_lacks(set)
     }
 
     /// Clears marks of regions that nobody has written to since this was last called; `all`: whoever has.

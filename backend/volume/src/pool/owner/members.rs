@@ -249,6 +249,13 @@ impl Owner {
         Ok(())
     }
 
+    /// A member of this set has lost its cache, and is not put out yet.
+    pub(super) fn is_doubted(&self, set: &Set) -> bool {
+        let members = self.members.borrow();
+        let of_set = usize::from(set.first_member())..usize::from(set.first_member() + set.members());
+        members[of_set].iter().any(|member| member.is_doubted.load(Ordering::Acquire))
+    }
+
     /// Goes on without a member; `false` when that cannot be.
     pub(crate) async fn put_out(self: &Rc<Self>, member: u16, why: &str) -> bool {
         if self.is_read_only {

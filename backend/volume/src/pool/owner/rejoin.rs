@@ -29,11 +29,13 @@ impl Owner {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
             let is_ready = !member.is_joining && !member.is_recorded;
-            (is_ready, is_ready && member.is_doubted.swap(false, Ordering::AcqRel))
+            (is_ready, is_ready && member.is_doubted.load(Ordering::Acquire))
         };
         if is_doubted {
-            // It has lost its cache on the way: what was not flushed is lacking again.
-            self.mark_lacking(set);
+            // It has lost its cache on the way: what was not flushed is lacking again, of the tables too. It begins again.
+            drop(turn);
+            self.put_out(number, "lost its volatile cache").await;
+            return Ok(());
         }
         if !is_ready || set.mode(member) != Mode::Syncing || set.unsynced.any() {
             return Ok(());
@@ -153,7 +155,12 @@ impl Owner {
         }
         self.new_view();
         self.members.borrow_mut()[usize::from(number)].is_joining = true;
-        let joined = self.join(number, &set, index).await;
+        // Before any of it is overwritten: from here on it is of no use alone, which it may not have been told yet.
+        let told = self.tell(number).await;
+        let joined = match told {
+            Ok(()) => self.join(number, &set, index).await,
+            Err(status) => Err(status),
+        };
         self.members.borrow_mut()[usize::from(number)].is_joining = false;
         if let Err(status) = joined {
             set.set_mode(index, Mode::Away);
@@ -161,6 +168,12 @@ impl Owner {
         }
         self.publish();
         Ok(())
+    }
+
+    /// A member that is out learns from its own superblock that it is.
+    pub(crate) async fn tell(self: &Rc<Self>, number: u16) -> Outcome {
+        let _turn = self.turns.superblock.take().await;
+        self.label(number).await
     }
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.

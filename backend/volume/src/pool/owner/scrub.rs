@@ -164,7 +164,18 @@ impl Owner {
             }
             let other = Rc::new(self.place.spare.take(len));
             match self.lanes.read(leaf, view.data_offset + copy.offset, &other, 0, len).await {
-                Ok(()) => mismatches += u64::from(other.bytes(0, len) != first.bytes(0, len)),
+                Ok(()) if other.bytes(0, len) == first.bytes(0, len) => {}
+                Ok(()) => {
+                    mismatches += 1;
+                    let pairs = other.bytes(0, len).iter().zip(first.bytes(0, len));
+                    let at = copy.offset + pairs.take_while(|(one, other)| one == other).count() as u64;
+                    log::warn!(
+                        "pool {}: {} differs from {} at byte {at} of its data",
+                        self.shared.name,
+                        self.device_name(copy.member),
+                        self.device_name(from.member)
+                    );
+                }
                 Err(_) => has_bad = true,
             }
         }
