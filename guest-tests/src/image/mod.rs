@@ -24,15 +24,18 @@ pub use disk::{DISK_BYTES, ROOT_BYTES, ROOT_START, SCRATCH_PARTITION};
 pub use release::Release;
 
 /// Changes with every change of the recipe that the scripts and package versions do not show.
-const RECIPE: u32 = 5;
+const RECIPE: u32 = 6;
 
 /// Packages whose installed files go into an image; the kernel is only downloaded.
-const PACKAGES: [&str; 8] = [
+const PACKAGES: [&str; 11] = [
     "busybox-static",
     "e2fsprogs",
     "fio",
     "grub-common",
     "grub-pc-bin",
+    "ibverbs-providers",
+    "iproute2",
+    "librdmacm1",
     "mtools",
     "nvme-cli",
     "systemd-boot-efi",

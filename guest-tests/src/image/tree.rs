@@ -18,8 +18,8 @@ pub(super) const AGENT: &str = include_str!("../../guest/agent");
 const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them; SCSI disks of
-/// QEMU's, and Linux md on them.
-const ROOT_MODULES: [&str; 21] = [
+/// QEMU's, and Linux md on them; RDMA over a network interface (Soft-RoCE), and NVMe over that.
+const ROOT_MODULES: [&str; 28] = [
     "virtio_net",
     "configfs",
     "crct10dif_generic",
@@ -41,10 +41,22 @@ const ROOT_MODULES: [&str; 21] = [
     "raid0",
     "raid1",
     "raid10",
+    "dummy",
+    "crc32_generic",
+    "rdma_rxe",
+    "ib_uverbs",
+    "rdma_ucm",
+    "nvmet_rdma",
+    "nvme_rdma",
 ];
 
 /// Programs that the root has besides busybox, with their libraries.
-const PROGRAMS: [&str; 3] = ["/usr/bin/fio", "/usr/sbin/nvme", "/sbin/mke2fs"];
+const PROGRAMS: [&str; 4] = ["/usr/bin/fio", "/usr/sbin/nvme", "/sbin/mke2fs", "/usr/bin/rdma"];
+
+/// rdma-core, for what programs open at run time: its libraries, Soft-RoCE's part of it, and the file that names that.
+const RDMA_CORE: [&str; 2] =
+    ["/usr/lib/x86_64-linux-gnu/librdmacm.so.1", "/usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so"];
+const RDMA_CONFIG: &str = "/etc/libibverbs.d/rxe.driver";
 
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -99,6 +111,10 @@ pub(super) fn root(modules: &Modules, root: &Path) -> Result<()> {
     for program in PROGRAMS {
         add_program(root, program)?;
     }
+    for library in RDMA_CORE {
+        add_program(root, library)?;
+    }
+    copy(Path::new(RDMA_CONFIG), &root.join(RDMA_CONFIG.trim_start_matches('/')))?;
     symlink("mke2fs", root.join("sbin/mkfs.ext4")).map_err(|e| format!("mkfs.ext4: {e}"))?;
     if Path::new("/etc/mke2fs.conf").exists() {
         copy(Path::new("/etc/mke2fs.conf"), &root.join("etc/mke2fs.conf"))?;
@@ -114,7 +130,7 @@ pub(super) fn root(modules: &Modules, root: &Path) -> Result<()> {
 }
 
 /// Copies a program and what the dynamic loader would load for it, each to its own path.
-fn add_program(root: &Path, program: &str) -> Result<()> {
+pub(super) fn add_program(root: &Path, program: &str) -> Result<()> {
     let mut files = vec![PathBuf::from(program)];
     for line in output(Command::new("ldd").arg(program))?.lines() {
         // "libaio.so.1 => /lib/x86_64-linux-gnu/libaio.so.1 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
