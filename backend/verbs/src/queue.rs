@@ -21,6 +21,24 @@ struct Pair {
     completions: *mut rdma::ibv_cq,
     /// A completion will make the channel's descriptor readable, or has.
     armed: bool,
+    /// By which flags a completion says that a key was made invalid.
+    invalidated: u32,
+}
+
+/// Soft-RoCE's vendor id (`RXE_VENDOR_ID` in Linux).
+const SOFT_ROCE: u32 = 0xff_ffff;
+/// `IB_WC_WITH_INVALIDATE`, by which Linux says it in the kernel. Soft-RoCE writes completions from there to user space as they are (seen
+/// with 6.1), where this flag is another's, and one that connected queue pairs never have: IBV_WC_IP_CSUM_OK.
+const KERNEL_WITH_INVALIDATE: u32 = 1 << 2;
+
+unsafe fn invalidated_flags(context: *mut rdma::ibv_context) -> u32 {
+    // SAFETY: plain data, filled by the call, of a context that is open.
+    unsafe {
+        let mut attributes: rdma::ibv_device_attr = std::mem::zeroed();
+        let known = rdma::ibv_query_device(context, &raw mut attributes) == 0;
+        let more = if known && attributes.vendor_id == SOFT_ROCE { KERNEL_WITH_INVALIDATE } else { 0 };
+        rdma::ibv_wc_flags::IBV_WC_WITH_INV.0 | more
+    }
 }
 
 impl Drop for Pair {
@@ -52,10 +70,12 @@ pub(crate) unsafe extern "C" fn open(
     let QueueSize { sends, receives, segments } = unsafe { *size };
     let id = id.cast::<rdma::rdma_cm_id>();
     let null: *mut std::ffi::c_void = std::ptr::null_mut();
-    let mut pair = Box::new(Pair { id, channel: null.cast(), completions: null.cast(), armed: false });
+    let mut pair =
+        Box::new(Pair { id, channel: null.cast(), completions: null.cast(), armed: false, invalidated: 0 });
     // SAFETY: the id has a device, as its caller has looked; everything that is made here is undone by `Pair`'s drop.
     unsafe {
         let context = (*id).verbs;
+        pair.invalidated = invalidated_flags(context);
         pair.channel = rdma::ibv_create_comp_channel(context);
         if pair.channel.is_null() {
             return last_errno();
@@ -179,6 +199,10 @@ pub(crate) unsafe extern "C" fn post_send(
                 return negated(result);
             }
             *posted += u32::try_from(piece.len()).unwrap_or(0);
+            // Providers that look it up there (Soft-RoCE's) find a window by the name that it was bound by last.
+            for bound in piece.iter().filter(|request| request.operation == operation::BIND) {
+                (*bound.window.cast::<rdma::ibv_mw>()).rkey = bound.key;
+            }
         }
     }
     0
@@ -231,7 +255,7 @@ pub(crate) unsafe extern "C" fn poll(queue: *mut Queue, out: *mut WorkCompletion
         let count = rdma::ibv_poll_cq(pair.completions, i32::try_from(want).unwrap_or(0), raw.as_mut_ptr());
         let Ok(count) = usize::try_from(count) else { return -libc::EIO };
         for (index, completion) in raw[..count].iter().enumerate() {
-            let has_invalidated = completion.wc_flags & rdma::ibv_wc_flags::IBV_WC_WITH_INV.0 != 0;
+            let has_invalidated = completion.wc_flags & pair.invalidated != 0;
             *out.add(index) = WorkCompletion {
                 user: completion.wr_id,
                 status: completion.status,
