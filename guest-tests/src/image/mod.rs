@@ -103,6 +103,17 @@ impl Image {
     }
 }
 
+/// A read-only file system for a guest, of programs of this machine with what the dynamic loader loads for them, all in its root and
+/// without debugging information.
+pub fn of_programs(programs: &[PathBuf], work: &Path, image: &Path) -> Result<()> {
+    tree::programs(programs, work)?;
+    disk::ext4(work, "hawser-programs", PROGRAMS_BYTES, image)?;
+    fs::remove_dir_all(work).map_err(|e| format!("{}: {e}", work.display()))
+}
+
+/// Room for programs.
+const PROGRAMS_BYTES: u64 = 64 << 20;
+
 /// One image of a release is enough: those of other package versions are removed, and what a killed build left.
 fn forget_others(cache: &Path, prefix: &str, keep: &Path) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {

@@ -129,19 +129,38 @@ pub(super) fn root(modules: &Modules, root: &Path) -> Result<()> {
     output(Command::new("/sbin/depmod").arg("-b").arg(root).arg(modules.release())).map(drop)
 }
 
+/// Copies programs and what the dynamic loader would load for them, all into one folder, without debugging information.
+pub(super) fn programs(programs: &[PathBuf], folder: &Path) -> Result<()> {
+    make_folders(folder, &["lost+found"])?;
+    for program in programs {
+        for file in files_of(program)? {
+            copy(&file, &folder.join(file.file_name().unwrap_or_default()))?;
+        }
+        let own = folder.join(program.file_name().unwrap_or_default());
+        output(Command::new("objcopy").arg("--strip-debug").arg(own))?;
+    }
+    Ok(())
+}
+
 /// Copies a program and what the dynamic loader would load for it, each to its own path.
-pub(super) fn add_program(root: &Path, program: &str) -> Result<()> {
-    let mut files = vec![PathBuf::from(program)];
+fn add_program(root: &Path, program: &str) -> Result<()> {
+    let files = files_of(Path::new(program))?;
+    files.iter().try_for_each(|file| copy(file, &root.join(file.strip_prefix("/").unwrap_or(file))))
+}
+
+/// A program and what the dynamic loader would load for it.
+fn files_of(program: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = vec![program.to_path_buf()];
     for line in output(Command::new("ldd").arg(program))?.lines() {
         // "libaio.so.1 => /lib/x86_64-linux-gnu/libaio.so.1 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
         let path = line.rsplit_once("=> ").map_or(line, |(_, path)| path).trim();
         let path = path.split(" (").next().unwrap_or_default();
         if path == "not found" {
-            return Err(format!("{program}: ldd: {}", line.trim()));
+            return Err(format!("{}: ldd: {}", program.display(), line.trim()));
         }
         if path.starts_with('/') {
             files.push(PathBuf::from(path));
         }
     }
-    files.iter().try_for_each(|file| copy(file, &root.join(file.strip_prefix("/").unwrap_or(file))))
+    Ok(files)
 }

@@ -3,8 +3,9 @@
 //! Owns: the id and its event channel, the queue pair, memory of the connection's own, memory windows. Must not know: NVMe.
 //!
 //! Invariants:
-//! - Dropping it ends the queue pair first (nothing uses memory any more, no key leads anywhere), then the windows, the registration of
-//!   the memory, the memory. It waits for no peer, but for the device: [`dispose`] does it elsewhere than on a reactor.
+//! - Dropping it puts the queue pair into error, ends the windows (no key leads anywhere), then the queue pair (nothing uses memory any
+//!   more), the registration of the memory, the memory. It waits for no peer, but for the device: [`dispose`] does it elsewhere than on
+//!   a reactor.
 //! - What its requests name is kept by whoever posts them until they have completed, or it was dropped.
 
 use super::domain::Domain;
@@ -391,12 +392,14 @@ impl Drop for Link {
     fn drop(&mut self) {
         let table = self.table();
         self.fail();
-        // SAFETY: all of these are ours, once, in this order: the queue pair's end is the end of every use of the rest.
+        // SAFETY: all of these are ours, once. The queue pair is in error, so that no peer comes through a window; a window that is
+        // bound holds on to its queue pair (Soft-RoCE waits for them), so windows go first. The queue pair's end is the end of every
+        // use of memory.
         unsafe {
-            (table.queue_close)(self.queue);
             for (window, _) in self.windows.drain(..) {
                 (table.window_close)(window);
             }
+            (table.queue_close)(self.queue);
             if !self.region.is_null() && (table.deregister)(self.region) < 0 {
                 // The device may still know it: its memory must not become something else's.
                 let memory = std::mem::replace(&mut self.memory, AlignedBuffer::new(1));

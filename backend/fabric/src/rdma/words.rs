@@ -19,6 +19,14 @@ pub(crate) fn no_device(table: &Table, why: &str) -> String {
             rxe0 type rxe netdev IFACE`)"
             .to_owned();
     }
+    // Of one that cannot be opened nothing is known but its name.
+    let closed: Vec<String> = devices.iter().filter(|device| device.queues_max == 0).map(driver::name).collect();
+    if closed.len() == devices.len() {
+        return format!(
+            "RDMA device {} cannot be opened, want /dev/infiniband readable and writable for the daemon, and there when it starts",
+            closed.join(", ")
+        );
+    }
     let down: Vec<String> = devices.iter().filter(|device| !device.is_up).map(driver::name).collect();
     if down.len() == devices.len() {
         return format!("RDMA device {} is down, want its link up", down.join(", "));

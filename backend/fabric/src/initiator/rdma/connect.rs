@@ -133,6 +133,8 @@ pub(crate) async fn connect_queue(
     let flow = (!switched_off).then(|| SqFlow::new(layout.depth + 1, answer.sq_head));
     let in_capsule_max = if request.queue_id == 0 { 0 } else { request.in_capsule_max };
     queue.set_limits(in_capsule_max, flow);
+    // Connect's data is nobody's payload.
+    queue.take_moved();
     let (generation, entries) = link.get().domain.entries();
     queue.set_entries(entries);
     let link = link.take();

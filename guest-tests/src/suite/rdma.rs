@@ -1,0 +1,165 @@
+//! NVMe over RDMA on real verbs: Soft-RoCE in one guest, with the kernel's target or host and ours beside it.
+//!
+//! A VM that boots over RDMA would have to run in that guest. So the daemon is driven at its vhost-user socket by the bench's client, on
+//! the crate `blkio`: with buffers in one piece, and with buffers that are scattered page by page.
+
+#![forbid(unsafe_code)]
+
+use super::Outcome;
+use crate::Result;
+use crate::image;
+use crate::lab::{Lab, cargo, repository, target};
+use crate::process::run;
+use crate::qemu::Qemu;
+use crate::scratch::Scratch;
+use std::path::PathBuf;
+
+/// Shell functions for the guest.
+const LIBRARY: &str = include_str!("../../guest/rdma.sh");
+/// Megabytes of the namespace.
+const SIZE_MIB: u32 = 128;
+
+/// A guest with our programs, and RDMA's modules.
+struct Bench {
+    guest: Qemu,
+    _scratch: Scratch,
+}
+
+/// The programs: the daemon, its verbs driver, and the client.
+fn programs(lab: &Lab) -> Result<Vec<PathBuf>> {
+    run(cargo().args(["build", "--quiet", "--package", "hawser-benches", "--bin", "blkclient"]))?;
+    let manifest = repository().join("backend/verbs/Cargo.toml");
+    let mut driver = cargo();
+    driver.args(["build", "--quiet", "--manifest-path"]).arg(manifest).arg("--target-dir").arg(target());
+    run(&mut driver)?;
+    let built = target().join("debug");
+    Ok(vec![lab.hawser.clone(), built.join("libhawser_verbs.so"), built.join("blkclient")])
+}
+
+impl Bench {
+    fn start(lab: &Lab) -> Result<Bench> {
+        let scratch = Scratch::new()?;
+        let image = scratch.file("programs.ext4");
+        image::of_programs(&programs(lab)?, &scratch.file("programs"), &image)?;
+        let drive = format!("file={},format=raw,if=none,id=programs,readonly=on", image.display());
+        let more = [
+            "-m",
+            "768M",
+            "-smp",
+            "2",
+            "-drive",
+            &drive,
+            "-device",
+            "virtio-blk-pci,drive=programs,serial=programs",
+        ];
+        let mut guest = Qemu::from_kernel("rdma", &lab.image, scratch.path(), lab.accel, &[], &more)?;
+        guest
+            .run(&format!("cat > /run/rdma.sh <<'END'\n{LIBRARY}\nEND\nset -e; . /run/rdma.sh; programs"))?;
+        Ok(Bench { guest, _scratch: scratch })
+    }
+
+    /// Runs a script with the library, within `seconds` on KVM and longer elsewhere.
+    fn run(&mut self, script: &str, seconds: u64) -> Result<String> {
+        self.guest.run_for(&format!("set -e; . /run/rdma.sh\n{script}"), seconds)
+    }
+}
+
+/// A disk on a namespace over RDMA.
+fn disk_section(more: &str) -> String {
+    format!(
+        "[[device]]
+        name = \"d0\"
+        uri = \"nvme+rdma://10.0.2.15:4420/nqn.2026-11.io.hawser:guest?nsid=1\"
+        keep_alive_tmo = 2
+        reconnect_delay = 1
+        quiesce_tmo = 1
+        {more}
+        [[disk]]
+        name = \"d0\"
+        device = \"d0\"
+        socket = \"/run/h/d0.sock\""
+    )
+}
+
+/// Our initiator and the kernel's target.
+pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
+    let mut bench = Bench::start(lab)?;
+    // Without a device it says so, and goes on when there is one.
+    bench.run(
+        &format!(
+            "configure '{}'
+            rdma_modules
+            start
+            wait_for 'this host has no RDMA device, want one' /run/h/log
+            rdma_up
+            wait_for 'nobody listens there, want an address at which an NVMe/RDMA target listens' /run/h/log
+            kernel_target {SIZE_MIB}
+            wait_for 'd0: listening' /run/h/log",
+            disk_section("")
+        ),
+        40,
+    )?;
+    // Verified at depths 1 to 128, 4 KiB to 4 MiB; nothing is copied where buffers are in one piece.
+    for (depth, bs) in [(1, "4k"), (128, "4k"), (16, "64k"), (4, "1m"), (2, "4m")] {
+        bench.run(&format!("client --rw=randrw --bs={bs} --iodepth={depth} --time_based --runtime=1"), 20)?;
+    }
+    bench.run(
+        "[ \"$(copied rdma_unregistered)$(copied rdma_scattered)\" = 00 ] || { hawser device list --json; exit 1; }",
+        5,
+    )?;
+    // Scattered: a few runs have a command each, more are copied and counted.
+    for (depth, bs, segment) in [(8, "16k", "4k"), (8, "64k", "4k"), (2, "1m", "8k")] {
+        let options = format!("--rw=randrw --bs={bs} --segment={segment} --iodepth={depth}");
+        bench.run(&format!("client {options} --time_based --runtime=1"), 20)?;
+    }
+    bench.run("[ \"$(copied rdma_unregistered)\" = 0 ]; [ \"$(copied rdma_scattered)\" -gt 0 ]", 5)?;
+    // The target goes away under load, and comes back.
+    let load = "--rw=randrw --bs=16k --iodepth=16 --time_based";
+    let said = bench.run(
+        &format!(
+            "client {load} --runtime=9 > /run/h/client 2>&1 &
+            sleep 2; withdraw
+            wait_for 'the target closed the connection' /run/h/log
+            sleep 1; offer
+            wait_for 'again connected' /run/h/log
+            wait $! || {{ cat /run/h/client /run/h/log; exit 1; }}
+            cat /run/h/client"
+        ),
+        40,
+    )?;
+    let requests = said.lines().next().unwrap_or_default().to_owned();
+    // The daemon is killed under load; the next one reads back what was written before.
+    bench.run(
+        "client --rw=write --bs=64k --iodepth=8 --size=16m --do_verify=0
+        client --rw=randwrite --bs=64k --iodepth=8 --offset=64m --time_based --runtime=20 > /dev/null 2>&1 &
+        sleep 1; kill -9 $(cat /run/h/pid); : > /run/h/log
+        start
+        wait_for 'd0: listening' /run/h/log
+        client --rw=read --bs=64k --iodepth=8 --size=16m",
+        60,
+    )?;
+    // Keys: windows are the rule, a region's own key only where the configuration says so, which is shown.
+    bench.run(
+        &format!(
+            "hawser device list --json | grep -q '\"rdma_keys\": \"window\"'
+            kill $(cat /run/h/pid); wait_for 'd0.sock' /run/h/log
+            while [ -d /proc/$(cat /run/h/pid) ]; do usleep 50000; done
+            configure '{}'; : > /run/h/log; start
+            wait_for 'd0: listening' /run/h/log
+            client --rw=randrw --bs=64k --iodepth=8 --time_based --runtime=1
+            hawser device list --json | grep -q '\"rdma_keys\": \"region\"'
+            kill $(cat /run/h/pid)",
+            disk_section("rdma_keys = \"region\"")
+        ),
+        40,
+    )?;
+    let errors = bench.run("dmesg | grep -ciE 'oops|BUG:|WARNING:' || true", 5)?;
+    if errors != "0" {
+        return Err(bench.guest.explain("the guest's kernel complains"));
+    }
+    let Bench { guest, .. } = bench;
+    guest.quit()?;
+    Ok(Outcome::Passed(format!(
+        "5 contiguous and 3 scattered loads verified, target away under load: {requests}"
+    )))
+}
