@@ -4,8 +4,8 @@ use super::host::{self, HostIdentity};
 use crate::daemon::run_state;
 use crate::sandbox;
 use hawser_block::{BlockSize, Device};
-use hawser_config::value::{ByteSize, Name, Uris};
-use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
+use hawser_config::value::{self, ByteSize, Listen, Name, Uris};
+use hawser_config::{Config, ConfigError, DeviceConfig, Placed, SubsystemConfig};
 use hawser_fabric::initiator::{self, CacheDoubt, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
 use hawser_fabric::rdma::KeyPolicy;
 use hawser_fabric::uri::{NvmeUri, Transport};
@@ -95,15 +95,21 @@ fn is_nvme(uri: &str) -> bool {
     })
 }
 
-/// Whether any device is reached over RDMA.
+/// The device that is reached over RDMA first.
 fn rdma_device(config: &Config) -> Option<&Placed<DeviceConfig>> {
     config.devices.iter().find(|device| device.value.uri.0.iter().any(|uri| uri.starts_with("nvme+rdma:")))
+}
+
+/// The subsystem that listens there first.
+fn rdma_subsystem(config: &Config) -> Option<&Placed<SubsystemConfig>> {
+    let listens = |listen: &Listen| listen.transport == value::Transport::Rdma;
+    config.subsystems.iter().find(|subsystem| subsystem.value.listen.iter().any(listens))
 }
 
 /// Whether the configuration asks for RDMA.
 #[must_use]
 pub fn uses_rdma(config: &Config) -> bool {
-    rdma_device(config).is_some()
+    rdma_device(config).is_some() || rdma_subsystem(config).is_some()
 }
 
 /// Opens the verbs driver, if the configuration asks for RDMA: a library that only some hosts have.
@@ -111,8 +117,14 @@ pub fn uses_rdma(config: &Config) -> bool {
 /// # Errors
 /// One line: what is missing, and who asks for it.
 pub fn open_verbs(config: &Config) -> Result<(), String> {
-    let Some(device) = rdma_device(config) else { return Ok(()) };
-    hawser_fabric::rdma::driver::table().map(drop).map_err(|what| device.error("uri", what).to_string())
+    if !uses_rdma(config) {
+        return Ok(());
+    }
+    hawser_fabric::rdma::driver::table().map(drop).map_err(|what| {
+        let device = rdma_device(config).map(|device| device.error("uri", &what));
+        let subsystem = || rdma_subsystem(config).map(|subsystem| subsystem.error("listen", &what));
+        device.or_else(subsystem).map_or(what.clone(), |error| error.to_string())
+    })
 }
 
 fn unknown(uri: &str) -> String {

@@ -302,14 +302,8 @@ pub struct WorkCompletion {
 
 impl WorkCompletion {
     /// Room for one.
-    pub const NONE: WorkCompletion = WorkCompletion {
-        user: 0,
-        status: 0,
-        len: 0,
-        invalidated: 0,
-        has_invalidated: false,
-        vendor: 0,
-    };
+    pub const NONE: WorkCompletion =
+        WorkCompletion { user: 0, status: 0, len: 0, invalidated: 0, has_invalidated: false, vendor: 0 };
 }
 
 /// [`WorkCompletion::status`] of what was still to be done when its queue ended.
@@ -344,8 +338,6 @@ pub struct Table {
     pub listen: unsafe extern "C" fn(id: *mut Id, backlog: i32) -> i32,
     /// The local port.
     pub port: unsafe extern "C" fn(id: *mut Id) -> u16,
-    /// The other end's socket address, as `sockaddr_storage`.
-    pub peer: unsafe extern "C" fn(id: *mut Id, out: *mut c_void),
     /// Asks the other end: an event tells.
     pub connect: unsafe extern "C" fn(id: *mut Id, parameters: *const ConnectParameters) -> i32,
     /// Lets the other end in: an event tells.
@@ -390,8 +382,12 @@ pub struct Table {
     /// The queue is not there any more, and nothing of it uses memory. Slow.
     pub queue_close: unsafe extern "C" fn(queue: *mut Queue),
     /// Posts requests with one doorbell; `posted` says how many were taken.
-    pub post_send:
-        unsafe extern "C" fn(queue: *mut Queue, requests: *const SendRequest, len: u32, posted: *mut u32) -> i32,
+    pub post_send: unsafe extern "C" fn(
+        queue: *mut Queue,
+        requests: *const SendRequest,
+        len: u32,
+        posted: *mut u32,
+    ) -> i32,
     /// The same.
     pub post_receive: unsafe extern "C" fn(
         queue: *mut Queue,
@@ -403,7 +399,6 @@ pub struct Table {
     pub poll: unsafe extern "C" fn(queue: *mut Queue, out: *mut WorkCompletion, len: u32) -> i32,
     /// The next completion makes the descriptor readable, which it is not now. Whoever arms polls once more.
     pub arm: unsafe extern "C" fn(queue: *mut Queue) -> i32,
-
 }
 
 // SAFETY: the table is never written to, and its pointers are null or to functions.

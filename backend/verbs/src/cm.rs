@@ -113,15 +113,6 @@ pub(crate) unsafe extern "C" fn port(id: *mut Id) -> u16 {
     u16::from_be(unsafe { rdma::rdma_get_src_port(id.cast()) })
 }
 
-pub(crate) unsafe extern "C" fn peer(id: *mut Id, out: *mut c_void) {
-    // SAFETY: an id of ours, in which there is room for any family's address; the caller gives as much.
-    unsafe {
-        let id = id.cast::<rdma::rdma_cm_id>();
-        let from = &raw const (*id).route.addr.dst_addr_union;
-        std::ptr::copy_nonoverlapping(from.cast::<u8>(), out.cast(), size_of::<libc::sockaddr_storage>());
-    }
-}
-
 /// A message that gets no answer is sent again so often, at most: 7 is the most that the field holds.
 const RETRIES: u8 = 7;
 /// 7 is without end: a receiver that has posted no memory yet is waited for.

@@ -22,7 +22,6 @@ static TABLE: Table = Table {
     bind: cm::bind,
     listen: cm::listen,
     port: cm::port,
-    peer: cm::peer,
     connect: cm::connect,
     accept: cm::accept,
     reject: cm::reject,

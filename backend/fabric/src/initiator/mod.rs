@@ -59,7 +59,7 @@ mod queue;
 mod quiet;
 mod rdma;
 mod reserve;
-mod signal;
+pub(crate) mod signal;
 mod socket;
 #[cfg(test)]
 mod tests;

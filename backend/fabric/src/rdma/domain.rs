@@ -56,7 +56,7 @@ pub(crate) struct Domain {
     raw: *mut hawser_verbs_abi::Domain,
     pub(crate) name: String,
     pub(crate) attributes: DeviceAttributes,
-    pub(crate) policy: KeyPolicy,
+    purpose: Purpose,
     entries: Mutex<Vec<Entry>>,
     generation: AtomicU64,
 }
@@ -66,8 +66,17 @@ unsafe impl Send for Domain {}
 // SAFETY: as above.
 unsafe impl Sync for Domain {}
 
-/// A domain for each device and policy. They live as long as the process.
-static DOMAINS: Mutex<Vec<(usize, KeyPolicy, Arc<Domain>)>> = Mutex::new(Vec::new());
+/// What a domain's memory is registered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Requests of ours: all memory that they may name, and targets reach it by such keys.
+    Initiator(KeyPolicy),
+    /// Those of hosts: connections' own memory, which no peer reaches.
+    Target,
+}
+
+/// A domain for each device and purpose. They live as long as the process.
+static DOMAINS: Mutex<Vec<(usize, Purpose, Arc<Domain>)>> = Mutex::new(Vec::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -82,11 +91,11 @@ impl Domain {
     pub(crate) fn of(
         table: &'static Table,
         device: *mut Device,
-        policy: KeyPolicy,
+        purpose: Purpose,
     ) -> Result<Arc<Domain>, String> {
         // One thread makes it; others wait.
         let mut domains = lock(&DOMAINS);
-        let known = domains.iter().find(|(known, with, _)| *known == device as usize && *with == policy);
+        let known = domains.iter().find(|(known, with, _)| *known == device as usize && *with == purpose);
         if let Some((_, _, domain)) = known {
             return Ok(Arc::clone(domain));
         }
@@ -97,7 +106,9 @@ impl Domain {
             return Err(format!("an RDMA device does not say what it can do: {}", words::errno(result)));
         }
         let name = driver::name(&attributes);
-        if policy == KeyPolicy::Window && !(attributes.windows_2b && attributes.windows_max > 0) {
+        if purpose == Purpose::Initiator(KeyPolicy::Window)
+            && !(attributes.windows_2b && attributes.windows_max > 0)
+        {
             return Err(format!(
                 "RDMA device {name} has no memory windows of type 2B, which keep a target to the bytes of its command; \
                 rdma_keys = \"region\" does without, and lets it reach all of a guest's memory"
@@ -117,13 +128,15 @@ impl Domain {
             raw,
             name,
             attributes,
-            policy,
+            purpose,
             entries: Mutex::default(),
             generation: AtomicU64::new(0),
         });
-        let listener: Arc<dyn Listener> = Arc::clone(&domain) as _;
-        Regions::of_process().listen(&listener);
-        domains.push((device as usize, policy, Arc::clone(&domain)));
+        if matches!(purpose, Purpose::Initiator(_)) {
+            let listener: Arc<dyn Listener> = Arc::clone(&domain) as _;
+            Regions::of_process().listen(&listener);
+        }
+        domains.push((device as usize, purpose, Arc::clone(&domain)));
         Ok(domain)
     }
 
@@ -137,9 +150,10 @@ impl Domain {
     /// # Errors
     /// One line.
     pub(crate) fn register(&self, start: usize, len: usize) -> Result<(*mut Region, Keys), String> {
-        let more = match self.policy {
-            KeyPolicy::Window => access::WINDOW_BIND,
-            KeyPolicy::Region => access::REMOTE_READ | access::REMOTE_WRITE,
+        let more = match self.purpose {
+            Purpose::Initiator(KeyPolicy::Window) => access::WINDOW_BIND,
+            Purpose::Initiator(KeyPolicy::Region) => access::REMOTE_READ | access::REMOTE_WRITE,
+            Purpose::Target => 0,
         };
         let (mut region, mut keys) = (std::ptr::null_mut(), Keys::default());
         // SAFETY: a domain of the driver's, and room for the results; whether the memory is there is looked at by the system.

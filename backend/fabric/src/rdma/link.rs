@@ -28,7 +28,6 @@ const FLUSH_STEP: Duration = Duration::from_micros(200);
 pub(crate) union RawAddress {
     v4: libc::sockaddr_in,
     v6: libc::sockaddr_in6,
-    any: libc::sockaddr_storage,
 }
 
 impl RawAddress {
@@ -59,24 +58,6 @@ impl RawAddress {
 
     fn pointer(&self) -> *const std::ffi::c_void {
         (&raw const *self).cast()
-    }
-
-    /// `None`: of another family.
-    pub(crate) fn address(&self) -> Option<SocketAddr> {
-        // SAFETY: the first field of each is the family, which says which one it is; all of them are plain numbers.
-        unsafe {
-            match i32::from(self.any.ss_family) {
-                libc::AF_INET => {
-                    let ip = self.v4.sin_addr.s_addr.to_ne_bytes();
-                    Some(SocketAddr::from((ip, u16::from_be(self.v4.sin_port))))
-                }
-                libc::AF_INET6 => {
-                    let ip = self.v6.sin6_addr.s6_addr;
-                    Some(SocketAddr::from((ip, u16::from_be(self.v6.sin6_port))))
-                }
-                _ => None,
-            }
-        }
     }
 }
 
@@ -194,15 +175,6 @@ impl End {
         }
     }
 
-    /// The other end's address.
-    pub(crate) fn peer(&self) -> Option<SocketAddr> {
-        // SAFETY: all zeroes is an address of no family.
-        let mut raw: RawAddress = unsafe { std::mem::zeroed() };
-        // SAFETY: a handle of ours, and room for any family's address.
-        unsafe { (self.table().peer)(self.id.raw, (&raw mut raw).cast()) };
-        raw.address()
-    }
-
     /// The device that it is on.
     pub(crate) fn device(&self) -> *mut Device {
         // SAFETY: a handle of ours.
@@ -243,7 +215,7 @@ impl End {
                 words::errno(opened)
             ));
         }
-        let memory = AlignedBuffer::new(memory_len);
+        let memory = Arc::new(AlignedBuffer::new(memory_len));
         // From here on all that there is goes with the link.
         let mut link = Link {
             queue,
@@ -282,7 +254,7 @@ pub(crate) struct Link {
     pub(crate) windows: Vec<(*mut Window, u32)>,
     pub(crate) region: *mut Region,
     pub(crate) keys: Keys,
-    pub(crate) memory: AlignedBuffer,
+    pub(crate) memory: Arc<AlignedBuffer>,
     pub(crate) end: End,
     pub(crate) domain: Arc<Domain>,
 }
@@ -402,8 +374,7 @@ impl Drop for Link {
             (table.queue_close)(self.queue);
             if !self.region.is_null() && (table.deregister)(self.region) < 0 {
                 // The device may still know it: its memory must not become something else's.
-                let memory = std::mem::replace(&mut self.memory, AlignedBuffer::new(1));
-                std::mem::forget(memory);
+                std::mem::forget(Arc::clone(&self.memory));
             }
         }
     }

@@ -7,10 +7,12 @@
 //!   driver ── libhawser_verbs.so, opened when RDMA is asked for; its table is all that is known of verbs
 //!   domain ── a device in this process: which memory is registered with it, by which keys
 //!   link ──── one connection: rdma_cm's id, its queue pair, memory of its own, windows; how it ends
+//!   arena ─── payload buffers of a target's connection, within its memory
 //!   ready ─── a descriptor of theirs, awaited in the reactor's one io_uring
 //!   private ─ what NVMe sends along with a connection's set-up; words ── errors, for people
 //! ```
 
+pub(crate) mod arena;
 pub(crate) mod domain;
 pub mod driver;
 pub(crate) mod link;

@@ -20,7 +20,8 @@ pub(crate) fn no_device(table: &Table, why: &str) -> String {
             .to_owned();
     }
     // Of one that cannot be opened nothing is known but its name.
-    let closed: Vec<String> = devices.iter().filter(|device| device.queues_max == 0).map(driver::name).collect();
+    let closed: Vec<String> =
+        devices.iter().filter(|device| device.queues_max == 0).map(driver::name).collect();
     if closed.len() == devices.len() {
         return format!(
             "RDMA device {} cannot be opened, want /dev/infiniband readable and writable for the daemon, and there when it starts",
@@ -111,6 +112,18 @@ pub(crate) fn completion(status: u32) -> &'static str {
         13 => "the target has no room for commands that it said that it has (RNR retries exceeded)",
         21 => "the device has failed (fatal error)",
         _ => "the device reports an error",
+    }
+}
+
+/// The same at a target, for its log: nothing where the host has gone.
+pub(crate) fn host_completion(status: u32) -> String {
+    match status {
+        5 => String::new(),
+        10 => "its key does not lead to memory of its own (any more)".to_owned(),
+        12 => "it does not answer any more (retries exceeded)".to_owned(),
+        13 => "it has no room for answers (RNR retries exceeded)".to_owned(),
+        1 => "it sent more than a capsule has room for".to_owned(),
+        other => format!("the RDMA device reports completion status {other}"),
     }
 }
 

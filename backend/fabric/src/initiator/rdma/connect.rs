@@ -10,7 +10,7 @@ use crate::initiator::socket::{self, ConnectError, QueueRequest};
 use crate::nvme::bytes::low32;
 use crate::nvme::fabrics::{CATTR_NO_FLOW_CONTROL, NO_SQ_HEAD};
 use crate::nvme::{Cqe, Sgl};
-use crate::rdma::domain::Domain;
+use crate::rdma::domain::{Domain, Purpose};
 use crate::rdma::link::{End, Link, dispose};
 use crate::rdma::private::{Accept, Request};
 use crate::rdma::{KeyPolicy, Readiness, driver, words};
@@ -183,7 +183,8 @@ async fn establish(
     }
     let device = device as usize;
     let policy: KeyPolicy = request.rdma_keys;
-    let domain = on_thread(runtime, move || Domain::of(table, device as *mut _, policy)).await??;
+    let domain =
+        on_thread(runtime, move || Domain::of(table, device as *mut _, Purpose::Initiator(policy))).await??;
 
     end.get()
         .resolve_route(STEP_TIMEOUT)
