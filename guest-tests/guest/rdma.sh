@@ -56,10 +56,43 @@ configure() {
     } > /run/h/hawser.toml
 }
 
-# start: the daemon.
+# start [NAME]: the daemon of configuration NAME (hawser).
 start() {
-    /run/p/hawser serve --config /run/h/hawser.toml >> /run/h/log 2>&1 &
-    echo $! > /run/h/pid
+    name=${1:-hawser}
+    case $name in hawser) log=/run/h/log pid=/run/h/pid ;; *) log=/run/h/$name.log pid=/run/h/$name.pid ;; esac
+    /run/p/hawser serve --config /run/h/$name.toml >> $log 2>&1 &
+    echo $! > $pid
+}
+
+# end PIDFILE: SIGTERM, and its end.
+end() {
+    kill "$(cat "$1")"
+    while [ -d "/proc/$(cat "$1")" ]; do usleep 50000; done
+}
+
+# our_target MIB: a daemon that offers files over TCP and RDMA, on their own subsystems.
+our_target() {
+    {
+        echo '[daemon]'
+        echo 'api = "/run/h/target/api.sock"'
+        echo 'state_dir = "/run/h/target/var"'
+        for name in guest tcp rdma; do
+            truncate -s "$1M" "/run/h/$name.raw"
+            case $name in tcp) listen=tcp://127.0.0.1:4421 ;; *) listen=rdma://$ADDRESS:4420 ;; esac
+            echo '[[device]]'
+            echo "name = \"$name\""
+            echo "uri = \"file:///run/h/$name.raw\""
+            echo '[[subsystem]]'
+            echo "nqn = \"nqn.2026-11.io.hawser:$name\""
+            echo "listen = [\"$listen\"]"
+            echo '[[subsystem.namespace]]'
+            echo 'nsid = 1'
+            echo "device = \"$name\""
+        done
+    } > /run/h/target.toml
+    mkdir -p /run/h/target
+    start target
+    wait_for 'serving: api' /run/h/target.log
 }
 
 # hawser ARGS…: asks it.

@@ -150,8 +150,7 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
     bench.run(
         &format!(
             "hawser device list --json | grep -q '\"rdma_keys\": \"window\"'
-            kill $(cat /run/h/pid); wait_for 'd0.sock' /run/h/log
-            while [ -d /proc/$(cat /run/h/pid) ]; do usleep 50000; done
+            end /run/h/pid
             configure '{}'; : > /run/h/log; start
             wait_for 'd0: listening' /run/h/log
             client --rw=randrw --bs=64k --iodepth=8 --time_based --runtime=1
@@ -166,5 +165,62 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
     guest.quit()?;
     Ok(Outcome::Passed(format!(
         "5 contiguous and 3 scattered loads verified, target away under load: {requests}"
+    )))
+}
+
+/// The kernel's initiator and our target; then our initiator and our target, in a pool whose members are reached by RDMA, TCP and a file.
+pub(super) fn target_of_ours(lab: &Lab) -> Result<Outcome> {
+    let mut bench = Bench::start(lab)?;
+    bench.run(
+        "rdma_modules; modules nvme-rdma; rdma_up; our_target 128
+        host=hostnqn=nqn.2014-08.org.nvmexpress:uuid:5c3f0f3a-6a1e-4c58-9d0e-1f2b3c4d5e6f
+        host=$host,hostid=5c3f0f3a-6a1e-4c58-9d0e-1f2b3c4d5e6f
+        echo transport=rdma,traddr=$ADDRESS,trsvcid=4420,nqn=$NQN,$host,keep_alive_tmo=5,reconnect_delay=1 > /dev/nvme-fabrics
+        until [ -b /dev/nvme0n1 ]; do usleep 50000; done
+        mkfs.ext4 -q -F /dev/nvme0n1; mkdir -p /run/m; mount -t ext4 /dev/nvme0n1 /run/m",
+        40,
+    )?;
+    // The target is killed under load, and comes back.
+    let said = bench.run(
+        "fio --name=load --directory=/run/m --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=8k --size=16M \
+            --verify=crc32c --verify_backlog=256 --verify_fatal=1 --serialize_overlap=1 --time_based --runtime=10 \
+            > /run/h/fio 2>&1 &
+        sleep 3; kill -9 $(cat /run/h/target.pid); : > /run/h/target.log
+        start target; wait_for 'is connected, controller' /run/h/target.log
+        wait $! || { tail -n 30 /run/h/fio; exit 1; }
+        dmesg | grep -q 'Successfully reconnected'
+        umount /run/m; grep -o 'write: IOPS=[^,]*' /run/h/fio
+        echo 1 > /sys/class/nvme/nvme0/delete_controller
+        e2fsck=$(command -v e2fsck || true); [ -z \"$e2fsck\" ] || e2fsck -f -n /run/h/guest.raw",
+        60,
+    )?;
+    // Members by RDMA, by TCP, and a file, in one mirror.
+    bench.run(
+        "truncate -s 128M /run/h/file.raw
+        configure '[[device]]
+            name = \"d0\"
+            uri = \"nvme+rdma://10.0.2.15:4420/nqn.2026-11.io.hawser:rdma?nsid=1\"
+            [[device]]
+            name = \"d1\"
+            uri = \"nvme+tcp://127.0.0.1:4421/nqn.2026-11.io.hawser:tcp?nsid=1\"
+            [[device]]
+            name = \"d2\"
+            uri = \"file:///run/h/file.raw\"'
+        /run/p/hawser pool create p0 --config /run/h/hawser.toml --raid raid1 d0 d1 d2
+        /run/p/hawser volume create p0/v --config /run/h/hawser.toml --size 32MiB
+        echo '[[disk]]
+        name = \"d0\"
+        volume = \"p0/v\"
+        socket = \"/run/h/d0.sock\"' >> /run/h/hawser.toml
+        start; wait_for 'd0: listening' /run/h/log
+        client --rw=randrw --bs=16k --iodepth=16 --time_based --runtime=3
+        end /run/h/pid; end /run/h/target.pid",
+        60,
+    )?;
+    bench.expect_no_complaint()?;
+    let Bench { guest, .. } = bench;
+    guest.quit()?;
+    Ok(Outcome::Passed(format!(
+        "mkfs, {said} verified, target killed and back; a mirror over RDMA, TCP and a file"
     )))
 }
