@@ -20,7 +20,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use value::{Listen, Name, Nqn, Serial, SocketMode, SocketPath, Uris, Uuid, VolumePath};
+use value::{Listen, Name, Nqn, Referral, Serial, SocketMode, SocketPath, Uris, Uuid, VolumePath};
 
 /// A wrong configuration, or one that cannot be read. Its text is one line.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ pub struct HostConfig {
 #[serde(deny_unknown_fields)]
 pub struct DiscoveryConfig {
     /// Other discovery services.
-    pub referrals: Vec<Listen>,
+    pub referrals: Vec<Referral>,
 }
 
 /// `[[device]]`: a block device that the daemon can reach.

@@ -375,6 +375,30 @@ impl FromStr for Listen {
     }
 }
 
+/// Where another discovery service is: `tcp://ADDRESS:PORT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Referral(pub SocketAddr);
+
+text_value!(Referral);
+
+impl fmt::Display for Referral {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tcp://{}", self.0)
+    }
+}
+
+impl FromStr for Referral {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Referral, String> {
+        let address = text.strip_prefix("tcp://").and_then(|address| address.parse().ok());
+        address.map(Referral).ok_or_else(|| {
+            format!("{text:?} is no address of a discovery service, want \"tcp://ADDRESS:PORT\" such as \"tcp://192.0.2.10:8009\"")
+        })
+    }
+}
+
 /// The URI of a device, or several: one for each path to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Uris(pub Vec<String>);

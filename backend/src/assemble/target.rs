@@ -57,7 +57,7 @@ pub fn start(
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })?;
-    target.set_referrals(config.discovery.referrals.iter().map(|listen| listen.address).collect());
+    target.set_referrals(config.discovery.referrals.iter().map(|referral| referral.0).collect());
     Ok(Some(target))
 }
 

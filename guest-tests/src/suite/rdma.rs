@@ -67,7 +67,7 @@ impl Bench {
 impl Bench {
     /// Fails when the guest's kernel has seen a bug of its own, or of ours.
     fn expect_no_complaint(&mut self) -> Result<()> {
-        let said = self.run("dmesg | grep -E -i -A 20 'oops|BUG:|WARNING:' | head -n 40 || true", 5)?;
+        let said = self.run("dmesg | grep -E -A 20 'Oops|BUG:|WARNING:' | head -n 40 || true", 5)?;
         if said.is_empty() { Ok(()) } else { Err(format!("the guest's kernel complains:\n{said}")) }
     }
 }
