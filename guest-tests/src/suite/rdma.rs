@@ -25,15 +25,17 @@ struct Bench {
     _scratch: Scratch,
 }
 
-/// The programs: the daemon, its verbs driver, and the client.
+/// The programs: the daemon, its verbs driver, the client, and one that tries keys.
 fn programs(lab: &Lab) -> Result<Vec<PathBuf>> {
     run(cargo().args(["build", "--quiet", "--package", "hawser-benches", "--bin", "blkclient"]))?;
+    run(cargo().args(["build", "--quiet", "--package", "hawser-fabric", "--example", "rdma_keys"]))?;
     let manifest = repository().join("backend/verbs/Cargo.toml");
     let mut driver = cargo();
     driver.args(["build", "--quiet", "--manifest-path"]).arg(manifest).arg("--target-dir").arg(target());
     run(&mut driver)?;
     let built = target().join("debug");
-    Ok(vec![lab.hawser.clone(), built.join("libhawser_verbs.so"), built.join("blkclient")])
+    let keys = built.join("examples/rdma_keys");
+    Ok(vec![lab.hawser.clone(), built.join("libhawser_verbs.so"), built.join("blkclient"), keys])
 }
 
 impl Bench {
@@ -146,7 +148,9 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
         client --rw=read --bs=64k --iodepth=8 --size=16m",
         60,
     )?;
-    // Keys: windows are the rule, a region's own key only where the configuration says so, which is shown.
+    // A key is refused by the device once it is not bound any more, and for what it is not for.
+    bench.run("HAWSER_VERBS=/run/p/libhawser_verbs.so /mnt/rdma_keys $ADDRESS:4500", 20)?;
+    // Windows are the rule, a region's own key only where the configuration says so, which is shown.
     bench.run(
         &format!(
             "hawser device list --json | grep -q '\"rdma_keys\": \"window\"'
@@ -185,9 +189,9 @@ pub(super) fn target_of_ours(lab: &Lab) -> Result<Outcome> {
         "fio --name=load --directory=/run/m --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=8k --size=16M \
             --verify=crc32c --verify_backlog=256 --verify_fatal=1 --serialize_overlap=1 --time_based --runtime=10 \
             > /run/h/fio 2>&1 &
-        sleep 3; kill -9 $(cat /run/h/target.pid); : > /run/h/target.log
+        load=$!; sleep 3; kill -9 $(cat /run/h/target.pid); : > /run/h/target.log
         start target; wait_for 'is connected, controller' /run/h/target.log
-        wait $! || { tail -n 30 /run/h/fio; exit 1; }
+        wait $load || { tail -n 30 /run/h/fio; exit 1; }
         dmesg | grep -q 'Successfully reconnected'
         umount /run/m; grep -o 'write: IOPS=[^,]*' /run/h/fio
         echo 1 > /sys/class/nvme/nvme0/delete_controller
