@@ -175,7 +175,7 @@ fn mistakes_in_one_file_are_named_line_by_line() {
         ),
         (
             with_device("[[subsystem]]\nnqn = \"nqn.a\"\nlisten = [\"127.0.0.1\"]\n"),
-            "h.toml:6:10: [[subsystem]] listen: \"127.0.0.1\" is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\"",
+            "h.toml:6:10: [[subsystem]] listen: \"127.0.0.1\" is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\", or \"rdma://ADDRESS:PORT\"",
         ),
         (
             with_device("[[subsystem]]\nnqn = \"nqn.a\"\nlisten = []\n"),

@@ -13,6 +13,7 @@ pub(crate) mod pieces;
 mod placement;
 mod pools;
 mod queues;
+mod rdma;
 mod reboot;
 mod resize;
 mod restart;
@@ -67,6 +68,8 @@ pub const TESTS: &[Test] = &[
     test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
     test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),
     test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
+    test("our_initiator_over_rdma_verifies_on_the_kernel_target", BOTH, rdma::initiator),
+    test("kernel_initiator_over_rdma_verifies_on_our_target_that_restarts", BOTH, rdma::target_of_ours),
     test("linux_md_reads_what_pools_wrote", OLD, placement::md),
     test("a_vm_boots_from_a_raid1_pool_while_a_member_dies_and_returns", NEW, pools::raid1),
     test("a_vm_boots_from_a_raid10_pool_while_a_member_dies_and_returns", OLD, pools::raid10),
