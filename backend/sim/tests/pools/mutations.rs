@@ -22,8 +22,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("stale_member_read", "members", 2000),
     mutation("discard_before_durable", "full", 4000),
     mutation("replacement_failure_ignored", "replace", 4000),
-    mutation("replacement_without_barrier", "replace", 4000),
-    mutation("replacement_swapped_early", "replace", 4000),
 ];
 
 /// From now on this thread's histories break this promise.
