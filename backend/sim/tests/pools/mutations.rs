@@ -20,7 +20,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("resync_without_window", "members", 4000),
     mutation("tail_skipped", "kills", 2000),
     mutation("stale_member_read", "members", 2000),
-    mutation("replacement_failure_ignored", "replace", 4000),
 ];
 
 /// From now on this thread's histories break this promise.
