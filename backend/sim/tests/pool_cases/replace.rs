@@ -2,6 +2,9 @@
 
 use super::*;
 use hawser_sim::SimDisk;
+use std::cell::Cell;
+
+const WRITE: Operation = Operation::Write { fua: false };
 
 /// Another disk, a little larger.
 fn new_disk(number: u8) -> Arc<SimDisk> {
@@ -215,4 +218,80 @@ fn a_member_that_loses_what_it_was_just_given_gets_it_again() {
     assert!(!pool.view().is_degraded, "{:?}", pool.view());
     let first = Arc::clone(&scene.disks[0]);
     assert_eq!(differences(&first, &scene.disks[1]), 0);
+}
+
+/// A write that the old one alone was asked for, before there were two, lands late: what it writes is copied.
+#[test]
+fn a_write_that_began_before_a_member_was_two_is_on_the_new_one() {
+    for (level, members) in [(Level::Linear, 1), (Level::Raid0, 2), (Level::Raid1, 2)] {
+        let mut scene = Scene::new(24, members);
+        scene.create(level);
+        let held: Vec<Arc<HeldDevice>> =
+            scene.devices().into_iter().map(|device| Arc::new(HeldDevice::new(device))).collect();
+        let devices = held.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect();
+        let pool = open_slow(&mut scene, devices, 0);
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 1 << 20));
+        held[0].hold_one(|request| request.operation.is_write() && request.lba.0 << 9 >= 2 << 20);
+        let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+        let ended = Rc::new(Cell::new(false));
+        let told = Rc::clone(&ended);
+        scene.reactors[0].runtime().spawn(async move {
+            told.set(client.io(WRITE, 0, pattern(2, 4096)).await.0.is_ok());
+        });
+        scene.wait(Duration::from_millis(1));
+        assert_eq!(held[0].held(), 1);
+        let new = new_disk(9);
+        scene.ask(pool.replace("d0", as_device(&new), false)).unwrap();
+        scene.wait(Duration::from_secs(10));
+        assert!(!is_over(&pool) && !ended.get(), "{level:?}: nothing is copied before it ends");
+        held[0].release();
+        scene.wait(Duration::from_secs(10));
+        assert!(is_over(&pool) && ended.get(), "{level:?}: {:?}", pool.view());
+        let mut want = pattern(1, 1 << 20);
+        want[..4096].copy_from_slice(&pattern(2, 4096));
+        assert!(scene.read(&pool, "v", 0, 1 << 20) == want, "{level:?}");
+    }
+}
+
+/// While the superblocks are on their way that make it the member, the new one fails a write: that is not passed over.
+#[test]
+fn a_write_that_the_new_one_fails_while_it_becomes_the_member_is_not_lost() {
+    let mut scene = Scene::new(25, 2);
+    scene.create(Level::Raid1);
+    let devices = scene.devices();
+    let pool = open_slow(&mut scene, devices, 0);
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    scene.write(&pool, "v", 0, &pattern(1, 1 << 20));
+    let new = new_disk(9);
+    scene.disks[1].state().set_latency(Duration::from_millis(200));
+    scene.ask(pool.replace("d0", as_device(&new), false)).unwrap();
+    let is_member = || {
+        let state = new.state();
+        let label = Superblock::decode(&state.content[4096..8192]).ok().flatten();
+        label.is_some_and(|label| label.place().is_some())
+    };
+    let mut steps = 0;
+    while !is_member() && steps < 100_000 {
+        scene.wait(Duration::from_micros(200));
+        steps += 1;
+    }
+    assert!(is_member() && !is_over(&pool), "the other one does not know it yet: {steps}");
+    new.state().errors_permille = 1000;
+    let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+    let ended = Rc::new(Cell::new(false));
+    let told = Rc::clone(&ended);
+    scene.reactors[0].runtime().spawn(async move {
+        told.set(client.io(WRITE, 0, pattern(2, 4096)).await.0.is_ok());
+    });
+    scene.wait(Duration::from_micros(100));
+    new.state().errors_permille = 0;
+    scene.wait(Duration::from_secs(30));
+    assert!(ended.get() && is_over(&pool), "{:?}", pool.view());
+    assert!(scene.read(&pool, "v", 0, 4096) == pattern(2, 4096), "{:?}", pool.view());
+    // On both of them.
+    scene.ask(pool.scrub(false)).unwrap();
+    scene.wait(Duration::from_secs(60));
+    let scrub = pool.view().tasks.into_iter().find(|task| task.kind == "scrub").expect("it was run");
+    assert!(scrub.is_done && scrub.mismatches == 0, "{scrub:?}");
 }

@@ -160,6 +160,8 @@ pub(crate) struct Models {
     is_pending: bool,
     /// As the pool has them.
     pub(crate) extent_blocks: u64,
+    /// The pool's room for mappings.
+    pub(crate) metadata_pages: u64,
     /// What is written is remembered in pieces of so many: no extent is smaller.
     piece_blocks: u64,
     /// A change of volumes is durable when it is answered.
@@ -178,6 +180,7 @@ impl Models {
             settled: 0,
             is_pending: false,
             extent_blocks: 1,
+            metadata_pages: 0,
             piece_blocks: (64 << 10) / block_bytes as u64,
             changes_are_durable: true,
         }
@@ -270,6 +273,9 @@ impl Models {
         is_discard: bool,
     ) -> (u64, u64) {
         let seq = self.tick();
+        // What is given back while there is no room to write that down is kept.
+        let may_be_kept =
+            is_discard && (self.metadata_pages < 80 || self.pages_max() * 3 > self.metadata_pages);
         if !is_zero {
             self.next_id += 1;
         }
@@ -285,7 +291,7 @@ impl Models {
         for at in lba..lba + count {
             let from = at / extent_blocks * extent_blocks;
             let is_whole = from >= lba && (from + extent_blocks).min(volume.size_blocks) <= lba + count;
-            let is_weak = is_discard && !is_whole;
+            let is_weak = is_discard && (!is_whole || may_be_kept);
             volume.blocks.change(at, |block| {
                 let block = block.busy();
                 let others = block.writes.iter().map(|write| write.id).collect();

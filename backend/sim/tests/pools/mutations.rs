@@ -33,10 +33,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("zeroes_not_written", "parity", 4000),
     mutation("fresh_beside_others", "parity", 4000),
     mutation("invalid_units_not_durable", "parity", 4000),
-    mutation("discard_before_durable", "full", 4000),
-    mutation("replacement_failure_ignored", "replace", 4000),
-    mutation("replacement_without_barrier", "replace", 4000),
-    mutation("replacement_swapped_early", "replace", 4000),
 ];
 
 /// From now on this thread's histories break this promise.

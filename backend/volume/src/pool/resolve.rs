@@ -327,7 +327,7 @@ fn write_stripes(
 ) -> Result<(), Class> {
     let stripes = &parity.stripes;
     let (strip, whole) = (stripes.strip_bytes(), stripes.stripe_bytes());
-    if address % whole != 0 || len % whole != 0 {
+    if !address.is_multiple_of(whole) || !len.is_multiple_of(whole) {
         return Err(Class::PartialStripe);
     }
     let rows = address / whole..(address + len) / whole;

@@ -14,7 +14,6 @@ use hawser_block::Outcome;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 const WORDS_PER_PAGE: usize = (INTENTS_PER_PAGE / 64) as usize;
 

@@ -556,11 +556,6 @@ impl Owner {
         if self.freed.borrow().is_empty() {
             return Ok(());
         }
-        if self.options.discard && is_broken("discard_before_durable") {
-            let early: Vec<u32> =
-                self.freed.borrow().iter().flat_map(|(_, freed)| freed.extents().to_vec()).collect();
-            self.discard_extents(early.iter()).await?;
-        }
         if !is_broken("reuse_before_durable") {
             self.flush().await?;
         }

@@ -21,7 +21,6 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::twin::{Phase, Twin};
 use crate::raid::{Level, Mode, Set};
-use crate::simulated::is_broken;
 use hawser_block::{Device, DeviceState, Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
@@ -320,9 +319,7 @@ impl Owner {
             }
             None => self.be(member, Some(Leaf::twin(&old, &leaf))),
         }
-        if !is_broken("replacement_without_barrier") {
-            self.barrier().await;
-        }
+        self.barrier().await;
     }
 
     async fn copy_range(self: &Rc<Self>, range: Range<u64>) {
@@ -546,9 +543,7 @@ impl Owner {
             let book = self.book.borrow().clone();
             self.label_replacement(&book).await?;
         }
-        if !is_broken("replacement_swapped_early") {
-            twin.set_phase(Phase::Strict);
-        }
+        twin.set_phase(Phase::Strict);
         self.barrier().await;
         self.lanes.flush(leaf).await.inspect_err(|_| twin.switch_off())?;
         match twin.is_good() {
