@@ -178,6 +178,27 @@ impl Owner {
         self.put_parity_header(parity.log_offset, &header, &targets).await
     }
 
+    /// Begins the log of a set that is just being made, on one of its members.
+    pub(super) async fn begin_parity_log(self: &Rc<Self>, set: &Arc<Set>, leaf: &Leaf) -> Outcome {
+        let Some(parity) = set.parity() else { return Ok(()) };
+        let key = {
+            let mut ring = parity.ring();
+            if ring.header.0 == 0 {
+                ring.key[..8].copy_from_slice(&self.runtime.random().to_le_bytes());
+                ring.key[8..].copy_from_slice(&self.runtime.random().to_le_bytes());
+                ring.header = (1, 0);
+            }
+            ring.key
+        };
+        for number in [0, 1] {
+            let header = ParityHeader { number, released: 0, key, unlogged: false };
+            let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
+            let offset = parity.log_offset + number * PAGE_BYTES as u64;
+            self.lanes.write(leaf, offset, &bounce, 0, PAGE_BYTES, true).await?;
+        }
+        Ok(())
+    }
+
     /// Tells one member, which has just come. The parity's turn is not the caller's.
     pub(super) async fn repeat_parity_header(self: &Rc<Self>, set: &Arc<Set>, number: u16) -> Outcome {
         let Some(parity) = set.parity() else { return Ok(()) };

@@ -327,6 +327,9 @@ impl Owner {
             let _turn = self.turns.superblock.take().await;
             // The new ones first, with a generation that counts for nothing: nobody is told of members that do not know that they are, and
             // nobody believes them before all of them know.
+            for leaf in &leaves {
+                self.begin_parity_log(&set, leaf).await.map_err(|status| self.failed(leaf.name(), status))?;
+            }
             for (leaf, record) in leaves.iter().zip(&book.members[first..]) {
                 let own = Superblock { this: record.uuid, generation: 0, ..book.clone() };
                 let written = write_superblock(&self, leaf, &own).await;
