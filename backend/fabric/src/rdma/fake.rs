@@ -76,6 +76,8 @@ pub(crate) struct Disturbance {
     pub(crate) late: u64,
     /// A request breaks its connection.
     pub(crate) breaks: u64,
+    /// An answer that was to invalidate a key does not.
+    pub(crate) keeps_keys: u64,
 }
 
 #[derive(Default)]
@@ -317,7 +319,10 @@ impl World {
             }
             operation::SEND | operation::SEND_INVALIDATE => {
                 let peer = self.peer_queue(queue).ok_or(RETRIES)?;
-                let invalidated = (request.operation == operation::SEND_INVALIDATE).then_some(request.key);
+                let keeps_keys = self.disturbance.keeps_keys;
+                let keeps = self.one_in(keeps_keys);
+                let invalidates = request.operation == operation::SEND_INVALIDATE && !keeps;
+                let invalidated = invalidates.then_some(request.key);
                 if let Some(key) = invalidated
                     && !self
                         .windows
