@@ -141,7 +141,7 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// When there is no such policy, or nothing to choose from: one line.
     fn set_io_policy(&self, _policy: &str) -> Result<(), String> {
-        Err("io_policy is for nvme+tcp:// only".to_owned())
+        Err("io_policy is for nvme+tcp:// and nvme+rdma:// only".to_owned())
     }
 
     /// From now on a request that has waited so long for a way to it fails instead of waiting on, unless its configuration says how long. For

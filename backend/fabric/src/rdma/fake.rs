@@ -60,6 +60,8 @@ struct Pair {
     completions: VecDeque<WorkCompletion>,
     /// Completions that come later: of sends, and of receives.
     late: [VecDeque<WorkCompletion>; 2],
+    /// Keys that are dead when these requests have completed, and not before.
+    dying: HashMap<u64, u32>,
     failed: bool,
     armed: bool,
 }
@@ -76,6 +78,8 @@ pub(crate) struct Disturbance {
     pub(crate) late: u64,
     /// A request breaks its connection.
     pub(crate) breaks: u64,
+    /// An answer that was to invalidate a key does not.
+    pub(crate) keeps_keys: u64,
 }
 
 #[derive(Default)]
@@ -312,12 +316,19 @@ impl World {
                 window.bound = Some((request.address, request.len, request.access, queue));
             }
             operation::INVALIDATE => {
-                let window = self.windows.values_mut().find(|window| window.key == request.key);
-                window.filter(|window| window.bound.is_some()).ok_or(BIND)?.bound = None;
+                let window = self.windows.values().find(|window| window.key == request.key);
+                window.filter(|window| window.bound.is_some()).ok_or(BIND)?;
+                // As late as can be: when the completion is seen.
+                if let Some(pair) = self.pairs.get_mut(&queue) {
+                    pair.dying.insert(request.user, request.key);
+                }
             }
             operation::SEND | operation::SEND_INVALIDATE => {
                 let peer = self.peer_queue(queue).ok_or(RETRIES)?;
-                let invalidated = (request.operation == operation::SEND_INVALIDATE).then_some(request.key);
+                let keeps_keys = self.disturbance.keeps_keys;
+                let keeps = self.one_in(keeps_keys);
+                let invalidates = request.operation == operation::SEND_INVALIDATE && !keeps;
+                let invalidated = invalidates.then_some(request.key);
                 if let Some(key) = invalidated
                     && !self
                         .windows
@@ -748,9 +759,14 @@ unsafe extern "C" fn poll(queue: *mut Queue, out: *mut WorkCompletion, len: u32)
     }
     let pair = world.pairs.get_mut(&number).expect("open");
     let count = pair.completions.len().min(len as usize);
+    let mut dead = Vec::new();
     for (index, completion) in pair.completions.drain(..count).enumerate() {
+        dead.extend(pair.dying.remove(&completion.user).filter(|_| completion.status == 0));
         // SAFETY: the caller gives room for `len`.
         unsafe { *out.add(index) = completion };
+    }
+    for window in world.windows.values_mut().filter(|window| dead.contains(&window.key)) {
+        window.bound = None;
     }
     i32::try_from(count).unwrap()
 }

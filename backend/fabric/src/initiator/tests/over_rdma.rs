@@ -137,6 +137,26 @@ fn announced_memory_is_used_in_place_by_keys_that_die_with_each_command() {
     lab.end();
 }
 
+/// A target need not invalidate keys, and may do so for some: then we do, before the command ends.
+#[test]
+fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
+    let mut lab = lab(|_| {});
+    let announced = Announcement::new(1 << 20);
+    for keeps_keys in [1, 2] {
+        fake::disturb(fake::Disturbance { keeps_keys, ..fake::Disturbance::default() }, 7);
+        for round in 0..64 {
+            let operation = match round % 2 {
+                0 => hawser_block::Operation::Write { fua: false },
+                _ => hawser_block::Operation::Read,
+            };
+            lab.client.submit_at(operation, round * 16, (announced.memory.as_ptr(), 32 << 10));
+            assert_eq!(lab.client.next().outcome, Ok(()));
+            assert_eq!(fake::bound_windows(), 0, "round {round}: a command has ended, and its key is alive");
+        }
+    }
+    lab.end();
+}
+
 #[test]
 fn a_target_that_is_not_there_is_waited_for_and_its_absence_explained() {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,7 +247,7 @@ fn verified_under(disturbance: fake::Disturbance, seed: u64) {
 #[test]
 fn late_completions_change_nothing() {
     for seed in 1..6 {
-        verified_under(fake::Disturbance { late: 2, breaks: 0 }, seed);
+        verified_under(fake::Disturbance { late: 2, ..fake::Disturbance::default() }, seed);
     }
 }
 
@@ -235,7 +255,7 @@ fn late_completions_change_nothing() {
 fn nothing_is_lost_or_mixed_up_when_connections_break() {
     let (before, _) = fake::counts();
     for seed in 1..4 {
-        verified_under(fake::Disturbance { late: 3, breaks: 150 }, seed);
+        verified_under(fake::Disturbance { late: 3, breaks: 150, keeps_keys: 3 }, seed);
     }
     assert!(fake::counts().0 > before, "no connection was broken");
 }
