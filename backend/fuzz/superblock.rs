@@ -6,7 +6,7 @@ mod edits;
 
 use edits::{Input, edit_some, seal};
 use hawser_volume::format::{
-    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Root, SetRecord, Superblock, decode_intents,
+    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Replacement, Root, SetRecord, Superblock, decode_intents,
     encode_intents, unit_bytes_for,
 };
 use hawser_volume::raid::{Array, Level, Set, SetConfig};
@@ -29,7 +29,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
         extent_bytes,
         unit_bytes: unit_bytes_for(extent_bytes),
         region_bytes,
-        layout: Layout { intent_pages: 1, log_bytes: 1 << 20, metadata_pages: 100 },
+        layout: Layout { intent_pages: 1, log_bytes: 1 << 20, metadata_pages: 100, parity_log_pages: if matches!(level, Level::Raid5 | Level::Raid6) { 256 } else { 0 } },
         generation: 7,
         epoch: 3,
         opened_by: Some([5; 16]),
@@ -38,6 +38,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
             .map(|number| MemberRecord { uuid: [10 + number as u8; 16], in_sync: number != 1, data_bytes })
             .collect(),
         spares: vec![[200; 16]],
+        replacement: (total > 2).then_some(Replacement { uuid: [201; 16], copied_bytes: 1 << 20, member: 1 }),
         this: [10; 16],
     }
 }

@@ -71,9 +71,9 @@ pub(crate) fn run() -> Result<()> {
             whole.as_secs_f64()
         ),
     );
-    progress("scrub: every copy is compared");
+    progress("scrub: parity is compared with data");
     pooled.scrub()?;
-    table.row("scrub", "ok".into(), "no copy differs from another");
+    table.row("scrub", "ok".into(), "parity is right everywhere");
     let own = pooled.view()?.used_bytes - used;
     table.row(
         "space of image and clone",
@@ -100,7 +100,7 @@ pub(crate) fn run() -> Result<()> {
     print!(
         "{}",
         table.text(&format!(
-            "hawser demo ({}, RAID 10 over {MEMBERS} targets, built for tests: speed is `cargo xtask bench`'s)",
+            "hawser demo ({}, RAID 5 over {MEMBERS} targets, built for tests: speed is `cargo xtask bench`'s)",
             lab.accel
         ))
     );
@@ -113,12 +113,12 @@ pub(crate) fn run() -> Result<()> {
 
 /// Three targets, a pool, the image in it, a clone of that, and a daemon that serves the clone.
 fn pool(lab: &Lab, table: &mut Table) -> Result<Pooled> {
-    progress("three target daemons on loopback; a RAID 10 pool over them");
+    progress("three target daemons on loopback; a RAID 5 pool over them");
     let scratch = Scratch::new()?;
     let targets = pools::targets(lab, &scratch, MEMBERS, pools::MEMBER_BYTES)?;
     let uris = targets.iter().enumerate().map(|(number, target)| pools::uri_of_target(target, number));
     let uris = uris.collect::<Result<Vec<_>>>()?;
-    let mut pooled = Pooled::create(lab, scratch, targets, &uris, "raid10", &[pools::the_disk()])?;
+    let mut pooled = Pooled::create(lab, scratch, targets, &uris, "raid5", &[pools::the_disk()])?;
     progress("the guest image goes to a volume");
     let importing = Instant::now();
     pooled.import(lab, true)?;

@@ -11,7 +11,7 @@ use std::process::Command;
 pub(crate) type Need = (&'static str, &'static str);
 
 /// To build guest images and to run VMs.
-pub(crate) const GUESTS: [Need; 18] = [
+pub(crate) const GUESTS: [Need; 25] = [
     ("qemu-system-x86", "runs the VMs"),
     ("qemu-utils", "reads qcow2 images"),
     ("seabios", "PC firmware"),
@@ -19,6 +19,13 @@ pub(crate) const GUESTS: [Need; 18] = [
     ("busybox-static", "the guest's programs"),
     ("fio", "the guest's load"),
     ("nvme-cli", "asks our target what people ask"),
+    ("iproute2", "makes the guest's RDMA device"),
+    ("ibverbs-providers", "the guest's RDMA device, for programs"),
+    ("librdmacm1", "the guest's RDMA connections, for programs"),
+    ("libibverbs-dev", "to build the verbs driver"),
+    ("librdmacm-dev", "to build the verbs driver"),
+    ("pkg-config", "finds them"),
+    ("libclang-dev", "reads their declarations"),
     ("kmod", "finds the guest's kernel modules"),
     ("cpio", "packs the guest's initial RAM disk"),
     ("xz-utils", "unpacks the guest's kernel"),
@@ -36,8 +43,14 @@ pub(crate) const GUESTS: [Need; 18] = [
 pub(crate) const FRESH: [Need; 2] =
     [("mmdebstrap", "makes the minimal Debian"), ("debian-archive-keyring", "verifies its packages")];
 
-/// To build cargo-fuzz's targets: libFuzzer is C++.
-pub(crate) const CI: [Need; 1] = [("g++", "compiles libFuzzer")];
+/// To build cargo-fuzz's targets (libFuzzer is C++), and the verbs driver.
+pub(crate) const CI: [Need; 5] = [
+    ("g++", "compiles libFuzzer"),
+    ("libibverbs-dev", "to build the verbs driver"),
+    ("librdmacm-dev", "to build the verbs driver"),
+    ("pkg-config", "finds them"),
+    ("libclang-dev", "reads their declarations"),
+];
 
 /// The kernel is downloaded, not installed: apt only has to know it.
 const KERNEL: &str = "linux-image-amd64";

@@ -145,7 +145,7 @@ pub trait Device: Send + Sync {
     }
 
     /// From now on a request that has waited so long for a way to it fails instead of waiting on, unless its configuration says how long. For
-    /// whoever has another copy.
+    /// whoever has another copy. [`Duration::MAX`]: it waits, as in the beginning.
     fn fail_after(&self, _patience: Duration) {}
 
     /// Bytes of payload that this process has copied instead of having them moved to or from the user's memory, by reason.

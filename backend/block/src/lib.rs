@@ -16,6 +16,7 @@ pub mod channel;
 pub mod fake;
 pub mod geometry;
 pub mod held;
+pub mod regions;
 pub mod request;
 pub mod reservation;
 pub mod stats;

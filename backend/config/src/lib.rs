@@ -20,7 +20,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use value::{Listen, Name, Nqn, Serial, SocketMode, SocketPath, Uris, Uuid, VolumePath};
+use value::{Listen, Name, Nqn, Referral, Serial, SocketMode, SocketPath, Uris, Uuid, VolumePath};
 
 /// A wrong configuration, or one that cannot be read. Its text is one line.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ pub struct HostConfig {
 #[serde(deny_unknown_fields)]
 pub struct DiscoveryConfig {
     /// Other discovery services.
-    pub referrals: Vec<Listen>,
+    pub referrals: Vec<Referral>,
 }
 
 /// `[[device]]`: a block device that the daemon can reach.
@@ -165,7 +165,7 @@ pub struct DeviceConfig {
     /// Nobody may write, and a `file:` is opened (and locked) accordingly.
     #[serde(default)]
     pub read_only: bool,
-    /// `nvme+tcp:` only, in seconds, as all that follow: a controller that is not heard of for so long is given up.
+    /// `nvme+tcp:` and `nvme+rdma:` only, in seconds, as all that follow: a controller that is not heard of for so long is given up.
     pub keep_alive_tmo: Option<u32>,
     /// The longest wait between attempts to reconnect.
     pub reconnect_delay: Option<u32>,
@@ -177,10 +177,12 @@ pub struct DeviceConfig {
     pub io_timeout: Option<u32>,
     /// How long a target may still execute commands of a lost connection, where it does not say so itself.
     pub quiesce_tmo: Option<u32>,
-    /// `nvme+tcp:` only: which of several good paths is taken.
+    /// `nvme+tcp:` and `nvme+rdma:` only: which of several good paths is taken.
     pub io_policy: Option<String>,
-    /// `nvme+tcp:` only: what is done about a volatile cache that may have been lost.
+    /// The same: what is done about a volatile cache that may have been lost.
     pub on_cache_doubt: Option<String>,
+    /// `nvme+rdma:` only: by which keys the target reaches the memory of a command.
+    pub rdma_keys: Option<String>,
 }
 
 impl DeviceConfig {

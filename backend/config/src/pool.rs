@@ -26,6 +26,9 @@ pub struct PoolConfig {
     /// What writes get that need space when there is none.
     #[serde(default)]
     pub no_space: NoSpace,
+    /// Extents that nobody has any more are discarded on the members.
+    #[serde(default)]
+    pub discard: bool,
     /// Below so many percent of free space a warning is due.
     #[serde(default = "low_water")]
     pub low_water: u32,
@@ -44,6 +47,9 @@ pub struct PoolConfig {
     /// Whoever wrote this says that no other host has the pool open.
     #[serde(default)]
     pub assume_exclusive: bool,
+    /// Whoever wrote this would rather have the pool with some garbage in it than not at all.
+    #[serde(default)]
+    pub accept_loss: bool,
 }
 
 fn low_water() -> u32 {
@@ -77,12 +83,14 @@ impl PoolConfig {
         PoolConfig {
             name: name.clone(),
             no_space: NoSpace::default(),
+            discard: false,
             low_water: low_water(),
             sync_rate: sync_rate(),
             member_timeout: member_timeout(),
             spare_delay: spare_delay(),
             assemble_timeout: assemble_timeout(),
             assume_exclusive: false,
+            accept_loss: false,
         }
     }
 

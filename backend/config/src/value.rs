@@ -331,13 +331,31 @@ impl FromStr for Nqn {
 /// Where a target listens: `tcp://ADDRESS:PORT`; port 0 lets the system choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Listen(pub SocketAddr);
+pub struct Listen {
+    /// What carries commands there.
+    pub transport: Transport,
+    /// The address.
+    pub address: SocketAddr,
+}
+
+/// What carries commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// NVMe/TCP.
+    Tcp,
+    /// NVMe/RDMA.
+    Rdma,
+}
 
 text_value!(Listen);
 
 impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tcp://{}", self.0)
+        let scheme = match self.transport {
+            Transport::Tcp => "tcp",
+            Transport::Rdma => "rdma",
+        };
+        write!(f, "{scheme}://{}", self.address)
     }
 }
 
@@ -345,8 +363,38 @@ impl FromStr for Listen {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Listen, String> {
-        text.strip_prefix("tcp://").and_then(|address| address.parse().ok()).map(Listen).ok_or_else(|| {
-            format!("{text:?} is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\"")
+        let of = |transport, scheme| {
+            let address = text.strip_prefix(scheme)?.parse().ok()?;
+            Some(Listen { transport, address })
+        };
+        of(Transport::Tcp, "tcp://").or_else(|| of(Transport::Rdma, "rdma://")).ok_or_else(|| {
+            format!(
+                "{text:?} is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\", or \"rdma://ADDRESS:PORT\""
+            )
+        })
+    }
+}
+
+/// Where another discovery service is: `tcp://ADDRESS:PORT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Referral(pub SocketAddr);
+
+text_value!(Referral);
+
+impl fmt::Display for Referral {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tcp://{}", self.0)
+    }
+}
+
+impl FromStr for Referral {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Referral, String> {
+        let address = text.strip_prefix("tcp://").and_then(|address| address.parse().ok());
+        address.map(Referral).ok_or_else(|| {
+            format!("{text:?} is no address of a discovery service, want \"tcp://ADDRESS:PORT\" such as \"tcp://192.0.2.10:8009\"")
         })
     }
 }

@@ -175,7 +175,7 @@ fn mistakes_in_one_file_are_named_line_by_line() {
         ),
         (
             with_device("[[subsystem]]\nnqn = \"nqn.a\"\nlisten = [\"127.0.0.1\"]\n"),
-            "h.toml:6:10: [[subsystem]] listen: \"127.0.0.1\" is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\"",
+            "h.toml:6:10: [[subsystem]] listen: \"127.0.0.1\" is no address to listen at, want \"tcp://ADDRESS:PORT\" such as \"tcp://127.0.0.1:4420\", or \"rdma://ADDRESS:PORT\"",
         ),
         (
             with_device("[[subsystem]]\nnqn = \"nqn.a\"\nlisten = []\n"),
@@ -349,7 +349,7 @@ fn a_pools_policies_are_checked_and_have_defaults() {
         ),
         (
             pool("raid = \"raid1\"\n"),
-            "h.toml:6:1: [[pool]] raid: unknown field `raid`, expected one of `name`, `no_space`, `low_water`, `sync_rate`, `member_timeout`, `spare_delay`, `assemble_timeout`, `assume_exclusive`",
+            "h.toml:6:1: [[pool]] raid: unknown field `raid`, expected one of `name`, `no_space`, `low_water`, `sync_rate`, `member_timeout`, `spare_delay`, `assemble_timeout`, `assume_exclusive`, `accept_loss`",
         ),
         (
             pool("[[pool]]\nname = \"p0\"\n"),

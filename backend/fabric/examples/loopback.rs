@@ -102,6 +102,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let subsystem = SubsystemConfig {
         nqn: NQN.into(),
         listen: vec!["127.0.0.1:0".parse()?],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "loopback".into(),
         namespaces: vec![NamespaceConfig { nsid: 1, device: Arc::new(mem), uuid: None }],

@@ -1,4 +1,4 @@
-//! Devices and the way to them: memory, files, and NVMe over TCP from both sides.
+//! Devices and the way to them: memory, files, and NVMe over TCP and RDMA from both sides.
 //!
 //! Owns: the leaf devices behind [`hawser_block::Device`], the NVMe and NVMe/TCP codecs, the initiator and the target.
 //! Must not know: rings, volumes, members, stripes.
@@ -10,6 +10,7 @@ pub mod mem;
 pub mod null;
 pub mod nvme;
 mod pool;
+pub mod rdma;
 pub mod simulated;
 pub mod target;
 pub mod tcp;

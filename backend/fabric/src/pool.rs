@@ -3,6 +3,7 @@
 //! A pool belongs to one owner on one reactor: a connection of one host, a channel to one file. What a buffer held before
 //! is therefore the same owner's.
 
+use crate::rdma::arena::Arena;
 use hawser_runtime::buffers::AlignedBuffer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -54,6 +55,8 @@ pub(crate) struct BufferPool {
     in_use_bytes: usize,
     /// What this pool's memory counts against, if it does.
     budget: Option<Arc<Budget>>,
+    /// Where buffers are parts of memory that is there anyway: then all come from there, but those that are given anyway.
+    arena: Option<Arena>,
 }
 
 impl BufferPool {
@@ -66,7 +69,17 @@ impl BufferPool {
             spare_bytes: 0,
             in_use_bytes: 0,
             budget: None,
+            arena: None,
         }
+    }
+
+    /// The same pool with buffers that are parts of `arena`, which counts as a whole.
+    pub(crate) fn from(mut self, arena: Arena) -> BufferPool {
+        if let Some(budget) = &self.budget {
+            budget.charge(arena.len());
+        }
+        self.arena = Some(arena);
+        self
     }
 
     /// The same pool with its memory, spare or in use, as a part of `budget`.
@@ -77,6 +90,9 @@ impl BufferPool {
 
     /// A buffer of at least `len` bytes, unless too much is in use; a first one is always given.
     pub(crate) fn take(&mut self, len: usize) -> Option<AlignedBuffer> {
+        if let Some(arena) = &mut self.arena {
+            return arena.take(len);
+        }
         let len = len.next_power_of_two().max(AlignedBuffer::ALIGNMENT);
         let fits = self.in_use_bytes + len <= self.in_use_bytes_max
             && (!self.spare[len.ilog2() as usize].is_empty()
@@ -86,6 +102,9 @@ impl BufferPool {
 
     /// A buffer of at least `len` bytes, for what its owner bounds in another way.
     pub(crate) fn take_anyway(&mut self, len: usize) -> AlignedBuffer {
+        if let Some(buffer) = self.arena.as_mut().and_then(|arena| arena.take(len)) {
+            return buffer;
+        }
         let len = len.next_power_of_two().max(AlignedBuffer::ALIGNMENT);
         self.in_use_bytes += len;
         match self.spare[len.ilog2() as usize].pop() {
@@ -104,6 +123,9 @@ impl BufferPool {
 
     /// Takes a buffer back that no operation names any more.
     pub(crate) fn give_back(&mut self, buffer: AlignedBuffer) {
+        if let Some(arena) = self.arena.as_mut().filter(|arena| arena.has(&buffer)) {
+            return arena.give_back(&buffer);
+        }
         let len = buffer.len();
         self.in_use_bytes -= len;
         let tight = self.budget.as_ref().is_some_and(|budget| budget.is_tight());
@@ -128,7 +150,8 @@ impl Drop for BufferPool {
     fn drop(&mut self) {
         // Buffers that are out go with their owner, who goes now.
         if let Some(budget) = &self.budget {
-            budget.credit(self.in_use_bytes + self.spare_bytes);
+            let arena = self.arena.as_ref().map_or(0, Arena::len);
+            budget.credit(self.in_use_bytes + self.spare_bytes + arena);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Where NVMe/TCP devices and discovery services are: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1` (with `&hdr_digest=1&data_digest=1`
-//! for digests) and `tcp://HOST:PORT`.
+//! Where NVMe-oF devices and discovery services are: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1` (with `&hdr_digest=1&data_digest=1`
+//! for digests), `nvme+rdma://HOST:PORT/SUBNQN?nsid=1`, and `tcp://HOST:PORT`.
 #![forbid(unsafe_code)]
 
 use crate::nvme;
@@ -75,9 +75,35 @@ impl fmt::Display for TcpAddress {
     }
 }
 
-/// One path to one namespace: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1`.
+/// What carries commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// NVMe/TCP.
+    #[default]
+    Tcp,
+    /// NVMe/RDMA.
+    Rdma,
+}
+
+impl Transport {
+    /// Both.
+    pub const ALL: [Transport; 2] = [Transport::Tcp, Transport::Rdma];
+
+    /// The word in URIs and addresses.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::Rdma => "rdma",
+        }
+    }
+}
+
+/// One path to one namespace: `nvme+tcp://HOST:PORT/SUBNQN?nsid=1`, or `nvme+rdma:`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NvmeUri {
+    /// What carries commands there.
+    pub transport: Transport,
     /// Where the controller listens.
     pub address: TcpAddress,
     /// The subsystem.
@@ -93,13 +119,17 @@ impl FromStr for NvmeUri {
 
     fn from_str(text: &str) -> Result<NvmeUri, String> {
         parse_nvme(text).map_err(|what| {
-            format!("{text:?} is no NVMe/TCP device: {what}; want nvme+tcp://HOST:PORT/SUBNQN?nsid=1")
+            let scheme = if text.starts_with("nvme+rdma:") { "nvme+rdma" } else { "nvme+tcp" };
+            format!("{text:?} is no NVMe device: {what}; want {scheme}://HOST:PORT/SUBNQN?nsid=1")
         })
     }
 }
 
 fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
-    let rest = text.strip_prefix("nvme+tcp://").ok_or("the scheme is another")?;
+    let after = |transport: Transport| {
+        Some((transport, text.strip_prefix("nvme+")?.strip_prefix(transport.name())?.strip_prefix("://")?))
+    };
+    let (transport, rest) = Transport::ALL.into_iter().find_map(after).ok_or("the scheme is another")?;
     let (address, rest) = rest.split_once('/').ok_or("it names no subsystem")?;
     let address = TcpAddress::parse(address, PORT_DEFAULT)?;
     let (nqn, query) = match rest.split_once('?') {
@@ -109,7 +139,8 @@ fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
     if !nvme::nqn_is_valid(nqn) {
         return Err(format!("{nqn:?} is no NQN, want nqn. and at most 223 bytes"));
     }
-    let mut uri = NvmeUri { address, subsystem_nqn: nqn.to_owned(), nsid: 1, digests: Digests::NONE };
+    let mut uri =
+        NvmeUri { transport, address, subsystem_nqn: nqn.to_owned(), nsid: 1, digests: Digests::NONE };
     for pair in query.into_iter().flat_map(|query| query.split('&')) {
         let switch = |value: &str| match value {
             "0" => Ok(false),
@@ -122,6 +153,9 @@ fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
                 Ok(nsid) if nsid != 0 && nsid != u32::MAX => uri.nsid = nsid,
                 _ => return Err(format!("nsid {value:?} is no namespace, want 1 or more")),
             },
+            Some(("hdr_digest" | "data_digest", _)) if transport == Transport::Rdma => {
+                return Err(format!("{pair:?} is for nvme+tcp only: RDMA has checksums of its own"));
+            }
             Some(("hdr_digest", value)) => uri.digests.header = switch(value)?,
             Some(("data_digest", value)) => uri.digests.data = switch(value)?,
             _ => return Err(format!("{pair:?} is not known, want nsid, hdr_digest or data_digest")),
@@ -132,7 +166,8 @@ fn parse_nvme(text: &str) -> Result<NvmeUri, String> {
 
 impl fmt::Display for NvmeUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nvme+tcp://{}/{}?nsid={}", self.address, self.subsystem_nqn, self.nsid)?;
+        let NvmeUri { transport, address, subsystem_nqn, nsid, .. } = self;
+        write!(f, "nvme+{}://{address}/{subsystem_nqn}?nsid={nsid}", transport.name())?;
         for (name, on) in [("hdr_digest", self.digests.header), ("data_digest", self.digests.data)] {
             if on {
                 write!(f, "&{name}=1")?;
@@ -154,6 +189,7 @@ mod tests {
             "nvme+tcp://[fe80::1%eth0]:1/nqn.x?nsid=4294967294",
             "nvme+tcp://storage-1.example:65535/nqn.x?nsid=7",
             "nvme+tcp://h:1/nqn.x?nsid=7&hdr_digest=1&data_digest=1",
+            "nvme+rdma://192.0.2.1:4420/nqn.x?nsid=7",
         ] {
             assert_eq!(text.parse::<NvmeUri>().unwrap().to_string(), text);
         }
@@ -164,7 +200,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said() {
         for (text, what) in [
-            ("nvme+rdma://h/nqn.x", "scheme"),
+            ("nvme+xdma://h/nqn.x", "scheme"),
             ("nvme+tcp://h:4420", "no subsystem"),
             ("nvme+tcp://h:0/nqn.x", "\"0\" is no port"),
             ("nvme+tcp://h:70000/nqn.x", "\"70000\" is no port"),
@@ -184,6 +220,12 @@ mod tests {
             assert!(error.contains(what), "{error}");
             assert!(error.contains("want nvme+tcp://HOST:PORT/SUBNQN?nsid=1"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_rdma_does_not_have_is_said() {
+        let error = "nvme+rdma://h/nqn.x?data_digest=1".parse::<NvmeUri>().unwrap_err();
+        assert!(error.contains("is for nvme+tcp only") && error.contains("want nvme+rdma://HOST"), "{error}");
     }
 
     #[test]

@@ -2,16 +2,21 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// A run of zeroed, page-aligned bytes. Given out by pointer, because kernel and peers write into it while we hold it.
 #[derive(Debug)]
 pub struct AlignedBuffer {
     start: NonNull<u8>,
     len: usize,
+    /// The buffer that this is a part of, if it is one.
+    whole: Option<Arc<AlignedBuffer>>,
 }
 
 // SAFETY: the buffer is plain memory with one owner.
 unsafe impl Send for AlignedBuffer {}
+// SAFETY: who only has a reference gets no more than its place; what reads it is unsafe, and says what has to hold.
+unsafe impl Sync for AlignedBuffer {}
 
 impl AlignedBuffer {
     /// Alignment in bytes: enough for O_DIRECT on any device.
@@ -24,7 +29,19 @@ impl AlignedBuffer {
         // SAFETY: the layout's size is not zero.
         let start = unsafe { alloc_zeroed(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
-        AlignedBuffer { start, len: layout.size() }
+        AlignedBuffer { start, len: layout.size(), whole: None }
+    }
+
+    /// A part of a larger buffer, which is kept as long as any of its parts. Whoever makes parts gives out none twice.
+    ///
+    /// # Panics
+    /// When it is not within the whole.
+    #[must_use]
+    pub fn part(whole: &Arc<AlignedBuffer>, offset: usize, len: usize) -> AlignedBuffer {
+        assert!(offset <= whole.len && len <= whole.len - offset, "a part outside of the whole");
+        // SAFETY: inside the allocation (just asserted), so that the pointer is not null.
+        let start = unsafe { whole.start.add(offset) };
+        AlignedBuffer { start, len, whole: Some(Arc::clone(whole)) }
     }
 
     fn layout(len: usize) -> Layout {
@@ -63,6 +80,9 @@ impl AlignedBuffer {
 
 impl Drop for AlignedBuffer {
     fn drop(&mut self) {
+        if self.whole.is_some() {
+            return;
+        }
         // SAFETY: allocated in `new` with the same layout.
         unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) };
     }

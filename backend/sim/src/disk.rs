@@ -68,6 +68,8 @@ pub struct SimDiskState {
     /// Raised when what is under way may not end as it should.
     epoch: u64,
     geometry: Geometry,
+    /// What is read where something was discarded.
+    filler: u8,
     /// What happens to requests whose process dies under them.
     random: Random,
 }
@@ -303,6 +305,7 @@ impl SimDisk {
             failing: None,
             epoch: 0,
             geometry,
+            filler: uuid[0],
             random: Random::new(u64::from_le_bytes([uuid[0]; 8])),
         };
         let name = name.to_owned();
@@ -598,7 +601,10 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
         }
         _ => {
             state.writes(from, to, false);
-            state.content.zero(from..to);
+            // Nothing that two disks agree on, unless they say so.
+            let is_zero = geometry.discard.is_none_or(|limits| limits.reads_zeroes);
+            let filler = state.filler;
+            state.content.change(from..to).fill(if is_zero { 0 } else { filler });
         }
     }
     Ok(())

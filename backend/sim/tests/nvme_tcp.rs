@@ -196,6 +196,7 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
         vec![SubsystemConfig {
             nqn: NQN.to_owned(),
             listen: addresses.to_vec(),
+            transports: Vec::new(),
             allowed_hosts: None,
             serial: "sim".to_owned(),
             namespaces: vec![NamespaceConfig {

@@ -1,5 +1,12 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+#[path = "pool_cases/owners.rs"]
+mod owners;
+#[path = "pool_cases/replace.rs"]
+mod replace;
+#[path = "pool_cases/space.rs"]
+mod space;
+
 use hawser_block::held::HeldDevice;
 use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};
 use hawser_runtime::Reactor;
@@ -131,13 +138,15 @@ fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len).map(|at| seed ^ u8::try_from(at % 251).unwrap()).collect()
 }
 
-const LEVELS: [(Level, u8); 6] = [
+const LEVELS: [(Level, u8); 8] = [
     (Level::Linear, 1),
     (Level::Linear, 2),
     (Level::Raid0, 3),
     (Level::Raid1, 2),
     (Level::Raid10, 4),
     (Level::Raid10, 3),
+    (Level::Raid5, 3),
+    (Level::Raid6, 5),
 ];
 
 #[test]
@@ -232,7 +241,7 @@ fn snapshots_keep_what_was_and_clones_go_their_own_way() {
 
 #[test]
 fn a_member_that_dies_is_put_out_and_comes_back() {
-    for (level, members) in [(Level::Raid1, 2), (Level::Raid1, 3), (Level::Raid10, 4), (Level::Raid10, 3)] {
+    for (level, members) in LEVELS.into_iter().filter(|(level, _)| level.is_redundant()) {
         let mut scene = Scene::new(4, members);
         scene.create(level);
         let pool = scene.open();
@@ -506,7 +515,7 @@ fn what_cannot_be_a_pool_is_refused_by_name_and_left_as_it_was() {
         (devices[..2].to_vec(), bad_name, "\"p 0\" is no name for a pool"),
         (devices[..2].to_vec(), bad_strip, "a strip of 5000 bytes cannot be"),
         (devices[..2].to_vec(), bad_extent, "want at most 64MiB"),
-        (devices[..3].to_vec(), options(Level::Raid5), "raid5 is not supported by this version"),
+        (devices[..2].to_vec(), options(Level::Raid5), "raid5 has 3 to 32 members, and 2 are given"),
     ];
     for (devices, options, want) in cases {
         let created = pool::create(&handle, devices, options);
@@ -668,4 +677,53 @@ fn a_tail_that_names_more_extents_than_there_are_is_refused() {
     let devices = scene.devices();
     let Err(PoolError::Failed(what)) = scene.try_open(devices, false) else { panic!("it was taken") };
     assert!(what.contains("names more extents than its members have"), "{what}");
+}
+
+/// One bit anywhere: what the mirrors' copies say against each other, data and parity say too. RAID 6 knows who is wrong.
+#[test]
+fn a_bit_that_flips_on_any_member_is_found_by_a_scrub() {
+    for (level, members) in [(Level::Raid5, 3), (Level::Raid5, 4), (Level::Raid6, 4), (Level::Raid6, 6)] {
+        let mut scene = Scene::new(31, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).expect("made");
+        let data = pattern(7, 600 << 10);
+        scene.write(&pool, "v", 8192, &data);
+        scene.flush(&pool, "v");
+        let scrub = |scene: &mut Scene, repair: bool| {
+            scene.ask(pool.scrub(repair)).expect("begun");
+            loop {
+                scene.wait(Duration::from_millis(200));
+                let view = pool.view();
+                if let Some(task) = view.tasks.iter().rev().find(|task| task.kind == "scrub" && task.is_done)
+                {
+                    return task.mismatches;
+                }
+            }
+        };
+        assert_eq!(scrub(&mut scene, false), 0, "{level}: all is right");
+        for member in 0..usize::from(members) {
+            let disk = Arc::clone(&scene.disks[member]);
+            // Where something stands that is no zero, behind the metadata.
+            let at = {
+                let mut state = disk.state();
+                let end = state.content.len();
+                let first = end / 2;
+                let at = (first..end).find(|at| state.content[*at] != 0).unwrap_or(first);
+                state.content.change(at..at + 1)[0] ^= 0x10;
+                at
+            };
+            let found = scrub(&mut scene, true);
+            let of_data = scene.read(&pool, "v", 8192, data.len()) == data;
+            assert!(found > 0, "{level}: byte {at} of member {member}");
+            assert!(of_data || level == Level::Raid5, "{level}: byte {at} of member {member} is mended");
+            assert_eq!(scrub(&mut scene, false), 0, "{level}: member {member} after its repair");
+            if !of_data {
+                // One parity cannot say who is wrong: the data counts as right.
+                scene.write(&pool, "v", 8192, &data);
+                scene.flush(&pool, "v");
+            }
+        }
+        scene.ask(pool.close()).expect("closed");
+    }
 }

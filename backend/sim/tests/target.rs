@@ -112,6 +112,7 @@ fn commands_of_a_lost_association_are_aborted_after_half_a_minute() {
         vec![SubsystemConfig {
             nqn: NQN.to_owned(),
             listen: vec![address],
+            transports: Vec::new(),
             allowed_hosts: None,
             serial: "sim".to_owned(),
             namespaces: vec![NamespaceConfig {
@@ -195,6 +196,7 @@ fn a_peer_that_sends_a_byte_a_second_has_half_a_minute_to_connect() {
     let subsystem = SubsystemConfig {
         nqn: NQN.to_owned(),
         listen: vec![address],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "sim".to_owned(),
         namespaces: vec![NamespaceConfig { nsid: 1, device, uuid: None }],

@@ -4,10 +4,11 @@ use super::host::{self, HostIdentity};
 use crate::daemon::run_state;
 use crate::sandbox;
 use hawser_block::{BlockSize, Device};
-use hawser_config::value::{ByteSize, Name, Uris};
-use hawser_config::{Config, ConfigError, DeviceConfig, Placed};
+use hawser_config::value::{self, ByteSize, Listen, Name, Uris};
+use hawser_config::{Config, ConfigError, DeviceConfig, Placed, SubsystemConfig};
 use hawser_fabric::initiator::{self, CacheDoubt, IoPolicy, NvmeConfig, NvmeDevice, PathTimers};
-use hawser_fabric::uri::NvmeUri;
+use hawser_fabric::rdma::KeyPolicy;
+use hawser_fabric::uri::{NvmeUri, Transport};
 use hawser_fabric::{FileDevice, FileOptions, MemDevice, NullDevice};
 use hawser_runtime::ReactorHandle;
 use std::collections::HashMap;
@@ -34,7 +35,7 @@ pub enum Kind {
         /// The file or block device.
         path: PathBuf,
     },
-    /// `nvme+tcp://HOST:PORT/NQN?nsid=1`, one path or several.
+    /// `nvme+tcp://HOST:PORT/NQN?nsid=1` or `nvme+rdma:`, one path or several.
     Nvme {
         /// The paths.
         paths: Vec<NvmeUri>,
@@ -57,11 +58,11 @@ impl Kind {
     /// What is wrong and what would be right.
     pub fn parse(uris: &Uris) -> Result<Kind, String> {
         match uris.0.as_slice() {
-            [one] if !one.starts_with(NVME_TCP) => Kind::parse_one(one),
+            [one] if !is_nvme(one) => Kind::parse_one(one),
             paths => {
-                if let Some(other) = paths.iter().find(|uri| !uri.starts_with(NVME_TCP)) {
+                if let Some(other) = paths.iter().find(|uri| !is_nvme(uri)) {
                     return Err(format!(
-                        "{other:?} cannot be one of several paths, want {NVME_TCP}... for each"
+                        "{other:?} cannot be one of several paths, want nvme+tcp:... or nvme+rdma:... for each"
                     ));
                 }
                 Ok(Kind::Nvme { paths: paths.iter().map(|uri| uri.parse()).collect::<Result<_, _>>()? })
@@ -86,11 +87,49 @@ impl Kind {
     }
 }
 
-const NVME_TCP: &str = "nvme+tcp:";
+fn is_nvme(uri: &str) -> bool {
+    Transport::ALL.iter().any(|transport| {
+        uri.strip_prefix("nvme+")
+            .and_then(|rest| rest.strip_prefix(transport.name()))
+            .is_some_and(|rest| rest.starts_with(':'))
+    })
+}
+
+/// The device that is reached over RDMA first.
+fn rdma_device(config: &Config) -> Option<&Placed<DeviceConfig>> {
+    config.devices.iter().find(|device| device.value.uri.0.iter().any(|uri| uri.starts_with("nvme+rdma:")))
+}
+
+/// The subsystem that listens there first.
+fn rdma_subsystem(config: &Config) -> Option<&Placed<SubsystemConfig>> {
+    let listens = |listen: &Listen| listen.transport == value::Transport::Rdma;
+    config.subsystems.iter().find(|subsystem| subsystem.value.listen.iter().any(listens))
+}
+
+/// Whether the configuration asks for RDMA.
+#[must_use]
+pub fn uses_rdma(config: &Config) -> bool {
+    rdma_device(config).is_some() || rdma_subsystem(config).is_some()
+}
+
+/// Opens the verbs driver, if the configuration asks for RDMA: a library that only some hosts have.
+///
+/// # Errors
+/// One line: what is missing, and who asks for it.
+pub fn open_verbs(config: &Config) -> Result<(), String> {
+    if !uses_rdma(config) {
+        return Ok(());
+    }
+    hawser_fabric::rdma::driver::table().map(drop).map_err(|what| {
+        let device = rdma_device(config).map(|device| device.error("uri", &what));
+        let subsystem = || rdma_subsystem(config).map(|subsystem| subsystem.error("listen", &what));
+        device.or_else(subsystem).map_or(what.clone(), |error| error.to_string())
+    })
+}
 
 fn unknown(uri: &str) -> String {
     format!(
-        "{uri:?} is no device, want nvme+tcp://HOST:PORT/NQN?nsid=1, file:///path, mem:?size=4GiB or null:?size=4GiB"
+        "{uri:?} is no device, want nvme+tcp://HOST:PORT/NQN?nsid=1, nvme+rdma://HOST:PORT/NQN?nsid=1, file:///path, mem:?size=4GiB or null:?size=4GiB"
     )
 }
 
@@ -138,14 +177,24 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
         if !matches!(kind, Kind::Nvme { .. })
             && let Some((key, _)) = device.value.timers().next()
         {
-            return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
+            return Err(device.error(key, "is for nvme+tcp:// and nvme+rdma:// only, want no such key here"));
         }
         let (policy, doubt) = (&device.value.io_policy, &device.value.on_cache_doubt);
         for (key, value) in [("io_policy", policy), ("on_cache_doubt", doubt)] {
             if value.is_some() && !matches!(kind, Kind::Nvme { .. }) {
-                return Err(device.error(key, "is for nvme+tcp:// only, want no such key here"));
+                let what = "is for nvme+tcp:// and nvme+rdma:// only, want no such key here";
+                return Err(device.error(key, what));
             }
         }
+        let keys = &device.value.rdma_keys;
+        let has_rdma = |kind: &Kind| match kind {
+            Kind::Nvme { paths } => paths.iter().any(|uri| uri.transport == Transport::Rdma),
+            _ => false,
+        };
+        if keys.is_some() && !has_rdma(&kind) {
+            return Err(device.error("rdma_keys", "is for nvme+rdma:// only, want no such key here"));
+        }
+        parsed::<KeyPolicy>(keys).map_err(|what| device.error("rdma_keys", what))?;
         parsed::<IoPolicy>(policy).map_err(|what| device.error("io_policy", what))?;
         parsed::<CacheDoubt>(doubt).map_err(|what| device.error("on_cache_doubt", what))?;
         if matches!(kind, Kind::Nvme { .. }) && device.value.block_size.is_some() {
@@ -254,6 +303,7 @@ pub fn open(
             nvme.policy = parsed(&config.value.io_policy).map_err(|what| wrong("io_policy", what))?;
             let doubt = parsed(&config.value.on_cache_doubt);
             nvme.on_cache_doubt = doubt.map_err(|what| wrong("on_cache_doubt", what))?;
+            nvme.rdma_keys = parsed(&config.value.rdma_keys).map_err(|what| wrong("rdma_keys", what))?;
             nvme.had_predecessor = opening.had_predecessor;
             nvme.offline = opening.offline;
             nvme.sysfs = Some(PathBuf::from("/sys"));
@@ -357,11 +407,19 @@ mod tests {
             ),
             (
                 vec!["mem:?size=1GiB\"\nio_policy = \"numa\" #"],
-                "h:4:13: [[device]] io_policy: is for nvme+tcp:// only",
+                "h:4:13: [[device]] io_policy: is for nvme+tcp:// and nvme+rdma:// only",
             ),
             (
                 vec!["mem:?size=1GiB\"\nio_timeout = 1 #"],
-                "h:4:14: [[device]] io_timeout: is for nvme+tcp:// only",
+                "h:4:14: [[device]] io_timeout: is for nvme+tcp:// and nvme+rdma:// only",
+            ),
+            (
+                vec!["nvme+tcp://h/nqn.x\"\nrdma_keys = \"window\" #"],
+                "h:4:13: [[device]] rdma_keys: is for nvme+rdma:// only",
+            ),
+            (
+                vec!["nvme+rdma://h/nqn.x\"\nrdma_keys = \"all\" #"],
+                "h:4:13: [[device]] rdma_keys: \"all\" is no kind of key, want window or region",
             ),
             (
                 vec!["file:///a", "file:/a"],

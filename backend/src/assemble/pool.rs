@@ -30,15 +30,12 @@ pub(crate) fn level_name(level: Level) -> &'static str {
 /// A level by its word.
 ///
 /// # Errors
-/// When there is none, or it is not there yet.
+/// When there is none.
 pub(crate) fn level(text: &str) -> Result<Level, String> {
     let found = LEVELS.iter().find(|(name, _)| *name == text).map(|(_, level)| *level);
     match found {
-        Some(Level::Raid5 | Level::Raid6) => {
-            Err(format!("{text:?} cannot be made yet, want linear, raid0, raid1 or raid10"))
-        }
         Some(level) => Ok(level),
-        None => Err(format!("{text:?} is no RAID level, want linear, raid0, raid1 or raid10")),
+        None => Err(format!("{text:?} is no RAID level, want linear, raid0, raid1, raid10, raid5 or raid6")),
     }
 }
 
@@ -67,10 +64,12 @@ pub(crate) fn open_options(policy: &PoolConfig, host: [u8; 16], tail: Box<dyn Ta
     let seconds = |seconds: u32| Duration::from_secs(u64::from(seconds));
     OpenOptions {
         assume_exclusive: policy.assume_exclusive,
+        accept_loss: policy.accept_loss,
         no_space: match policy.no_space {
             NoSpace::Error => NoSpacePolicy::Error,
             NoSpace::Wait => NoSpacePolicy::Wait,
         },
+        discard: policy.discard,
         low_water_permille: policy.low_water * 10,
         sync_bytes_per_second: policy.sync_rate.0,
         member_timeout: seconds(policy.member_timeout),
@@ -146,6 +145,13 @@ impl Found {
         }
     }
 
+    /// Why it is waited for a device that is needed by nobody: what it was given of a member would have to be copied anew.
+    pub(crate) fn replacement_line(&self) -> Option<String> {
+        let (place, uuid) = self.label.replacement?;
+        let is_there = self.devices.iter().any(|(_, _, own)| *own == uuid);
+        (!is_there).then(|| format!("the device that is to replace member {place} is not there"))
+    }
+
     /// The names of its devices.
     pub(crate) fn device_names(&self) -> String {
         self.devices.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
@@ -169,15 +175,21 @@ impl Found {
                 repaired: 0,
             }
         };
-        let spare = |name: &Name| MemberView {
-            place: None,
-            device: Some(name.to_string()),
-            state: pool::MemberState::Spare.name().to_owned(),
-            why: None,
-            repaired: 0,
+        let spare = |(name, _, uuid): &(Name, Option<u16>, [u8; 16])| {
+            let replaces = self.label.replacement.filter(|(_, replacement)| replacement == uuid);
+            let state = match replaces {
+                Some(_) => pool::MemberState::Replacing,
+                None => pool::MemberState::Spare,
+            };
+            MemberView {
+                place: replaces.map(|(place, _)| place),
+                device: Some(name.to_string()),
+                state: state.name().to_owned(),
+                why: None,
+                repaired: 0,
+            }
         };
-        let spares =
-            self.devices.iter().filter(|(_, place, _)| place.is_none()).map(|(name, ..)| spare(name));
+        let spares = self.devices.iter().filter(|(_, place, _)| place.is_none()).map(spare);
         PoolView {
             name: self.label.pool.clone(),
             uuid: Uuid(self.label.pool_uuid).to_string(),
@@ -339,6 +351,7 @@ mod tests {
             uuid: place.map_or([99; 16], |place| [place.to_le_bytes()[0]; 16]),
             member_uuids: (0..).zip(in_sync).map(|(place, _)| [place; 16]).collect(),
             spare_uuids: vec![[99; 16]],
+            replacement: None,
             opened_by: None,
         }
     }
@@ -379,6 +392,26 @@ mod tests {
         assert_eq!(without[0].replaced.iter().map(Name::as_str).collect::<Vec<_>>(), ["b"]);
         let with = found(&[("b", old), ("a", best), ("c", new)]);
         assert_eq!((with[0].missing(), with[0].device_names()), (vec![], "a, c".to_owned()));
+    }
+
+    #[test]
+    fn a_device_that_replaces_a_member_is_the_pools_and_is_waited_for() {
+        let both = [true, true];
+        let named = |place, own| {
+            let label = label(1, place, &both, 7);
+            Label { replacement: Some((1, [60; 16])), uuid: own, ..label }
+        };
+        let (a, b, c) = (named(Some(0), [0; 16]), named(Some(1), [1; 16]), named(None, [60; 16]));
+        let without = found(&[("a", a.clone()), ("b", b.clone())]);
+        assert_eq!(without[0].missing_line(), None);
+        assert_eq!(
+            without[0].replacement_line().unwrap(),
+            "the device that is to replace member 1 is not there"
+        );
+        let with = found(&[("a", a), ("c", c), ("b", b)]);
+        assert_eq!((with[0].replacement_line(), with[0].device_names()), (None, "a, c, b".to_owned()));
+        let view = with[0].view(Vec::new());
+        assert_eq!((view.members[2].state.as_str(), view.members[2].place), ("replacing", Some(1)));
     }
 
     #[test]

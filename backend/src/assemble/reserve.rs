@@ -80,6 +80,44 @@ pub(crate) fn take(device: &dyn Device, host: &[u8; 16], assume_exclusive: bool)
     Ok(Reserved::Yes)
 }
 
+/// How the reservation of an open pool's member is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    Ours,
+    /// The target had lost it, and nobody had it: it is ours again.
+    Again,
+    /// Another host has it: one line that says who.
+    Lost(String),
+    /// It cannot be told now: one line.
+    Unknown(String),
+}
+
+/// Sees that `device` is reserved for `host`, as [`take`] left it. What another host has taken is not taken back.
+pub(crate) fn keep(device: &dyn Device, host: &[u8; 16]) -> Kept {
+    let lost = |status: &ReservationStatus| {
+        let other = holder(status).filter(|other| other != host)?;
+        Some(Kept::Lost(format!("device {} is reserved by host {} now", device.name(), Uuid(other))))
+    };
+    let status = match device.reservations() {
+        Ok(status) => status,
+        Err(error) => return Kept::Unknown(format!("device {}: {error}", device.name())),
+    };
+    if status.kind == Some(KIND) && holder(&status) == Some(*host) {
+        return Kept::Ours;
+    }
+    if let Some(lost) = lost(&status) {
+        return lost;
+    }
+    match take(device, host, false) {
+        Ok(_) => Kept::Again,
+        // Somebody was quicker, or it could not be asked.
+        Err(what) => match device.reservations() {
+            Ok(status) => lost(&status).unwrap_or(Kept::Unknown(what)),
+            Err(_) => Kept::Unknown(what),
+        },
+    }
+}
+
 /// Reserves all of them, or none.
 pub(crate) fn take_all(
     devices: Vec<Arc<dyn Device>>,
@@ -235,6 +273,23 @@ mod tests {
             }
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_reservation_that_the_target_lost_is_taken_again_and_one_that_another_host_took_is_not() {
+        let shared = Shared::default();
+        let (one, two) = ([1; 16], [2; 16]);
+        let (seen_by_one, seen_by_two) = (Seen(&shared, one), Seen(&shared, two));
+        assert_eq!(take(&seen_by_one, &one, false), Ok(Reserved::Yes));
+        assert_eq!(keep(&seen_by_one, &one), Kept::Ours);
+        *shared.status.lock().unwrap() = ReservationStatus::default();
+        assert_eq!(keep(&seen_by_one, &one), Kept::Again);
+        assert_eq!(holder(&shared.status.lock().unwrap()), Some(one));
+        assert_eq!(keep(&seen_by_one, &one), Kept::Ours);
+        assert_eq!(take(&seen_by_two, &two, true), Ok(Reserved::Yes));
+        let Kept::Lost(what) = keep(&seen_by_one, &one) else { panic!("it was taken back") };
+        assert_eq!(what, "device n0 is reserved by host 02020202-0202-0202-0202-020202020202 now");
+        assert_eq!(holder(&shared.status.lock().unwrap()), Some(two), "it still is");
     }
 
     #[test]

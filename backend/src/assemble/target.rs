@@ -5,9 +5,10 @@ use super::device::Kind;
 use super::reactors::Reactors;
 use crate::daemon::api::view::{AnaGroupView, NamespaceView, PortView, SubsystemView};
 use hawser_block::Device;
-use hawser_config::value::{Listen, Nqn};
+use hawser_config::value::{self, Listen, Nqn};
 use hawser_config::{Backing, Config};
 use hawser_fabric::target::{AnaConfig, Lineage, NamespaceConfig, SubsystemConfig, Target};
+use hawser_fabric::uri::Transport;
 use hawser_volume::Volume;
 use std::sync::Arc;
 
@@ -39,7 +40,8 @@ pub fn start(
         }
         subsystems.push(SubsystemConfig {
             nqn: subsystem.nqn.to_string(),
-            listen: subsystem.listen.iter().map(|listen| listen.0).collect(),
+            listen: subsystem.listen.iter().map(|listen| listen.address).collect(),
+            transports: subsystem.listen.iter().map(|listen| transport(listen.transport)).collect(),
             allowed_hosts: subsystem
                 .allowed_hosts
                 .as_ref()
@@ -55,8 +57,15 @@ pub fn start(
         let about = config.subsystems.iter().find(|placed| what.starts_with(placed.value.nqn.as_str()));
         about.map_or_else(|| what.clone(), |placed| placed.error("listen", &what).to_string())
     })?;
-    target.set_referrals(config.discovery.referrals.iter().map(|listen| listen.0).collect());
+    target.set_referrals(config.discovery.referrals.iter().map(|referral| referral.0).collect());
     Ok(Some(target))
+}
+
+fn transport(named: value::Transport) -> Transport {
+    match named {
+        value::Transport::Tcp => Transport::Tcp,
+        value::Transport::Rdma => Transport::Rdma,
+    }
 }
 
 fn ana_groups(config: &Config) -> Vec<(String, u32, u32)> {
@@ -90,7 +99,8 @@ pub fn views(config: &Config, target: &Target) -> Vec<SubsystemView> {
         let groups = target.ana_groups(subsystem.nqn.as_str());
         let bound = addresses.iter().find(|(nqn, _)| nqn == subsystem.nqn.as_str());
         let listen: Vec<String> = bound.map_or_else(Vec::new, |(_, bound)| {
-            bound.iter().map(|address| Listen(*address).to_string()).collect()
+            let both = bound.iter().zip(&subsystem.listen);
+            both.map(|(address, listen)| Listen { address: *address, ..*listen }.to_string()).collect()
         });
         SubsystemView {
             nqn: subsystem.nqn.to_string(),

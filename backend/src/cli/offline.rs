@@ -46,6 +46,9 @@ pub(super) struct WhereArgs {
     /// With --config: another host that has the pool open is gone for good
     #[arg(long, requires = "config")]
     assume_exclusive: bool,
+    /// With --config: start a pool that lacks members although nobody can tell which of its stripes were being written
+    #[arg(long, requires = "config")]
+    accept_loss: bool,
     /// With --config: start a pool although members are missing
     #[arg(long, requires = "config")]
     degraded: bool,
@@ -55,7 +58,7 @@ impl WhereArgs {
     /// For a command that is always without a daemon.
     pub(super) fn offline(config: &Path, api: Option<PathBuf>) -> WhereArgs {
         let config = Some(config.to_owned());
-        WhereArgs { config, api, json: false, assume_exclusive: false, degraded: false }
+        WhereArgs { config, api, json: false, assume_exclusive: false, accept_loss: false, degraded: false }
     }
 
     /// The daemon, for commands without --config.
@@ -90,6 +93,7 @@ pub(super) struct Offline {
     purpose: Purpose,
     degraded: bool,
     assume_exclusive: bool,
+    accept_loss: bool,
     folder: PathBuf,
     host: [u8; 16],
     reactors: Reactors,
@@ -138,6 +142,7 @@ impl Offline {
             purpose,
             degraded: args.degraded,
             assume_exclusive: args.assume_exclusive,
+            accept_loss: args.accept_loss,
             folder,
             host: identity.id.0,
             reactors,
@@ -304,6 +309,7 @@ impl Offline {
         let name: Name = found.label.pool.parse().map_err(Failure::Failed)?;
         let mut policy = self.config.pool(&name);
         policy.assume_exclusive |= self.assume_exclusive;
+        policy.accept_loss |= self.accept_loss;
         let path = tail::file_of(&self.folder, &found.label.pool_uuid);
         let is_there = path.exists();
         let looks = self.purpose == Purpose::Look;

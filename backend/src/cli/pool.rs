@@ -24,7 +24,7 @@ pub(super) enum PoolCommand {
     Status(StatusArgs),
     /// Verify all that a pool's devices say of it, without a daemon, and name each fault
     Check(CheckArgs),
-    /// Put a device in the place of a member
+    /// Put a device in the place of a member, which stays in service until that has all the data
     Replace(ReplaceArgs),
     /// Compare the members of a pool
     Scrub(ScrubArgs),
@@ -90,9 +90,14 @@ pub(super) struct ReplaceArgs {
     /// The pool
     name: Name,
     /// The member's device; or its place, if it is missing
-    old: String,
+    #[arg(required_unless_present = "abort")]
+    old: Option<String>,
     /// The device that takes its place
-    new: String,
+    #[arg(required_unless_present = "abort")]
+    new: Option<String>,
+    /// Give up a replacement that is under way: the member stays, the device belongs to nobody
+    #[arg(long, conflicts_with_all = ["old", "new", "force", "wait"])]
+    abort: bool,
     /// Take a device that belongs to another pool all the same
     #[arg(long)]
     force: bool,
@@ -310,11 +315,31 @@ fn check_offline(at: &WhereArgs, file: &Path, name: &str) -> Result<pool::CheckR
 }
 
 fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
-    let body = Replace { old: args.old.clone(), new: args.new.clone(), force: args.force };
+    let (Some(old), Some(new)) = (&args.old, &args.new) else {
+        return abort_replace(args);
+    };
+    let body = Replace { old: old.clone(), new: new.clone(), force: args.force };
     let pool = change(&args.at, args.name.as_str(), "replace", &body, args.wait, |offline, pool| {
-        Ok(pool.replace(&args.old, offline.device(&args.new)?, args.force).wait()?)
+        Ok(pool.replace(old, offline.device(new)?, args.force).wait()?)
     })?;
-    show(&args.at, &pool, &format!("has {} in the place of {}", args.new, args.old))
+    let is_under_way = pool.members.iter().any(|member| member.state == pool::MemberState::Replacing.name());
+    let what = if is_under_way { "copies to" } else { "has" };
+    show(&args.at, &pool, &format!("{what} {new} in the place of {old}"))
+}
+
+fn abort_replace(args: &ReplaceArgs) -> Result<(), Failure> {
+    let pool: PoolView = match &args.at.config {
+        None => args.at.client().delete(&format!("/v1/pools/{}/replace", args.name))?,
+        Some(file) => {
+            let offline = Offline::begin(&args.at, file, Purpose::Change)?;
+            let done = offline.with_pool(args.name.as_str(), |_, pool| {
+                pool.abort_replace().wait()?;
+                Ok(assemble::pool_view(&pool.view()))
+            });
+            offline.end(done)
+        }
+    };
+    show(&args.at, &pool, "keeps its member")
 }
 
 fn scrub(args: &ScrubArgs) -> Result<(), Failure> {

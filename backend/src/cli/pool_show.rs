@@ -2,6 +2,7 @@
 
 use super::table::{self, Align, Table};
 use crate::daemon::api::pool_view::{PoolView, TaskView};
+use hawser_volume::pool::MemberState;
 
 /// One line for each pool, and what is wrong.
 pub(super) fn table_of(pools: &[PoolView]) -> String {
@@ -17,7 +18,8 @@ pub(super) fn table_of(pools: &[PoolView]) -> String {
     ]);
     let size = |size: Option<u64>| size.map_or("-".to_owned(), table::bytes);
     for pool in pools {
-        let members = pool.members.iter().filter(|member| member.place.is_some());
+        let is_member = |state: &str| state != MemberState::Replacing.name();
+        let members = pool.members.iter().filter(|member| member.place.is_some() && is_member(&member.state));
         let in_sync = members.clone().filter(|member| member.state == "in_sync").count();
         table.row(vec![
             pool.name.clone(),

@@ -81,7 +81,8 @@ pub(super) fn watch(mut look: impl FnMut() -> Result<PoolView, Failure>) -> Resu
         let pool = look()?;
         let task = pool.tasks.iter().find(|task| !task.done);
         // Between a member's coming and the work that brings it up to date, and between two parts of that, there is no task.
-        let lacks = pool.members.iter().any(|member| member.state == MemberState::Syncing.name());
+        let comes = [MemberState::Syncing.name(), MemberState::Replacing.name()];
+        let lacks = pool.members.iter().any(|member| comes.contains(&member.state.as_str()));
         if task.is_none() && (!lacks || pool.state == PoolState::Failed) {
             bar.clear();
             return Ok(pool);
@@ -90,6 +91,7 @@ pub(super) fn watch(mut look: impl FnMut() -> Result<PoolView, Failure>) -> Resu
             let part = match task.kind.as_str() {
                 "resync" => "resync",
                 "rebuild" => "rebuild",
+                "replace" => "replace",
                 "scrub" => "scrub",
                 _ => "work",
             };

@@ -1,5 +1,6 @@
 //! `hawser volume create|list|resize|snapshot|clone|delete|export`
 
+use super::client::Client;
 use super::offline::{Offline, Purpose, WhereArgs};
 use super::progress::Bar;
 use super::table::{self, Align, Table};
@@ -14,6 +15,7 @@ use hawser_config::value::{ByteSize, Name, VolumePath};
 use hawser_volume::pool::Pool;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 #[derive(Subcommand)]
 pub(super) enum VolumeCommand {
@@ -29,7 +31,7 @@ pub(super) enum VolumeCommand {
     Clone(CloneArgs),
     /// Delete a volume or snapshot that nothing uses
     Delete(DeleteArgs),
-    /// Copy a volume to a raw image file; of a daemon, a snapshot or what nobody uses
+    /// Copy a volume to a raw image file, as it is at one instant
     Export(ExportArgs),
 }
 
@@ -334,11 +336,64 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
 /// What is asked of a daemon at a time.
 const DATA_BYTES: u64 = 8 << 20;
 
+/// How often, and how long after each other, it is tried to delete the snapshot that an export has made.
+const DELETE_TRIES: u32 = 10;
+const DELETE_AGAIN: Duration = Duration::from_millis(200);
+
+/// A snapshot that is there as long as a volume is exported: what VMs write meanwhile is not in the file.
+struct Moment<'a> {
+    client: Client,
+    volume: &'a VolumePath,
+    snapshot: Option<VolumePath>,
+}
+
+impl<'a> Moment<'a> {
+    fn take(client: Client, volume: &'a VolumePath) -> Result<Moment<'a>, Failure> {
+        let uuid = assemble::new_uuid().map_err(Failure::Failed)?;
+        let name: String = uuid[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = format!("export-{name}");
+        let one = TakeSnapshot { volume: volume.volume.to_string(), name: name.clone() };
+        let body = TakeSnapshots { snapshots: vec![one] };
+        let _: Vec<VolumeView> = client.post(&format!("/v1/pools/{}/snapshots", volume.pool), Some(&body))?;
+        let snapshot = format!("{}/{name}", volume.pool).parse().map_err(Failure::Failed)?;
+        Ok(Moment { client, volume, snapshot: Some(snapshot) })
+    }
+
+    fn path(&self) -> &VolumePath {
+        self.snapshot.as_ref().unwrap_or(self.volume)
+    }
+}
+
+impl Drop for Moment<'_> {
+    fn drop(&mut self) {
+        let Some(snapshot) = self.snapshot.take() else { return };
+        let mut left = String::new();
+        // Its last reader may just be leaving.
+        for _ in 0..DELETE_TRIES {
+            match self.client.delete::<VolumeView>(&url(&snapshot)) {
+                Ok(_) => return,
+                Err(Failure::Usage(what) | Failure::Failed(what)) => left = what,
+            }
+            std::thread::sleep(DELETE_AGAIN);
+        }
+        warn(&format!("{snapshot} was made for the export and is left: {left}"));
+    }
+}
+
+/// From a daemon, piece by piece: of a snapshot, or of one that is made for it.
 fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Failure> {
     let client = at.client();
-    let volume: VolumeView = client.get(&url(path))?;
     let named = |what: String| Failure::Failed(format!("volume {path} to {}: {what}", to.display()));
+    let mut volume: VolumeView = client.get(&url(path))?;
     let new = image::NewFile::create(to).map_err(named)?;
+    let moment = match volume.snapshot {
+        true => Moment { client: at.client(), volume: path, snapshot: None },
+        false => {
+            let moment = Moment::take(at.client(), path)?;
+            volume = client.get(&url(moment.path()))?;
+            moment
+        }
+    };
     let file = new.file();
     let bar = Bar::new();
     bar.begin("reading", volume.size_bytes);
@@ -347,7 +402,8 @@ fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Fa
         let mut offset = 0;
         while offset < volume.size_bytes {
             let length = DATA_BYTES.min(volume.size_bytes - offset);
-            let data = client.bytes(&format!("{}/data?offset={offset}&length={length}", url(path)))?;
+            let data =
+                client.bytes(&format!("{}/data?offset={offset}&length={length}", url(moment.path())))?;
             file.write_all_at(&data, offset).map_err(|error| named(error.to_string()))?;
             offset += length;
             bar.done(length);

@@ -186,6 +186,7 @@ pub fn serve(config: Config, ready: impl FnOnce(&SocketPath)) -> Result<(), Star
         // For `--save`. Who may not make it may still start: saving then says what was wrong.
         let _ = durable::make_folder(&Machine, &config.conf_d(), 0o755);
     }
+    device::open_verbs(&config)?;
     sandbox::enter(&config, &allowed)?;
     let (news, inbox) = mpsc::channel();
     signals::watch(news).map_err(|error| format!("signals: {error}"))?;

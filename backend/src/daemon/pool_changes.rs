@@ -108,7 +108,7 @@ impl Daemon {
         options.log_bytes = create.log_bytes.unwrap_or(options.log_bytes);
         (options.spares, options.force) = (create.spares, create.force);
         self.with_reserved(name.as_str(), None, &taken, |devices| {
-            pool::create(self.pools.reactor(), devices, options).wait()
+            self.pools.asks().ask(name.as_str(), || pool::create(self.pools.reactor(), devices, options))
         })?;
         log::info!("pool {name}: created on {}", create.devices.join(", "));
         drop(taken);
@@ -121,7 +121,8 @@ impl Daemon {
     /// # Errors
     /// When there is no such pool, or it cannot be done now.
     pub fn scrub_pool(&self, pool: &str, scrub: Scrub) -> Result<PoolView, ChangeError> {
-        self.pools.open_pool(pool)?.scrub(scrub.repair).wait()?;
+        let open = self.pools.open_pool(pool)?;
+        self.pools.asks().ask(pool, || open.scrub(scrub.repair))?;
         self.pool_view(pool)
     }
 
@@ -132,10 +133,21 @@ impl Daemon {
     pub fn replace_member(&self, pool: &str, replace: &Replace) -> Result<PoolView, ChangeError> {
         let open = self.pools.open_pool(pool)?;
         self.give(&open, std::slice::from_ref(&replace.new), |mut devices| {
-            let new = devices.pop().ok_or_else(|| pool::PoolError::Failed("no device".to_owned()))?;
-            open.replace(&replace.old, new, replace.force).wait()
+            let new = devices.pop().ok_or_else(|| ChangeError::Failed("no device".to_owned()))?;
+            self.pools.asks().ask(pool, || open.replace(&replace.old, new, replace.force))
         })?;
-        log::info!("pool {pool}: {} replaced by device {}", replace.old, replace.new);
+        log::info!("pool {pool}: device {} is to replace {}", replace.new, replace.old);
+        self.pool_view(pool)
+    }
+
+    /// Gives up replacing a member that is still in service.
+    ///
+    /// # Errors
+    /// When there is no such pool, or nothing to give up.
+    pub fn abort_replace(&self, pool: &str) -> Result<PoolView, ChangeError> {
+        let open = self.pools.open_pool(pool)?;
+        self.pools.asks().ask(pool, || open.abort_replace())?;
+        log::info!("pool {pool}: the replacement of a member is given up");
         self.pool_view(pool)
     }
 
@@ -145,7 +157,9 @@ impl Daemon {
     /// When there is no such pool or device, or it cannot be done now.
     pub fn grow_pool(&self, pool: &str, add: &AddDevices) -> Result<PoolView, ChangeError> {
         let open = self.pools.open_pool(pool)?;
-        self.give(&open, &add.devices, |devices| open.grow(devices, add.force).wait())?;
+        self.give(&open, &add.devices, |devices| {
+            self.pools.asks().ask(pool, || open.grow(devices, add.force))
+        })?;
         log::info!("pool {pool}: grown by {}", add.devices.join(", "));
         self.pool_view(pool)
     }
@@ -157,7 +171,8 @@ impl Daemon {
     pub fn add_spares(&self, pool: &str, add: &AddDevices) -> Result<PoolView, ChangeError> {
         let open = self.pools.open_pool(pool)?;
         self.give(&open, &add.devices, |devices| {
-            devices.into_iter().try_for_each(|device| open.add_spare(device, add.force).wait())
+            let mut devices = devices.into_iter();
+            devices.try_for_each(|device| self.pools.asks().ask(pool, || open.add_spare(device, add.force)))
         })?;
         log::info!("pool {pool}: spares {}", add.devices.join(", "));
         self.pool_view(pool)
@@ -169,7 +184,8 @@ impl Daemon {
     /// When there is no such pool, or the volume cannot be.
     pub fn create_volume(&self, pool: &str, create: &CreateVolume) -> Result<VolumeView, ChangeError> {
         let name = name_in("name", &create.name)?;
-        self.pools.open_pool(pool)?.create_volume(name.as_str(), create.size_bytes).wait()?;
+        let open = self.pools.open_pool(pool)?;
+        self.pools.asks().ask(pool, || open.create_volume(name.as_str(), create.size_bytes))?;
         self.made(pool, name.as_str(), "created")
     }
 
@@ -187,7 +203,7 @@ impl Daemon {
         }
         let resized = self.pools.open_pool(pool).map_err(ChangeError::from);
         let resized = resized
-            .and_then(|pool| pool.resize_volume(volume, set.size_bytes).wait().map_err(ChangeError::from));
+            .and_then(|open| self.pools.asks().ask(pool, || open.resize_volume(volume, set.size_bytes)));
         if shrinks {
             self.pools.end_delete(&path);
         }
@@ -210,7 +226,8 @@ impl Daemon {
         for snapshot in &take.snapshots {
             wanted.push((snapshot.volume.clone(), name_in("name", &snapshot.name)?.to_string()));
         }
-        self.pools.open_pool(pool)?.snapshot(wanted).wait()?;
+        let open = self.pools.open_pool(pool)?;
+        self.pools.asks().ask(pool, || open.snapshot(wanted))?;
         take.snapshots.iter().map(|snapshot| self.made(pool, &snapshot.name, "taken")).collect()
     }
 
@@ -220,7 +237,8 @@ impl Daemon {
     /// When there is no such snapshot, or the clone cannot be.
     pub fn make_clone(&self, pool: &str, make: &MakeClone) -> Result<VolumeView, ChangeError> {
         let name = name_in("name", &make.name)?;
-        self.pools.open_pool(pool)?.clone_volume(&make.snapshot, name.as_str()).wait()?;
+        let open = self.pools.open_pool(pool)?;
+        self.pools.asks().ask(pool, || open.clone_volume(&make.snapshot, name.as_str()))?;
         self.made(pool, name.as_str(), "cloned")
     }
 
@@ -233,7 +251,7 @@ impl Daemon {
         let path: VolumePath = before.path().map_err(ChangeError::Wrong)?;
         self.hold(&path, |user| format!("volume {path} is {user}'s, want that removed first"))?;
         let deleted = self.pools.open_pool(pool).map_err(ChangeError::from);
-        let deleted = deleted.and_then(|pool| pool.delete_volume(volume).wait().map_err(ChangeError::from));
+        let deleted = deleted.and_then(|open| self.pools.asks().ask(pool, || open.delete_volume(volume)));
         self.pools.end_delete(&path);
         deleted?;
         log::info!("volume {path}: deleted");
@@ -263,6 +281,7 @@ impl Daemon {
                 view.size_bytes
             )));
         }
+        let _waiting = self.pools.asks().begin(pool)?;
         // A reactor has one lane for this; whoever reads is a user too.
         let _one = self.volume_reading.lock().unwrap_or_else(PoisonError::into_inner);
         if !view.snapshot && self.volume_view(pool, volume)?.users > 0 {
@@ -319,7 +338,7 @@ impl Daemon {
         &self,
         pool: &Pool,
         names: &[String],
-        change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), pool::PoolError>,
+        change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), ChangeError>,
     ) -> Result<(), ChangeError> {
         let names = self.devices_named(names)?;
         let taken = self.pools.take(&names)?;
@@ -334,7 +353,7 @@ impl Daemon {
         pool: &str,
         open: Option<&Pool>,
         taken: &Taken,
-        change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), pool::PoolError>,
+        change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), ChangeError>,
     ) -> Result<Vec<Arc<dyn Device>>, ChangeError> {
         let identity =
             host::identity(&self.config.host, &self.config.daemon.state_dir).map_err(ChangeError::Failed)?;
@@ -346,14 +365,16 @@ impl Daemon {
             Ok(()) => Ok(reserved),
             Err(error) => {
                 let view = open.map(Pool::view);
+                // What nobody waits for any more may still take them.
+                let goes_on = !self.pools.asks().is_idle(pool);
                 let has = |device: &Arc<dyn Device>| {
                     let mut members = view.iter().flat_map(|view| &view.members);
-                    members.any(|member| member.device.as_deref() == Some(device.name()))
+                    goes_on || members.any(|member| member.device.as_deref() == Some(device.name()))
                 };
                 let (kept, left): (Vec<_>, Vec<_>) = reserved.into_iter().partition(has);
                 self.pools.joined(pool, &kept);
                 left.iter().for_each(|device| reserve::leave(device.as_ref(), &host));
-                Err(error.into())
+                Err(error)
             }
         }
     }

@@ -4,7 +4,7 @@ use super::api::view::SubsystemView;
 use super::{ChangeError, Daemon};
 use crate::assemble::{ana, target as assemble_target};
 use hawser_config::DiscoveryConfig;
-use hawser_config::value::{Listen, Nqn};
+use hawser_config::value::{Nqn, Referral};
 use hawser_fabric::nvme::ana::AnaState;
 use hawser_fabric::target::{AnaSetting, Target};
 use std::sync::PoisonError;
@@ -86,7 +86,7 @@ impl Daemon {
     pub fn discovery(&self) -> DiscoveryConfig {
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
         let referrals = target.as_ref().map_or_else(Vec::new, Target::referrals);
-        DiscoveryConfig { referrals: referrals.into_iter().map(Listen).collect() }
+        DiscoveryConfig { referrals: referrals.into_iter().map(Referral).collect() }
     }
 
     /// Points to other discovery services from now on, and tells the hosts that stay connected to ours.
@@ -99,7 +99,7 @@ impl Daemon {
             let target = target.as_ref().ok_or_else(|| {
                 ChangeError::Conflict("there is no [[subsystem]], so nobody asks for referrals".to_owned())
             })?;
-            target.set_referrals(discovery.referrals.iter().map(|listen| listen.0).collect());
+            target.set_referrals(discovery.referrals.iter().map(|referral| referral.0).collect());
         }
         Ok(self.discovery())
     }

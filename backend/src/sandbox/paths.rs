@@ -1,6 +1,6 @@
 //! Which files may be opened: those under `[daemon] allow_paths`, and what libraries read (names of hosts and users).
 
-use crate::assemble::device::Kind;
+use crate::assemble::device::{self, Kind};
 use hawser_config::{Config, ConfigError, DeviceConfig};
 use landlock::{
     ABI, Access, AccessFs, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
@@ -27,6 +27,9 @@ const READ: [&str; 11] = [
 /// The newest of Landlock's versions whose rights are all of a kind that we decide about.
 const LANDLOCK: ABI = ABI::V5;
 
+/// Where the system has RDMA devices: they are opened, written to and mapped, when a device over RDMA is reached for.
+pub(crate) const RDMA: &str = "/dev/infiniband";
+
 /// Where files may be opened, made and removed.
 #[derive(Clone, Debug)]
 pub(crate) struct AllowedPaths {
@@ -34,6 +37,8 @@ pub(crate) struct AllowedPaths {
     paths: Vec<PathBuf>,
     /// Whether anything is refused at all.
     all: bool,
+    /// RDMA devices may be used.
+    rdma: bool,
 }
 
 impl AllowedPaths {
@@ -57,7 +62,8 @@ impl AllowedPaths {
             }
         };
         let paths = paths.iter().map(|path| resolved(path)).collect();
-        let allowed = AllowedPaths { paths, all: !config.daemon.sandbox };
+        let rdma = device::uses_rdma(config);
+        let allowed = AllowedPaths { paths, all: !config.daemon.sandbox, rdma };
         let daemon = &config.daemon;
         allowed.check(daemon.api.as_path()).map_err(|what| config.daemon_error("api", what))?;
         if uses_state(config) {
@@ -137,6 +143,8 @@ pub(super) fn restrict(allowed: &AllowedPaths) -> Result<bool, String> {
         .add_rules(path_beneath_rules(READ, AccessFs::ReadFile | AccessFs::ReadDir))
         .map_err(failed)?
         .add_rules(path_beneath_rules(binary, AccessFs::ReadFile))
+        .map_err(failed)?
+        .add_rules(path_beneath_rules(allowed.rdma.then_some(RDMA), own))
         .map_err(failed)?
         .restrict_self()
         .map_err(failed)?;

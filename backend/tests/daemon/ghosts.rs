@@ -169,6 +169,7 @@ fn what_a_killed_daemon_had_at_its_targets_device_is_waited_for() {
     let subsystem = SubsystemConfig {
         nqn: "nqn.2026-11.io.hawser:t".into(),
         listen: vec!["127.0.0.1:0".parse().unwrap()],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "test".into(),
         namespaces: vec![NamespaceConfig { nsid: 1, device: disk.clone(), uuid: None }],

@@ -262,3 +262,104 @@ fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place(
     assert_eq!(daemon.end(), Some(0));
     drop(spare);
 }
+
+/// A target that keeps no reservations over its restart, or has lost them, lets everybody write: a host that has a pool there takes them again.
+#[test]
+fn a_reservation_that_a_target_has_lost_is_taken_again() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (storage, target) = one_of_several(0, port);
+    let one = Place::new();
+    let text = format!(
+        "[[device]]\nname = \"n\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t0?nsid=1\"\nreconnect_delay = 1\n\
+         [[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n"
+    );
+    one.configure(&text);
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "linear", "n"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let daemon = one.serve();
+    until("it is there", || daemon.disk("v").0 == "listening");
+    let mut guest = Guest::connect(&one.path("v.sock"), &wish());
+    assert!(write(&mut guest, 0, 1));
+    let holder = || {
+        let (_, _, body) = daemon.http("GET", "/v1/devices/n/reservation", "");
+        let status: serde_json::Value = serde_json::from_str(&body).unwrap();
+        let all = status["registrants"].as_array().cloned().unwrap_or_default();
+        all.into_iter().find(|it| it["holds"] == true).map(|it| it["hostid"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(holder().as_ref(), Some(&one.host));
+    target.kill();
+    fs::remove_dir_all(storage.path("lib/reservations")).unwrap();
+    let target = storage.serve();
+    assert!(write(&mut guest, MIB, 2), "{}", one.log());
+    until("it is ours again", || holder().as_ref() == Some(&one.host));
+    assert!(one.log().contains("pool p0: device n: its target had lost the reservation: taken again"));
+    // Nobody else has it by chance.
+    let two = Place::new();
+    two.configure(&text);
+    let second = two.serve();
+    let want = format!("is reserved by host {}", one.host);
+    until("the second is refused", || trouble(&second).contains(&want));
+    assert_eq!(second.end(), Some(0));
+    holds(&mut guest, 0, 1);
+    holds(&mut guest, MIB, 2);
+    drop(guest);
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}
+
+/// A host that had the pool while it could not reach the target does not take the reservation back, whether it writes or not.
+#[test]
+fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
+    let (_storage, target, listen) = storage();
+    let one = host(&listen, "");
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let first = one.serve();
+    until("the first has it", || first.disk("v").0 == "listening");
+    first.stop();
+    let two = host(&listen, "[[pool]]\nname = \"p0\"\nassume_exclusive = true\n");
+    let second = two.serve();
+    until("the second has it", || second.disk("v").0 == "listening");
+    first.signal("CONT");
+    until("the first knows", || first.status()["pools"][0]["state"] == "failed");
+    let mut guest = Guest::connect(&two.path("v.sock"), &wish());
+    assert!(write(&mut guest, 0, 7));
+    holds(&mut guest, 0, 7);
+    let (_, _, body) = second.http("GET", "/v1/devices/n1/reservation", "");
+    assert!(body.contains(&two.host) && !body.contains(&one.host), "{body}");
+    drop(guest);
+    first.kill();
+    assert_eq!((second.end(), target.end()), (Some(0), Some(0)));
+}
+
+/// A pool without redundancy waits for its member as long as that takes. Whoever asks it for something waits too, but not everybody, and
+/// all others have their answers.
+#[test]
+fn a_pool_that_hangs_keeps_only_some_of_those_who_ask() {
+    let (_storage, target, listen) = storage();
+    let one = host(&listen, "");
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "linear", "n1"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let daemon = one.serve();
+    until("it is there", || daemon.disk("v").0 == "listening");
+    target.stop();
+    let create = |number: usize| {
+        let body = format!("{{\"name\": \"w{number}\", \"size_bytes\": 1048576}}");
+        let (code, _, body) = daemon.http("POST", "/v1/pools/p0/volumes", &body);
+        (code, body)
+    };
+    std::thread::scope(|scope| {
+        let mut asked: Vec<_> = (0..9).map(|number| scope.spawn(move || create(number))).collect();
+        until("one of them is refused", || asked.iter().any(|it| it.is_finished()));
+        let refused = asked.iter().position(|it| it.is_finished()).unwrap();
+        let (code, body) = asked.remove(refused).join().unwrap();
+        assert!(code == 409 && body.contains("pool p0 is busy: 8 others wait for it"), "{code}: {body}");
+        assert_eq!(daemon.status()["pools"][0]["name"], "p0");
+        assert!(asked.iter().all(|it| !it.is_finished()), "they wait");
+        target.signal("CONT");
+        for waiting in asked {
+            let (code, body) = waiting.join().unwrap();
+            assert_eq!(code, 201, "{body}");
+        }
+    });
+    assert_eq!((daemon.end(), target.end()), (Some(0), Some(0)));
+}

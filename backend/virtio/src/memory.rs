@@ -10,6 +10,7 @@
 
 use crate::mapping::{Mapping, MappingError};
 use crate::message::RegionDescription;
+use hawser_block::regions::{self, Announced, Regions};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -78,6 +79,8 @@ pub(crate) struct Region {
     description: RegionDescription,
     /// Where its first byte is in our address space.
     host: usize,
+    /// Before the mapping: what devices know of it goes first.
+    _announced: Announced,
     mapping: Mapping,
     _ticket: Ticket,
 }
@@ -92,7 +95,10 @@ impl Region {
         let ticket = share.take()?;
         let mapping =
             Mapping::new(file, description.file_offset, description.bytes).map_err(RegionError::Mapping)?;
-        Ok(Arc::new(Region { description, host: mapping.wanted(), mapping, _ticket: ticket }))
+        let host = mapping.wanted();
+        let span = regions::Span { start: host, len: usize::try_from(description.bytes).unwrap_or(0) };
+        let announced = Regions::of_process().announce(span);
+        Ok(Arc::new(Region { description, host, _announced: announced, mapping, _ticket: ticket }))
     }
 
     pub(crate) fn description(&self) -> &RegionDescription {

@@ -118,7 +118,7 @@ fn view(metadata: &Metadata, thin: Thin, level: Level, members: u64) -> View {
     let member_bytes = match level {
         Level::Raid1 => data,
         Level::Raid10 => data * 2 / members,
-        _ => data / members,
+        _ => data / (members - u64::from(level.parities())),
     };
     let strip = u64::from(STRIP_BYTES);
     let members = usize::try_from(members).expect("few");
@@ -130,6 +130,7 @@ fn view(metadata: &Metadata, thin: Thin, level: Level, members: u64) -> View {
         extent_bytes: EXTENT_BYTES,
         region_bytes: 64 << 20,
         data_offset: DATA_OFFSET,
+        parity_log: (0, 1024),
     });
     let set = set.expect("good");
     for member in 0..set.members() {
@@ -178,7 +179,8 @@ fn one(view: &View, map: &VolumeMap, request: &Request, rotor: &mut u32, plan: &
     black_box(&plan.steps);
 }
 
-const LEVELS: [(Level, u64); 3] = [(Level::Raid10, 4), (Level::Raid1, 2), (Level::Raid0, 4)];
+const LEVELS: [(Level, u64); 5] =
+    [(Level::Raid10, 4), (Level::Raid1, 2), (Level::Raid0, 4), (Level::Raid5, 3), (Level::Raid6, 4)];
 
 /// The payload that all requests name; nothing looks at it.
 struct Payload(Vec<u8>, libc::iovec);
@@ -204,6 +206,10 @@ fn warm(scale: &Scale) {
     for (level, members) in LEVELS {
         let view = view(&metadata, thin, level, members);
         for operation in [Operation::Read, Operation::Write { fua: false }] {
+            if operation.is_write() && level.parities() > 0 {
+                // A part of a stripe is not planned.
+                continue;
+            }
             let requests =
                 requests(&mut Random(1), scale.small_bytes, scale.requests, operation, payload.buffers());
             let copies = if level.is_redundant() { 2 } else { 1 };
@@ -215,7 +221,8 @@ fn warm(scale: &Scale) {
                 }
             });
             let what = if operation == Operation::Read { "read" } else { "write" };
-            let goal = (level == Level::Raid10 && operation == Operation::Read).then_some(40.0);
+            let is_promised = matches!(level, Level::Raid10 | Level::Raid5);
+            let goal = (is_promised && operation == Operation::Read).then_some(40.0);
             line(
                 &format!("resolve, 4k {what}, thin + {level} on {members}, warm"),
                 best,

@@ -237,3 +237,41 @@ fn reads_and_overwrites_allocate_nothing() {
         scene.ask(pool.close());
     }
 }
+
+/// Whole stripes, each once in a batch: two that are written at the same time wait for each other, which is not hot.
+#[test]
+fn reads_and_whole_stripes_with_parity_allocate_nothing() {
+    for (level, members, data) in [(Level::Raid5, 3, 2), (Level::Raid6, 4, 2)] {
+        let (mut scene, pool) = Scene::new(level, members);
+        let stripe = data * (16 << 10);
+        let write = |scene: &mut Scene, count: u64| {
+            for number in 0..count {
+                // SAFETY: as in `fill`.
+                let buffers = unsafe { Buffers::new(&raw const *scene.iovec, 1, 1 << 20) };
+                let buffers = buffers.slice(0, usize::try_from(stripe).expect("small"));
+                let (lba, blocks) =
+                    (Lba(number * stripe / 512), BlockCount(u32::try_from(stripe / 512).expect("small")));
+                scene.batch.push(Request { operation: WRITE, lba, blocks, buffers, token: Token(number) });
+            }
+        };
+        for round in 0..12 {
+            write(&mut scene, 32);
+            for member in &scene.members {
+                member.state().log.clear();
+                member.state().log.reserve(1 << 16);
+            }
+            let mut is_hot = false;
+            let count = asked(|| is_hot = scene.carry_out());
+            // At first nothing is mapped, marked, or used before.
+            assert!(
+                round < 4 || (is_hot && count == 0),
+                "{level}: round {round}: {is_hot}, {count} allocations"
+            );
+            scene.finish(32);
+        }
+        scene.allocations(2 * BATCH, Operation::Read, 4096, 1 << 20);
+        assert_eq!(scene.allocations(BATCH, Operation::Read, 4096, 1 << 20), 0, "reads on {level}");
+        scene.channel = None;
+        scene.ask(pool.close());
+    }
+}

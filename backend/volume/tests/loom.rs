@@ -17,6 +17,7 @@ fn mirror() -> Arc<Set> {
         extent_bytes: 64 << 10,
         region_bytes: 64 << 10,
         data_offset: 0,
+        parity_log: (0, 1024),
     });
     Arc::new(set.expect("a mirror of two"))
 }

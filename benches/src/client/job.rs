@@ -56,6 +56,8 @@ pub(super) struct Setup {
     pub(super) buffers: usize,
     pub(super) block_size: u64,
     pub(super) depth: u16,
+    /// What a request's memory is cut into; `block_size` where it is not.
+    pub(super) segment: usize,
     pub(super) batch: u16,
     /// Byte on the disk where block 0 of the pattern begins.
     pub(super) first_byte: u64,
@@ -65,6 +67,10 @@ pub(super) struct Setup {
 pub(super) struct Job {
     setup: Setup,
     completion_fd: Option<RawFd>,
+    /// One run of segments for each slot, where memory is cut.
+    iovecs: Box<[libc::iovec]>,
+    /// A block in one piece, likewise.
+    whole: Vec<u8>,
     slots: Box<[Slot]>,
     free: Vec<u16>,
     completions: Box<[MaybeUninit<Completion>]>,
@@ -86,8 +92,12 @@ impl Job {
             }
         }
         let depth = setup.depth;
+        let iovecs = segments(&setup);
+        let whole = if iovecs.is_empty() { Vec::new() } else { vec![0; to_usize(setup.block_size)] };
         Job {
             completion_fd,
+            iovecs,
+            whole,
             slots: vec![Slot { block: 0, started_ns: 0, read: false }; usize::from(depth)].into_boxed_slice(),
             free: (0..depth).rev().collect(),
             completions: (0..setup.batch).map(|_| MaybeUninit::uninit()).collect(),
@@ -112,6 +122,41 @@ impl Job {
         // server, which is trusted here as far as the protocol goes, does not write to it. `&mut self` keeps a second
         // slice from being made. Bytes have no invalid values.
         unsafe { std::slice::from_raw_parts_mut(start, len) }
+    }
+
+    /// The segments of a slot; none where its memory is in one piece.
+    fn segments(&self, slot: u16) -> &[libc::iovec] {
+        let count = self.iovecs.len() / self.slots.len();
+        &self.iovecs[usize::from(slot) * count..][..count]
+    }
+
+    /// Fills a slot's memory with what the ledger wants in a block.
+    fn fill(&mut self, ledger: &Ledger, slot: u16, block: u64) {
+        if self.iovecs.is_empty() {
+            return ledger.fill(block, self.buffer(slot));
+        }
+        let mut whole = std::mem::take(&mut self.whole);
+        ledger.fill(block, &mut whole);
+        for (segment, part) in self.segments(slot).iter().zip(whole.chunks(self.setup.segment)) {
+            // SAFETY: a segment of a slot that is not in flight, as long as the part, which is elsewhere.
+            unsafe { segment.iov_base.cast::<u8>().copy_from_nonoverlapping(part.as_ptr(), part.len()) };
+        }
+        self.whole = whole;
+    }
+
+    /// Checks what a slot's memory has of a block.
+    fn check(&mut self, ledger: &Ledger, slot: u16, block: u64) -> Result<(), String> {
+        if self.iovecs.is_empty() {
+            return ledger.check(block, self.buffer(slot)).map_err(|e| e.to_string());
+        }
+        let mut whole = std::mem::take(&mut self.whole);
+        for (segment, part) in self.segments(slot).iter().zip(whole.chunks_mut(self.setup.segment)) {
+            // SAFETY: as in `fill`.
+            unsafe { part.as_mut_ptr().copy_from_nonoverlapping(segment.iov_base.cast(), part.len()) };
+        }
+        let checked = ledger.check(block, &whole).map_err(|e| e.to_string());
+        self.whole = whole;
+        checked
     }
 
     /// Makes requests along `pattern` for at most `passes` passes, or until the phase is [`STOP`], and then waits for
@@ -187,13 +232,23 @@ impl Job {
     fn issue(&mut self, slot: u16, block: u64, read: bool, now: u64) {
         self.slots[usize::from(slot)] = Slot { block, started_ns: now, read };
         if !read && let Some(ledger) = self.ledger.take() {
-            ledger.fill(block, self.buffer(slot));
+            self.fill(&ledger, slot, block);
             self.ledger = Some(ledger);
         }
         let len = to_usize(self.setup.block_size);
         let address = self.setup.buffers + usize::from(slot) * len;
         let start = self.setup.first_byte + block * self.setup.block_size;
         let flags = ReqFlags::empty();
+        if !self.iovecs.is_empty() {
+            let segments = self.segments(slot);
+            let (first, count) = (segments.as_ptr(), u32::try_from(segments.len()).unwrap_or(u32::MAX));
+            if read {
+                self.setup.queue.readv(start, first, count, usize::from(slot), flags);
+            } else {
+                self.setup.queue.writev(start, first, count, usize::from(slot), flags);
+            }
+            return;
+        }
         if read {
             let buffer = std::ptr::with_exposed_provenance_mut(address);
             self.setup.queue.read(start, buffer, len, usize::from(slot), flags);
@@ -229,7 +284,7 @@ impl Job {
         let mut result = Ok(());
         if let Some(mut ledger) = self.ledger.take() {
             if ret == 0 && slot.read && (self.expect_headers || ledger.is_written(slot.block)) {
-                result = ledger.check(slot.block, self.buffer(slot_number)).map_err(|e| e.to_string());
+                result = self.check(&ledger, slot_number, slot.block);
                 self.totals.verified += u64::from(result.is_ok());
             } else if ret == 0 && !slot.read {
                 ledger.written(slot.block);
@@ -248,6 +303,20 @@ impl Job {
         }
         result
     }
+}
+
+/// The segments of all slots, each slot's last in memory first: no segment is followed by its neighbour.
+fn segments(setup: &Setup) -> Box<[libc::iovec]> {
+    let count = to_usize(setup.block_size) / setup.segment;
+    if count < 2 {
+        return Box::default();
+    }
+    let depth = usize::from(setup.depth);
+    let at = |slot: usize, number: usize| {
+        let start = setup.buffers + ((count - 1 - number) * depth + slot) * setup.segment;
+        libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(start), iov_len: setup.segment }
+    };
+    (0..depth).flat_map(|slot| (0..count).map(move |number| at(slot, number))).collect()
 }
 
 /// Makes reads of the eventfd wait; the library makes it non-blocking for its own use.

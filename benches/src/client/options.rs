@@ -112,6 +112,9 @@ pub struct Options {
     /// Threads; each has a queue of its own, and with --verify a range of its own behind the other's.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub numjobs: u16,
+    /// Cuts each request's memory into segments of this size, none of which is the neighbour of the one after it (0: one segment).
+    #[arg(long, value_parser = parse_size, default_value = "0")]
+    pub segment: u64,
     /// Queues to set up (default: numjobs).
     #[arg(long = "num_queues", alias = "libblkio_num_queues")]
     pub num_queues: Option<u16>,

@@ -51,6 +51,7 @@ pub fn run(options: &Options) -> Result<Report, String> {
             buffers: region.addr + index * to_usize(depth_bytes),
             block_size: options.bs,
             depth: options.iodepth,
+            segment: to_usize(if options.segment == 0 { options.bs } else { options.segment }),
             batch: if options.iodepth_batch_complete_max == 0 {
                 options.iodepth
             } else {
@@ -92,6 +93,14 @@ fn check(options: &Options) -> Result<(), String> {
     if options.verify != Verify::None && options.bs < BLOCK_MIN {
         return Err(format!("--bs={}: --verify needs at least {BLOCK_MIN} bytes", options.bs));
     }
+    if options.segment > 0
+        && !(options.segment.is_multiple_of(512) && options.bs.is_multiple_of(options.segment))
+    {
+        return Err(format!(
+            "--segment={}: want a part of --bs={}, of whole sectors",
+            options.segment, options.bs
+        ));
+    }
     if !options.queue_size.is_power_of_two() {
         return Err(format!("--queue_size={}: must be a power of two", options.queue_size));
     }
@@ -131,9 +140,11 @@ fn connect(options: &Options) -> Result<(Blkio, Vec<Blkioq>), String> {
     };
     device.set_i32(unused, 0).map_err(failed)?;
     device.set_i32(used, queues).map_err(failed)?;
-    // A request takes three descriptors; with fewer, the library would keep a backlog.
-    let size = options.queue_size.max((options.iodepth * 3).next_power_of_two());
-    device.set_i32("queue-size", i32::from(size)).map_err(failed)?;
+    // A request takes two descriptors beside those of its memory; with fewer, the library would keep a backlog. Servers take 1024.
+    let segments = options.bs.checked_div(options.segment).unwrap_or(1);
+    let descriptors = u64::from(options.iodepth) * (segments + 2);
+    let size = u64::from(options.queue_size).max(descriptors.next_power_of_two()).min(1024);
+    device.set_i32("queue-size", i32::try_from(size).unwrap_or(i32::MAX)).map_err(failed)?;
     let mut started = device.start().map_err(failed)?;
     started.queues.append(&mut started.poll_queues);
     Ok((device, started.queues))

@@ -24,15 +24,18 @@ pub use disk::{DISK_BYTES, ROOT_BYTES, ROOT_START, SCRATCH_PARTITION};
 pub use release::Release;
 
 /// Changes with every change of the recipe that the scripts and package versions do not show.
-const RECIPE: u32 = 5;
+const RECIPE: u32 = 6;
 
 /// Packages whose installed files go into an image; the kernel is only downloaded.
-const PACKAGES: [&str; 8] = [
+const PACKAGES: [&str; 11] = [
     "busybox-static",
     "e2fsprogs",
     "fio",
     "grub-common",
     "grub-pc-bin",
+    "ibverbs-providers",
+    "iproute2",
+    "librdmacm1",
     "mtools",
     "nvme-cli",
     "systemd-boot-efi",
@@ -99,6 +102,17 @@ impl Image {
         })
     }
 }
+
+/// A read-only file system for a guest, of programs of this machine with what the dynamic loader loads for them, all in its root and
+/// without debugging information.
+pub fn of_programs(programs: &[PathBuf], work: &Path, image: &Path) -> Result<()> {
+    tree::programs(programs, work)?;
+    disk::ext4(work, "hawser-programs", PROGRAMS_BYTES, image)?;
+    fs::remove_dir_all(work).map_err(|e| format!("{}: {e}", work.display()))
+}
+
+/// Room for programs.
+const PROGRAMS_BYTES: u64 = 64 << 20;
 
 /// One image of a release is enough: those of other package versions are removed, and what a killed build left.
 fn forget_others(cache: &Path, prefix: &str, keep: &Path) {

@@ -18,8 +18,8 @@ pub(super) const AGENT: &str = include_str!("../../guest/agent");
 const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them; SCSI disks of
-/// QEMU's, and Linux md on them.
-const ROOT_MODULES: [&str; 21] = [
+/// QEMU's, and Linux md on them; RDMA over a network interface (Soft-RoCE), and NVMe over that.
+const ROOT_MODULES: [&str; 29] = [
     "virtio_net",
     "configfs",
     "crct10dif_generic",
@@ -41,10 +41,23 @@ const ROOT_MODULES: [&str; 21] = [
     "raid0",
     "raid1",
     "raid10",
+    "raid456",
+    "dummy",
+    "crc32_generic",
+    "rdma_rxe",
+    "ib_uverbs",
+    "rdma_ucm",
+    "nvmet_rdma",
+    "nvme_rdma",
 ];
 
 /// Programs that the root has besides busybox, with their libraries.
-const PROGRAMS: [&str; 3] = ["/usr/bin/fio", "/usr/sbin/nvme", "/sbin/mke2fs"];
+const PROGRAMS: [&str; 4] = ["/usr/bin/fio", "/usr/sbin/nvme", "/sbin/mke2fs", "/usr/bin/rdma"];
+
+/// rdma-core, for what programs open at run time: its libraries, Soft-RoCE's part of it, and the file that names that.
+const RDMA_CORE: [&str; 2] =
+    ["/usr/lib/x86_64-linux-gnu/librdmacm.so.1", "/usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so"];
+const RDMA_CONFIG: &str = "/etc/libibverbs.d/rxe.driver";
 
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -99,6 +112,10 @@ pub(super) fn root(modules: &Modules, root: &Path) -> Result<()> {
     for program in PROGRAMS {
         add_program(root, program)?;
     }
+    for library in RDMA_CORE {
+        add_program(root, library)?;
+    }
+    copy(Path::new(RDMA_CONFIG), &root.join(RDMA_CONFIG.trim_start_matches('/')))?;
     symlink("mke2fs", root.join("sbin/mkfs.ext4")).map_err(|e| format!("mkfs.ext4: {e}"))?;
     if Path::new("/etc/mke2fs.conf").exists() {
         copy(Path::new("/etc/mke2fs.conf"), &root.join("etc/mke2fs.conf"))?;
@@ -113,19 +130,38 @@ pub(super) fn root(modules: &Modules, root: &Path) -> Result<()> {
     output(Command::new("/sbin/depmod").arg("-b").arg(root).arg(modules.release())).map(drop)
 }
 
+/// Copies programs and what the dynamic loader would load for them, all into one folder, without debugging information.
+pub(super) fn programs(programs: &[PathBuf], folder: &Path) -> Result<()> {
+    make_folders(folder, &["lost+found"])?;
+    for program in programs {
+        for file in files_of(program)? {
+            copy(&file, &folder.join(file.file_name().unwrap_or_default()))?;
+        }
+        let own = folder.join(program.file_name().unwrap_or_default());
+        output(Command::new("objcopy").arg("--strip-debug").arg(own))?;
+    }
+    Ok(())
+}
+
 /// Copies a program and what the dynamic loader would load for it, each to its own path.
 fn add_program(root: &Path, program: &str) -> Result<()> {
-    let mut files = vec![PathBuf::from(program)];
+    let files = files_of(Path::new(program))?;
+    files.iter().try_for_each(|file| copy(file, &root.join(file.strip_prefix("/").unwrap_or(file))))
+}
+
+/// A program and what the dynamic loader would load for it.
+fn files_of(program: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = vec![program.to_path_buf()];
     for line in output(Command::new("ldd").arg(program))?.lines() {
         // "libaio.so.1 => /lib/x86_64-linux-gnu/libaio.so.1 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
         let path = line.rsplit_once("=> ").map_or(line, |(_, path)| path).trim();
         let path = path.split(" (").next().unwrap_or_default();
         if path == "not found" {
-            return Err(format!("{program}: ldd: {}", line.trim()));
+            return Err(format!("{}: ldd: {}", program.display(), line.trim()));
         }
         if path.starts_with('/') {
             files.push(PathBuf::from(path));
         }
     }
-    files.iter().try_for_each(|file| copy(file, &root.join(file.strip_prefix("/").unwrap_or(file))))
+    Ok(files)
 }

@@ -13,6 +13,7 @@ pub(crate) mod pieces;
 mod placement;
 mod pools;
 mod queues;
+mod rdma;
 mod reboot;
 mod resize;
 mod restart;
@@ -67,9 +68,13 @@ pub const TESTS: &[Test] = &[
     test("ovmf_boots_from_kernel_target", NEW, boot::ovmf_kernel),
     test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),
     test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
+    test("our_initiator_over_rdma_verifies_on_the_kernel_target", BOTH, rdma::initiator),
+    test("kernel_initiator_over_rdma_verifies_on_our_target_that_restarts", BOTH, rdma::target_of_ours),
     test("linux_md_reads_what_pools_wrote", OLD, placement::md),
     test("a_vm_boots_from_a_raid1_pool_while_a_member_dies_and_returns", NEW, pools::raid1),
     test("a_vm_boots_from_a_raid10_pool_while_a_member_dies_and_returns", OLD, pools::raid10),
+    test("a_vm_boots_from_a_raid5_pool_while_a_member_dies_and_returns", OLD, pools::raid5),
+    test("a_vm_boots_from_a_raid6_pool_while_a_member_dies_and_returns", OLD, pools::raid6),
     test("a_kernel_target_and_one_of_ours_mirror_each_other", NEW, pools::kernel_member),
     test("ten_vms_boot_from_ten_clones_of_one_image", OLD, clones::ten),
     test("a_minute_of_every_fault_loses_nothing", NEW, crate::soak::a_minute),

@@ -30,9 +30,11 @@ const BLOCK: u64 = 4096;
 const MEMBER_BYTES: u64 = 40 * MIB;
 /// Of each case in the guest's output: more than four members hold.
 const OUT_BYTES: u64 = 140 * MIB;
-const LEVELS: [&str; 4] = ["linear", "raid0", "raid1", "raid10"];
+const LEVELS: [&str; 6] = ["linear", "raid0", "raid1", "raid10", "raid5", "raid6"];
+/// The modules of these.
+const MODULES: &str = "linear raid0 raid1 raid10 raid456";
 const STRIPS: [u64; 2] = [4 << 10, 64 << 10];
-const MEMBERS: [usize; 3] = [2, 3, 4];
+const MEMBERS: [usize; 4] = [2, 3, 4, 5];
 /// What marks a word of the pattern.
 const TAG: u64 = 0x4857_0000_0000_0000;
 
@@ -60,7 +62,7 @@ pub(super) fn md(lab: &Lab) -> Result<Outcome> {
     let scratch = Scratch::new()?;
     let (mut cases, mut files) = (Vec::new(), Vec::new());
     for level in LEVELS {
-        for members in MEMBERS {
+        for members in MEMBERS.into_iter().filter(|members| has_members(level, *members)) {
             for strip_bytes in STRIPS {
                 let made = make(lab, &scratch, level, members, strip_bytes, &mut files);
                 cases.push(made.map_err(|e| format!("{level} of {members}, strips of {strip_bytes}: {e}"))?);
@@ -128,6 +130,24 @@ fn make(
     Ok(Case { level, strip_bytes, extent_bytes, extents, data_offset, data_bytes, first_disk })
 }
 
+/// Which numbers of members are looked at.
+fn has_members(level: &str, members: usize) -> bool {
+    match level {
+        "raid5" => (3..=5).contains(&members),
+        "raid6" => (4..=5).contains(&members),
+        _ => (2..=4).contains(&members),
+    }
+}
+
+/// How many strips of a stripe are parity.
+fn parities(level: &str) -> usize {
+    match level {
+        "raid5" => 1,
+        "raid6" => 2,
+        _ => 0,
+    }
+}
+
 fn whole(number: f64) -> Result<u64> {
     format!("{number:.0}").parse().map_err(|_| format!("{number} is no size"))
 }
@@ -149,7 +169,8 @@ fn data_areas(superblock: &[u8], members: usize) -> Result<(u64, Vec<u64>)> {
         return Err(format!("no superblock of {members} members: {:02x?}", &superblock[..160]));
     }
     let (intent_pages, log_bytes, metadata_pages) = (number(120, 4), number(96, 8), number(124, 4));
-    let end = MIB + intent_pages * 4096 + log_bytes + metadata_pages * 4096;
+    let parity_log_pages = number(140, 4);
+    let end = MIB + intent_pages * 4096 + log_bytes + (metadata_pages + parity_log_pages) * 4096;
     Ok((end.next_multiple_of(MIB), (0..members).map(|member| number(400 + 32 * member + 16, 8)).collect()))
 }
 
@@ -176,7 +197,7 @@ fn start(lab: &Lab, scratch: &Scratch, files: &[String], out: &str) -> Result<Qe
             for module in virtio_scsi sd_mod md_mod {}; do modprobe $module || fail \"no module $module\"; done
             all() {{ [ $(ls -d /sys/block/sd* | wc -l) = {} ]; }}
             within 30 all",
-            LEVELS.join(" "),
+            MODULES,
             files.len()
         ),
         60,
@@ -186,20 +207,28 @@ fn start(lab: &Lab, scratch: &Scratch, files: &[String], out: &str) -> Result<Qe
 
 /// md over the members of a case, read to its place in the output. Where there are copies, md compares them.
 fn read_by_md(guest: &mut Qemu, case: &Case, number: usize) -> Result<()> {
-    let smallest = case.data_bytes.iter().min().copied().unwrap_or(0);
+    let smallest = match parities(case.level) {
+        0 => case.data_bytes.iter().min().copied().unwrap_or(0),
+        // Rows behind the last extent hold nothing, and no parity of it.
+        parities => case.extents * case.extent_bytes / (case.data_bytes.len() - parities) as u64,
+    };
     // Without zones, as a pool has none; linear takes all of each.
     let sizes: Vec<String> = case
         .data_bytes
         .iter()
         .map(|bytes| if case.level == "linear" { bytes >> 10 } else { smallest >> 10 }.to_string())
         .collect();
-    let layout = if case.level == "raid10" { "echo 258 > layout # near-2" } else { "" };
+    let layout = match case.level {
+        "raid10" => "echo 258 > layout # near-2",
+        "raid5" | "raid6" => "echo 2 > layout # left-symmetric",
+        _ => "",
+    };
     let check = match case.level {
-        "raid1" | "raid10" => {
+        "raid1" | "raid10" | "raid5" | "raid6" => {
             "echo check > sync_action
             is_idle() { [ $(cat sync_action) = idle ]; }
             within 60 is_idle
-            [ $(cat mismatch_cnt) = 0 ] || fail \"copies differ in $(cat mismatch_cnt) sectors\""
+            [ $(cat mismatch_cnt) = 0 ] || fail \"copies or parity differ in $(cat mismatch_cnt) sectors\""
         }
         _ => "",
     };

@@ -24,6 +24,14 @@ pub(super) fn raid10(lab: &Lab) -> Result<Outcome> {
     survives(lab, "raid10", 3)
 }
 
+pub(super) fn raid5(lab: &Lab) -> Result<Outcome> {
+    survives(lab, "raid5", 3)
+}
+
+pub(super) fn raid6(lab: &Lab) -> Result<Outcome> {
+    survives(lab, "raid6", 4)
+}
+
 /// A member's target dies; a snapshot and a clone are made of the running disk; the target returns; the daemon is killed.
 fn survives(lab: &Lab, level: &str, members: usize) -> Result<Outcome> {
     let mut pooled = Pooled::with_vm(lab, level, members)?;

@@ -1,10 +1,10 @@
 //! The admin queue: commands as straight-line code, one future each.
 
-use super::connection::Connection;
 use super::meter::Loss;
 use super::queue::{Answer, Transfer};
 use super::signal::within;
 use super::socket::ConnectedQueue;
+use super::transport::Connection;
 use crate::nvme::ana::{self, AnaLog, AnaState};
 use crate::nvme::cross_reset::{ControllerInstance, IMMEDIATE_SUCCESS, ResetEntry, ResetLog};
 use crate::nvme::discovery::{Entry, Header};
@@ -128,7 +128,16 @@ impl Source for Inner {
                 self.connection().handle(key, completed);
             }
         }
+        self.connection().progress();
         self.deliver();
+    }
+
+    fn peek(&mut self) -> bool {
+        self.connection().peek()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.connection().arm()
     }
 }
 

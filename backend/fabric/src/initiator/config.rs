@@ -1,5 +1,6 @@
 //! What an NVMe device is opened with.
 
+use crate::rdma::KeyPolicy;
 use crate::uri::NvmeUri;
 use std::time::Duration;
 
@@ -146,6 +147,8 @@ pub struct NvmeConfig {
     pub policy: IoPolicy,
     /// For controllers that do not say whose cache they have; ours do.
     pub on_cache_doubt: CacheDoubt,
+    /// By which keys targets reach our users' memory, over RDMA.
+    pub rdma_keys: KeyPolicy,
     /// Who we are.
     pub host: HostIdentity,
     /// Its timers.
@@ -170,6 +173,7 @@ impl NvmeConfig {
             paths,
             policy: IoPolicy::default(),
             on_cache_doubt: CacheDoubt::default(),
+            rdma_keys: KeyPolicy::default(),
             host,
             timers: PathTimers::default(),
             had_predecessor: false,

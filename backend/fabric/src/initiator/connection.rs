@@ -4,14 +4,14 @@
 //! for, or what happens after a connection is lost.
 //!
 //! Invariants:
-//! - Everything that an operation names is kept until the operation is terminal; [`Connection::is_quiet`] says when. A
+//! - Everything that an operation names is kept until the operation is terminal; [`TcpConnection::is_quiet`] says when. A
 //!   connection that is dropped before (our bug) leaks that memory rather than free it.
 //! - After the first error nothing more is sent or received; `error` says what happened.
 
 use super::batch::SEND_IOVECS_MAX;
 use super::meter::{Loss, Moved};
 use super::queue::{Ended, QueueError, QueuePair, Transfer};
-use super::socket::{ConnectedQueue, Socket, plain};
+use super::socket::{Socket, TcpQueue, plain};
 use crate::nvme::Sqe;
 use crate::nvme::bytes::low32;
 use crate::tcp::{FatalStatus, PduError, Receiver, TermRequest};
@@ -41,7 +41,7 @@ struct Memory {
 }
 
 /// A queue pair on a socket.
-pub(crate) struct Connection<T: Copy> {
+pub(crate) struct TcpConnection<T: Copy> {
     runtime: Runtime,
     source: SourceId,
     first_key: u32,
@@ -61,15 +61,15 @@ pub(crate) struct Connection<T: Copy> {
     fault: bool,
 }
 
-impl<T: Copy> Connection<T> {
+impl<T: Copy> TcpConnection<T> {
     /// Takes over a connected queue of which `source` will get the events, with keys from `first_key` to 3 beyond.
     pub(crate) fn new(
         runtime: &Runtime,
         source: SourceId,
         first_key: u32,
-        queue: ConnectedQueue,
+        queue: TcpQueue,
         depth: u16,
-    ) -> Connection<T> {
+    ) -> TcpConnection<T> {
         // SAFETY: an all-zero msghdr is an empty message.
         let message: libc::msghdr = unsafe { std::mem::zeroed() };
         let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
@@ -81,7 +81,7 @@ impl<T: Copy> Connection<T> {
             staging: AlignedBuffer::new(STAGING_LEN),
             term: Vec::new(),
         };
-        let mut connection = Connection {
+        let mut connection = TcpConnection {
             runtime: runtime.clone(),
             source,
             first_key,
@@ -121,7 +121,7 @@ impl<T: Copy> Connection<T> {
         self.pair.as_ref().map_or(0, |pair| pair.outstanding())
     }
 
-    /// Takes a command, to be sent with the next [`Connection::flush`]. What `transfer` names must stay valid until it
+    /// Takes a command, to be sent with the next [`TcpConnection::flush`]. What `transfer` names must stay valid until it
     /// ended or was drained.
     pub(crate) fn submit(&mut self, sqe: Sqe, transfer: Transfer, user: T) {
         self.pair().submit(sqe, transfer, user);
@@ -338,7 +338,7 @@ impl<T: Copy> Connection<T> {
     }
 }
 
-impl<T: Copy> Drop for Connection<T> {
+impl<T: Copy> Drop for TcpConnection<T> {
     fn drop(&mut self) {
         if !self.is_quiet() {
             // The reactor has ended, and nobody told us of our operations; or a bug of ours. A leak is safe in both cases.

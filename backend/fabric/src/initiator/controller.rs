@@ -22,7 +22,7 @@ use super::meter::Loss;
 use super::numa;
 use super::quiet::{self, Record, Unquiet};
 use super::signal::{Either, Mailbox, first, within};
-use super::socket::{self, ConnectError, QueueRequest};
+use super::socket::{self, ConnectError, ConnectedQueue, QueueRequest, Wire};
 use crate::nvme::Sqe;
 use crate::nvme::ana::AnaState;
 use crate::nvme::bytes::{low16, low32};
@@ -348,6 +348,8 @@ impl Task {
             cntlid: CNTLID_DYNAMIC,
             keep_alive_ms: u32::try_from(self.timers().keep_alive_tmo.as_millis()).unwrap_or(u32::MAX),
             digests: uri.digests,
+            transport: uri.transport,
+            rdma_keys: self.shared.config.rdma_keys,
             in_capsule_max: 0,
         };
         let (address, queue) = self.connect_admin(&addresses, &request).await?;
@@ -466,7 +468,7 @@ impl Task {
         &self,
         addresses: &[SocketAddr],
         request: &QueueRequest,
-    ) -> Result<(SocketAddr, socket::ConnectedQueue), End> {
+    ) -> Result<(SocketAddr, ConnectedQueue), End> {
         let mut last = End::Trouble(String::new());
         for address in addresses {
             match socket::connect_queue(&self.runtime, address, request).await {
@@ -498,7 +500,9 @@ impl Task {
                 runtime.spawn(async move {
                     let connected = socket::connect_queue(&own, &address, &request).await;
                     let distance = match (&connected, sysfs) {
-                        (Ok(queue), Some(sysfs)) => numa::distance(sysfs, queue.socket.fd()).await,
+                        (Ok(ConnectedQueue { wire: Wire::Tcp(queue), .. }), Some(sysfs)) => {
+                            numa::distance(sysfs, queue.socket.fd()).await
+                        }
                         _ => numa::LOCAL,
                     };
                     done.post(connected.map_err(|error| error.why).map(|queue| {

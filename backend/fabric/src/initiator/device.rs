@@ -13,7 +13,7 @@ use super::reserve;
 use super::signal::Mailbox;
 use crate::nvme::ana::AnaState;
 use crate::simulated::is_broken;
-use crate::uri::NvmeUri;
+use crate::uri::{NvmeUri, Transport};
 use hawser_block::reservation::{ReservationCommand, ReservationStatus, ReserveError};
 use hawser_block::{Channel, Device, DeviceState, Geometry, PathView, StatsSet};
 use hawser_runtime::{Instant, ReactorHandle, Runtime, SourceId};
@@ -561,11 +561,19 @@ impl Device for NvmeDevice {
 
     fn settings(&self) -> Vec<(&'static str, &'static str)> {
         let policy = self.shared.status().policy.name();
-        vec![("io_policy", policy), ("on_cache_doubt", self.shared.config.on_cache_doubt.name())]
+        let config = &self.shared.config;
+        let mut settings = vec![("io_policy", policy), ("on_cache_doubt", config.on_cache_doubt.name())];
+        if config.paths.iter().any(|uri| uri.transport == Transport::Rdma) {
+            settings.push(("rdma_keys", config.rdma_keys.name()));
+        }
+        settings
     }
 
     fn fail_after(&self, patience: Duration) {
-        let ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX).max(1);
+        let ns = match patience {
+            Duration::MAX => 0,
+            patience => u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX).max(1),
+        };
         self.shared.patience_ns.store(ns, Ordering::Relaxed);
     }
 
@@ -596,6 +604,8 @@ impl Device for NvmeDevice {
             ("large_read_start", self.moved(|moved| moved.large_read)),
             ("digest_read", self.moved(|moved| moved.digest_read)),
             ("digest_write", self.moved(|moved| moved.digest_write)),
+            ("rdma_unregistered", self.moved(|moved| moved.unregistered)),
+            ("rdma_scattered", self.moved(|moved| moved.scattered)),
         ]
     }
 }

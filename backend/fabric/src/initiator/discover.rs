@@ -6,8 +6,9 @@ use super::socket::{self, QueueRequest};
 use crate::nvme::DISCOVERY_NQN;
 use crate::nvme::discovery::Entry;
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
+use crate::rdma::KeyPolicy;
 use crate::tcp::Digests;
-use crate::uri::TcpAddress;
+use crate::uri::{TcpAddress, Transport};
 use hawser_runtime::{ReactorConfig, ReactorThread, Runtime};
 use std::sync::mpsc;
 
@@ -41,6 +42,8 @@ async fn ask(runtime: &Runtime, address: &TcpAddress, host: HostIdentity) -> Res
         // We are gone before a keep-alive would be due.
         keep_alive_ms: 0,
         digests: Digests::NONE,
+        transport: Transport::Tcp,
+        rdma_keys: KeyPolicy::default(),
         in_capsule_max: 0,
     };
     let mut last = "the name has no address".to_owned();

@@ -23,13 +23,13 @@ mod send;
 
 use super::cache::Caches;
 use super::config::{CacheDoubt, IoPolicy, NvmeConfig, PathTimers};
-use super::connection::Connection;
 use super::held::{Held, Wholes, widest};
 use super::meter::{LaneNumbers, Loss};
 use super::probe;
 use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
 use super::socket::ConnectedQueue;
+use super::transport::Connection;
 pub(crate) use super::way::Start;
 use super::way::Way;
 use crate::leaf;
@@ -276,14 +276,15 @@ impl Lane {
         let lives = way.lives;
         if let Some(mut connection) = way.connection.take() {
             // Answers that came in before the end are answers.
+            let unspun = connection.unspun(1);
             for ended in connection.ended().collect::<Vec<_>>() {
-                self.runtime.sub_outstanding(1);
+                self.runtime.sub_outstanding(unspun);
                 self.answered(path, ended);
             }
             let mut ghosts = false;
             let may_be_fault = connection.may_be_fault();
             for (mut held, begun) in connection.drain() {
-                self.runtime.sub_outstanding(1);
+                self.runtime.sub_outstanding(unspun);
                 if held.is_control() {
                     if !begun || self.control_lost(&held) {
                         self.pending.push_back(held);
@@ -603,8 +604,10 @@ impl Source for Lane {
         }
         for path in 0..self.ways.len() {
             let Some(mut connection) = self.ways[path].connection.take() else { continue };
+            connection.progress();
+            let unspun = connection.unspun(1);
             for ended in connection.ended() {
-                self.runtime.sub_outstanding(1);
+                self.runtime.sub_outstanding(unspun);
                 self.answered(path, ended);
             }
             let error = connection.error().map(|error| (connection.loss(), error.to_owned()));
@@ -626,6 +629,15 @@ impl Source for Lane {
         self.due();
         self.pump();
         self.schedule();
+    }
+
+    fn peek(&mut self) -> bool {
+        // All of them: each looks at its own.
+        self.ways.iter_mut().filter_map(|way| way.connection.as_mut()).fold(false, |any, it| it.peek() | any)
+    }
+
+    fn arm(&mut self) -> bool {
+        self.ways.iter_mut().filter_map(|way| way.connection.as_mut()).fold(false, |any, it| it.arm() | any)
     }
 }
 

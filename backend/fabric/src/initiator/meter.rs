@@ -72,8 +72,12 @@ pub(crate) struct Moved {
     pub(crate) digest_read: u64,
     /// Data of writes that was sent from our own memory.
     pub(crate) digest_write: u64,
-    /// Received in the guest's pages by the kernel.
+    /// Received in the guest's pages by the kernel, or put there by the target.
     pub(crate) in_place: u64,
+    /// Over RDMA: by way of memory of our own, because the request's is not registered.
+    pub(crate) unregistered: u64,
+    /// The same, because it is in too many pieces.
+    pub(crate) scattered: u64,
 }
 
 /// A path's numbers on one reactor.
@@ -90,6 +94,8 @@ pub(crate) struct LaneNumbers {
     digest_read: Counter,
     digest_write: Counter,
     in_place: Counter,
+    unregistered: Counter,
+    scattered: Counter,
 }
 
 impl LaneNumbers {
@@ -104,6 +110,8 @@ impl LaneNumbers {
         self.digest_read.add(moved.digest_read);
         self.digest_write.add(moved.digest_write);
         self.in_place.add(moved.in_place);
+        self.unregistered.add(moved.unregistered);
+        self.scattered.add(moved.scattered);
     }
 
     pub(crate) fn moved(&self) -> Moved {
@@ -113,6 +121,8 @@ impl LaneNumbers {
             digest_read: self.digest_read.get(),
             digest_write: self.digest_write.get(),
             in_place: self.in_place.get(),
+            unregistered: self.unregistered.get(),
+            scattered: self.scattered.get(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The NVMe/TCP initiator: a namespace on a remote target as a block device.
+//! The NVMe-oF initiator, over TCP and RDMA: a namespace on a remote target as a block device.
 //!
 //! Owns: associations from connect to loss and back, I/O queues, what is sent again and when. Must not know: rings,
 //! volumes, members.
@@ -14,8 +14,10 @@
 //!     │   ├ held ────── one request on its way, or several in the place of one
 //!     │   └ control ─── reservations, on the way of requests; reserve ── for who may wait for them
 //!   meter ───────── what is counted of a path
-//!   connection ──────── one send and one receive under way: bytes between a socket and ...
-//!   queue ───────────── ... the queue pair, sans I/O; batch ── one send of it
+//!   transport ───────── a queue pair on its connection, over either transport
+//!     ├ connection ────── TCP: one send and one receive under way: bytes between a socket and ...
+//!     │   └ queue ───────── ... the queue pair, sans I/O; batch ── one send of it
+//!     └ rdma ──────────── RDMA: the same by work requests and completions
 //! ```
 //!
 //! Paths come and go each by itself; a namespace on a path that is not the same (UUID, NGUID or EUI64, format, size) is
@@ -55,13 +57,16 @@ mod numa;
 mod probe;
 mod queue;
 mod quiet;
+mod rdma;
 mod reserve;
-mod signal;
+pub(crate) mod signal;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod transport;
 mod way;
 
 pub use config::{CacheDoubt, HostIdentity, IoPolicy, NvmeConfig, PathTimers};
 pub use device::NvmeDevice;
 pub use discover::discover;
+pub(crate) use socket::plain as plain_error;

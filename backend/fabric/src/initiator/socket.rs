@@ -1,17 +1,19 @@
-//! From an address to a connected queue: resolve, connect, ICReq and ICResp, Fabrics Connect. Straight-line code.
+//! From an address to a connected queue: resolve, connect, over TCP ICReq and ICResp, Fabrics Connect. Straight-line code.
 //!
 //! Nothing here blocks a reactor: names are resolved on a thread of their own, everything else is awaited.
 
 use super::config::HostIdentity;
 use super::queue::{Limits, SqFlow};
+use super::rdma::{self, RdmaPair};
 use super::signal::{Mailbox, within};
 use crate::nvme::bytes::get_array;
 use crate::nvme::fabrics::{self, CATTR_NO_FLOW_CONTROL, Connect, ConnectData, NO_SQ_HEAD};
 use crate::nvme::{Cqe, Sgl, StatusCode};
+use crate::rdma::KeyPolicy;
 use crate::tcp::{
     CommonHeader, Digests, InitRequest, InitResponse, PduError, PduKind, Receiver, TermRequest, pdu,
 };
-use crate::uri::TcpAddress;
+use crate::uri::{TcpAddress, Transport};
 use hawser_runtime::buffers::AlignedBuffer;
 use hawser_runtime::{Completed, Fd, Op, Runtime};
 use std::io;
@@ -210,20 +212,34 @@ pub(crate) struct QueueRequest {
     pub(crate) entries: u16,
     pub(crate) cntlid: u16,
     pub(crate) keep_alive_ms: u32,
-    /// What to ask for.
+    /// Over TCP: what to ask for.
     pub(crate) digests: Digests,
+    pub(crate) transport: Transport,
+    /// Over RDMA.
+    pub(crate) rdma_keys: KeyPolicy,
     /// In-capsule data of an I/O queue; the admin queue has its own.
     pub(crate) in_capsule_max: u32,
 }
 
 /// A queue that takes commands.
 pub(crate) struct ConnectedQueue {
-    pub(crate) socket: Rc<Socket>,
-    pub(crate) limits: Limits,
+    pub(crate) wire: Wire,
     pub(crate) cntlid: u16,
 }
 
-/// Connects a queue: TCP, ICReq and ICResp, Connect.
+/// What it is connected by.
+pub(crate) enum Wire {
+    Tcp(TcpQueue),
+    Rdma(RdmaPair),
+}
+
+/// A queue over TCP.
+pub(crate) struct TcpQueue {
+    pub(crate) socket: Rc<Socket>,
+    pub(crate) limits: Limits,
+}
+
+/// Connects a queue: the transport's connection, then Connect.
 pub(crate) async fn connect_queue(
     runtime: &Runtime,
     address: &SocketAddr,
@@ -236,6 +252,51 @@ pub(crate) async fn connect_queue(
             try_connect_queue(runtime, address, request, 0).await?.map_err(|cqe| refusal(&cqe, request))
         }
         Err(cqe) => Err(refusal(&cqe, request)),
+    }
+}
+
+async fn try_connect_queue(
+    runtime: &Runtime,
+    address: &SocketAddr,
+    request: &QueueRequest,
+    attributes: u8,
+) -> Result<Result<ConnectedQueue, Cqe>, ConnectError> {
+    match request.transport {
+        Transport::Tcp => try_connect_tcp(runtime, address, request, attributes).await,
+        Transport::Rdma => {
+            let connected = rdma::connect_queue(runtime, address, request, attributes).await?;
+            Ok(connected.map(|(pair, cntlid)| ConnectedQueue { wire: Wire::Rdma(pair), cntlid }))
+        }
+    }
+}
+
+/// Connect, with SQSIZE `queue_size`, and its data.
+pub(crate) fn connect_command(
+    request: &QueueRequest,
+    queue_size: u16,
+    attributes: u8,
+) -> (Connect, ConnectData) {
+    let command = Connect {
+        record_format: 0,
+        queue_id: request.queue_id,
+        queue_size,
+        attributes,
+        keep_alive_ms: request.keep_alive_ms,
+    };
+    let data = ConnectData {
+        host_id: request.host.id,
+        cntlid: request.cntlid,
+        subsystem_nqn: request.subsystem_nqn.clone(),
+        host_nqn: request.host.nqn.clone(),
+    };
+    (command, data)
+}
+
+/// CNTLID, from the answer to a Connect that succeeded.
+pub(crate) fn connect_answer(cqe: &Cqe) -> Result<u16, ConnectError> {
+    match fabrics::connect_answer(cqe) {
+        (cntlid, 0) => Ok(cntlid),
+        _ => Err("the target wants authentication, which is not supported".into()),
     }
 }
 
@@ -259,7 +320,7 @@ fn refuses_attributes(cqe: &Cqe) -> bool {
     cqe.status.code == StatusCode::CONNECT_INVALID_PARAMETERS && cqe.dword0() & 0x1_FFFF == 46
 }
 
-async fn try_connect_queue(
+async fn try_connect_tcp(
     runtime: &Runtime,
     address: &SocketAddr,
     request: &QueueRequest,
@@ -284,19 +345,7 @@ async fn try_connect_queue(
         digests,
         flow: None,
     };
-    let command = Connect {
-        record_format: 0,
-        queue_id: request.queue_id,
-        queue_size: request.entries - 1,
-        attributes,
-        keep_alive_ms: request.keep_alive_ms,
-    };
-    let data = ConnectData {
-        host_id: request.host.id,
-        cntlid: request.cntlid,
-        subsystem_nqn: request.subsystem_nqn.clone(),
-        host_nqn: request.host.nqn.clone(),
-    };
+    let (command, data) = connect_command(request, request.entries - 1, attributes);
     let data = data.to_bytes();
     let data_len = u32::try_from(data.len()).unwrap_or(0);
     let sqe = command.to_sqe(Sgl::in_capsule(data_len));
@@ -335,14 +384,11 @@ async fn try_connect_queue(
     if !cqe.status.is_success() {
         return Ok(Err(cqe));
     }
-    let (cntlid, authentication) = fabrics::connect_answer(&cqe);
-    if authentication != 0 {
-        return Err("the target wants authentication, which is not supported".into());
-    }
+    let cntlid = connect_answer(&cqe)?;
     // SQHD FFFFh: flow control is off, as we have asked (base 6.3). Who does not say so counts.
     let switched_off = attributes & CATTR_NO_FLOW_CONTROL != 0 && cqe.sq_head == NO_SQ_HEAD;
     limits.flow = (!switched_off).then(|| SqFlow::new(request.entries, cqe.sq_head));
-    Ok(Ok(ConnectedQueue { socket, limits, cntlid }))
+    Ok(Ok(ConnectedQueue { wire: Wire::Tcp(TcpQueue { socket, limits }), cntlid }))
 }
 
 fn check_init_response(bytes: &[u8; 128], asked: Digests) -> Result<InitResponse, String> {

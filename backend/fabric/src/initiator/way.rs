@@ -1,10 +1,10 @@
 //! One path's connection on one reactor: a part of its lane.
 
-use super::connection::Connection;
 use super::held::Held;
 use super::lane::Notice;
 use super::meter::{LaneNumbers, Loss};
 use super::signal::Mailbox;
+use super::transport::Connection;
 use crate::nvme::ana::AnaState;
 use hawser_block::Geometry;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! The submission queue entry (base 3.3.3.1): 64 bytes that say what to do, and the builders of those that we use.
 
-use super::bytes::{bits, get_u16, get_u32, get_u64, low16, low32, put_u16, put_u32, put_u64};
+use super::bytes::{bits, get_array, get_u16, get_u32, get_u64, low16, low32, put_u16, put_u32, put_u64};
 
 /// Admin command opcodes (base figure "Opcodes for Admin Commands").
 #[expect(missing_docs, reason = "the specification's names")]
@@ -32,35 +32,75 @@ pub mod io_opcode {
     pub const FABRICS: u8 = 0x7F;
 }
 
-/// One SGL descriptor (base 4.1.2): where a command's data is. NVMe/TCP uses two kinds.
+/// One SGL descriptor (base 4.1.2): where a command's data is. NVMe/TCP uses two kinds, NVMe/RDMA one of them and a third.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sgl {
     /// Address or offset.
     pub address: u64,
     /// Length in bytes.
     pub len: u32,
+    /// Of a keyed descriptor: the key by which the controller reaches the data. Others have none.
+    pub key: u32,
     /// Descriptor type (bits 7:4) and sub type (bits 3:0).
     pub identifier: u8,
 }
 
 impl Sgl {
     /// No data. (A data block of length 0 at address 0, as Linux sends.)
-    pub const NONE: Sgl = Sgl { address: 0, len: 0, identifier: 0 };
+    pub const NONE: Sgl = Sgl { address: 0, len: 0, key: 0, identifier: 0 };
     /// SGL Data Block descriptor with the sub type Offset: the data is in the capsule.
     pub const IN_CAPSULE: u8 = 0x01;
     /// Transport SGL Data Block descriptor (type 5h, sub type Ah): the transport moves the data in PDUs of its own.
     pub const TRANSPORT: u8 = 0x5A;
 
+    /// Keyed SGL Data Block descriptor (type 4h): memory that the controller reaches by RDMA.
+    pub const KEYED: u8 = 0x40;
+    /// Its sub type Fh: the controller invalidates the key with its answer.
+    pub const INVALIDATE: u8 = 0x0F;
+    /// No data, over RDMA: a keyed data block of length 0, as Linux sends.
+    pub const NO_KEY: Sgl = Sgl { address: 0, len: 0, key: 0, identifier: Sgl::KEYED };
+
+    /// The longest data of a keyed descriptor: its length has 24 bits.
+    pub const KEYED_LEN_MAX: u32 = (1 << 24) - 1;
+
+    /// Memory that the controller reaches by a key, of at most [`Sgl::KEYED_LEN_MAX`] bytes.
+    #[must_use]
+    pub fn keyed(address: u64, len: u32, key: u32, invalidate: bool) -> Sgl {
+        Sgl { address, len, key, identifier: Sgl::KEYED | if invalidate { Sgl::INVALIDATE } else { 0 } }
+    }
+
+    /// Whether the descriptor is a keyed one.
+    #[must_use]
+    pub fn is_keyed(&self) -> bool {
+        self.identifier & 0xf0 == Sgl::KEYED
+    }
+
+    /// Bytes 8 to 15. A keyed descriptor (base 4.1.2.1) has 24 bits of length, and then 32 of key.
+    fn len_to_bytes(self) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        put_u32(&mut bytes, 0, self.len);
+        if self.is_keyed() {
+            put_u32(&mut bytes, 3, self.key);
+        }
+        bytes[7] = self.identifier;
+        bytes
+    }
+
+    fn from_bytes(address: u64, bytes: &[u8; 8]) -> Sgl {
+        let sgl = Sgl { address, len: get_u32(bytes, 0), key: 0, identifier: bytes[7] };
+        if sgl.is_keyed() { Sgl { len: sgl.len & 0xff_ffff, key: get_u32(bytes, 3), ..sgl } } else { sgl }
+    }
+
     /// Data within the capsule, right after the command.
     #[must_use]
     pub fn in_capsule(len: u32) -> Sgl {
-        Sgl { address: 0, len, identifier: Sgl::IN_CAPSULE }
+        Sgl { address: 0, len, key: 0, identifier: Sgl::IN_CAPSULE }
     }
 
     /// Data that the transport moves: C2HData, or H2CData after R2T.
     #[must_use]
     pub fn transport(len: u32) -> Sgl {
-        Sgl { address: 0, len, identifier: Sgl::TRANSPORT }
+        Sgl { address: 0, len, key: 0, identifier: Sgl::TRANSPORT }
     }
 }
 
@@ -117,8 +157,7 @@ impl Sqe {
         put_u64(&mut bytes, 8, self.cdw2_3);
         put_u64(&mut bytes, 16, self.mptr);
         put_u64(&mut bytes, 24, self.sgl.address);
-        put_u32(&mut bytes, 32, self.sgl.len);
-        bytes[39] = self.sgl.identifier;
+        bytes[32..40].copy_from_slice(&self.sgl.len_to_bytes());
         for (index, dword) in self.cdw.iter().enumerate() {
             put_u32(&mut bytes, 40 + 4 * index, *dword);
         }
@@ -135,7 +174,7 @@ impl Sqe {
             nsid: get_u32(bytes, 4),
             cdw2_3: get_u64(bytes, 8),
             mptr: get_u64(bytes, 16),
-            sgl: Sgl { address: get_u64(bytes, 24), len: get_u32(bytes, 32), identifier: bytes[39] },
+            sgl: Sgl::from_bytes(get_u64(bytes, 24), &get_array(bytes, 32)),
             cdw: std::array::from_fn(|index| get_u32(bytes, 40 + 4 * index)),
         }
     }

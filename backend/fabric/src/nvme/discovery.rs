@@ -113,7 +113,7 @@ pub struct Entry {
     pub subsystem_nqn: String,
     /// TRADDR: the address, as text.
     pub address: String,
-    /// TSAS byte 0, for TCP SECTYPE: 0 none, 1 TLS.
+    /// TSAS byte 0, for TCP SECTYPE: 0 none, 1 TLS; for RDMA RDMA_QPTYPE.
     pub security: u8,
 }
 
@@ -137,6 +137,10 @@ impl Entry {
         put_nqn(&mut bytes[256..512], &self.subsystem_nqn);
         put_padded(&mut bytes[512..768], &self.address);
         bytes[768] = self.security;
+        if self.transport == TransportType::RDMA {
+            // RDMA_PRTYPE: the network is not said; RDMA_CMS: connections are set up by rdma_cm.
+            (bytes[769], bytes[770]) = (1, 1);
+        }
         bytes
     }
 

@@ -6,6 +6,7 @@
 //! aborted when the target stops, or after [`ABORT_GRACE`].
 
 use super::connection::{Action, Connection};
+use super::rdma::{KEY_COMPLETIONS, KEY_EVENTS, RdmaWire};
 use super::registry::ConnectionRef;
 use super::{ABORT_GRACE, Shared};
 use crate::nvme::features::EVENT_DISCOVERY_CHANGE;
@@ -61,7 +62,32 @@ enum Until {
     AbortedIfNeeded,
 }
 
-/// A connection with its socket.
+/// What a connection's bytes go by.
+enum Wire {
+    Tcp(TcpWire),
+    Rdma(Box<RdmaWire>),
+}
+
+/// A socket, with one receive and one send at a time.
+struct TcpWire {
+    fd: Fd,
+    places: [libc::iovec; 2],
+    message: libc::msghdr,
+    receiving: bool,
+    /// The length of the batch under way.
+    sending: Option<usize>,
+}
+
+impl TcpWire {
+    fn new(fd: Fd) -> TcpWire {
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an all-zero msghdr is one without anything.
+        let message = unsafe { std::mem::zeroed() };
+        TcpWire { fd, places: [empty; 2], message, receiving: false, sending: None }
+    }
+}
+
+/// A connection with its socket or queue pair.
 pub(super) struct Driver {
     shared: Arc<Shared>,
     /// The position of our reactor, while we count among its I/O queues.
@@ -69,17 +95,12 @@ pub(super) struct Driver {
     id: u64,
     /// Known as soon as the reactor has it.
     source: Option<SourceId>,
-    fd: Fd,
+    wire: Wire,
     connection: Connection,
     /// By the connection's lanes.
     channels: Vec<Option<Box<dyn Channel>>>,
     ended: Vec<Completion>,
-    places: [libc::iovec; 2],
-    message: libc::msghdr,
-    receiving: bool,
-    /// The length of the batch under way.
-    sending: Option<usize>,
-    /// The socket is done with.
+    /// The wire is done with.
     ending: bool,
     timer: Option<TimerId>,
 }
@@ -95,21 +116,40 @@ impl Driver {
     ) {
         let me = ConnectionRef { reactor: runtime.handle(), id };
         let connection = Connection::new(Arc::clone(&shared), me, listener, local_address(fd));
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        Driver::start_with(runtime, shared, id, Wire::Tcp(TcpWire::new(fd)), connection, place);
+    }
+
+    /// Takes a queue pair in whose host was let in.
+    pub(super) fn start_rdma(
+        runtime: &Runtime,
+        shared: Arc<Shared>,
+        id: u64,
+        mut wire: RdmaWire,
+        (listener, place, local): (usize, usize, std::net::SocketAddr),
+    ) {
+        let me = ConnectionRef { reactor: runtime.handle(), id };
+        let arena = wire.take_arena().expect("a new queue pair has its payload's memory");
+        let connection = Connection::over_rdma(Arc::clone(&shared), me, listener, Some(local), arena);
+        Driver::start_with(runtime, shared, id, Wire::Rdma(Box::new(wire)), connection, place);
+    }
+
+    fn start_with(
+        runtime: &Runtime,
+        shared: Arc<Shared>,
+        id: u64,
+        wire: Wire,
+        connection: Connection,
+        place: usize,
+    ) {
         let driver = Rc::new(RefCell::new(Driver {
             shared,
             place: Some(place),
             id,
             source: None,
-            fd,
+            wire,
             connection,
             channels: Vec::new(),
             ended: Vec::new(),
-            places: [empty; 2],
-            // SAFETY: an all-zero msghdr is one without anything.
-            message: unsafe { std::mem::zeroed() },
-            receiving: false,
-            sending: None,
             ending: false,
             timer: None,
         }));
@@ -118,6 +158,9 @@ impl Driver {
         local.connections.borrow_mut().insert(id, Rc::clone(&driver));
         let mut this = driver.borrow_mut();
         this.source = Some(source);
+        if let Wire::Rdma(wire) = &mut this.wire {
+            wire.start(runtime, source);
+        }
         this.timer = Some(runtime.timer(source, runtime.now() + CONNECT_TIMEOUT, ALIVE));
         if this.shared.stopping.load(Ordering::Relaxed) {
             this.end(runtime, "the target stops");
@@ -131,28 +174,67 @@ impl Driver {
         for action in self.connection.take_actions() {
             self.act(runtime, action);
         }
-        if !self.ending && self.sending.is_none() {
+        if !self.ending {
+            match &self.wire {
+                Wire::Tcp(_) => self.transmit(runtime),
+                Wire::Rdma(_) => self.move_data(runtime),
+            }
+        }
+        let idle = match &self.wire {
+            Wire::Tcp(wire) => !wire.receiving && wire.sending.is_none(),
+            Wire::Rdma(wire) => wire.is_idle(),
+        };
+        if self.ending && idle && self.connection.is_quiet() {
+            self.gone(runtime);
+        }
+    }
+
+    /// The next send and receive on the socket.
+    fn transmit(&mut self, runtime: &Runtime) {
+        let source = self.source();
+        let Wire::Tcp(wire) = &mut self.wire else { return };
+        if wire.sending.is_none() {
             if let Some((message, len)) = self.connection.poll_transmit() {
-                self.sending = Some(len);
+                wire.sending = Some(len);
                 // SAFETY: the connection keeps header, iovecs and payload until `transmitted`; we keep it until it is quiet.
-                unsafe { runtime.submit(self.source(), SEND, &Op::Sendmsg { fd: self.fd, message }) };
+                unsafe { runtime.submit(source, SEND, &Op::Sendmsg { fd: wire.fd, message }) };
             } else if self.connection.is_over() {
                 // The last words are out.
-                self.end(runtime, "");
+                return self.end(runtime, "");
             }
         }
         let wanted = !self.connection.is_over() && !self.connection.is_congested();
-        if !self.ending && !self.receiving && wanted {
-            let count = self.connection.receive_space(&mut self.places);
-            self.message.msg_iov = self.places.as_mut_ptr();
-            self.message.msg_iovlen = count;
-            self.receiving = true;
-            let op = Op::Recvmsg { fd: self.fd, message: &raw mut self.message };
-            // SAFETY: header and places are boxed with us, and the space is the connection's; all stay while `receiving`.
-            unsafe { runtime.submit(self.source(), RECEIVE, &op) };
+        if !wire.receiving && wanted {
+            let count = self.connection.receive_space(&mut wire.places);
+            wire.message.msg_iov = wire.places.as_mut_ptr();
+            wire.message.msg_iovlen = count;
+            wire.receiving = true;
+            let op = Op::Recvmsg { fd: wire.fd, message: &raw mut wire.message };
+            // SAFETY: header and places are on the heap with us, and the space is the connection's; all stay while `receiving`.
+            unsafe { runtime.submit(source, RECEIVE, &op) };
         }
-        if self.ending && !self.receiving && self.sending.is_none() && self.connection.is_quiet() {
-            self.gone(runtime);
+    }
+
+    /// What has completed on the queue pair, what follows from it at devices, and what is to be posted then.
+    fn move_data(&mut self, runtime: &Runtime) {
+        let connected = self.connection.is_connected();
+        let Wire::Rdma(wire) = &mut self.wire else { return };
+        if let Err(why) = wire.progress(&mut self.connection, runtime.now()) {
+            return self.end(runtime, &why);
+        }
+        if self.connection.is_connected() != connected {
+            self.check_alive(runtime);
+        }
+        self.exchange(runtime);
+        for action in self.connection.take_actions() {
+            self.act(runtime, action);
+        }
+        let Wire::Rdma(wire) = &mut self.wire else { return };
+        if let Err(why) = wire.transmit(&mut self.connection) {
+            return self.end(runtime, &why);
+        }
+        if self.connection.is_over() {
+            self.end(runtime, "");
         }
     }
 
@@ -279,7 +361,7 @@ impl Driver {
                         if is_broken("reset_leaves_connections") {
                         } else if let Until::Closed(why) = until {
                             driver.end(runtime, why);
-                        } else if peer_has_closed(driver.fd) {
+                        } else if driver.peer_has_closed() {
                             driver.end(runtime, "its host has closed it");
                         } else if driver.connection.controller().is_some_and(|c| c.is_closed()) {
                             // Its end is on its way here, and would come too late.
@@ -320,6 +402,14 @@ impl Driver {
     /// Whose connection it is, for people.
     fn host(&self) -> &str {
         self.connection.controller().map_or("an unknown host", |controller| &controller.host.nqn)
+    }
+
+    /// Whether the host is known to have ended the connection, whatever of it is still to be taken in.
+    fn peer_has_closed(&mut self) -> bool {
+        match &mut self.wire {
+            Wire::Tcp(wire) => peer_has_closed(wire.fd),
+            Wire::Rdma(wire) => wire.peer_has_closed(),
+        }
     }
 
     fn source(&self) -> SourceId {
@@ -397,7 +487,11 @@ impl Driver {
         if let Some(timer) = self.timer.take() {
             runtime.cancel_timer(timer);
         }
-        runtime.shutdown(self.fd);
+        let source = self.source();
+        match &mut self.wire {
+            Wire::Tcp(wire) => runtime.shutdown(wire.fd),
+            Wire::Rdma(wire) => wire.close(runtime, source),
+        }
         if !self.connection.is_quiet() {
             self.timer = Some(runtime.timer(self.source(), runtime.now() + self.abort_after(), ABORT));
         }
@@ -435,7 +529,9 @@ impl Driver {
             controller.leave(self.id);
         }
         self.channels.clear();
-        runtime.close(self.fd);
+        if let Wire::Tcp(wire) = &self.wire {
+            runtime.close(wire.fd);
+        }
         runtime.remove_source(self.source());
         runtime.local::<Local>().connections.borrow_mut().remove(&self.id);
         self.shared.forget(self.id);
@@ -483,8 +579,17 @@ impl Source for Driver {
     fn poll(&mut self, runtime: &Runtime, events: &mut Vec<Event>) {
         for event in events.drain(..) {
             match event {
+                Event::Op { key: key @ (KEY_EVENTS | KEY_COMPLETIONS), completed } => {
+                    let source = self.source();
+                    let Wire::Rdma(wire) = &mut self.wire else { continue };
+                    if let Err(why) = wire.handle(runtime, source, key, completed) {
+                        self.end(runtime, &why);
+                    }
+                }
                 Event::Op { key: RECEIVE, completed } => {
-                    self.receiving = false;
+                    if let Wire::Tcp(wire) = &mut self.wire {
+                        wire.receiving = false;
+                    }
                     match usize::try_from(completed.result) {
                         Ok(count) if count > 0 && !self.ending => {
                             let connected = self.connection.is_connected();
@@ -498,7 +603,8 @@ impl Source for Driver {
                     }
                 }
                 Event::Op { key: SEND, completed } => {
-                    let whole = usize::try_from(completed.result).ok() == self.sending.take();
+                    let Wire::Tcp(wire) = &mut self.wire else { continue };
+                    let whole = usize::try_from(completed.result).ok() == wire.sending.take();
                     self.connection.transmitted();
                     if !whole {
                         self.end(runtime, "");
@@ -519,6 +625,20 @@ impl Source for Driver {
             }
         }
         self.go_on(runtime);
+    }
+
+    fn peek(&mut self) -> bool {
+        match &mut self.wire {
+            Wire::Tcp(_) => false,
+            Wire::Rdma(wire) => wire.peek(),
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        match &mut self.wire {
+            Wire::Tcp(_) => false,
+            Wire::Rdma(wire) => wire.arm(),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use crate::nvme::{Sgl, Sqe, features};
 use crate::pool::Budget;
 use crate::tcp::pdu::command_to_bytes;
 use crate::tcp::{Digests, InitRequest};
+use crate::uri::Transport;
 use hawser_block::fake::FakeDevice;
 use hawser_block::{BlockSize, Completion, Geometry, Operation, Outcome, Request, Status};
 use hawser_runtime::{Instant, Reactor, ReactorConfig, ReactorHandle};
@@ -30,7 +31,8 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
     let device = Arc::new(FakeDevice::new(geometry));
     let config = NamespaceConfig { nsid: 1, device, uuid: None };
     let namespaces = vec![Namespace::new(config, NQN, ANA_GROUP)];
-    let port = Port::new(0, ([127, 0, 0, 1], 4420).into(), &[(ANA_GROUP, AnaState::Optimized)]);
+    let port =
+        Port::new(0, (Transport::Tcp, ([127, 0, 0, 1], 4420).into()), &[(ANA_GROUP, AnaState::Optimized)]);
     let subsystem = Subsystem::new(NQN, "fuzz", vec![port], None, namespaces);
     Arc::new(Shared {
         subsystems: vec![Arc::new(subsystem)],

@@ -1,10 +1,10 @@
-//! Our NVMe/TCP target: devices of this process for other hosts.
+//! Our NVMe-oF target, over TCP and RDMA: devices of this process for other hosts.
 //!
 //! Owns: subsystems, the controllers that hosts make, connections. Must not know: volumes, who made the devices.
 //!
 //! ```text
 //!   listener ──► connections, spread over the reactors ──► a channel per namespace ──► device
-//!                 driver: one receive, one send at a time, many PDUs in each
+//!                 driver: TCP: one receive, one send at a time, many PDUs in each; rdma: work requests, completions
 //!                 connection: the protocol, without a socket
 //!   registry: controllers by host, shared by all reactors, never on a command's way
 //! ```
@@ -20,10 +20,12 @@ mod connection;
 mod driver;
 pub mod fuzz;
 mod keeper;
+mod listener;
 mod namespace;
 #[cfg(test)]
 mod peer;
 mod port;
+mod rdma;
 mod registry;
 mod reservations;
 #[cfg(test)]
@@ -33,10 +35,12 @@ mod uuid;
 use crate::nvme::ana::AnaState;
 use crate::nvme::{DISCOVERY_NQN, nqn_is_valid, properties};
 use crate::pool::{Budget, BufferPool};
+use crate::uri::Transport;
 use driver::Driver;
 use hawser_block::Device;
 use hawser_runtime::{Fd, ReactorHandle, Runtime};
 use keeper::Keeper;
+use listener::RdmaListener;
 use namespace::Namespace;
 use port::Port;
 use registry::{ConnectionRef, Subsystem};
@@ -173,6 +177,8 @@ pub struct SubsystemConfig {
     pub nqn: String,
     /// Where it listens; port 0 takes a free one.
     pub listen: Vec<SocketAddr>,
+    /// What carries commands at each of these; TCP where it does not say.
+    pub transports: Vec<Transport>,
     /// The NQNs of the hosts that may connect; `None`: any.
     pub allowed_hosts: Option<Vec<String>>,
     /// Its serial number, at most 20 characters.
@@ -304,6 +310,13 @@ impl Shared {
     /// Takes a new connection in, where the fewest I/O queues are: a host often has one and an admin queue, and taking
     /// turns would put all that matter on the same reactor.
     fn accepted(self: &Arc<Self>, runtime: &Runtime, fd: Fd, listener: usize) {
+        let Some((id, at)) = self.admit() else { return runtime.close(fd) };
+        let shared = Arc::clone(self);
+        self.places[at].reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, (listener, at)));
+    }
+
+    /// Makes room for a new connection: its ID, and where its reactor is; `None`: it is not taken in.
+    fn admit(self: &Arc<Self>) -> Option<(u64, usize)> {
         let at = (0..self.places.len())
             .min_by_key(|at| self.places[*at].io_queues.load(Ordering::Relaxed))
             .expect("a target runs on at least one reactor");
@@ -325,8 +338,7 @@ impl Shared {
             if let Some(why) = refusal {
                 drop((connections, strangers));
                 self.refused(&why);
-                runtime.close(fd);
-                return;
+                return None;
             }
             oldest = if strangers.len() >= STRANGERS_MAX { strangers.pop_first() } else { None };
             connections.insert(id, reactor.clone());
@@ -337,8 +349,16 @@ impl Shared {
             driver::tell(&ConnectionRef { reactor, id }, |driver, runtime| driver.end_stranger(runtime));
         }
         io_queues.fetch_add(1, Ordering::Relaxed);
-        let shared = Arc::clone(self);
-        reactor.run(move |runtime| Driver::start(runtime, shared, id, fd, (listener, at)));
+        Some((id, at))
+    }
+
+    /// What was admitted did not come to be.
+    fn expel(&self, id: u64, at: usize, why: &str) {
+        self.places[at].io_queues.fetch_sub(1, Ordering::Relaxed);
+        self.forget(id);
+        if let Some(count) = self.strays.add() {
+            log::info!("target: a connection came to nothing: {why}; {count} such connections so far");
+        }
     }
 
     /// A connection was not taken in.
@@ -370,6 +390,8 @@ enum Listening {
     Bound(Arc<OwnedFd>),
     /// The simulator's, which outlives us.
     Simulated(Fd),
+    /// rdma_cm's, which its task has; told when that shall end.
+    Rdma(Arc<RdmaListener>),
 }
 
 impl Listening {
@@ -377,6 +399,7 @@ impl Listening {
         match self {
             Listening::Bound(fd) => Fd(fd.as_raw_fd()),
             Listening::Simulated(fd) => *fd,
+            Listening::Rdma(listener) => Fd(listener.fd),
         }
     }
 }
@@ -441,7 +464,7 @@ impl Target {
         mut listen: impl FnMut(SocketAddr) -> std::io::Result<(SocketAddr, Listening)>,
     ) -> Result<Target, String> {
         assert!(!reactors.is_empty(), "a target runs on at least one reactor");
-        let mut bound: Vec<(SocketAddr, Listening)> = Vec::new();
+        let mut bound: Vec<(Transport, SocketAddr, Listening)> = Vec::new();
         let mut listeners: Vec<Vec<usize>> = Vec::new();
         let mut made: Vec<Arc<Subsystem>> = Vec::new();
         for config in subsystems {
@@ -456,15 +479,25 @@ impl Target {
             }
             let mut ports = Vec::new();
             for (port, address) in config.listen.iter().enumerate() {
+                let transport = config.transports.get(port).copied().unwrap_or_default();
                 // Port 0 is a port of its own each time; else subsystems may share a listener.
-                let known = bound.iter().position(|(other, _)| address.port() != 0 && other == address);
+                let known = bound
+                    .iter()
+                    .position(|(by, other, _)| address.port() != 0 && *by == transport && other == address);
                 let at = match known {
                     Some(at) => at,
                     None => {
-                        let listening = listen(*address).map_err(|error| {
-                            format!("{}: cannot listen on {address}: {error}", config.nqn)
-                        })?;
-                        bound.push(listening);
+                        let cannot =
+                            |why: String| format!("{}: cannot listen on {address}: {why}", config.nqn);
+                        let (address, listening) = match transport {
+                            Transport::Tcp => listen(*address).map_err(|error| cannot(error.to_string()))?,
+                            Transport::Rdma => {
+                                let (port, listener) = RdmaListener::bind(address).map_err(cannot)?;
+                                let address = SocketAddr::new(address.ip(), port);
+                                (address, Listening::Rdma(Arc::new(listener)))
+                            }
+                        };
+                        bound.push((transport, address, listening));
                         listeners.push(Vec::new());
                         bound.len() - 1
                     }
@@ -472,7 +505,7 @@ impl Target {
                 listeners[at].push(made.len());
                 let states: Vec<_> =
                     groups.iter().map(|group| (*group, ana.state_of(nqn, port, *group))).collect();
-                ports.push(Port::new(at, bound[at].0, &states));
+                ports.push(Port::new(at, (bound[at].0, bound[at].1), &states));
             }
             let SubsystemConfig { nqn, allowed_hosts, serial, namespaces, .. } = config;
             let namespace = |config: NamespaceConfig| {
@@ -522,11 +555,16 @@ impl Target {
         }
         let target = Target {
             shared,
-            listening: bound.into_iter().map(|(_, listening)| listening).collect(),
+            listening: bound.iter().map(|(.., listening)| listening.clone()).collect(),
             acceptor: reactors[0].clone(),
         };
-        for (index, listener) in target.listening.iter().enumerate() {
-            target.accept(index, listener.clone());
+        for (index, (_, address, listener)) in bound.into_iter().enumerate() {
+            match listener {
+                Listening::Rdma(listener) => {
+                    listener.accept(&target.shared, &target.acceptor, (index, address))
+                }
+                listener => target.accept(index, listener),
+            }
         }
         Ok(target)
     }
@@ -611,9 +649,13 @@ impl Target {
     fn begin_stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         for listening in &self.listening {
-            if let Listening::Bound(listener) = listening {
+            match listening {
                 // SAFETY: plain system call on a descriptor of ours; it makes the accept under way end.
-                unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+                Listening::Bound(listener) => unsafe {
+                    libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR);
+                },
+                Listening::Simulated(_) => {}
+                Listening::Rdma(listener) => listener.stop(),
             }
         }
         for connection in self.shared.connection_refs() {

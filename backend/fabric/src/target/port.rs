@@ -2,6 +2,7 @@
 
 use super::namespace::Namespace;
 use crate::nvme::ana::{AnaGroup, AnaLog, AnaState};
+use crate::uri::Transport;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -26,6 +27,7 @@ pub(super) struct Port {
     /// The listener, as the target counts them.
     pub(super) listener: usize,
     pub(super) address: SocketAddr,
+    pub(super) transport: Transport,
     /// In rising order of their IDs; at least one.
     pub(super) groups: Vec<Arc<PortGroup>>,
     /// How often the state of any has changed.
@@ -34,13 +36,17 @@ pub(super) struct Port {
 
 impl Port {
     /// With groups and the state that each begins with.
-    pub(super) fn new(listener: usize, address: SocketAddr, groups: &[(u32, AnaState)]) -> Arc<Port> {
+    pub(super) fn new(
+        listener: usize,
+        (transport, address): (Transport, SocketAddr),
+        groups: &[(u32, AnaState)],
+    ) -> Arc<Port> {
         let group = |(id, state): &(u32, AnaState)| {
             let (state, changes) = (AtomicU8::new(state.to_u8()), AtomicU64::new(1));
             Arc::new(PortGroup { id: *id, state, changes })
         };
         let groups = groups.iter().map(group).collect();
-        Arc::new(Port { listener, address, groups, changes: AtomicU64::new(1) })
+        Arc::new(Port { listener, address, transport, groups, changes: AtomicU64::new(1) })
     }
 
     pub(super) fn group(&self, id: u32) -> Option<&Arc<PortGroup>> {

@@ -18,6 +18,7 @@ use crate::nvme::bytes::low32;
 use crate::nvme::cross_reset::ControllerInstance;
 use crate::nvme::properties;
 use crate::nvme::vendor::CacheIdentity;
+use crate::uri::Transport;
 use hawser_block::Geometry;
 use hawser_runtime::{Instant, ReactorHandle};
 use std::collections::BTreeMap;
@@ -455,6 +456,11 @@ impl Controller {
         controller.heard(now);
         lock(&controller.state).connections.push((0, admin));
         Arc::new(controller)
+    }
+
+    /// Whether its host came in over RDMA.
+    pub(super) fn is_rdma(&self) -> bool {
+        self.port.as_ref().is_some_and(|port| port.transport == Transport::Rdma)
     }
 
     /// How well the namespaces of an ANA group can be reached through it.

@@ -70,6 +70,7 @@ impl Rig {
         let config = SubsystemConfig {
             nqn: NQN.to_owned(),
             listen: vec!["127.0.0.1:0".parse().unwrap(); addresses],
+            transports: Vec::new(),
             allowed_hosts,
             serial: "S-1".to_owned(),
             namespaces,
@@ -717,6 +718,7 @@ fn a_wrong_configuration_is_one_line() {
     let config = |nqn: &str, serial: &str, nsids: &[u32]| SubsystemConfig {
         nqn: nqn.to_owned(),
         listen: vec!["127.0.0.1:0".parse().unwrap()],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: serial.to_owned(),
         namespaces: nsids

@@ -217,6 +217,7 @@ impl Cast {
         let subsystem = SubsystemConfig {
             nqn: NQN.to_owned(),
             listen: self.targets[index].addresses.clone(),
+            transports: Vec::new(),
             allowed_hosts: None,
             serial: "sim".to_owned(),
             namespaces: vec![NamespaceConfig {

@@ -91,6 +91,8 @@ pub(crate) struct Cast {
     pub(crate) freed_at: Instant,
     /// A member's power was lost, and the pool may not know yet.
     pub(crate) doubtful_until: Instant,
+    /// The pool was refused, rightly, and that is the end.
+    pub(crate) is_half_written: bool,
 }
 
 impl Drop for Cast {
@@ -135,6 +137,7 @@ impl Cast {
             keeps_dead: false,
             freed_at: Instant::default(),
             doubtful_until: Instant::default(),
+            is_half_written: false,
             plan,
         };
         for _ in 0..cast.plan.members {

@@ -41,6 +41,7 @@ pub(crate) fn strike(cast: &mut Cast, event: Event) -> Result<(), String> {
         Event::Back => back(cast),
         Event::BackEmpty => back_empty(cast),
         Event::Replace => replace(cast),
+        Event::AbortReplace => abort_replace(cast),
         Event::Spare => {
             let waiting = cast.pool.as_ref().map(|pool| {
                 let view = pool.view();
@@ -187,7 +188,8 @@ fn heal(cast: &mut Cast, at: usize) {
 fn is_taken(cast: &Cast, at: usize) -> bool {
     let Some(pool) = &cast.pool else { return false };
     let state = cast.state_of(&pool.view(), cast.members[at].disk.name());
-    matches!(state, Some(MemberState::InSync | MemberState::Syncing | MemberState::Spare))
+    let taken = [MemberState::InSync, MemberState::Syncing, MemberState::Spare, MemberState::Replacing];
+    state.is_some_and(|state| taken.contains(&state))
 }
 
 /// Disks that are well, and that the pool does not use, are given back to it.
@@ -211,9 +213,11 @@ pub(crate) fn fill_places(cast: &mut Cast) {
     let view = pool.view();
     let is_gone = |member: &&MemberView| {
         let is_strange = member.why == "another device than it was";
-        member.place.is_some() && (member.device.is_none() || is_strange)
+        let is_place = member.place.is_some() && member.state != MemberState::Replacing;
+        is_place && (member.device.is_none() || is_strange)
     };
-    let missing = view.members.iter().find(is_gone);
+    let leaves = cast.replacement().and_then(|new| new.place);
+    let missing = view.members.iter().filter(is_gone).find(|member| member.place != leaves);
     let has_more = (0..cast.members.len()).any(|at| {
         let member = &cast.members[at];
         let is_listed = view.members.iter().any(|it| it.device.as_deref() == Some(member.disk.name()));
@@ -237,7 +241,8 @@ fn back(cast: &mut Cast) {
 fn back_empty(cast: &mut Cast) {
     let dead = |cast: &Cast, at: usize| cast.members[at].health == Health::Dead && !is_taken(cast, at);
     let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
-    let Some(at) = choose(cast, dead) else { return };
+    // Its replacement takes its place.
+    let Some(at) = choose(cast, dead).filter(|_| cast.replacement().is_none()) else { return };
     let disk = Arc::clone(&cast.members[at].disk);
     cast.members_change();
     disk.state().wipe();
@@ -281,14 +286,31 @@ fn add(cast: &mut Cast, what: &str, ask: impl FnOnce(&Pool, Arc<dyn Device>) -> 
 }
 
 fn replace(cast: &mut Cast) {
-    if !cast.plan.is_redundant() || !cast.asks.is_empty() {
+    if !cast.asks.is_empty() || cast.replacement().is_some() || cast.pool.is_none() {
         return;
     }
+    let is_redundant = cast.plan.is_redundant();
     // A good one, or one that is dead while the others are good.
-    let Some(at) = choose(cast, |cast, at| cast.can_lose(at) && !is_spare(cast, at)) else { return };
+    let can_go = |cast: &Cast, at: usize| match is_redundant {
+        true => cast.can_lose(at) && !is_spare(cast, at),
+        false => cast.members[at].health == Health::Good && is_taken(cast, at),
+    };
+    let Some(at) = choose(cast, can_go) else { return };
     let name = name_or_place(cast, &cast.members[at].name());
     cast.members[at].is_leaving = true;
     add(cast, &format!("replace {name} by"), |pool, device| Box::pin(pool.replace(&name, device, false)));
+}
+
+fn abort_replace(cast: &mut Cast) {
+    let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
+    let Some(new) = cast.replacement() else { return };
+    cast.count("replacements_given_up");
+    for member in &mut cast.members {
+        member.is_leaving = false;
+        member.is_new |= Some(member.disk.name()) == new.device.as_deref();
+    }
+    // It may be over just now.
+    cast.asks.push(("abort_replace".to_owned(), true, Box::pin(pool.abort_replace())));
 }
 
 fn is_spare(cast: &Cast, at: usize) -> bool {
@@ -485,6 +507,19 @@ pub(crate) fn mend_faulty(cast: &mut Cast) {
     }
 }
 
+/// Disks of which the pool does not know yet that they fail do not.
+pub(crate) fn heal_unnoticed(cast: &mut Cast) {
+    let view = cast.pool.as_ref().map(Pool::view);
+    for at in 0..cast.members.len() {
+        let name = cast.members[at].name();
+        let state = view.as_ref().and_then(|view| cast.state_of(view, &name));
+        let is_out = matches!(state, Some(MemberState::Stale | MemberState::Missing | MemberState::Spare));
+        if cast.members[at].health != Health::Good && !cast.members[at].is_retired && !is_out {
+            heal(cast, at);
+        }
+    }
+}
+
 /// Disks that were dead are there again.
 pub(crate) fn heal_dead(cast: &mut Cast) {
     for at in 0..cast.members.len() {
@@ -505,7 +540,10 @@ pub(crate) fn heal_all(cast: &mut Cast) {
             state.set_latency(Duration::from_micros(50));
             state.stuck_permille = 0;
         }
-        let keeps_media = cast.plan.is_redundant() && !cast.members[at].disk.state().media_errors.is_empty();
+        // Who is out cannot even say who it is, if that is what cannot be read.
+        let is_used = is_taken(cast, at);
+        let keeps_media =
+            is_used && cast.plan.is_redundant() && !cast.members[at].disk.state().media_errors.is_empty();
         if cast.members[at].health != Health::Good {
             let media = keeps_media.then(|| cast.members[at].disk.state().media_errors.clone());
             heal(cast, at);

@@ -261,7 +261,9 @@ impl Guest {
         rules.ended += 1;
         rules.failed += u64::from(!ok);
         rules.verified += u64::from(busy.is_verify && ok);
-        let lacks_space = outcome == Err(Status::NoSpace) && operation.is_write() && rules.may_lack_space;
+        // Who gives back needs no room.
+        let takes = operation.is_write() && operation != Operation::Discard;
+        let lacks_space = outcome == Err(Status::NoSpace) && takes && rules.may_lack_space;
         rules.no_space += u64::from(lacks_space);
         let may_fail = rules.may_fail || lacks_space;
         drop(rules);

@@ -26,7 +26,10 @@ pub(crate) struct Limits {
 /// What was broken.
 pub(crate) fn happen(plan: Plan, limits: &Limits) -> Result<Seen, String> {
     let mut cast = Cast::new(plan);
-    let result = catch_unwind(AssertUnwindSafe(|| happen_to(&mut cast, limits)));
+    let result = catch_unwind(AssertUnwindSafe(|| match happen_to(&mut cast, limits) {
+        Err(_) if cast.is_half_written => Ok(Seen { trace: cast.world.trace(), counts: counts(&cast) }),
+        result => result,
+    }));
     let result = result.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
@@ -175,7 +178,7 @@ fn mend(cast: &mut Cast) -> Result<(), String> {
 
 /// All members have all the data.
 fn whole(cast: &mut Cast) -> Result<(), String> {
-    if !cast.plan.is_redundant() {
+    if !cast.plan.is_redundant() && cast.replacement().is_none() {
         return Ok(());
     }
     let mut asked_at = cast.world.now();

@@ -20,6 +20,23 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("resync_without_window", "members", 4000),
     mutation("tail_skipped", "kills", 2000),
     mutation("stale_member_read", "members", 2000),
+    mutation("parity_write_unlogged", "parity", 4000),
+    mutation("parity_log_after_data", "parity", 4000),
+    mutation("parity_log_not_replayed", "parity", 4000),
+    mutation("parity_released_unflushed", "parity", 4000),
+    mutation("parity_released_in_memory_only", "parity", 4000),
+    mutation("parity_log_kept_over_rejoin", "parity", 4000),
+    mutation("stripe_changed_by_two", "parity", 4000),
+    mutation("degraded_read_without_lock", "parity", 4000),
+    mutation("unsynced_parity_trusted", "parity", 4000),
+    mutation("fresh_parity_trusted", "parity", 4000),
+    mutation("zeroes_not_written", "parity", 4000),
+    mutation("fresh_beside_others", "parity", 4000),
+    mutation("invalid_units_not_durable", "parity", 4000),
+    mutation("discard_before_durable", "full", 4000),
+    mutation("replacement_failure_ignored", "replace", 4000),
+    mutation("replacement_without_barrier", "replace", 4000),
+    mutation("replacement_swapped_early", "replace", 4000),
 ];
 
 /// From now on this thread's histories break this promise.

@@ -38,6 +38,8 @@ pub(crate) enum Event {
     BackEmpty,
     /// A good member is replaced by a new disk.
     Replace,
+    /// It is not, after all.
+    AbortReplace,
     /// A spare waits.
     Spare,
     /// Members are compared.
@@ -58,12 +60,12 @@ pub(crate) enum Event {
 }
 
 use Event::{
-    Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep, Media, Pause,
-    Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
+    AbortReplace, Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep,
+    Media, Pause, Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 10] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -87,6 +89,41 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
     ("full", &[Fill, Fill, Fill, Slow, Delete, Snapshot, Create, Cut, CutAtStep, KillAtStep, Sync, Grow]),
     ("split", &[Kill, Cut, Dies, Back, Split]),
     (
+        "parity",
+        &[
+            Cut, CutAtStep, CutAtStep, Kill, KillAtStep, Dies, Dies, Errs, Slow, Power, Media, Back, Replace,
+            Scrub, Snapshot,
+        ],
+    ),
+    (
+        "replace",
+        &[
+            Replace,
+            Replace,
+            Replace,
+            Replace,
+            AbortReplace,
+            Pause,
+            Pause,
+            Dies,
+            Errs,
+            Slow,
+            Power,
+            Media,
+            Back,
+            Back,
+            Kill,
+            KillAtStep,
+            KillAtStep,
+            Cut,
+            CutAtStep,
+            CutAtStep,
+            Reopen,
+            Reopen,
+            Snapshot,
+        ],
+    ),
+    (
         "all",
         &[
             Cut,
@@ -107,6 +144,7 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 8] = [
             Back,
             BackEmpty,
             Replace,
+            AbortReplace,
             Spare,
             Scrub,
             Grow,
@@ -137,6 +175,7 @@ pub(crate) struct Plan {
     pub(crate) extent_bytes: u64,
     pub(crate) region_bytes: u64,
     pub(crate) log_bytes: u64,
+    pub(crate) parity_log_bytes: u64,
     pub(crate) metadata_bytes: u64,
     pub(crate) tail_bytes: usize,
     /// Reactors besides the owner's.
@@ -146,6 +185,8 @@ pub(crate) struct Plan {
     pub(crate) volume_bytes: u64,
     pub(crate) habits: Habits,
     pub(crate) no_space: NoSpacePolicy,
+    /// Members are told what is free.
+    pub(crate) discards: bool,
     pub(crate) intent_idle: Duration,
     pub(crate) spare_delay: Duration,
     pub(crate) sync_bytes_per_second: u64,
@@ -154,9 +195,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Whether every block is there twice.
+    /// Whether every block is there twice, or can be computed.
     pub(crate) fn is_redundant(&self) -> bool {
-        matches!(self.level, Level::Raid1 | Level::Raid10)
+        self.level.is_redundant()
+    }
+
+    pub(crate) fn has_parity(&self) -> bool {
+        matches!(self.level, Level::Raid5 | Level::Raid6)
     }
 }
 
@@ -166,13 +211,21 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     let drawn = random.index(SCENARIOS.len() + 3).min(SCENARIOS.len() - 1);
     let named = scenario.and_then(|name| SCENARIOS.iter().position(|(other, _)| *other == name));
     let (scenario, choice) = SCENARIOS[named.unwrap_or(drawn)];
-    let (mut level, mut members) = match random.below(10) {
+    let (mut level, mut members) = match random.below(16) {
         0 => (Level::Linear, 1 + random.index(3)),
         1..3 => (Level::Raid0, 2 + random.index(3)),
         3..7 => (Level::Raid1, 2 + random.index(3).min(random.index(3))),
-        _ => (Level::Raid10, 2 + random.index(4)),
+        7..10 => (Level::Raid10, 2 + random.index(4)),
+        10..13 => (Level::Raid5, 3 + random.index(3)),
+        _ => (Level::Raid6, 4 + random.index(3)),
     };
-    if scenario == "members" && !matches!(level, Level::Raid1 | Level::Raid10) && random.chance(700) {
+    if scenario == "parity" {
+        (level, members) = match random.chance(500) {
+            true => (Level::Raid5, 3 + random.index(3)),
+            false => (Level::Raid6, 4 + random.index(3)),
+        };
+    }
+    if scenario == "members" && !level.is_redundant() && random.chance(700) {
         level = Level::Raid1;
         members = members.max(2);
     }
@@ -183,7 +236,8 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     let strip_bytes = 4096u32 << random.below(5);
     let extent_bytes = (64u64 << 10) << random.below(5).min(random.below(5));
     let is_full = scenario == "full";
-    let member_bytes = (5u64 << 20) + (random.below(if is_full { 2 << 20 } else { 5 << 20 }) & !0xfff);
+    let member_bytes = (if level.parities() > 0 { 6u64 } else { 5 } << 20)
+        + (random.below(if is_full { 2 << 20 } else { 5 << 20 }) & !0xfff);
     let count = 2 + random.index(12);
     let mut events: Vec<Event> = (0..count).map(|_| choice[random.index(choice.len())]).collect();
     if scenario == "split" {
@@ -225,6 +279,7 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         extent_bytes,
         region_bytes: (64 << 10) << random.below(4),
         log_bytes: [16u64 << 10, 64 << 10, 64 << 10][random.index(3)],
+        parity_log_bytes: (64u64 << 10) << random.below(5),
         metadata_bytes,
         tail_bytes: (64 << 10) << random.below(2),
         lanes: 1 + random.index(2),
@@ -236,5 +291,6 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         spare_delay: Duration::from_millis([10, 500][random.index(2)]),
         sync_bytes_per_second: [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)],
         has_cache_identity: random.chance(700),
+        discards: random.chance(500),
     }
 }

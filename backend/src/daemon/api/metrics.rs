@@ -62,7 +62,7 @@ const RINGS: [RingsCounter; 8] = [
 ];
 
 /// All states of a member: one that nobody is in is 0, not away.
-const MEMBER_STATES: [&str; 5] = ["in_sync", "syncing", "stale", "missing", "spare"];
+const MEMBER_STATES: [&str; 6] = ["in_sync", "syncing", "stale", "missing", "spare", "replacing"];
 
 /// Everything, as text.
 pub(super) fn text(daemon: &Daemon) -> String {

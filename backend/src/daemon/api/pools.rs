@@ -39,6 +39,10 @@ pub(super) async fn route(
             let (pool, replace): (_, Replace) = ((*pool).to_owned(), body(request).await?);
             Ok(json(ok, &change(move || daemon.replace_member(&pool, &replace)).await?))
         }
+        ["pools", pool, "replace"] if method == Method::DELETE => {
+            let pool = (*pool).to_owned();
+            Ok(json(ok, &change(move || daemon.abort_replace(&pool)).await?))
+        }
         ["pools", pool, "grow"] if post => {
             let (pool, add): (_, AddDevices) = ((*pool).to_owned(), body(request).await?);
             Ok(json(ok, &change(move || daemon.grow_pool(&pool, &add)).await?))

@@ -177,7 +177,7 @@ pub struct DeviceView {
     pub uuid: Option<String>,
     /// How each of its paths is doing; none where there is but the device itself.
     pub paths: Vec<PathView>,
-    /// How it was told to behave, of `nvme+tcp:` devices: `io_policy` and `on_cache_doubt`.
+    /// How it was told to behave, of `nvme+tcp:` and `nvme+rdma:` devices: `io_policy`, `on_cache_doubt`, `rdma_keys`.
     pub settings: BTreeMap<String, String>,
     /// What only its kind of device counts: `bounced_requests` of a `file:`, those that were copied because the guest's
     /// memory was not aligned as direct I/O wants it.

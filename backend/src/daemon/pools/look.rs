@@ -171,7 +171,7 @@ impl Shared {
         };
         let policy = self.config.pool(&name);
         let until = entry.since + Duration::from_secs(u64::from(policy.assemble_timeout));
-        let missing = entry.found.missing_line();
+        let missing = entry.found.missing_line().or_else(|| entry.found.replacement_line());
         if let Some(missing) = &missing
             && until > now
         {
@@ -327,6 +327,12 @@ impl Shared {
             }
         }
         let members: Vec<Name> = entry.found.devices.iter().map(|(name, ..)| name.clone()).collect();
+        let is_complete = !entry.lacks_device();
+        // Who asks for a change may be about to give it more.
+        if is_complete && self.asks.is_idle(&name) {
+            state.tasks += usize::from(self.let_go(entry, &view));
+        }
+        self.see_reserved(state, uuid, &view, now);
         for known in state.devices.iter_mut().filter(|known| members.contains(&known.name)) {
             // Those that it has it looks after itself.
             if view.members.iter().any(|member| member.device.as_deref() == Some(known.name.as_str())) {
@@ -342,6 +348,11 @@ impl Shared {
                 continue;
             }
             known.again = (now + wait, (wait * 2).min(RETRY_MAX));
+            if is_complete {
+                // It was replaced, and may not say any more that it is a member.
+                known.knowledge = Knowledge::Unknown;
+                continue;
+            }
             state.tasks += 1;
             let (shared, device, pool) = (Arc::clone(self), Arc::clone(&known.device), pool.clone());
             let first = wait == RETRY_MIN;
@@ -366,6 +377,37 @@ impl Shared {
             });
         }
         Some(next)
+    }
+
+    /// Ends the reservations of devices that were replaced; whether there are any.
+    fn let_go(self: &Arc<Self>, entry: &mut Entry, view: &pool::PoolView) -> bool {
+        let Phase::Open(open) = &mut entry.phase else { return false };
+        let is_member = |device: &Arc<dyn Device>| {
+            view.members.iter().any(|member| member.device.as_deref() == Some(device.name()))
+        };
+        let replaced: Vec<Arc<dyn Device>> =
+            open.reserved.extract_if(.., |device| !is_member(device)).collect();
+        if replaced.is_empty() {
+            return false;
+        }
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            let left = blocking({
+                let shared = Arc::clone(&shared);
+                move || {
+                    let identity = host::identity(&shared.config.host, &shared.config.daemon.state_dir)?;
+                    replaced.iter().for_each(|device| reserve::leave(device.as_ref(), &identity.id.0));
+                    Ok(())
+                }
+            });
+            // It has said so itself.
+            let _ = left.await;
+            let mut state = shared.state();
+            state.tasks = state.tasks.saturating_sub(1);
+            drop(state);
+            shared.tell();
+        });
+        true
     }
 
     async fn add(&self, pool: &Pool, device: Arc<dyn Device>) -> Result<Vec<Arc<dyn Device>>, String> {

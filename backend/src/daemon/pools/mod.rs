@@ -12,9 +12,11 @@
 //! All of it is decided on one thread, `pools`, which is the only one that waits for devices, targets and pools here; others read
 //! what is known under a lock that nobody holds while waiting.
 
+mod asks;
 mod close;
 mod look;
 pub(crate) mod past;
+mod reserved;
 mod state;
 
 pub(super) use state::Absent;
@@ -23,13 +25,15 @@ use super::run_state;
 use crate::assemble::late::LateDevice;
 use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{PoolView, VolumeView};
+use asks::Asks;
 use hawser_block::Device;
 use hawser_config::Config;
 use hawser_config::value::{Name, VolumePath};
 use hawser_runtime::ReactorHandle;
 use hawser_volume::pool::Pool;
-use state::{Entry, Knowledge, Known, Phase, State, Wanted, is_reached, lack_of};
+use state::{Entry, Knowledge, Known, Phase, Reservation, State, Wanted, is_reached, lack_of};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -64,6 +68,7 @@ pub(super) struct Shared {
     wake: Notify,
     /// Something has changed that others may wait for.
     changed: Condvar,
+    asks: Asks,
 }
 
 /// Devices that a change has for itself; they are looked at anew when it is over.
@@ -97,6 +102,8 @@ impl Pools {
             device,
             taken: false,
             knowledge: Knowledge::Unknown,
+            changes: Arc::default(),
+            reservation: Reservation::default(),
             again: (now, RETRY_MIN),
         };
         let devices = devices.map(known).collect();
@@ -108,6 +115,7 @@ impl Pools {
             state: Mutex::new(state),
             wake: Notify::new(),
             changed: Condvar::new(),
+            asks: Asks::default(),
         };
         Pools { shared: Arc::new(shared), thread: Mutex::default() }
     }
@@ -118,8 +126,9 @@ impl Pools {
     /// When there is no thread to be had: one line.
     pub(super) fn start(&self) -> Result<(), String> {
         for known in &self.shared.state().devices {
-            let shared = Arc::downgrade(&self.shared);
+            let (shared, changes) = (Arc::downgrade(&self.shared), Arc::clone(&known.changes));
             known.device.subscribe(Box::new(move || {
+                changes.fetch_add(1, Ordering::Relaxed);
                 if let Some(shared) = shared.upgrade() {
                     shared.wake.notify_one();
                 }
@@ -181,6 +190,11 @@ impl Pools {
             Some(Entry { phase: Phase::Open(open), .. }) => Ok(open.pool.clone()),
             Some(entry) => Err(Lack::Conflict(entry.not_open())),
         }
+    }
+
+    /// Who waits for pools.
+    pub(super) fn asks(&self) -> &Asks {
+        &self.shared.asks
     }
 
     /// Whether there is a pool called `name`, open or not.

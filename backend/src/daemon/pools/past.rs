@@ -99,6 +99,7 @@ mod tests {
             uuid: [1; 16],
             member_uuids: vec![[1; 16]],
             spare_uuids: Vec::new(),
+            replacement: None,
             opened_by: None,
         };
         assert_eq!(is_older(folder.path(), &label(0, 0)), None, "never seen");

@@ -10,6 +10,7 @@ use hawser_config::{DeviceConfig, Placed};
 use hawser_volume::pool::{Label, Pool};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -52,8 +53,20 @@ pub(super) struct Known {
     /// A change is under way that gives it to a pool.
     pub(super) taken: bool,
     pub(super) knowledge: Knowledge,
+    /// Raised whenever it says that it has changed.
+    pub(super) changes: Arc<AtomicU64>,
+    pub(super) reservation: Reservation,
     /// When it is next given back to its pool, and how long it is waited for after that.
     pub(super) again: (Instant, Duration),
+}
+
+/// When it was last seen that a member is reserved for us.
+#[derive(Default)]
+pub(super) struct Reservation {
+    /// As of which of its changes, and when; `None`: never, or it could not be told.
+    pub(super) seen: Option<(u64, Instant)>,
+    /// It is being looked at.
+    pub(super) is_asked: bool,
 }
 
 pub(super) enum Knowledge {
@@ -112,6 +125,11 @@ impl Entry {
         })
     }
 
+    /// Whether it is open, and lacks the device of a member or spare.
+    pub(super) fn lacks_device(&self) -> bool {
+        self.pool().is_some_and(|pool| pool.view().members.iter().any(|member| member.device.is_none()))
+    }
+
     pub(super) fn not_open(&self) -> String {
         let why = if self.trouble.is_empty() { "it is being opened" } else { &self.trouble };
         format!("pool {} is not open yet: {why}", self.found.label.pool)
@@ -143,7 +161,11 @@ impl State {
         if let Some(entry) = self.pools.values().find(|entry| entry.has(device)) {
             return Some(entry);
         }
-        let found = |entry: &&Entry| entry.found.devices.iter().any(|(name, ..)| name == device);
+        // One that is open and has all of its own was replaced where it says that it is a member.
+        let is_possible = |entry: &Entry| entry.pool().is_none() || entry.lacks_device();
+        let found = |entry: &&Entry| {
+            entry.found.devices.iter().any(|(name, ..)| name == device) && is_possible(entry)
+        };
         match (&known.knowledge, self.pools.values().find(found)) {
             (Knowledge::Nothing, _) | (_, None) => None,
             (_, entry) => entry,

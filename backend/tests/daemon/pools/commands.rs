@@ -134,9 +134,10 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
         (
             "pool create p1 --raid raid7 d2 d3",
             2,
-            "--raid: \"raid7\" is no RAID level, want linear, raid0, raid1 or raid10",
+            "--raid: \"raid7\" is no RAID level, want linear, raid0, raid1, raid10, raid5 or raid6",
         ),
-        ("pool create p1 --raid raid5 d2 d3 d4", 2, "--raid: \"raid5\" cannot be made yet"),
+        ("pool create p1 --raid raid5 d2 d3", 2, "raid5 has 3 to 32 members, and 2 are given"),
+        ("pool create p1 --raid raid6 d2 d3 d4", 2, "raid6 has 4 to 32 members, and 3 are given"),
         ("pool create p1 --raid raid1 d2 tiny", 2, "tiny"),
         ("pool create p1 --raid raid1 d2 big", 2, "big"),
         ("pool create p1 --raid raid1 d2 d1", 1, "d1"),

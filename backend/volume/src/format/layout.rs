@@ -1,8 +1,8 @@
 //! Where things stand on a member. The same on all members, also on those that have no metadata.
 //!
 //! ```text
-//!   0      4096          64 KiB        1 MiB                                                 1 MiB aligned
-//!   │ free │ superblock A │ superblock B │ intent pages │ log │ metadata pages ─────── │ … │ data …
+//!   0      4096          64 KiB        1 MiB                                                                1 MiB aligned
+//!   │ free │ superblock A │ superblock B │ intent pages │ log │ metadata pages ─────── │ parity log │ … │ data …
 //!                                                              0: root  1: root  2: …
 //! ```
 
@@ -22,6 +22,8 @@ pub struct Layout {
     pub log_bytes: u64,
     /// Pages of the checkpoint, the two roots included.
     pub metadata_pages: u32,
+    /// Pages of the parity log, its two headers included: RAID 5 and 6 only, else 0.
+    pub parity_log_pages: u32,
 }
 
 impl Layout {
@@ -54,9 +56,16 @@ impl Layout {
         self.pages_offset() + u64::from(page) * PAGE
     }
 
+    /// Where the parity log begins.
+    #[must_use]
+    pub fn parity_log_offset(&self) -> u64 {
+        self.page_offset(self.metadata_pages)
+    }
+
     /// Where data begins.
     #[must_use]
     pub fn data_offset(&self) -> u64 {
-        self.page_offset(self.metadata_pages).next_multiple_of(ALIGNMENT)
+        let end = self.parity_log_offset() + u64::from(self.parity_log_pages) * PAGE;
+        end.next_multiple_of(ALIGNMENT)
     }
 }

@@ -5,6 +5,7 @@
 //!   intents      which regions may differ between members             ┐
 //!   log          changes of mappings since the last checkpoint        │ on the metadata members
 //!   checkpoint   root → volumes → directories → chunks → partials     ┘
+//!   parity log   what is about to change in a stripe                  on every member, RAID 5 and 6
 //!   tail         records that are in no batch of the log yet          in memory that outlives the process
 //! ```
 //!
@@ -21,6 +22,7 @@ pub mod checkpoint;
 pub mod intents;
 pub mod layout;
 pub mod log;
+pub mod parity_log;
 pub mod record;
 pub mod superblock;
 pub mod tail;
@@ -38,8 +40,11 @@ pub use checkpoint::{
 pub use intents::{INTENTS_PER_PAGE, decode_intents, encode_intents};
 pub use layout::Layout;
 pub use log::{Batch, batch_len, decode_batch, encode_batch};
+pub use parity_log::{ParityEntry, ParityHeader};
 pub use record::{NewSnapshot, Record};
-pub use superblock::{MemberRecord, SetRecord, Superblock, metadata_members, unit_bytes_for};
+pub use superblock::{
+    MemberRecord, Replacement, SetRecord, Superblock, metadata_members, parity_log_pages_min, unit_bytes_for,
+};
 pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header};
 pub use volumes::{VolumeRecord, VolumesDecoder, encode_volumes};
 

@@ -4,12 +4,13 @@
 //!      0 magic 8 │ version 4 │ CRC 4 │ pool 16 │ this 16 │ opened_by 16
 //!     64 generation 8 │ epoch 8 │ extent_bytes 8 │ region_bytes 8 │ log_bytes 8
 //!    104 level 4 │ block_bytes 4 │ strip_bytes 4 │ unit_bytes 4 │ intent_pages 4 │ metadata_pages 4
-//!    128 sets 2 │ members 2 │ spares 2 │ name's length 2 │ flags 4: 1 opened │ reserved 4
+//!    128 sets 2 │ members 2 │ spares 2 │ name's length 2 │ flags 4: 1 opened │ parity_log_pages 4
 //!    144 name 64
 //!    208 8 sets of 8:      members 2 │ reserved 2 │ regions 4
 //!    272 8 spares of 16:   UUID
 //!    400 64 members of 32: UUID 16 │ data_bytes 8 │ flags 4: 1 in sync │ reserved 4
-//!   2448 reserved, to 4096
+//!   2448 replacement: UUID 16 │ copied_bytes 8 │ member 2 │ reserved 6; all zero: none
+//!   2480 reserved, to 4096
 //! ```
 //!
 //! All copies of one generation differ in `this` only.
@@ -39,8 +40,12 @@ pub const UNITS_MAX: u64 = 256;
 pub const MEMBER_BYTES_MAX: u64 = 1 << 56;
 /// No log is longer: 1 TiB, so that no offset overflows.
 pub const LOG_BYTES_MAX: u64 = 1 << 40;
+/// No parity log is longer: 256 MiB, which an opening reads.
+pub const PARITY_LOG_PAGES_MAX: u32 = 1 << 16;
 
 const MAGIC: &[u8; 8] = b"HAWSERSB";
+/// Behind the members: 400 + 64 × 32.
+const REPLACEMENT_AT: usize = 2448;
 const OPENED: u32 = 1;
 const IN_SYNC: u32 = 1;
 
@@ -53,6 +58,17 @@ pub struct MemberRecord {
     pub in_sync: bool,
     /// What of it can be used for data.
     pub data_bytes: u64,
+}
+
+/// A device that is to take a member's place, and is given what that has while it stays in service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    /// Its UUID, now and when it is the member.
+    pub uuid: Uuid,
+    /// So many bytes of the member's data area are on it, in regions that are not marked.
+    pub copied_bytes: u64,
+    /// The member's place in the list.
+    pub member: u16,
 }
 
 /// A set of members: an array of the pool's level. Sets follow each other in the list of members, and in the pool's extents.
@@ -97,7 +113,9 @@ pub struct Superblock {
     pub members: Vec<MemberRecord>,
     /// Those that wait to replace a member.
     pub spares: Vec<Uuid>,
-    /// The member or spare that this copy stands on.
+    /// The one that is just replacing a member.
+    pub replacement: Option<Replacement>,
+    /// The member, spare or replacement that this copy stands on.
     pub this: Uuid,
 }
 
@@ -125,7 +143,7 @@ impl Superblock {
         out.extend_from_slice(&self.pool_uuid);
         out.extend_from_slice(&self.this);
         out.extend_from_slice(&self.opened_by.unwrap_or_default());
-        let Layout { intent_pages, log_bytes, metadata_pages } = self.layout;
+        let Layout { intent_pages, log_bytes, metadata_pages, parity_log_pages } = self.layout;
         for long in [self.generation, self.epoch, self.extent_bytes, self.region_bytes, log_bytes] {
             put_u64(&mut out, long);
         }
@@ -138,7 +156,7 @@ impl Superblock {
             put_u16(&mut out, count(len));
         }
         put_u32(&mut out, if self.opened_by.is_some() { OPENED } else { 0 });
-        put_u32(&mut out, 0);
+        put_u32(&mut out, parity_log_pages);
         out.extend_from_slice(self.name.as_bytes());
         out.resize(208, 0);
         for set in &self.sets {
@@ -154,6 +172,12 @@ impl Superblock {
             put_u64(&mut out, member.data_bytes);
             put_u32(&mut out, if member.in_sync { IN_SYNC } else { 0 });
             put_u32(&mut out, 0);
+        }
+        out.resize(REPLACEMENT_AT, 0);
+        if let Some(replacement) = self.replacement {
+            out.extend_from_slice(&replacement.uuid);
+            put_u64(&mut out, replacement.copied_bytes);
+            put_u16(&mut out, replacement.member);
         }
         fill_page(&mut out);
         seal(&mut out);
@@ -234,12 +258,18 @@ impl Superblock {
     }
 
     fn validate_layout(&self) -> Result<(), FormatError> {
-        let Layout { log_bytes, metadata_pages, .. } = self.layout;
+        let Layout { log_bytes, metadata_pages, parity_log_pages, .. } = self.layout;
         if log_bytes == 0 || !log_bytes.is_multiple_of(PAGE_BYTES as u64) || log_bytes > LOG_BYTES_MAX {
             return Err(wrong!("log_bytes {log_bytes} is not whole pages, or more than {LOG_BYTES_MAX}"));
         }
         if !(3..super::NONE).contains(&metadata_pages) {
             return Err(wrong!("metadata_pages {metadata_pages} has no room for two roots and more"));
+        }
+        let members = self.sets.iter().map(|set| set.members).max().unwrap_or(0);
+        let least = parity_log_pages_min(self.level, members, self.strip_bytes);
+        let most = if least == 0 { 0 } else { PARITY_LOG_PAGES_MAX };
+        if !(least..=most).contains(&parity_log_pages) {
+            return Err(wrong!("parity_log_pages {parity_log_pages} is not from {least} to {most}"));
         }
         Ok(())
     }
@@ -257,14 +287,23 @@ impl Superblock {
                 return Err(wrong!("member {place} has {bytes} bytes for data"));
             }
         }
+        if let Some(Replacement { copied_bytes, member, .. }) = self.replacement {
+            let Some(replaced) = self.members.get(usize::from(member)) else {
+                return Err(wrong!("member {member} is being replaced, and there are {members}"));
+            };
+            if copied_bytes > replaced.data_bytes {
+                return Err(wrong!("{copied_bytes} bytes of member {member} are copied, which has fewer"));
+            }
+        }
         let mut uuids: Vec<&Uuid> =
             self.members.iter().map(|member| &member.uuid).chain(&self.spares).collect();
+        uuids.extend(self.replacement.as_ref().map(|replacement| &replacement.uuid));
         if !uuids.contains(&&self.this) {
             return Err(wrong!("the device is neither among the members nor among the spares"));
         }
         uuids.sort_unstable();
         if uuids.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(wrong!("two members or spares have the same UUID"));
+            return Err(wrong!("two members, spares or replacements have the same UUID"));
         }
         Ok(())
     }
@@ -325,7 +364,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
     let level = take_u32(f)?;
     let level = level_of(level).ok_or_else(|| wrong!("a level of number {level}"))?;
     let (block_bytes, strip_bytes, unit_bytes) = (take_u32(f)?, take_u32(f)?, take_u32(f)?);
-    let layout = Layout { intent_pages: take_u32(f)?, log_bytes, metadata_pages: take_u32(f)? };
+    let (intent_pages, metadata_pages) = (take_u32(f)?, take_u32(f)?);
     let mut counted = |most: usize, what: &str| match usize::from(take_u16(f)?) {
         count if count > most => Err(wrong!("{count} {what}, more than {most}")),
         count => Ok(count),
@@ -333,7 +372,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
     let (sets_len, members_len) = (counted(SETS_MAX, "sets")?, counted(MEMBERS_MAX, "members")?);
     let (spares_len, name_len) = (counted(SPARES_MAX, "spares")?, counted(NAME_BYTES_MAX, "bytes of name")?);
     let flags = take_u32(f)?;
-    take_reserved(f, 4)?;
+    let layout = Layout { intent_pages, log_bytes, metadata_pages, parity_log_pages: take_u32(f)? };
     let name = name_of(&take::<NAME_BYTES_MAX>(f)?[..name_len])?;
 
     let mut sets = Vec::with_capacity(SETS_MAX);
@@ -355,6 +394,8 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         members.push(MemberRecord { uuid, in_sync: flags & IN_SYNC != 0, data_bytes });
     }
     members.truncate(members_len);
+    let (uuid, copied_bytes, member) = (take_uuid(&mut b)?, take_u64(&mut b)?, take_u16(&mut b)?);
+    let replacement = (uuid != [0; 16]).then_some(Replacement { uuid, copied_bytes, member });
     Ok(Superblock {
         pool_uuid,
         name,
@@ -371,6 +412,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         sets,
         members,
         spares,
+        replacement,
         this,
     })
 }
@@ -380,6 +422,18 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
 pub fn unit_bytes_for(extent_bytes: u64) -> u32 {
     let least = extent_bytes.div_ceil(UNITS_MAX).clamp(4096, 1 << 31);
     u32::try_from(least.next_power_of_two()).expect("at most 2^31")
+}
+
+/// The fewest pages that a parity log of sets of so many members can have: the headers, and two entries of the longest kind.
+#[must_use]
+pub fn parity_log_pages_min(level: Level, members: u16, strip_bytes: u32) -> u32 {
+    match level {
+        Level::Raid5 | Level::Raid6 => {
+            let payload = u32::from(members) * strip_bytes.min(super::parity_log::ENTRY_LEN_MAX);
+            super::parity_log::HEADER_PAGES + 2 * (1 + payload.div_ceil(4096))
+        }
+        _ => 0,
+    }
 }
 
 /// How many members have metadata: the first ones of set 0, one more than may be lost of it.

@@ -29,6 +29,10 @@ fn superblocks_of_all_levels_round_trip() {
         assert_eq!(block.place(), Some(0));
         block.this = uuid(101);
         block.opened_by = None;
+        assert_eq!(Superblock::decode(&block.encode()), Ok(Some(block.clone())));
+        let member = sets[0] - 1;
+        block.replacement = Some(Replacement { uuid: uuid(102), copied_bytes: 9 << 30, member });
+        block.this = uuid(102);
         assert_eq!(block.place(), None);
         assert_eq!(Superblock::decode(&block.encode()), Ok(Some(block)));
     }
@@ -40,7 +44,10 @@ fn superblocks_of_all_levels_round_trip() {
 #[test]
 fn superblock_fields_that_cannot_be_are_refused_by_name() {
     type Change = fn(&mut Superblock);
-    let cases: [(Change, &str); 28] = [
+    fn being_replaced(s: &mut Superblock, number: u8, copied_bytes: u64, member: u16) {
+        s.replacement = Some(Replacement { uuid: uuid(number), copied_bytes, member });
+    }
+    let cases: [(Change, &str); 31] = [
         (|s| s.block_bytes = 1000, "block_bytes"),
         (|s| s.block_bytes = 8192, "block_bytes"),
         (|s| s.strip_bytes = 2048, "strip_bytes"),
@@ -69,6 +76,9 @@ fn superblock_fields_that_cannot_be_are_refused_by_name() {
         (|s| s.members[1].data_bytes = u64::MAX, "member 1"),
         (|s| s.spares[0] = s.members[1].uuid, "same UUID"),
         (|s| s.this = OTHER, "neither"),
+        (|s| being_replaced(s, 102, 0, 2), "member 2 is being replaced"),
+        (|s| being_replaced(s, 102, 11 << 30, 0), "bytes of member 0 are copied"),
+        (|s| being_replaced(s, 1, 0, 0), "same UUID"),
     ];
     let good = superblock(Level::Raid1, &[2]);
     assert_eq!(good.validate(), Ok(()));
@@ -98,6 +108,7 @@ fn sets_of_too_few_or_too_many_members_are_refused() {
     for (level, members) in cases {
         let mut bad = superblock(Level::Linear, &[members]);
         bad.level = level;
+        bad.layout.parity_log_pages = crate::format::parity_log_pages_min(level, members, bad.strip_bytes);
         let error = Superblock::decode(&bad.encode()).expect_err("wrong number of members");
         assert!(error.0.contains("members, and not"), "{level:?} {members}: {error}");
     }
@@ -121,6 +132,9 @@ fn what_is_reserved_or_unknown_in_a_superblock_is_refused() {
         272 + 40,
         400 + 25,
         400 + 70,
+        2448 + 16,
+        2448 + 24,
+        2448 + 26,
         3000,
         4095,
     ] {
@@ -162,12 +176,12 @@ fn the_largest_superblock_fits() {
 
 #[test]
 fn pages_stand_behind_each_other_and_data_is_aligned() {
-    let layout = Layout { intent_pages: 2, log_bytes: 16 << 20, metadata_pages: 5 };
+    let layout = Layout { intent_pages: 2, log_bytes: 16 << 20, metadata_pages: 5, parity_log_pages: 0 };
     assert_eq!(layout.intents_offset(), 1 << 20);
     assert_eq!(layout.log_offset(), (1 << 20) + 8192);
     assert_eq!(layout.pages_offset(), (17 << 20) + 8192);
     assert_eq!(layout.page_offset(4), (17 << 20) + 8192 + 16384);
     assert_eq!(layout.data_offset(), 18 << 20);
-    let exact = Layout { intent_pages: 0, log_bytes: 1 << 20, metadata_pages: 256 };
+    let exact = Layout { intent_pages: 0, log_bytes: 1 << 20, metadata_pages: 256, parity_log_pages: 0 };
     assert_eq!(exact.data_offset(), 3 << 20);
 }

@@ -23,6 +23,8 @@ pub(super) fn superblock(level: Level, sets: &[u16]) -> Superblock {
         Level::Raid6 => u64::from(sets[0] - 2),
     };
     let extent_bytes = (1_u64 << 20).next_multiple_of(data_strips * (64 << 10));
+    let most = sets.iter().copied().max().unwrap_or(0);
+    let parity_log_pages = crate::format::parity_log_pages_min(level, most, 64 << 10);
     Superblock {
         pool_uuid: POOL,
         name: "p0.fast_1-a".to_owned(),
@@ -32,7 +34,7 @@ pub(super) fn superblock(level: Level, sets: &[u16]) -> Superblock {
         extent_bytes,
         unit_bytes: unit_bytes_for(extent_bytes),
         region_bytes: 64 << 20,
-        layout: Layout { intent_pages: 1, log_bytes: 16 << 20, metadata_pages: 1000 },
+        layout: Layout { intent_pages: 1, log_bytes: 16 << 20, metadata_pages: 1000, parity_log_pages },
         generation: 12,
         epoch: 3,
         opened_by: Some(uuid(200)),
@@ -45,6 +47,7 @@ pub(super) fn superblock(level: Level, sets: &[u16]) -> Superblock {
             })
             .collect(),
         spares: vec![uuid(100), uuid(101)],
+        replacement: None,
         this: uuid(0),
     }
 }

@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 struct Place<T> {
     answer: Option<T>,
@@ -60,6 +61,15 @@ impl<T> Future for Answer<T> {
     }
 }
 
+/// Wakes a thread that waits.
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 /// What was asked of a pool, and will be answered: awaited on a reactor, or waited for by any other thread.
 /// The work goes on when it is dropped.
 pub struct Ask<T>(Answer<Result<T, PoolError>>);
@@ -83,12 +93,6 @@ impl<T: Send + 'static> Ask<T> {
     /// # Errors
     /// Why it was not done.
     pub fn wait(mut self) -> Result<T, PoolError> {
-        struct Unpark(std::thread::Thread);
-        impl Wake for Unpark {
-            fn wake(self: Arc<Self>) {
-                self.0.unpark();
-            }
-        }
         let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
         let mut cx = Context::from_waker(&waker);
         loop {
@@ -97,6 +101,36 @@ impl<T: Send + 'static> Ask<T> {
             }
             std::thread::park();
         }
+    }
+}
+
+impl<T> Ask<T> {
+    /// Waits for the answer for so long at most; what was asked for goes on all the same. Never on a reactor's thread.
+    ///
+    /// # Errors
+    /// The ask, when it was not answered.
+    pub fn wait_within(mut self, limit: Duration) -> Result<Result<T, PoolError>, Ask<T>> {
+        let until = Instant::now() + limit;
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        let mut cx = Context::from_waker(&waker);
+        loop {
+            if let Poll::Ready(answer) = Pin::new(&mut self).poll(&mut cx) {
+                return Ok(answer);
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return Err(self) };
+            std::thread::park_timeout(left);
+        }
+    }
+
+    /// Whether it was answered.
+    pub fn is_over(&mut self) -> bool {
+        Pin::new(self).poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    /// One that a test answers when it likes.
+    pub fn pending() -> (impl FnOnce(Result<T, PoolError>), Ask<T>) {
+        let (reply, answer) = channel();
+        (move |answer| reply.send(answer), Ask(answer))
     }
 }
 

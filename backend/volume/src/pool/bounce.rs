@@ -90,6 +90,40 @@ impl Bounce {
         unsafe { self.memory().buffer.slice(offset, len) }
     }
 
+    /// The first `len` bytes from `offset` on, to be changed. Who has the bounce alone has no request under way with it: those hold it, too.
+    pub(crate) fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        let buffer = &self.memory().buffer;
+        assert!(offset + len <= buffer.len(), "outside of the buffer");
+        // SAFETY: inside the allocation (asserted), initialised (zeroed at the start); borrowed for as long as the bounce is, which no
+        // request shares.
+        unsafe { std::slice::from_raw_parts_mut(buffer.as_ptr().add(offset), len) }
+    }
+
+    /// The parities of a stripe, all in this buffer: `data` strips from `at` on, one behind the other; P, and perhaps Q, come where they are
+    /// wanted. Before the first request with it.
+    pub(crate) fn sums(&mut self, at: usize, strip: usize, data: usize, p_at: usize, q_at: Option<usize>) {
+        let end = p_at.min(q_at.unwrap_or(p_at));
+        assert!(
+            at + data * strip <= end && data <= crate::parity::DATA_MAX,
+            "parities stand behind their data"
+        );
+        let all = self.memory().buffer.len();
+        let (before, behind) = self.bytes_mut(0, all).split_at_mut(end);
+        let mut strips: [&[u8]; crate::parity::DATA_MAX] = [&[]; crate::parity::DATA_MAX];
+        for (index, place) in strips[..data].iter_mut().enumerate() {
+            *place = &before[at + index * strip..at + (index + 1) * strip];
+        }
+        let strips = &strips[..data];
+        match q_at {
+            None => crate::parity::xor(strips, &mut behind[..strip]),
+            Some(q_at) => {
+                assert!(q_at == p_at + strip, "Q stands behind P");
+                let (p, q) = behind[..2 * strip].split_at_mut(strip);
+                crate::parity::pq(strips, p, q);
+            }
+        }
+    }
+
     /// Overwrites a part, while no request is under way with it.
     pub(crate) fn fill(&self, offset: usize, bytes: &[u8]) {
         let buffer = &self.memory().buffer;
@@ -124,6 +158,13 @@ impl Drop for Bounce {
             kept.push(memory);
         }
     }
+}
+
+/// Fills a part of the payload of a read that has not ended.
+pub(crate) fn fill_payload(payload: &Buffers, bytes: &[u8]) {
+    assert!(payload.len() == bytes.len(), "{} bytes for {}", bytes.len(), payload.len());
+    // SAFETY: `bytes` has as many as the payload (asserted) and is ours; the caller has the request, which has not ended and is a read.
+    unsafe { payload.copy_from(bytes.as_ptr()) };
 }
 
 /// Zeroes the payload of a read that has not ended.

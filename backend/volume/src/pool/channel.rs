@@ -7,10 +7,11 @@
 use super::bounce::{Bounce, zero_payload};
 use super::lanes::Leaf;
 use super::place::Place;
-use super::resolve::{Plan, Resolved, prefetch, resolve};
+use super::resolve::{Plan, Resolved, Stripe, prefetch, resolve};
 use super::shared::{Class, Shared, View, VolumeShared, lock};
 use super::slow;
-use crate::raid::Mode;
+use super::stripes::{Held, Ways};
+use crate::raid::{Mode, Parity};
 use crate::simulated::is_broken;
 use crate::thin::VolumeMap;
 use hawser_block::{
@@ -101,7 +102,8 @@ impl Device for VolumeDevice {
     }
 
     fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
-        vec![("mirror", self.volume.copied_bytes.load(Ordering::Relaxed))]
+        let has_parity = self.shared.view().array.sets().iter().any(|set| set.parity().is_some());
+        vec![(if has_parity { "parity" } else { "mirror" }, self.volume.copied_bytes.load(Ordering::Relaxed))]
     }
 }
 
@@ -119,6 +121,16 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// The ways of tasks.
+    pub(crate) fn ways(&self) -> Ways {
+        Ways {
+            runtime: self.runtime.clone(),
+            shared: Arc::clone(&self.shared),
+            place: Rc::clone(&self.place),
+            lanes: Rc::clone(&self.place.lanes),
+        }
+    }
+
     fn end(&self, token: Token, outcome: Outcome) {
         self.ended.borrow_mut().push(Completion { token, outcome });
         self.runtime.wake(self.user);
@@ -129,6 +141,8 @@ impl Core {
 struct Slot {
     request: Request,
     turn: usize,
+    /// [`Shared::joins`] when its members were known.
+    since: u64,
     left: u32,
     /// Members that have a part of it, those that failed, and those that were given up, by bits.
     members: u64,
@@ -136,6 +150,8 @@ struct Slot {
     aborted: u64,
     status: Option<Status>,
     copy: Option<Bounce>,
+    /// Stripes that are ours until it has ended.
+    stripes: Vec<Stripe>,
 }
 
 struct Lane {
@@ -147,6 +163,13 @@ struct Lane {
     outstanding: usize,
 }
 
+/// A lane that gets nothing new.
+struct Retired {
+    /// The member that it still is a part of.
+    member: Option<usize>,
+    lane: Lane,
+}
+
 struct VolumeChannel {
     core: Rc<Core>,
     version: u64,
@@ -154,12 +177,14 @@ struct VolumeChannel {
     map: Arc<VolumeMap>,
     /// By the member's number.
     lanes: Vec<Option<Lane>>,
-    /// Of devices that are members no more, with requests under way.
-    retired: Vec<Lane>,
+    /// With requests under way: of devices that are members no more, and of those that members were alone until now.
+    retired: Vec<Retired>,
     slots: Slab<Slot>,
     plan: Plan,
     rotor: u32,
     reaped: Vec<Completion>,
+    /// Lists of stripes that nobody uses now.
+    lists: Vec<Vec<Stripe>>,
 }
 
 impl VolumeChannel {
@@ -193,6 +218,7 @@ impl VolumeChannel {
             plan: Plan::new(),
             rotor: 0,
             reaped: Vec::with_capacity(64),
+            lists: Vec::with_capacity(64),
         };
         channel.refresh();
         channel
@@ -222,9 +248,12 @@ impl VolumeChannel {
             }
             let retired = place.take().filter(|lane| lane.outstanding > 0);
             self.retired.extend(retired.map(|mut lane| {
-                // Nobody waits for a device that is no member any more.
-                lane.channel.abort();
-                lane
+                let is_kin = leaf.as_ref().is_some_and(|leaf| leaf.is_kin(&lane.leaf));
+                if !is_kin {
+                    // Nobody waits for a device that is no member any more.
+                    lane.channel.abort();
+                }
+                Retired { member: is_kin.then_some(member), lane }
             }));
             *place = leaf.as_ref().map(|leaf| Lane {
                 leaf: leaf.clone(),
@@ -288,14 +317,27 @@ impl VolumeChannel {
         }
         let mut copy = None;
         let len = request.buffers.len();
-        if is_write && self.view.is_redundant {
+        if is_write && self.view.is_copied {
             if !core.place.begin_copy(len) {
                 core.place.leave(turn);
                 self.slowly(request, None);
                 return;
             }
-            let bounce = core.place.spare.take(len);
+            if !self.take_stripes() {
+                core.place.end_copy(len);
+                core.place.leave(turn);
+                self.slowly(request, Some(Class::PartialStripe));
+                return;
+            }
+            let mut bounce = core.place.spare.take(len + self.plan.parity_bytes as usize);
             bounce.copy_payload(0, &request.buffers);
+            for stripe in &self.plan.stripes {
+                let stripes = &parity_of(&self.view, stripe).stripes;
+                let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
+                let p = stripe.parity as usize;
+                let q = (stripes.parities() == 2).then_some(p + strip);
+                bounce.sums(stripe.start as usize, strip, usize::from(stripes.data_strips()), p, q);
+            }
             core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
             copy = Some(bounce);
         }
@@ -308,7 +350,23 @@ impl VolumeChannel {
             return;
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
-        let slot = Slot { request, turn, left, members: 0, failed: 0, aborted: 0, status: None, copy };
+        let since = core.shared.joins();
+        let stripes = match self.plan.stripes.is_empty() {
+            true => Vec::new(),
+            false => std::mem::replace(&mut self.plan.stripes, self.lists.pop().unwrap_or_default()),
+        };
+        let slot = Slot {
+            request,
+            turn,
+            since,
+            left,
+            members: 0,
+            failed: 0,
+            aborted: 0,
+            status: None,
+            copy,
+            stripes,
+        };
         let key = self.slots.insert(slot);
         let slot = self.slots.get_mut(key).expect("just inserted");
         let shift = self.view.block_shift;
@@ -333,6 +391,26 @@ impl VolumeChannel {
                 buffers,
                 token: Token(key as u64),
             });
+        }
+    }
+
+    /// Takes all stripes of the plan, or none.
+    fn take_stripes(&self) -> bool {
+        let is_taken = |stripe: &Stripe| parity_of(&self.view, stripe).guards.take_unlogged(stripe.row);
+        let Some(other) = self.plan.stripes.iter().position(|stripe| !is_taken(stripe)) else { return true };
+        for stripe in &self.plan.stripes[..other] {
+            parity_of(&self.view, stripe).guards.give_back(stripe.row);
+        }
+        false
+    }
+
+    /// Gives a request's stripes back.
+    fn give_back(&mut self, mut stripes: Vec<Stripe>) {
+        for stripe in stripes.drain(..) {
+            parity_of(&self.view, &stripe).guards.give_back(stripe.row);
+        }
+        if stripes.capacity() > 0 {
+            self.lists.push(stripes);
         }
     }
 
@@ -363,8 +441,20 @@ impl VolumeChannel {
     }
 
     fn finish(&mut self, slot: Slot) {
+        let Slot { request, turn, since, members, failed, aborted, status, copy, stripes, .. } = slot;
+        // Kept until a failure is written down: who changes them before would take for right what the member does not have.
+        let held = match status {
+            None => {
+                self.give_back(stripes);
+                Vec::new()
+            }
+            Some(_) => {
+                let held =
+                    |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
+                stripes.iter().map(held).collect()
+            }
+        };
         let core = &self.core;
-        let Slot { request, turn, members, failed, aborted, status, copy, .. } = slot;
         if copy.is_some() {
             core.place.end_copy(request.buffers.len());
         }
@@ -399,7 +489,13 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::after_failure(Rc::clone(core), request, (failed, aborted), status, under_way);
+        let failure = slow::after_failure(
+            Rc::clone(core),
+            request,
+            (failed, aborted),
+            (status, since),
+            (under_way, held),
+        );
         spawn(core, request.token, failure);
     }
 
@@ -415,6 +511,10 @@ impl VolumeChannel {
         }
         true
     }
+}
+
+fn parity_of<'a>(view: &'a View, stripe: &Stripe) -> &'a Parity {
+    view.array.set(stripe.set as usize).parity().expect("only sets with parity have stripes")
 }
 
 /// Runs a slow request as a task.
@@ -468,15 +568,22 @@ impl Channel for VolumeChannel {
             }
         }
         let mut retired = std::mem::take(&mut self.retired);
-        for lane in &mut retired {
+        for Retired { member, lane } in &mut retired {
+            if let Some(member) = *member {
+                let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+                if given_up != lane.given_up {
+                    lane.given_up = given_up;
+                    lane.channel.abort();
+                }
+            }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
-                // Whose number it had may be another's now; the answer counts all the same.
-                self.ended(0, completion);
+                // Else whose number it had may be another's now; the answer counts all the same.
+                self.ended(member.map_or(0, |member| 1 << member), completion);
             }
         }
-        retired.retain(|lane| lane.outstanding > 0);
+        retired.retain(|retired| retired.lane.outstanding > 0);
         self.retired = retired;
         self.reaped = reaped;
         ended.append(&mut self.core.ended.borrow_mut());
@@ -489,7 +596,8 @@ impl Channel for VolumeChannel {
     fn abort(&mut self) {
         self.core.is_given_up.store(true, Ordering::Relaxed);
         self.core.place.bell.ring();
-        for lane in self.lanes.iter_mut().flatten().chain(&mut self.retired) {
+        let retired = self.retired.iter_mut().map(|retired| &mut retired.lane);
+        for lane in self.lanes.iter_mut().flatten().chain(retired) {
             lane.channel.abort();
         }
         if self.core.slow.get() > 0 {

@@ -18,9 +18,17 @@ pub(crate) enum Event {
     IntentSet,
     IntentCleared,
     Rejoined,
+    StripeLogged,
+    StripeByDifference,
+    StripesReplayed,
+    ParityReleased,
+    Computed,
+    ParityMended,
+    Replaced,
+    Discarded,
 }
 
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 21] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -34,6 +42,14 @@ const NAMES: [&str; 13] = [
     "intents set",
     "intents cleared",
     "members back",
+    "stripes logged",
+    "parity by difference",
+    "stripes replayed",
+    "releases of the parity log",
+    "reads computed",
+    "parity made right",
+    "members replaced",
+    "discards of members",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

@@ -4,6 +4,7 @@
 //! whoever waits for it.
 
 use super::bounce::Bounce;
+use super::twin::Twin;
 use super::wait::all;
 use crate::engine::Volume;
 use hawser_block::{
@@ -26,6 +27,8 @@ pub(crate) struct Leaf {
     pub(crate) whole: Arc<Volume>,
     /// log2 of the block size, which does not change.
     pub(crate) shift: u32,
+    /// The device, when it is two.
+    pub(crate) twin: Option<Arc<Twin>>,
 }
 
 impl Leaf {
@@ -33,11 +36,32 @@ impl Leaf {
     pub(crate) fn new(device: Arc<dyn Device>) -> Option<Leaf> {
         let shift = device.geometry()?.block_size.shift();
         let whole = Arc::new(Volume::whole(device.name().to_owned(), Arc::clone(&device), false));
-        Some(Leaf { device, whole, shift })
+        Some(Leaf { device, whole, shift, twin: None })
+    }
+
+    /// One that is being replaced, and the other.
+    pub(crate) fn twin(old: &Leaf, new: &Leaf) -> Leaf {
+        let twin = Arc::new(Twin::new(Arc::clone(&old.device), Arc::clone(&new.device)));
+        let device = Arc::clone(&twin) as Arc<dyn Device>;
+        let whole = Arc::new(Volume::whole(device.name().to_owned(), Arc::clone(&device), false));
+        Leaf { device, whole, shift: old.shift, twin: Some(twin) }
     }
 
     pub(crate) fn same(&self, other: &Leaf) -> bool {
         Arc::ptr_eq(&self.device, &other.device)
+    }
+
+    /// Whether some device is in both.
+    pub(crate) fn is_kin(&self, other: &Leaf) -> bool {
+        self.devices().any(|one| other.devices().any(|other| Arc::ptr_eq(one, other)))
+    }
+
+    fn devices(&self) -> impl Iterator<Item = &Arc<dyn Device>> {
+        let (first, second) = match &self.twin {
+            Some(twin) => (&twin.old, Some(&twin.new)),
+            None => (&self.device, None),
+        };
+        std::iter::once(first).chain(second)
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -137,6 +161,19 @@ impl Lanes {
         buffers: Buffers,
         kept: Option<Rc<Bounce>>,
     ) -> Io {
+        let blocks = u32::try_from(buffers.len()).expect("far below 4 GiB") >> leaf.shift;
+        self.start_blocks(leaf, operation, offset, blocks, buffers, kept)
+    }
+
+    fn start_blocks(
+        self: &Rc<Self>,
+        leaf: &Leaf,
+        operation: Operation,
+        offset: u64,
+        blocks: u32,
+        buffers: Buffers,
+        kept: Option<Rc<Bounce>>,
+    ) -> Io {
         let mut lanes = self.lanes.borrow_mut();
         let at = lanes.iter().position(|lane| lane.leaf.same(leaf)).unwrap_or_else(|| {
             let channel = leaf.whole.channel(&self.runtime, self.source());
@@ -147,7 +184,6 @@ impl Lanes {
         let key = self.waiting.borrow_mut().insert(waiting);
         let is_flush = operation == Operation::Flush;
         let lba = if is_flush { 0 } else { offset >> leaf.shift };
-        let blocks = u32::try_from(buffers.len()).expect("far below 4 GiB") >> leaf.shift;
         lanes[at].batch.push(Request {
             operation,
             lba: Lba(lba),
@@ -197,6 +233,11 @@ impl Lanes {
         self.start(leaf, Operation::Write { fua }, offset, buffers, Some(Rc::clone(from))).await
     }
 
+    pub(crate) async fn discard(self: &Rc<Self>, leaf: &Leaf, offset: u64, len: u64) -> Outcome {
+        let blocks = u32::try_from(len >> leaf.shift).expect("far below 2^32 blocks");
+        self.start_blocks(leaf, Operation::Discard, offset, blocks, Buffers::EMPTY, None).await
+    }
+
     pub(crate) async fn flush(self: &Rc<Self>, leaf: &Leaf) -> Outcome {
         self.start(leaf, Operation::Flush, 0, Buffers::EMPTY, None).await
     }
@@ -218,7 +259,7 @@ impl Lanes {
 
     /// Ends what is under way at a device as soon as that can be done safely.
     pub(crate) fn abort(&self, leaf: &Leaf) {
-        for lane in self.lanes.borrow_mut().iter_mut().filter(|lane| lane.leaf.same(leaf)) {
+        for lane in self.lanes.borrow_mut().iter_mut().filter(|lane| lane.leaf.is_kin(leaf)) {
             lane.channel.abort();
         }
     }

@@ -24,6 +24,8 @@ mod place;
 pub mod resolve;
 mod shared;
 mod slow;
+mod stripes;
+mod twin;
 mod wait;
 
 pub use ask::Ask;
@@ -118,6 +120,8 @@ pub struct CreateOptions {
     pub region_bytes: u64,
     /// The log of mapping changes, on each member that has metadata.
     pub log_bytes: u64,
+    /// RAID 5 and 6: the log of stripes that are being changed, on each member.
+    pub parity_log_bytes: u64,
     /// Room for metadata besides the log; `None`: by the pool's size.
     pub metadata_bytes: Option<u64>,
     /// Members that are spares from the beginning, behind the others in the list of devices.
@@ -127,7 +131,7 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
-    /// The defaults: strips of 64 KiB, extents of 1 MiB, regions of 64 MiB, a log of 16 MiB.
+    /// The defaults: strips of 64 KiB, extents of 1 MiB, regions of 64 MiB, a log of 16 MiB, a parity log of 32 MiB.
     #[must_use]
     pub fn new(name: &str, uuid: [u8; 16], level: Level) -> CreateOptions {
         CreateOptions {
@@ -138,6 +142,7 @@ impl CreateOptions {
             extent_bytes: 1 << 20,
             region_bytes: 64 << 20,
             log_bytes: 16 << 20,
+            parity_log_bytes: 32 << 20,
             metadata_bytes: None,
             spares: 0,
             force: false,
@@ -165,8 +170,12 @@ pub struct OpenOptions {
     pub assume_exclusive: bool,
     /// Start although members are missing, if the others have all the data.
     pub degraded: bool,
+    /// Start although it cannot be told which stripes of a set that lacks members were being written when it was not closed.
+    pub accept_loss: bool,
     /// For those who write when there is no space.
     pub no_space: NoSpacePolicy,
+    /// Extents that nobody has are discarded on the members.
+    pub discard: bool,
     /// Below so many free bytes in 1000 of all, a warning is due.
     pub low_water_permille: u32,
     /// The most bytes per second that a resync, rebuild or scrub copies, from all members together; 0: no limit.
@@ -190,7 +199,9 @@ impl OpenOptions {
             tail,
             assume_exclusive: false,
             degraded: false,
+            accept_loss: false,
             no_space: NoSpacePolicy::Error,
+            discard: false,
             low_water_permille: 100,
             sync_bytes_per_second: 200 << 20,
             intent_idle: Duration::from_secs(5),
@@ -226,6 +237,8 @@ pub struct Label {
     pub member_uuids: Vec<[u8; 16]>,
     /// The UUIDs of all spares, as far as this device knows.
     pub spare_uuids: Vec<[u8; 16]>,
+    /// The place of the member that is being replaced while it stays in service, and the UUID of what is to take its place.
+    pub replacement: Option<(u16, [u8; 16])>,
     /// The host that has it open, or had when it ended without closing it.
     pub opened_by: Option<[u8; 16]>,
 }
@@ -234,7 +247,8 @@ impl Label {
     /// Whether a member or spare with this UUID belongs to the pool, as far as this device knows.
     #[must_use]
     pub fn names(&self, uuid: &[u8; 16]) -> bool {
-        self.member_uuids.iter().chain(&self.spare_uuids).any(|known| known == uuid)
+        let replacement = self.replacement.as_ref().map(|(_, uuid)| uuid);
+        self.member_uuids.iter().chain(&self.spare_uuids).chain(replacement).any(|known| known == uuid)
     }
 }
 
@@ -251,6 +265,8 @@ pub enum MemberState {
     Missing,
     /// Waits to replace another.
     Spare,
+    /// Is to take the place of a member that is in service, and is given what that has.
+    Replacing,
 }
 
 impl MemberState {
@@ -263,6 +279,7 @@ impl MemberState {
             MemberState::Stale => "stale",
             MemberState::Missing => "missing",
             MemberState::Spare => "spare",
+            MemberState::Replacing => "replacing",
         }
     }
 }
@@ -285,7 +302,7 @@ pub struct MemberView {
 /// Long work on a pool.
 #[derive(Clone, Debug)]
 pub struct TaskView {
-    /// `resync`, `rebuild` or `scrub`.
+    /// `resync`, `rebuild`, `replace` or `scrub`.
     pub kind: &'static str,
     /// Bytes of members that are done.
     pub done_bytes: u64,
@@ -326,6 +343,8 @@ pub struct PoolView {
     pub metadata_used_bytes: u64,
     /// What is wrong, each a line; empty: nothing.
     pub troubles: Vec<String>,
+    /// Regions whose copies, or parity, may not be right, or that a member lacks.
+    pub unsynced_regions: u64,
     /// It has less redundancy than it should, or none.
     pub is_degraded: bool,
     /// It takes no writes any more.
@@ -352,6 +371,7 @@ impl PoolView {
             metadata_bytes: 0,
             metadata_used_bytes: 0,
             troubles: Vec::new(),
+            unsynced_regions: 0,
             is_degraded: false,
             is_failed: false,
             members: Vec::new(),
@@ -502,11 +522,18 @@ impl Pool {
         self.shared.control(move |owner| owner.delete_volume(name))
     }
 
-    /// Puts `device` in the place of the member whose device is (or, when it is missing, whose place is) `old`.
+    /// Puts `device` in the place of the member whose device is (or, when it is missing, whose place is) `old`. One that is in service
+    /// stays so until `device` has all that it has; how far that is: [`Pool::view`].
     #[must_use]
     pub fn replace(&self, old: &str, device: Arc<dyn Device>, force: bool) -> Ask<()> {
         let old = old.to_owned();
         self.shared.control(move |owner| owner.replace(old, device, force))
+    }
+
+    /// Gives up replacing a member that is still in service.
+    #[must_use]
+    pub fn abort_replace(&self) -> Ask<()> {
+        self.shared.control(|owner| owner.abort_replacing())
     }
 
     /// Takes back a member that was missing or stale, or a spare.
@@ -531,6 +558,25 @@ impl Pool {
     #[must_use]
     pub fn scrub(&self, repair: bool) -> Ask<()> {
         self.shared.control(move |owner| owner.scrub(repair))
+    }
+
+    /// The members' reservations tell that another host has it: it takes no more writes from now on.
+    #[must_use]
+    pub fn lose(&self, why: &str) -> Ask<()> {
+        let why = why.to_owned();
+        self.shared.control(move |owner| async move {
+            owner.lose(&why);
+            Ok(())
+        })
+    }
+
+    /// A member's reservation was lost for a while: looks whether another host has opened the pool meanwhile.
+    #[must_use]
+    pub fn check_owner(&self) -> Ask<()> {
+        self.shared.control(|owner| async move {
+            owner.check_owner().await;
+            Ok(())
+        })
     }
 
     /// Makes everything durable.

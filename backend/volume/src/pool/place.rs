@@ -12,6 +12,7 @@ use super::ask::Reply;
 use super::bounce::Spare;
 use super::lanes::Lanes;
 use super::shared::Shared;
+use super::stripes::Queues;
 use super::wait::Bell;
 use hawser_runtime::{Runtime, SourceId};
 use std::cell::{Cell, RefCell};
@@ -25,10 +26,12 @@ const COPIED_BYTES_MAX: usize = 64 << 20;
 pub(crate) struct Place {
     pub(crate) lanes: Rc<Lanes>,
     pub(crate) spare: Rc<Spare>,
-    /// Bytes of guests' writes that are copied now.
     /// Whose channels use the pool here.
     users: RefCell<Vec<SourceId>>,
+    /// Bytes of guests' writes that are copied now.
     copied_bytes: Cell<usize>,
+    /// Stripes that are being changed from here.
+    pub(crate) queues: Queues,
     /// Rung when less is copied, and when somebody gives up.
     pub(crate) bell: Bell,
     turn: Cell<usize>,
@@ -67,6 +70,7 @@ impl Place {
             spare: Rc::default(),
             users: RefCell::default(),
             copied_bytes: Cell::new(0),
+            queues: Queues::default(),
             bell: Bell::default(),
             turn: Cell::new(0),
             under_way: [Cell::new(0), Cell::new(0)],

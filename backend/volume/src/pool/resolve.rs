@@ -10,7 +10,7 @@
 
 use super::shared::{Class, View};
 use crate::plan::TRANSFER_BYTES_MAX;
-use crate::raid::{self, Set};
+use crate::raid::{self, Parity, Set};
 use crate::thin::VolumeMap;
 use hawser_block::{Operation, Request, Status};
 
@@ -27,11 +27,28 @@ pub struct Step {
     pub len: u32,
 }
 
+/// A whole stripe that a write overwrites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stripe {
+    /// The set's number.
+    pub set: u32,
+    /// Its row in the set.
+    pub row: u64,
+    /// Where its data is in the request's payload, in bytes.
+    pub start: u32,
+    /// Where its parities shall be: P, then Q behind it. They have addresses behind the payload's end.
+    pub parity: u32,
+}
+
 /// What a request becomes.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// Requests to members. Copies of the same bytes follow each other.
     pub steps: Vec<Step>,
+    /// Stripes of which parity has to be computed first.
+    pub stripes: Vec<Stripe>,
+    /// How many bytes all parities have.
+    pub parity_bytes: u32,
     /// Parts of the payload, as start and length, that read as zeroes.
     pub zeroes: Vec<(u32, u32)>,
 }
@@ -41,11 +58,18 @@ impl Plan {
     #[must_use]
     pub fn new() -> Plan {
         let most = (TRANSFER_BYTES_MAX as usize >> 12) + 2;
-        Plan { steps: Vec::with_capacity(2 * most), zeroes: Vec::with_capacity(most) }
+        Plan {
+            steps: Vec::with_capacity(2 * most),
+            stripes: Vec::with_capacity(most),
+            parity_bytes: 0,
+            zeroes: Vec::with_capacity(most),
+        }
     }
 
     fn clear(&mut self) {
         self.steps.clear();
+        self.stripes.clear();
+        self.parity_bytes = 0;
         self.zeroes.clear();
     }
 
@@ -256,26 +280,30 @@ fn write(view: &View, map: &VolumeMap, range: (u64, u64), plan: &mut Plan) -> Re
         } else {
             entry.low()
         };
-        if let Err(class) = write_extent(view, extent, within, (start, len), plan) {
+        if let Err(class) = write_extent(view, extent, within, (start, len), range.1, plan) {
             return Resolved::Slow(class);
         }
     }
     Resolved::Plan
 }
 
-/// Plans a write of an extent's bytes to all copies.
-pub(crate) fn write_extent(
+/// Plans a write of an extent's bytes to all copies; parities come behind the `payload` bytes of the request.
+fn write_extent(
     view: &View,
     extent: u32,
     within: u64,
     (start, len): (u64, u64),
+    payload: u64,
     plan: &mut Plan,
 ) -> Result<(), Class> {
     if extent >= view.array.extents() {
         return Err(Class::WriteMiss);
     }
-    let (set, address) = view.array.locate(extent);
-    let set: &Set = view.array.set(set);
+    let (number, address) = view.array.locate(extent);
+    let set: &Set = view.array.set(number);
+    if let Some(parity) = set.parity() {
+        return write_stripes(view, (number, set, parity), address + within, (start, len), payload, plan);
+    }
     for piece in set.pieces(address + within, len) {
         let copies = set.writable(&piece).map_err(class_of)?;
         plan.steps.extend(copies.as_slice().iter().map(|copy| Step {
@@ -284,6 +312,55 @@ pub(crate) fn write_extent(
             start: narrow(start + piece.start),
             len: piece.len,
         }));
+    }
+    Ok(())
+}
+
+/// The same of a set with parity: whole stripes, on members that are all there.
+fn write_stripes(
+    view: &View,
+    (number, set, parity): (usize, &Set, &Parity),
+    address: u64,
+    (start, len): (u64, u64),
+    payload: u64,
+    plan: &mut Plan,
+) -> Result<(), Class> {
+    let stripes = &parity.stripes;
+    let (strip, whole) = (stripes.strip_bytes(), stripes.stripe_bytes());
+    if address % whole != 0 || len % whole != 0 {
+        return Err(Class::PartialStripe);
+    }
+    let rows = address / whole..(address + len) / whole;
+    // First the marks: who finds them sees the members as they were when they were set, or later.
+    set.are_stripes_writable(rows.start * strip, (rows.end - rows.start) * strip).map_err(class_of)?;
+    if !set.are_all_in_sync() {
+        return Err(Class::Degraded);
+    }
+    if !parity.is_unlogged() {
+        return Err(Class::Intent);
+    }
+    for (index, row) in (0..).zip(rows) {
+        let start = start + index * whole;
+        let parity = payload + u64::from(plan.parity_bytes);
+        plan.parity_bytes += narrow(u64::from(stripes.parities()) * strip);
+        plan.stripes.push(Stripe {
+            set: u32::try_from(number).unwrap_or(u32::MAX),
+            row,
+            start: narrow(start),
+            parity: narrow(parity),
+        });
+        let offset = view.data_offset + row * strip;
+        let mut add = |member: u16, at: u64| {
+            let member = set.first_member() + member;
+            plan.steps.push(Step { member, offset, start: narrow(at), len: narrow(strip) });
+        };
+        for data in 0..stripes.data_strips() {
+            add(stripes.member_of_data(row, data), start + u64::from(data) * strip);
+        }
+        add(stripes.member_of_p(row), parity);
+        if let Some(member) = stripes.member_of_q(row) {
+            add(member, parity + strip);
+        }
     }
     Ok(())
 }

@@ -87,6 +87,8 @@ pub struct View {
     pub block_shift: u32,
     /// Several members have the same data.
     pub is_redundant: bool,
+    /// A write goes to several devices, from a copy of its payload.
+    pub is_copied: bool,
     /// The members' devices, those that are there.
     pub(crate) leaves: Vec<Option<Leaf>>,
 }
@@ -102,7 +104,8 @@ impl View {
         block_shift: u32,
     ) -> View {
         let is_redundant = array.sets().iter().any(|set| set.level().is_redundant());
-        View { array, table, thin, data_offset, block_shift, is_redundant, leaves: Vec::new() }
+        let is_copied = is_redundant;
+        View { array, table, thin, data_offset, block_shift, is_redundant, is_copied, leaves: Vec::new() }
     }
 }
 
@@ -161,6 +164,8 @@ pub(crate) struct Shared {
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
+    /// How often a member has come back. What began before tells nothing of a member that came back after it.
+    joins: AtomicU64,
     /// How often each member was given up while it was out of reach: what is under way at it is ended.
     pub(crate) given_up: [AtomicU64; MEMBERS_MAX],
     /// Held by who takes a member out of those that are read, so that the last is never taken.
@@ -196,6 +201,7 @@ impl Shared {
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
+            joins: AtomicU64::new(0),
             given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             modes: Mutex::default(),
             volumes: Mutex::default(),
@@ -211,6 +217,16 @@ impl Shared {
     /// A region is about to be marked as not the same everywhere.
     pub(crate) fn mark_unsynced(&self) {
         self.unsynced_marks.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// To be asked when it is known who is written to, and told with what they fail.
+    pub(crate) fn joins(&self) -> u64 {
+        self.joins.load(Ordering::Acquire)
+    }
+
+    /// A member is about to come back.
+    pub(crate) fn joins_now(&self) -> u64 {
+        self.joins.fetch_add(1, Ordering::AcqRel) + 1
     }
 
     pub(crate) fn view(&self) -> Arc<View> {

@@ -3,12 +3,13 @@
 //! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
 //! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
 
-use super::bounce::{Bounce, zero_payload};
+use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
 use super::owner::Owner;
 use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, View};
+use super::stripes::{Change, Changed, Held, IsValid};
 use super::wait::all;
 use crate::format::NONE;
 use crate::raid::{Mode, Piece, Set};
@@ -105,10 +106,10 @@ pub(super) async fn after_failure(
     core: Rc<Core>,
     request: Request,
     members: (u64, u64),
-    status: Status,
-    under_way: UnderWay,
+    (status, since): (Status, u64),
+    under_way: (UnderWay, Vec<Held>),
 ) -> Outcome {
-    match report_failures(&core, members, status, under_way).await {
+    match report_failures(&core, members, (status, since), under_way).await {
         Err(status) if is_out_of_reach(&core, status) => {
             core.runtime.sleep(OUT_OF_REACH).await;
             carry_out(core, request).await
@@ -121,8 +122,8 @@ pub(super) async fn after_failure(
 async fn report_failures(
     core: &Core,
     (failed, aborted): (u64, u64),
-    status: Status,
-    _under_way: UnderWay,
+    (status, since): (Status, u64),
+    _until_recorded: (UnderWay, Vec<Held>),
 ) -> Outcome {
     let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
     let (members, status) = match (is_given_up, status) {
@@ -134,10 +135,11 @@ async fn report_failures(
         (false, status) => (failed | aborted, status),
     };
     if is_broken("ack_before_stale_recorded") {
-        drop(core.shared.ask(move |owner| async move { owner.report(members, status).await }));
+        drop(core.shared.ask(move |owner| async move { owner.report(members, status, since).await }));
         return Ok(());
     }
-    let reported = core.shared.request(move |owner| async move { owner.report(members, status).await }).await;
+    let reported =
+        core.shared.request(move |owner| async move { owner.report(members, status, since).await }).await;
     if is_given_up { Err(Status::Aborted) } else { reported }
 }
 
@@ -231,14 +233,21 @@ fn content(
 
 /// Whether copies of a piece may differ, so that it matters which is read.
 fn is_unsettled(set: &Set, piece: &Piece) -> bool {
+    if set.parity().is_some() {
+        // What is read must not change when its member is lost before parity is made right.
+        return set.are_all_in_sync() && any_unsynced(set, piece);
+    }
     let copies = piece.copies.as_slice();
     let with_data =
         copies.iter().filter(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync).count();
-    with_data > 1
-        && copies.iter().any(|copy| {
-            let last = copy.offset + u64::from(piece.len) - 1;
-            (set.region_of(copy.offset)..=set.region_of(last)).any(|region| set.unsynced.get(region))
-        })
+    with_data > 1 && any_unsynced(set, piece)
+}
+
+fn any_unsynced(set: &Set, piece: &Piece) -> bool {
+    piece.copies.as_slice().iter().any(|copy| {
+        let last = copy.offset + u64::from(piece.len) - 1;
+        (set.region_of(copy.offset)..=set.region_of(last)).any(|region| set.unsynced.get(region))
+    })
 }
 
 /// A piece, as settled ones are remembered.
@@ -265,7 +274,14 @@ async fn read(core: &Rc<Core>, request: &Request) -> Outcome {
         if !unsettled.is_empty() {
             drop(under_way);
             for (set, piece) in unsettled {
-                core.shared.request(move |owner| async move { owner.settle(set, piece).await }).await?;
+                let settle = core.shared.request(move |owner| async move { owner.settle(set, piece).await });
+                match settle.await {
+                    Err(Status::Aborted) if !core.is_given_up.load(Ordering::Relaxed) => {
+                        pause(core).await;
+                        continue;
+                    }
+                    outcome => outcome?,
+                }
                 settled.insert(name_of(&Wanted { set, piece, start: 0 }));
             }
             continue;
@@ -313,7 +329,21 @@ async fn read_piece(
                     || is_broken("stale_member_read"))
                 && view.leaves[usize::from(copy.member)].is_some()
         });
-        let Some(copy) = copy else { return Err(last) };
+        let Some(copy) = copy else {
+            if set.parity().is_none() {
+                return Err(last);
+            }
+            core.volume.count(Class::Degraded);
+            let computed = core.ways().read_lost(view, set, &wanted.piece).await?;
+            if bad {
+                let (set, piece) = (wanted.set, wanted.piece);
+                // It goes on by itself.
+                drop(core.shared.ask(move |owner| async move { owner.repair(set, piece).await }));
+            }
+            let bytes = computed.bytes(0, wanted.piece.len as usize);
+            fill_payload(&into, bytes);
+            return Ok(());
+        };
         let leaf = view.leaves[usize::from(copy.member)].as_ref().expect("looked at just now");
         let at = view.data_offset + copy.offset;
         let outcome = core.place.lanes.start(leaf, Operation::Read, at, into, kept.clone()).await;
@@ -368,7 +398,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
     let id = core.volume.id;
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
     let mut wait = Duration::from_micros(50);
-    loop {
+    for tries in 0u64.. {
         let view = core.shared.view();
         let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
         let unit = u64::from(view.thin.unit_bytes);
@@ -376,9 +406,13 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         let end = within + len;
         // Only who fills a unit whose rest it does not have must be alone with it.
         let is_whole = within % unit == 0 && (end % unit == 0 || end == view.thin.extent_bytes);
+        // Where parity says what members have that are lost, others who have written and not noted it yet are in the way too.
+        let has_parity = view.array.sets().iter().any(|set| set.parity().is_some());
+        let is_lacking = || view.array.sets().iter().any(|set| !set.are_all_in_sync());
+        let is_alone = !is_whole || (has_parity && (tries > 0 || is_lacking()));
         let (index, given_up) = (part.0, Arc::clone(&core.is_given_up));
         let prepared = core.shared.request(move |owner| async move {
-            owner.prepare(id, index, (within, len), !is_whole, given_up).await
+            owner.prepare(id, index, (within, len), is_alone, given_up).await
         });
         let class = match prepared.await {
             Err(Status::NoSpace) => Some((Class::NoSpace, Status::NoSpace)),
@@ -394,7 +428,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
         let written = match &copied {
-            Some(_) => write_prepared(core, part, payload).await,
+            Some(_) => write_prepared(core, part, is_alone, payload).await,
             None => Err(Status::Aborted),
         };
         let outcome = match written {
@@ -407,7 +441,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             _ => [0; 4],
         };
         let finished =
-            core.shared.request(move |owner| async move { owner.finish(id, index, !is_whole, bits).await });
+            core.shared.request(move |owner| async move { owner.finish(id, index, is_alone, bits).await });
         let finished = finished.await;
         drop((under_way, copied));
         match outcome? {
@@ -422,10 +456,16 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             return Err(Status::Aborted);
         }
     }
+    unreachable!("it is tried until it has ended")
 }
 
 /// Writes into an extent that is ours, while the caller is under way; says which units are valid now, or `None` when it is not ours after all.
-async fn write_prepared(core: &Rc<Core>, part: Part, payload: &Payload) -> Result<Option<[u64; 4]>, Status> {
+async fn write_prepared(
+    core: &Rc<Core>,
+    part: Part,
+    is_alone: bool,
+    payload: &Payload,
+) -> Result<Option<[u64; 4]>, Status> {
     let (view, map) = (core.shared.view(), core.volume.map());
     let (index, within, _, len) = part;
     let entry = view.table.lookup(&map, index);
@@ -464,7 +504,11 @@ async fn write_prepared(core: &Rc<Core>, part: Part, payload: &Payload) -> Resul
     }
     core.volume.copied_bytes.fetch_add(len, Ordering::Relaxed);
     let extent = extent_of(&view, entry);
-    match write_copies(core, &view, extent, from, &bounce, size).await? {
+    let written = match view.array.sets()[view.array.locate(extent).0].parity() {
+        Some(_) => write_stripes(core, &view, (index, extent), (from, size), &bounce, is_alone).await?,
+        None => write_copies(core, &view, extent, from, &bounce, size).await?,
+    };
+    match written {
         true => Ok(Some(bits_of(&view, from, to))),
         false => Ok(None),
     }
@@ -518,7 +562,7 @@ async fn write_copies(
                 .map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)),
         );
     }
-    let lanes = &core.place.lanes;
+    let (lanes, since) = (&core.place.lanes, core.shared.joins());
     let requests = writes.iter().map(|(member, offset, start, len)| async move {
         let Some(leaf) = &view.leaves[usize::from(*member)] else { return (*member, Err(Status::Path)) };
         (*member, lanes.write(leaf, view.data_offset + offset, bounce, *start, *len, false).await)
@@ -546,8 +590,59 @@ async fn write_copies(
             false => Ok(false),
         };
     }
-    core.shared.request(move |owner| async move { owner.report(failed, status).await }).await?;
+    core.shared.request(move |owner| async move { owner.report(failed, status, since).await }).await?;
     Ok(true)
+}
+
+/// The same where there is parity, stripe by stripe.
+async fn write_stripes(
+    core: &Rc<Core>,
+    view: &Arc<View>,
+    (index, extent): (u32, u32),
+    (within, len): (u64, usize),
+    bounce: &Rc<Bounce>,
+    is_alone: bool,
+) -> Result<bool, Status> {
+    let (set, address) = view.array.locate(extent);
+    let set = view.array.set(set);
+    let parity = set.parity().expect("looked at just now");
+    let (stripe, strip) = (parity.stripes.stripe_bytes(), parity.stripes.strip_bytes());
+    let data = u64::from(parity.stripes.data_strips());
+    let names = Rc::clone(core);
+    // As it is when the stripe's turn comes.
+    let is_valid: IsValid = Rc::new(move |row: u64, within: u64, len: u64| {
+        let view = names.shared.view();
+        let entry = view.table.lookup(&names.volume.map(), index);
+        if !entry.is_partial() {
+            return true;
+        }
+        let bits = view.table.partial(entry.low()).bits;
+        let first = row * stripe - address;
+        (0..data).any(|slot| {
+            let at = first + slot * strip + within;
+            runs(bits, view.thin.unit_shift(), at, len).any(|(valid, ..)| valid)
+        })
+    });
+    let ways = core.ways();
+    let changes = parity.stripes.touched(address + within, len as u64).map(|touched| {
+        if !touched.is_whole() {
+            core.volume.count(Class::PartialStripe);
+        }
+        let change = Change {
+            from: touched.from,
+            to: touched.to,
+            bounce: Rc::clone(bounce),
+            at: usize_of(touched.start),
+            is_valid: Rc::clone(&is_valid),
+            is_alone,
+        };
+        ways.change(set, touched.row, change)
+    });
+    let mut changed = Box::pin(all(changes.collect::<Vec<_>>()));
+    // Who has waited long enough does not wait for a member: what was begun is ended without him.
+    let ended = core.place.bell.until_or(&mut changed, || core.is_given_up.load(Ordering::Relaxed)).await;
+    let outcomes = ended.ok_or(Status::Aborted)?.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
+    Ok(outcomes.iter().all(|outcome| *outcome == Changed::Done))
 }
 
 /// The units that lie wholly in bytes `from..to` of an extent.
@@ -610,7 +705,10 @@ async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, 
     }
     left.retain(|(_, len)| *len > 0);
     if let Some((index, count)) = whole {
-        core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+        let kept =
+            core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+        let bytes = |index: u32| (u64::from(index) * view.thin.extent_bytes).clamp(first, first + len);
+        left.extend(kept.into_iter().map(|(from, to)| (bytes(from), bytes(to) - bytes(from))));
     }
     Ok(left)
 }

@@ -129,6 +129,7 @@ mod tests {
             extent_bytes,
             region_bytes: 1 << 20,
             data_offset: 0,
+            parity_log: (0, 1024),
         });
         Arc::new(set.expect("good"))
     }

@@ -20,7 +20,9 @@
 mod array;
 mod bits;
 mod divide;
+mod parity;
 mod piece;
+mod ring;
 mod set;
 mod state;
 mod stripes;
@@ -31,7 +33,9 @@ pub(crate) mod tests;
 
 pub use array::Array;
 pub use bits::AtomicBits;
+pub use parity::{Guards, Parity};
 pub use piece::{COPIES_MAX, Copies, Copy, Piece, Slow};
+pub use ring::Ring;
 pub use set::{MEMBERS_MAX, MemberPieces, PIECE_BYTES_MAX, Pieces, SET_BYTES_MAX, Set, SetConfig};
 pub use state::Mode;
 pub use stripes::{Part, Parts, Role, Stripes, Touched, TouchedStripes};
@@ -112,10 +116,14 @@ impl Level {
         !matches!(self, Level::Linear | Level::Raid0)
     }
 
-    /// The format knows all levels; sets can be made of these.
+    /// How many strips of a stripe are parity.
     #[must_use]
-    pub fn is_supported(self) -> bool {
-        !matches!(self, Level::Raid5 | Level::Raid6)
+    pub fn parities(self) -> u16 {
+        match self {
+            Level::Raid5 => 1,
+            Level::Raid6 => 2,
+            _ => 0,
+        }
     }
 }
 

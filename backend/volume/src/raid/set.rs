@@ -12,12 +12,12 @@
 //! RAID 10 is near-2: copy k of strip c is at position 2c + k, counted row by row. With an odd number of members, two
 //! copies may so be in different rows, and an odd number of positions leaves the last one without data. Members count as
 //! the smallest of them, rounded down to whole strips; only linear uses each to its own end, rounded down the same way.
-//! What is left behind the last whole extent has no data either.
+//! What is left behind the last whole extent has no data either. RAID 5 and 6 are in [`Stripes`]: here their data has one copy.
 //!
 //! Invariants: [`Set::pieces_of_member`] is the exact inverse of [`Set::pieces`].
 
 use super::divide::{Divisor, Size};
-use super::{AtomicBits, Copies, Copy, Level, Piece};
+use super::{AtomicBits, Copies, Copy, Level, Parity, Piece, Stripes};
 use crate::atomic::{AtomicU8, AtomicU64};
 use std::ops::Range;
 
@@ -48,6 +48,8 @@ pub struct SetConfig {
     pub region_bytes: u64,
     /// Where the data area begins on each member.
     pub data_offset: u64,
+    /// RAID 5 and 6: where the parity log begins on each member, and its pages for entries.
+    pub parity_log: (u64, u32),
 }
 
 /// Members that hold data together, and their state.
@@ -67,6 +69,7 @@ pub struct Set {
     data_offset: u64,
     /// Linear: the address of each member's first byte, and the end of the last one's. Else empty.
     starts: Box<[u64]>,
+    parity: Option<Parity>,
 
     /// Regions whose mark is durable, and is not being cleared.
     pub intents: AtomicBits,
@@ -94,10 +97,8 @@ impl Set {
             extent_bytes,
             region_bytes,
             data_offset,
+            parity_log: (log_offset, log_pages),
         } = config;
-        if !level.is_supported() {
-            return Err(format!("{level} is not supported by this version"));
-        }
         let (least, most) = (level.members_min(), level.members_max());
         let members = u16::try_from(member_bytes.len())
             .ok()
@@ -127,8 +128,9 @@ impl Set {
             Level::Linear => (rounded.iter().copied().max().unwrap_or(0), rounded.iter().sum()),
             Level::Raid0 => (smallest, smallest * u64::from(members)),
             Level::Raid1 => (smallest, smallest),
+            Level::Raid5 | Level::Raid6 => (smallest, smallest * u64::from(members - level.parities())),
             // Half of the positions, and no half strip.
-            _ => (smallest, smallest / strip * u64::from(members) / 2 * strip),
+            Level::Raid10 => (smallest, smallest / strip * u64::from(members) / 2 * strip),
         };
         let extents = capacity / extent_bytes;
         if extents == 0 {
@@ -150,6 +152,19 @@ impl Set {
                 .collect(),
             _ => Box::default(),
         };
+        let parity = match level.parities() {
+            0 => None,
+            parities => {
+                let stripes = Stripes::new(members, parities, strip_bytes)?;
+                if extent_bytes % stripes.stripe_bytes() != 0 {
+                    return Err(format!(
+                        "extents of {extent_bytes} bytes are not whole stripes of {}",
+                        stripes.stripe_bytes()
+                    ));
+                }
+                Some(Parity::new(stripes, regions, log_offset, log_pages))
+            }
+        };
         Ok(Set {
             level,
             members,
@@ -163,6 +178,7 @@ impl Set {
             rows_bytes,
             data_offset,
             starts,
+            parity,
             intents: AtomicBits::new(regions),
             unsynced: AtomicBits::new(regions),
             touched: AtomicBits::new(regions),
@@ -176,6 +192,13 @@ impl Set {
     #[must_use]
     pub fn level(&self) -> Level {
         self.level
+    }
+
+    /// What it has besides, when it has parity.
+    #[must_use]
+    #[inline]
+    pub fn parity(&self) -> Option<&Parity> {
+        self.parity.as_ref()
     }
 
     /// How many members it has.
@@ -281,7 +304,8 @@ impl Set {
             Level::Linear => self.starts[usize::from(member)] + offset,
             Level::Raid0 => position * self.by_strip.bytes + beyond,
             Level::Raid1 => offset,
-            _ => position / 2 * self.by_strip.bytes + beyond,
+            Level::Raid5 | Level::Raid6 => self.stripes().address_of(member, offset)?,
+            Level::Raid10 => position / 2 * self.by_strip.bytes + beyond,
         };
         (address < self.data_bytes).then_some(address)
     }
@@ -309,9 +333,17 @@ impl Set {
             }
             Level::Raid0 => (first * strip, rows_end * strip),
             Level::Raid1 => (offset, end),
-            _ => (first / 2 * strip, rows_end.div_ceil(2) * strip),
+            Level::Raid5 | Level::Raid6 => {
+                let stripe = self.stripes().stripe_bytes();
+                (offset / strip * stripe, end.div_ceil(strip) * stripe)
+            }
+            Level::Raid10 => (first / 2 * strip, rows_end.div_ceil(2) * strip),
         };
         from.min(self.data_bytes)..to.min(self.data_bytes)
+    }
+
+    fn stripes(&self) -> &Stripes {
+        &self.parity.as_ref().expect("levels with parity have it").stripes
     }
 
     /// The bytes of the rows of `member`.
@@ -345,7 +377,11 @@ impl Set {
                 let copy = at(member, self.by_strip.times(row) + beyond);
                 (self.by_strip.bytes - beyond, Copies::one(copy))
             }
-            _ => {
+            Level::Raid5 | Level::Raid6 => {
+                let (member, offset, len) = self.stripes().locate(address);
+                (len, Copies::one(at(member, offset)))
+            }
+            Level::Raid10 => {
                 let (chunk, beyond) = self.by_strip.split(address);
                 let (row, member) = self.by_members.divide(chunk * 2);
                 let offset = self.by_strip.times(row) + beyond;
@@ -409,8 +445,21 @@ impl Iterator for MemberPieces<'_> {
         if self.offset >= self.end {
             return None;
         }
+        let mut found = self.set.address_of(self.member, self.offset);
+        if found.is_none() && self.set.parity.is_some() {
+            // Parity is no data. No two strips of it follow each other but those of Q and P.
+            let strip = self.set.by_strip.bytes;
+            for _ in 0..2 {
+                self.offset = (self.offset / strip + 1) * strip;
+                found =
+                    (self.offset < self.end).then(|| self.set.address_of(self.member, self.offset)).flatten();
+                if found.is_some() {
+                    break;
+                }
+            }
+        }
         // Addresses ascend with offsets: nothing comes behind the end of the data.
-        let address = self.set.address_of(self.member, self.offset)?;
+        let address = found?;
         let len_max = (self.end - self.offset).min(self.set.data_bytes - address);
         let piece = self.set.piece(address, self.offset - self.first, len_max);
         self.offset += u64::from(piece.len);

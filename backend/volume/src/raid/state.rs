@@ -43,6 +43,42 @@ impl Set {
         self.modes[usize::from(member_in_set)].store(mode as u8, Ordering::Release);
     }
 
+    /// Whether all members have everything.
+    #[must_use]
+    #[inline]
+    pub fn are_all_in_sync(&self) -> bool {
+        (0..self.members()).all(|member| self.mode(member) == Mode::InSync)
+    }
+
+    /// How many members have everything.
+    #[must_use]
+    pub fn in_sync_count(&self) -> u16 {
+        let count = (0..self.members()).filter(|member| self.mode(*member) == Mode::InSync).count();
+        u16::try_from(count).unwrap_or(0)
+    }
+
+    /// At levels with parity: whether stripes can be written now that are in these bytes of the members' data areas. Marks their regions as
+    /// touched when they can.
+    ///
+    /// # Errors
+    /// As [`Set::writable`].
+    pub fn are_stripes_writable(&self, offset: u64, len: u64) -> Result<(), Slow> {
+        let regions = self.region_of(offset)..=self.region_of(offset + len - 1);
+        // First: who finds a mark sees the members as they were when it was set, or later.
+        let is_marked = regions.clone().all(|region| self.intents.get(region));
+        if self.in_sync_count() + self.level.parities() < self.members() {
+            return Err(Slow::Degraded);
+        }
+        if !is_marked {
+            return Err(Slow::Intent);
+        }
+        if self.in_window(offset, len) {
+            return Err(Slow::Window);
+        }
+        regions.for_each(|region| self.touched.mark(region));
+        Ok(())
+    }
+
     #[inline]
     fn mode_of(&self, copy: &Copy) -> Mode {
         self.mode(copy.member - self.first_member)
@@ -110,20 +146,27 @@ impl Set {
             2 => (rotor & 1) as usize,
             count => rotor as usize % count,
         };
-        let is_unsynced = readable_count > 1 && self.any_region(piece, |region| self.unsynced.get(region));
+        // With parity it matters too: what is read must not change when the member that has it is lost before parity is made again.
+        let is_settled_first = readable_count > 1 || (self.parity().is_some() && self.are_all_in_sync());
+        let is_unsynced = is_settled_first && self.any_region(piece, |region| self.unsynced.get(region));
         if is_unsynced && !is_broken("read_unsynced_from_any") {
             return Err(Slow::Unsynced);
         }
         Ok(piece.copies.as_slice()[usize::from(readable[turn])])
     }
 
-    /// The copies that a write of `piece` goes to. Marks its regions as touched when it may be done.
+    /// The copies that a write of `piece` goes to; at levels with parity the one that there is, whatever its member's state: whoever writes
+    /// knows what else a stripe needs. Marks its regions as touched when it may be done.
     ///
     /// # Errors
     /// [`Slow::Degraded`] when none of them can be read; then, at redundant levels, [`Slow::Intent`] when the mark of a region
-    /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised.
+    /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised, or copied for a replacement.
     #[inline]
     pub fn writable(&self, piece: &Piece) -> Result<Copies, Slow> {
+        if self.parity().is_some() {
+            let copy = piece.copies.as_slice()[0];
+            return self.are_stripes_writable(copy.offset, u64::from(piece.len)).map(|()| piece.copies);
+        }
         let is_redundant = self.level.is_redundant();
         // First: who finds a mark sees the members as they were when it was set, or later.
         let is_marked = !is_redundant || !self.any_region(piece, |region| !self.intents.get(region));
@@ -138,9 +181,6 @@ impl Set {
         if !is_readable {
             return Err(Slow::Degraded);
         }
-        if !is_redundant {
-            return Ok(copies);
-        }
         // A copy of a member that is away counts too: its region is what a resync will look for.
         if !is_marked {
             return Err(Slow::Intent);
@@ -148,6 +188,9 @@ impl Set {
         let len = u64::from(piece.len);
         if piece.copies.as_slice().iter().any(|copy| self.in_window(copy.offset, len)) {
             return Err(Slow::Window);
+        }
+        if !is_redundant {
+            return Ok(copies);
         }
         self.any_region(piece, |region| {
             self.touched.mark(region);

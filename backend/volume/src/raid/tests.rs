@@ -35,6 +35,7 @@ fn config(level: Level, member_bytes: &[u64], strip_bytes: u32, extent_bytes: u6
         extent_bytes,
         region_bytes: u64::from(strip_bytes) * 2,
         data_offset: 1 << 20,
+        parity_log: (0, 1024),
     }
 }
 
@@ -61,8 +62,18 @@ fn model(config: &SetConfig) -> Places {
             (0..members).for_each(|member| positions.push((member, row)));
         }
     }
+    // What is parity is no place for data; what is left of a row is in the order that begins behind it.
+    let parities = config.level.parities();
+    if parities > 0 {
+        positions.sort_by_key(|(member, row)| {
+            let p = members - 1 - u16::try_from(row % u64::from(members)).expect("few");
+            (*row, (member + members - p) % members)
+        });
+        let is_data = |at: usize| at % usize::from(members) >= usize::from(parities);
+        positions = (0..positions.len()).filter(|at| is_data(*at)).map(|at| positions[at]).collect();
+    }
     let copies = match config.level {
-        Level::Linear | Level::Raid0 => 1,
+        Level::Linear | Level::Raid0 | Level::Raid5 | Level::Raid6 => 1,
         Level::Raid1 => usize::from(members),
         _ => 2,
     };
@@ -81,7 +92,7 @@ fn model(config: &SetConfig) -> Places {
 fn configs() -> Vec<SetConfig> {
     let mut configs = Vec::new();
     let mut random = Random(1);
-    for level in [Level::Linear, Level::Raid0, Level::Raid1, Level::Raid10] {
+    for level in Level::ALL {
         for members in level.members_min()..=level.members_max().min(8) {
             for strip in [1, 3, 4, 7, 8, 12, 64, 4096, 5000] {
                 for rows in [1, 2, 3, 5, 8] {
@@ -92,8 +103,16 @@ fn configs() -> Vec<SetConfig> {
                     let member_bytes: Vec<u64> = (0..members)
                         .map(|_| strip_bytes * rows + random.below_u64(strip_bytes * 2))
                         .collect();
-                    for extent in [1, strip_bytes, strip_bytes * 2 + 1] {
-                        if extent <= strip_bytes * rows {
+                    let stripe = strip_bytes * u64::from(members - level.parities());
+                    let extents = match level.parities() {
+                        0 => [1, strip_bytes, strip_bytes * 2 + 1],
+                        _ => [stripe, stripe, stripe * 2],
+                    };
+                    for extent in extents {
+                        if level.parities() > 0 && extent > stripe * rows {
+                            continue;
+                        }
+                        if level.parities() > 0 || extent <= strip_bytes * rows {
                             configs.push(config(level, &member_bytes, strip, extent));
                         }
                     }
@@ -168,7 +187,7 @@ fn no_two_bytes_share_a_place_and_copies_are_on_different_members() {
             let members: BTreeSet<u16> = piece.copies.as_slice().iter().map(|copy| copy.member).collect();
             assert_eq!(members.len(), piece.copies.len());
             let expected = match config.level {
-                Level::Linear | Level::Raid0 => 1,
+                Level::Linear | Level::Raid0 | Level::Raid5 | Level::Raid6 => 1,
                 Level::Raid1 => config.member_bytes.len(),
                 _ => 2,
             };
@@ -309,8 +328,9 @@ fn a_long_piece_is_cut_at_its_limit() {
 fn what_makes_no_set_is_refused_by_name() {
     let refused = |config| Set::new(config).expect_err("refused");
     let of = |level, members| config(level, &vec![4096; members], 64, 64);
-    assert_eq!(refused(of(Level::Raid5, 3)), "raid5 is not supported by this version");
-    assert_eq!(refused(of(Level::Raid6, 4)), "raid6 is not supported by this version");
+    assert_eq!(refused(of(Level::Raid5, 2)), "raid5 takes 3 to 32 members, not 2");
+    assert_eq!(refused(of(Level::Raid6, 3)), "raid6 takes 4 to 32 members, not 3");
+    assert_eq!(refused(of(Level::Raid5, 3)), "extents of 64 bytes are not whole stripes of 128");
     assert_eq!(refused(of(Level::Raid1, 5)), "raid1 takes 2 to 4 members, not 5");
     assert_eq!(refused(of(Level::Linear, 0)), "linear takes 1 to 32 members, not 0");
     assert_eq!(refused(of(Level::Raid10, 33)), "raid10 takes 2 to 32 members, not 33");
@@ -454,7 +474,7 @@ fn raid10_copies_in_two_regions_are_both_looked_at() {
 }
 
 #[test]
-fn levels_without_redundancy_ask_for_the_member_alone() {
+fn levels_without_redundancy_ask_for_the_member_and_the_window_alone() {
     for level in [Level::Linear, Level::Raid0] {
         let set = Set::new(config(level, &[16, 16], 8, 8)).expect("good");
         set.set_window(Some(0..16));
@@ -464,6 +484,8 @@ fn levels_without_redundancy_ask_for_the_member_alone() {
         let (here, gone) = (set.pieces(0, 1).next().expect("one"), set.pieces(last, 1).next().expect("one"));
         let copy = here.copies.as_slice()[0];
         assert_eq!(chosen(&set, &here), Ok(vec![copy; 12]));
+        assert_eq!(set.writable(&here), Err(Slow::Window), "it is being copied");
+        set.set_window(None);
         assert_eq!(set.writable(&here), Ok(here.copies));
         for mode in [Mode::Away, Mode::Syncing] {
             set.set_mode(1, mode);

@@ -260,6 +260,18 @@ impl Metadata {
         has_arenas && self.pages_needed() + u64::from(new_chunks) <= u64::from(limit)
     }
 
+    /// Whether these extents can be unmapped: what a snapshot shares is copied first, which needs room; what is the volume's own does not.
+    #[must_use]
+    pub fn has_room_to_unmap(&self, volume: u32, from: u32, to: u32) -> bool {
+        let Some(last) = to.checked_sub(1).filter(|last| *last >= from) else { return true };
+        let is_shared = |at| self.chunk_at(volume, at) != 0 && self.is_shared(volume, at);
+        let copies = (split(from).0..=split(last).0).any(is_shared);
+        match copies {
+            true => self.has_room_for_metadata(1),
+            false => self.chunks.has_room(16, 16 * CHUNK_ENTRIES),
+        }
+    }
+
     /// Pages of the metadata area in use: the last durable tree's, and what a running checkpoint has written.
     #[must_use]
     pub fn metadata_pages_used(&self) -> u32 {

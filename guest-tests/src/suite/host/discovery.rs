@@ -43,7 +43,9 @@ fn persistent(bench: &mut Bench) -> Result<String> {
     bench.run(
         "nvme discover -p -t tcp -a 127.0.0.1 -s $N1 $(as a) > /run/before
         live $(controller $discovery 127.0.0.1 $N1 a)
-        uevent sh -c env > /run/uevents 2>&1 & echo $! > /run/uevent.pid",
+        uevent sh -c env > /run/uevents 2>&1 & echo $! > /run/uevent.pid
+        # What happens before it listens (netlink 15, group 1) it does not see.
+        within 10 grep -Eq ' 15 +[0-9]+ +00000001 ' /proc/net/netlink",
     )?;
     bench.target.put("/v1/discovery", "{\"referrals\":[]}")?;
     let changed = bench.run(

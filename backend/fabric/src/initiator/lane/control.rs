@@ -115,7 +115,7 @@ impl Lane {
         let (sqe, transfer) = control.command(start.nsid);
         let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
         connection.submit(sqe, transfer, held);
-        self.runtime.add_outstanding(1);
+        self.runtime.add_outstanding(connection.unspun(1));
     }
 
     /// The connection that one was sent on is gone. True when it may go again, because it changes nothing.

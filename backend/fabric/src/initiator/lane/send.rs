@@ -182,7 +182,7 @@ impl Lane {
             self.turn = self.turn.saturating_sub(bytes.max(TURN_COMMAND_BYTES_MIN));
             let connection = self.ways[path].connection.as_mut().expect("a way with room has a connection");
             connection.submit(sqe, transfer, held);
-            self.runtime.add_outstanding(1);
+            self.runtime.add_outstanding(connection.unspun(1));
         }
         self.held_back = held_back;
         for connection in self.ways.iter_mut().filter_map(|way| way.connection.as_mut()) {

@@ -24,18 +24,18 @@ impl SqFlow {
     }
 
     /// How many more may be sent: one entry stays free, or a full queue would look like an empty one.
-    pub(super) fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         usize::from(self.entries - 1 - self.queued())
     }
 
     /// A command takes an entry.
-    pub(super) fn submitted(&mut self) {
+    pub(crate) fn submitted(&mut self) {
         self.tail = self.after(self.tail, 1);
     }
 
     /// A command was answered with SQHD. False: what the controller says of its queue is not worth anything, as it has answered
     /// half a queue of commands and not moved the head past any.
-    pub(super) fn answered(&mut self, sq_head: u16) -> bool {
+    pub(crate) fn answered(&mut self, sq_head: u16) -> bool {
         let moved =
             if sq_head >= self.head { sq_head - self.head } else { self.entries - (self.head - sq_head) };
         if sq_head < self.entries && moved > 0 && moved <= self.queued() {
@@ -49,14 +49,14 @@ impl SqFlow {
 
     /// A read has ended with its data, without an SQHD. It should not be so under flow control; who does it all the same has
     /// taken that command.
-    pub(super) fn answered_with_data(&mut self) {
+    pub(crate) fn answered_with_data(&mut self) {
         if self.queued() > 0 {
             self.head = self.after(self.head, 1);
         }
     }
 
     /// Every command is answered, and so was taken.
-    pub(super) fn all_answered(&mut self) {
+    pub(crate) fn all_answered(&mut self) {
         self.head = self.tail;
     }
 

@@ -108,6 +108,18 @@ impl User {
     }
 }
 
+impl User {
+    /// A request on memory of the test's own, in one piece: it stays until the request has ended.
+    fn submit_at(&mut self, token: u64, operation: Operation, lba: u64, (start, len): (*mut u8, usize)) {
+        let iovecs = vec![libc::iovec { iov_base: start.cast(), iov_len: len }];
+        // SAFETY: the iovec is kept in `memory` until the request has ended; the test keeps what it names.
+        let buffers = unsafe { Buffers::new(iovecs.as_ptr(), 1, u32::try_from(len).unwrap()) };
+        self.memory.insert(token, Memory { buffer: AlignedBuffer::new(1), len: 1, iovecs });
+        let blocks = BlockCount(u32::try_from(len / 512).unwrap());
+        self.batch.push(Request { operation, lba: Lba(lba), blocks, buffers, token: Token(token) });
+    }
+}
+
 impl Source for User {
     fn poll(&mut self, _: &Runtime, _: &mut Vec<Event>) {
         let Some(channel) = &mut self.channel else { return };
@@ -183,6 +195,25 @@ impl Client {
             user.batch = batch;
         });
         first
+    }
+
+    /// Submits a request on memory of the test's own; its token.
+    pub(super) fn submit_at(
+        &mut self,
+        operation: Operation,
+        lba: u64,
+        (start, len): (*mut u8, usize),
+    ) -> u64 {
+        let token = self.next_token;
+        self.next_token += 1;
+        let start = start as usize;
+        self.with(move |user| {
+            user.submit_at(token, operation, lba, (start as *mut u8, len));
+            let mut batch = std::mem::take(&mut user.batch);
+            user.channel.as_mut().expect("open").submit(&mut batch);
+            user.batch = batch;
+        });
+        token
     }
 
     pub(super) fn next(&self) -> Told {

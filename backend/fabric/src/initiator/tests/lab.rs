@@ -33,6 +33,7 @@ pub(super) fn lab(paths: usize, change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     let subsystem = SubsystemConfig {
         nqn: NQN.into(),
         listen: vec![any; paths],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "test".into(),
         namespaces: vec![NamespaceConfig { nsid: 1, device: disk.clone(), uuid: None }],

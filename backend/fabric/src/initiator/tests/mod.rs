@@ -8,6 +8,7 @@ mod lab;
 mod links;
 mod lost_controllers;
 mod middle_box;
+mod over_rdma;
 mod reservations;
 mod scripted;
 mod several_paths;

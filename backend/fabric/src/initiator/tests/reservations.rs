@@ -32,6 +32,7 @@ fn target(reactor: &ReactorThread) -> (Target, Vec<SocketAddr>) {
     let subsystem = SubsystemConfig {
         nqn: NQN.into(),
         listen: vec![any, any],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "test".into(),
         namespaces: vec![NamespaceConfig { nsid: 1, device, uuid }],

@@ -21,6 +21,7 @@ fn start_target(
     let subsystem = SubsystemConfig {
         nqn: NQN.into(),
         listen: vec![listen],
+        transports: Vec::new(),
         allowed_hosts: None,
         serial: "test".into(),
         namespaces: vec![NamespaceConfig { nsid: 1, device, uuid }],

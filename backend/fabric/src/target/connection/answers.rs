@@ -18,10 +18,12 @@ use crate::nvme::identify::{
 use crate::nvme::vendor::Vendor;
 use crate::nvme::{DISCOVERY_NQN, Sqe, StatusCode, admin_opcode, io_opcode, log};
 use crate::simulated::is_foreign;
+use crate::target::rdma::IN_CAPSULE;
 use crate::target::{
     ANA_TRANSITION_SECONDS, ASYNC_EVENTS_MAX, CROSS_RESETS_MAX, IN_CAPSULE_BYTES_MAX, QUEUE_ENTRIES_MAX,
     RETRY_DELAY, Shared, VERSION,
 };
+use crate::uri::Transport;
 use hawser_block::Geometry;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -36,6 +38,10 @@ const MULTIPATH_CONTROLLERS: u8 = 1 << 1;
 const LOG_ATTRIBUTES: u8 = 1 << 1 | 1 << 2;
 /// SGLS: SGLs without alignment, and offsets in capsules.
 const SGL_SUPPORT: u32 = 1 | 1 << 20;
+/// The same over RDMA, and keyed descriptors.
+const SGL_SUPPORT_RDMA: u32 = SGL_SUPPORT | 1 << 2;
+/// RDMA_QPTYPE in the discovery log: reliable, connected.
+const RDMA_CONNECTED: u8 = 1;
 /// "All namespaces".
 const NSID_ALL: u32 = 0xffff_ffff;
 
@@ -110,8 +116,9 @@ fn any_controller(controller: &Controller) -> IdentifyController {
         log_page_attributes: LOG_ATTRIBUTES,
         keep_alive_granularity: KEEP_ALIVE_GRANULARITY,
         commands_max: QUEUE_ENTRIES_MAX,
-        sgl_support: SGL_SUPPORT,
-        command_capsule_size: (64 + IN_CAPSULE_BYTES_MAX) / 16,
+        sgl_support: if controller.is_rdma() { SGL_SUPPORT_RDMA } else { SGL_SUPPORT },
+        command_capsule_size: (64 + if controller.is_rdma() { IN_CAPSULE } else { IN_CAPSULE_BYTES_MAX })
+            / 16,
         response_capsule_size: 1,
         sgl_descriptors_max: 1,
         ..IdentifyController::default()
@@ -295,13 +302,16 @@ pub(super) fn changed_namespaces(changed: &BTreeSet<u32>) -> Vec<u8> {
 /// The discovery log: each address of each subsystem that the host may use, then the other discovery services. `local` is the
 /// address that it dialled, for listeners that have none of their own.
 pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<SocketAddr>) -> Vec<u8> {
-    let entry = |subtype, nqn: &str, port_id, address: SocketAddr| {
+    let entry = |subtype, nqn: &str, port_id, (transport, address): (Transport, SocketAddr)| {
         let ip = match local {
             Some(local) if address.ip().is_unspecified() => local.ip(),
             _ => address.ip(),
         };
         let entry = Entry {
-            transport: TransportType::TCP,
+            transport: match transport {
+                Transport::Tcp => TransportType::TCP,
+                Transport::Rdma => TransportType::RDMA,
+            },
             family: if ip.is_ipv4() { FAMILY_IPV4 } else { FAMILY_IPV6 },
             subtype,
             requirements: TREQ_NO_FLOW_CONTROL,
@@ -312,7 +322,11 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
             service: address.port().to_string(),
             subsystem_nqn: nqn.to_owned(),
             address: ip.to_string(),
-            security: 0,
+            security: match transport {
+                Transport::Tcp => 0,
+                // RDMA_QPTYPE: connected. What the network is, and that rdma_cm sets connections up, follows.
+                Transport::Rdma => RDMA_CONNECTED,
+            },
         };
         entry.to_bytes()
     };
@@ -320,11 +334,16 @@ pub(super) fn discovery_log(shared: &Shared, host_nqn: &str, local: Option<Socke
     for subsystem in shared.subsystems().iter().filter(|subsystem| subsystem.allows(host_nqn)) {
         // Each address is a port of its own: its ANA state is.
         for (port_id, port) in (1..).zip(&subsystem.ports) {
-            entries.extend_from_slice(&entry(SUBTYPE_NVM, &subsystem.nqn, port_id, port.address));
+            entries.extend_from_slice(&entry(
+                SUBTYPE_NVM,
+                &subsystem.nqn,
+                port_id,
+                (port.transport, port.address),
+            ));
         }
     }
     for address in shared.referrals().iter() {
-        entries.extend_from_slice(&entry(SUBTYPE_REFERRAL, DISCOVERY_NQN, 1, *address));
+        entries.extend_from_slice(&entry(SUBTYPE_REFERRAL, DISCOVERY_NQN, 1, (Transport::Tcp, *address)));
     }
     let records = (entries.len() / Entry::LEN) as u64;
     // GENCTR has to be another when the content is, over restarts too: it is made from it (FNV-1a).

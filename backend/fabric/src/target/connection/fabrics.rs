@@ -42,6 +42,13 @@ impl Connection {
             return;
         }
         match (command_type(&sqe), self.queue) {
+            // Over RDMA its data is fetched first.
+            (fctype::CONNECT, Queue::None) if self.is_to_be_fetched(index) => {
+                let len = u32::try_from(ConnectData::LEN).unwrap_or(0);
+                if let Err(status) = self.take_host_data(index, len) {
+                    self.fail(index, status);
+                }
+            }
             (fctype::CONNECT, Queue::None) => match self.connect(index) {
                 Ok(()) => {}
                 Err(Refusal::Status(status)) => self.fail(index, status),
@@ -65,6 +72,11 @@ impl Connection {
         }
     }
 
+    fn is_to_be_fetched(&mut self, index: usize) -> bool {
+        let slot = self.slots.at(index);
+        slot.keyed && slot.buffer.is_none()
+    }
+
     fn connect(&mut self, index: usize) -> Result<(), Refusal> {
         let slot = self.slots.at(index);
         let connect = Connect::from_sqe(&slot.sqe);
@@ -72,11 +84,11 @@ impl Connection {
             return Err(StatusCode::CONNECT_INCOMPATIBLE_FORMAT.into());
         }
         let len = u32::try_from(ConnectData::LEN).unwrap_or(0);
-        if place_of(slot, len).map_err(Refusal::Status)? != Place::Capsule {
+        let place = place_of(slot, len).map_err(Refusal::Status)?;
+        let Some(buffer) = slot.buffer.as_ref().filter(|_| place == Place::Capsule || slot.keyed) else {
             return Err(StatusCode::INVALID_SGL_TYPE.into());
-        }
-        let buffer = slot.buffer.as_ref().expect("its data came in the capsule");
-        // SAFETY: the capsule's data is there, as long as was checked, and nobody writes to it.
+        };
+        // SAFETY: the data is there, as long as was checked, and nobody writes to it.
         let bytes = get_array(unsafe { buffer.slice(0, ConnectData::LEN) }, 0);
         let parameter = |in_data, offset| Refusal::Parameter { in_data, offset };
         let data = ConnectData::from_bytes(&bytes)

@@ -128,7 +128,7 @@ impl Connection {
 
     /// A read, or a command whose data is to be asked for, has its buffer.
     pub(super) fn begin_with_buffer(&mut self, index: usize) {
-        if self.queue == Queue::Admin {
+        if self.queue != Queue::Io {
             return self.ask_for_data(index);
         }
         let slot = self.slots.at(index);
@@ -148,8 +148,10 @@ impl Connection {
 
     /// All data of a Write, Compare or Dataset Management is there.
     pub(super) fn execute_write(&mut self, index: usize) {
-        if self.queue == Queue::Admin {
-            return self.execute_admin(index);
+        match self.queue {
+            Queue::Io => {}
+            Queue::Admin => return self.execute_admin(index),
+            Queue::None | Queue::Connecting(_) => return self.begin_fabrics(index),
         }
         let slot = self.slots.at(index);
         let (sqe, namespace) = (slot.sqe, slot.namespace);

@@ -18,6 +18,7 @@ mod answers;
 mod fabrics;
 mod io;
 mod notices;
+mod rdma;
 mod receive;
 mod reserve;
 mod resets;
@@ -26,12 +27,15 @@ mod slots;
 mod tests;
 mod transmit;
 
+pub(super) use rdma::Move;
+
 use super::port::PortGroup;
 use super::registry::{ConnectionRef, Controller, Subsystem};
 use super::reservations::Access;
 use super::{BufferPool, IN_CAPSULE_BYTES_MAX, Shared, TRANSFER_BYTES_MAX};
 use crate::nvme::reservation::ReservationNotice;
 use crate::nvme::{Cqe, NvmeStatus, Sqe, StatusCode};
+use crate::rdma::arena::Arena;
 use crate::tcp::pdu;
 use crate::tcp::{DataPdu, Digests, PduKind, ReadyToTransfer, Receiver};
 use hawser_block::{Device, Request};
@@ -183,6 +187,8 @@ pub(super) struct Connection {
 
     next: Batch,
     sending: Batch,
+    /// Over RDMA, in place of batches: what is to be moved, in order.
+    moves: Option<VecDeque<Move>>,
     actions: Vec<Action>,
     /// What was wrong, for the log.
     trouble: Option<String>,
@@ -197,21 +203,38 @@ impl Connection {
         listener: usize,
         local: Option<std::net::SocketAddr>,
     ) -> Connection {
+        Connection::with(shared, me, listener, local, None)
+    }
+
+    /// `arena`: over RDMA, where its payload is.
+    fn with(
+        shared: Arc<Shared>,
+        me: ConnectionRef,
+        listener: usize,
+        local: Option<std::net::SocketAddr>,
+        arena: Option<Arena>,
+    ) -> Connection {
         let pool =
             BufferPool::new(PAYLOAD_BYTES_MAX, PAYLOAD_SPARE_BYTES_MAX).within(Arc::clone(&shared.memory));
+        let keyed = arena.is_some();
+        let pool = match arena {
+            Some(arena) => pool.from(arena),
+            None => pool,
+        };
+        let staging = if keyed { AlignedBuffer::ALIGNMENT } else { STAGING_BYTES };
         Connection {
             shared,
             me,
             local,
             listener,
             now: Instant::default(),
-            staging: AlignedBuffer::new(STAGING_BYTES),
+            staging: AlignedBuffer::new(staging),
             staged: (0, 0),
             receiving: Receiving::Header,
             initialised: false,
             digests: Digests::NONE,
             host_alignment: 4,
-            slots: Slots::new(SLOTS, pool),
+            slots: Slots::new(SLOTS, pool, keyed),
             waiting: VecDeque::new(),
             lanes: Vec::new(),
             submitting: false,
@@ -231,6 +254,7 @@ impl Connection {
             reservation_log: ReservationLog::default(),
             next: Batch::new(),
             sending: Batch::new(),
+            moves: keyed.then(|| VecDeque::with_capacity(SLOTS)),
             actions: Vec::new(),
             trouble: None,
             given_up: false,
@@ -284,6 +308,10 @@ impl Connection {
     fn ask_for_data(&mut self, index: usize) {
         let slot = self.slots.at(index);
         slot.phase = Phase::Transfer;
+        if let Some(moves) = &mut self.moves {
+            moves.push_back(Move::read(index, slot));
+            return;
+        }
         let tag = u16::try_from(index).expect("slots number below 2^16");
         let ready = ReadyToTransfer { cid: slot.sqe.cid, tag, offset: 0, len: slot.len };
         let bytes = ready.to_bytes(self.digests);
@@ -318,8 +346,12 @@ impl Connection {
     /// Ends a command without data for the host.
     fn answer(&mut self, index: usize, status: NvmeStatus, result: u64) {
         let cqe = self.completion(index, status, result);
-        let bytes = pdu::response_to_bytes(&cqe, self.digests);
-        self.push_pdu_header(&bytes);
+        if let Some(moves) = &mut self.moves {
+            moves.push_back(Move::answer(&cqe, self.slots.at(index)));
+        } else {
+            let bytes = pdu::response_to_bytes(&cqe, self.digests);
+            self.push_pdu_header(&bytes);
+        }
         self.slots.release(index);
     }
 
@@ -338,6 +370,9 @@ impl Connection {
 
     /// Ends a command well, with the first `len` bytes of its buffer for the host.
     fn answer_with_data(&mut self, index: usize, len: u32) {
+        if self.moves.is_some() {
+            return self.move_to_host(index, len);
+        }
         let slot = self.slots.at(index);
         slot.phase = Phase::Sending;
         let start = slot.data().cast_const();
@@ -415,6 +450,7 @@ impl Connection {
     /// for more. In both cases something of its own will end that makes the driver look again.
     pub(super) fn is_congested(&self) -> bool {
         self.next.head_len() > WAITING_ANSWERS_MAX
+            || self.moves.as_ref().is_some_and(|moves| moves.len() > SLOTS)
             || self.executing > 0 && self.shared.memory.is_over_with(IN_CAPSULE_BYTES_MAX as usize)
     }
 

@@ -59,12 +59,15 @@ pub(super) struct Slot {
     pub(super) failed: Option<Status>,
     /// The position of its namespace.
     pub(super) namespace: usize,
+    /// The transport moves data to and from where keys lead: RDMA.
+    pub(super) keyed: bool,
     iovec: libc::iovec,
 }
 
 impl Slot {
-    fn free() -> Slot {
+    fn free(keyed: bool) -> Slot {
         Slot {
+            keyed,
             sqe: Sqe::new(0, 0, Sgl::NONE),
             phase: Phase::Free,
             buffer: None,
@@ -116,8 +119,13 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(count: usize, pool: BufferPool) -> Slots {
-        Slots { slots: (0..count).map(|_| Slot::free()).collect(), free: (0..count).rev().collect(), pool }
+    /// `keyed`: over RDMA.
+    pub(super) fn new(count: usize, pool: BufferPool, keyed: bool) -> Slots {
+        Slots {
+            slots: (0..count).map(|_| Slot::free(keyed)).collect(),
+            free: (0..count).rev().collect(),
+            pool,
+        }
     }
 
     /// Puts a command into a free slot.
@@ -184,7 +192,12 @@ pub(super) enum Place {
     Transport,
 }
 
-/// Where a command's `len` bytes of data are (TCP 3.3.2).
+/// Whether a descriptor says by which key its data is reached, with or without the key's end.
+fn is_reachable(sgl: &Sgl) -> bool {
+    sgl.identifier == Sgl::KEYED || sgl.identifier == Sgl::KEYED | Sgl::INVALIDATE
+}
+
+/// Where a command's `len` bytes of data are (TCP 3.3.2, and of RDMA's binding the same with keyed descriptors).
 ///
 /// # Errors
 /// The status to answer with, when the SGL is not one of the two kinds, or not of this length.
@@ -193,7 +206,8 @@ pub(super) fn place_of(slot: &Slot, len: u32) -> Result<Place, NvmeStatus> {
     let place = match sgl.identifier {
         Sgl::IN_CAPSULE if sgl.address != 0 => return Err(NvmeStatus::fatal(StatusCode::INVALID_SGL_OFFSET)),
         Sgl::IN_CAPSULE => Place::Capsule,
-        Sgl::TRANSPORT => Place::Transport,
+        Sgl::TRANSPORT if !slot.keyed => Place::Transport,
+        _ if slot.keyed && is_reachable(&sgl) => Place::Transport,
         _ => return Err(NvmeStatus::fatal(StatusCode::INVALID_SGL_TYPE)),
     };
     let carried = if place == Place::Capsule { len } else { 0 };

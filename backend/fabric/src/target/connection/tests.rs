@@ -234,6 +234,7 @@ proptest! {
             let data_len = if identifier == 0x01 { len & !15 } else { 0 };
             let sgl = Sgl {
                 address: 0,
+                key: 0,
                 len: if likely { u32::try_from(data_len).unwrap() } else { u32::from(noise[0]) << 9 },
                 identifier,
             };

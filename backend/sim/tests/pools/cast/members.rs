@@ -4,7 +4,6 @@ use super::{Cast, Health};
 use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
 use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, MemberView, Pool, PoolView};
-use hawser_volume::raid::Level;
 use std::sync::Arc;
 
 /// A disk.
@@ -42,7 +41,7 @@ impl Cast {
             transfer_blocks_max: (256 << 10) >> block_size.shift(),
             volatile_cache: true,
             write_zeroes: Some(WriteZeroesLimits { blocks_max: 1 << 12, may_unmap: true }),
-            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: true }),
+            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: false }),
             ..Geometry::new(block_size, blocks)
         };
         let index = self.next_disk;
@@ -87,8 +86,16 @@ impl Cast {
 
     /// No member is being brought up to date, and all that the pool does not know yet it has had time to notice.
     pub(crate) fn is_quiet(&self, view: &PoolView) -> bool {
-        let syncs = view.tasks.iter().any(|task| !task.is_done && task.kind != "scrub");
-        !syncs && self.world.now() >= self.doubtful_until
+        let syncs = view.tasks.iter().any(|task| !task.is_done && !matches!(task.kind, "scrub" | "replace"));
+        // A stripe that was being written in a crash has no parity yet.
+        let is_whole = !self.plan.has_parity() || view.unsynced_regions == 0 || view.is_degraded;
+        !syncs && is_whole && self.world.now() >= self.doubtful_until
+    }
+
+    /// What is to take the place of a member that is in service.
+    pub(crate) fn replacement(&self) -> Option<MemberView> {
+        let view = self.pool.as_ref()?.view();
+        view.members.into_iter().find(|member| member.state == MemberState::Replacing)
     }
 
     /// Members are being compared.
@@ -102,6 +109,7 @@ impl Cast {
         let Some(pool) = &self.pool else { return false };
         let view = pool.view();
         let places = view.members.iter().filter(|member| member.place.is_some());
+        // One that is being replaced is not, until it has been.
         self.is_quiet(&view)
             && places.clone().all(|member| member.state == MemberState::InSync)
             && self.present().all(|member| member.health == Health::Good)
@@ -117,11 +125,21 @@ impl Cast {
                 && self.state_of(&view, member.disk.name()) == Some(MemberState::InSync)
         };
         let good = self.members.iter().enumerate().filter(is_good).count();
-        let places = view.members.iter().filter(|member| member.place.is_some()).count();
+        let is_place =
+            |member: &&MemberView| member.place.is_some() && member.state != MemberState::Replacing;
+        let places = view.members.iter().filter(is_place).count();
         let is_one_set = places == self.plan.members;
-        let is_enough =
-            if self.plan.level == Level::Raid1 && is_one_set { good >= 1 } else { good + 1 >= places };
-        is_enough && self.is_quiet(&view) && self.asks.is_empty()
+        let redundancy = match is_one_set {
+            true => self.plan.level.redundancy(u16::try_from(self.plan.members).unwrap_or(0)),
+            false => 1,
+        };
+        let is_enough = good + usize::from(redundancy) >= places;
+        let is_quiet = match self.plan.has_parity() && self.plan.members - 1 > good {
+            // Two may be lost, also while the first is being rebuilt: of what was written then, everything was in the log.
+            true => self.world.now() >= self.doubtful_until,
+            false => self.is_quiet(&view),
+        };
+        is_enough && is_quiet && self.asks.is_empty()
     }
 
     /// Sees which disks are the pool's now.

@@ -54,6 +54,10 @@ impl Cast {
         if self.tail.len() > 0 && crash == Crash::Kill {
             self.count("tails_found");
         }
+        if self.plan.has_parity() {
+            // A whole stripe that was being written when the process ends, and a member that is lost at the same moment, are one too many.
+            crate::events::heal_unnoticed(self);
+        }
         self.end_process();
         self.shared.trap.clear();
         let replays = crash == Crash::Kill && self.random.chance(600);
@@ -82,6 +86,7 @@ impl Cast {
     fn open_options(&self) -> OpenOptions {
         let mut options = OpenOptions::new(HOST, Box::new(self.tail.clone()));
         options.no_space = self.plan.no_space;
+        options.discard = self.plan.discards;
         options.intent_idle = self.plan.intent_idle;
         options.spare_delay = self.plan.spare_delay;
         options.sync_bytes_per_second = self.plan.sync_bytes_per_second;
@@ -132,6 +137,7 @@ impl Cast {
                 };
                 match label {
                     Some(label) if label.pool == NAME && label.pool_uuid == POOL_UUID => {}
+                    // It was not taken, or is one no more.
                     None if is_new => continue,
                     other => return Err(format!("{} says {other:?}", disk.name())),
                 }
@@ -150,6 +156,7 @@ impl Cast {
         options.extent_bytes = self.plan.extent_bytes;
         options.region_bytes = self.plan.region_bytes;
         options.log_bytes = self.plan.log_bytes;
+        options.parity_log_bytes = self.plan.parity_log_bytes;
         options.metadata_bytes = Some(self.plan.metadata_bytes);
         let ask = pool::create(&owner, devices, options);
         self.ask("creation", ask)?.map_err(|why| format!("creation: {why:?}"))?;
@@ -228,6 +235,12 @@ impl Cast {
                     self.count("opened_when_mended");
                     crate::events::mend_faulty(self);
                     self.end_process();
+                }
+                Some(Err(PoolError::Conflict(why))) if why.contains("whole stripes were being written") => {
+                    // A member and the power were lost at once, and nobody can say what is right: that is said, and it is all that can be.
+                    self.count("refused_as_half_written");
+                    self.is_half_written = true;
+                    return Err(why);
                 }
                 Some(Err(PoolError::Conflict(why))) if self.gives_up_outdated(&why) => {
                     degraded = true;

@@ -61,6 +61,7 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
             array: found.array.clone(),
             members: vec![None; found.members.len()],
             spares: Vec::new(),
+            replacement: None,
         };
         let place =
             found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));

@@ -1,7 +1,8 @@
 //! A new pool: what it looks like, and the order in which it is written. What has no superblock is no pool, so superblocks come last.
 
 use super::{array_of, failed, leaves_of, new_set, random_uuid, read_superblock, wrong};
-use crate::format::{self, Layout, MemberRecord, PAGE_BYTES, Superblock, Uuid, unit_bytes_for};
+use crate::format::superblock::PARITY_LOG_PAGES_MAX;
+use crate::format::{self, Layout, MemberRecord, PAGE_BYTES, ParityHeader, Superblock, Uuid, unit_bytes_for};
 use crate::pool::bounce::Bounce;
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::{Ask, CreateOptions, PoolError};
@@ -73,6 +74,11 @@ async fn make(
             .await
             .map_err(|status| failed(leaf, "cannot be written", status))?;
     }
+    for leaf in &members[..members.len() * usize::from(book.level.parities().min(1))] {
+        write_empty_parity_log(runtime, lanes, leaf, &book)
+            .await
+            .map_err(|status| failed(leaf, "cannot be written", status))?;
+    }
     // Last: what has no superblock is no pool.
     let named = members
         .iter()
@@ -107,9 +113,6 @@ fn plan_pool(
     let (least, most) = (usize::from(level.members_min()), usize::from(level.members_max()));
     if !(least..=most).contains(&count) {
         return Err(wrong(format!("{} has {least} to {most} members, and {count} are given", level.name())));
-    }
-    if !level.is_supported() {
-        return Err(wrong(format!("{} is not supported by this version", level.name())));
     }
     if !strip_bytes.is_power_of_two() || !(4096..=1 << 20).contains(strip_bytes) {
         return Err(wrong(format!(
@@ -156,7 +159,8 @@ fn plan_pool(
         Level::Linear => sizes.iter().sum(),
         _ => smallest * data_strips as u64,
     };
-    let layout = layout_of(options, total / extent_bytes, smallest);
+    let least = format::parity_log_pages_min(*level, u16::try_from(count).unwrap_or(u16::MAX), *strip_bytes);
+    let layout = layout_of(options, total / extent_bytes, smallest, least);
     let data_offset = layout.data_offset();
     for (leaf, geometry) in leaves.iter().zip(&geometries) {
         if geometry.size_bytes() < data_offset + extent_bytes.max(options.region_bytes.min(1 << 20)) {
@@ -191,6 +195,7 @@ fn plan_pool(
         this: members[0].uuid,
         members,
         spares: spares.clone(),
+        replacement: None,
     };
     let (_, record) = new_set(&book, 0, count).map_err(|what| wrong(format!("pool {name}: {what}")))?;
     book.sets.push(record);
@@ -199,7 +204,7 @@ fn plan_pool(
 }
 
 /// Room for what a pool of so many extents needs, and for eight times as many regions, so that it can grow.
-fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64) -> Layout {
+fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64, parity_log_min: u32) -> Layout {
     let regions = member_bytes.div_ceil(options.region_bytes.max(1));
     let intent_pages = (regions * 8).div_ceil(u64::from(format::INTENTS_PER_PAGE)).max(1);
     // All mapped twice over (snapshots), each page there twice (the last checkpoint and the next), and room to grow.
@@ -210,7 +215,31 @@ fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64) -> Layout
         intent_pages: narrow(intent_pages),
         log_bytes: options.log_bytes.div_ceil(4096) * 4096,
         metadata_pages: narrow(metadata_bytes / 4096),
+        parity_log_pages: match parity_log_min {
+            0 => 0,
+            // No more of small members than a sixteenth.
+            least => {
+                let bytes = options.parity_log_bytes.min(member_bytes / 16);
+                narrow(bytes / 4096).clamp(least, PARITY_LOG_PAGES_MAX)
+            }
+        },
     }
+}
+
+/// Whatever stood there counts for nothing: no entry has this key.
+async fn write_empty_parity_log(
+    runtime: &Runtime,
+    lanes: &Rc<Lanes>,
+    leaf: &Leaf,
+    book: &Superblock,
+) -> Result<(), Status> {
+    for number in [0, 1] {
+        let header = ParityHeader { number, released: 0, key: random_uuid(runtime), unlogged: false };
+        let bounce = Rc::new(Bounce::holding(&header.encode(&book.pool_uuid)));
+        let offset = book.layout.parity_log_offset() + number * PAGE_BYTES as u64;
+        lanes.write(leaf, offset, &bounce, 0, PAGE_BYTES, true).await?;
+    }
+    lanes.flush(leaf).await
 }
 
 async fn write_empty_tables(

@@ -17,6 +17,8 @@ pub(super) struct Found {
     /// By the member's number: its device, and what it says.
     pub(super) members: Vec<Option<(Leaf, Superblock)>>,
     pub(super) spares: Vec<(Uuid, Option<Leaf>)>,
+    /// The one that is just replacing a member.
+    pub(super) replacement: Option<Leaf>,
 }
 
 impl Found {
@@ -40,6 +42,7 @@ impl Found {
         let array = array_of(&book)?;
         let mut members: Vec<Option<(Leaf, Superblock)>> = vec![None; book.members.len()];
         let mut spares: Vec<(Uuid, Option<Leaf>)> = book.spares.iter().map(|uuid| (*uuid, None)).collect();
+        let mut replacement = None;
         for (leaf, label) in labels {
             if label.pool_uuid != book.pool_uuid {
                 return Err(PoolError::Conflict(format!(
@@ -52,6 +55,10 @@ impl Found {
             }
             if let Some(spare) = spares.iter_mut().find(|(uuid, _)| *uuid == label.this) {
                 spare.1 = Some(leaf);
+                continue;
+            }
+            if book.replacement.is_some_and(|it| it.uuid == label.this) {
+                replacement = Some(leaf);
                 continue;
             }
             match book.members.iter().position(|member| member.uuid == label.this) {
@@ -80,7 +87,7 @@ impl Found {
                 }
             }
         }
-        let found = Found { book, array, members, spares };
+        let found = Found { book, array, members, spares, replacement };
         Ok(found)
     }
 
@@ -155,8 +162,11 @@ fn check_no_rivals(labels: &[(Leaf, Superblock)]) -> Result<(), PoolError> {
     };
     // Who trusts somebody that knows more and has put him out was not used without him: he is behind.
     let is_behind = |label: &Superblock| {
+        let knows = |other: &Superblock| {
+            trusts(label, &other.this) || label.replacement.is_some_and(|it| it.uuid == other.this)
+        };
         labels.iter().any(|(_, other)| {
-            other.generation > label.generation && trusts(label, &other.this) && !trusts(other, &label.this)
+            other.generation > label.generation && knows(other) && !trusts(other, &label.this)
         })
     };
     let candidates: Vec<&(Leaf, Superblock)> = labels.iter().filter(|(_, label)| !is_behind(label)).collect();

@@ -7,6 +7,7 @@ mod check;
 mod create;
 mod found;
 mod open;
+mod parity_log;
 mod tables;
 
 pub(super) use check::check;
@@ -15,6 +16,7 @@ pub(super) use open::open;
 
 use super::lanes::{Lanes, Leaf};
 use super::{Ask, Label, PoolError};
+use crate::format::parity_log::HEADER_PAGES;
 use crate::format::{Layout, PAGE_BYTES, SetRecord, Superblock, Uuid};
 use crate::raid::{Array, Set, SetConfig};
 use hawser_block::{Device, Status};
@@ -86,6 +88,10 @@ pub(crate) fn new_set(
         extent_bytes: book.extent_bytes,
         region_bytes: book.region_bytes,
         data_offset: book.layout.data_offset(),
+        parity_log: (
+            book.layout.parity_log_offset(),
+            book.layout.parity_log_pages.saturating_sub(HEADER_PAGES),
+        ),
     })?;
     let record = SetRecord { members: set.members(), regions: set.regions() };
     Ok((Arc::new(set), record))
@@ -132,6 +138,7 @@ pub(super) fn probe(reactor: &ReactorHandle, device: Arc<dyn Device>) -> Ask<Opt
             uuid: book.this,
             member_uuids: book.members.iter().map(|member| member.uuid).collect(),
             spare_uuids: book.spares.clone(),
+            replacement: book.replacement.map(|it| (it.member, it.uuid)),
             opened_by: book.opened_by,
             pool: book.name,
             pool_uuid: book.pool_uuid,

@@ -2,10 +2,13 @@
 //! under way), then everything is read, then a checkpoint is made that all who have tables agree on.
 
 use super::found::Found;
+use super::parity_log;
 use super::tables::{is_within, read_intents, read_tables};
 use crate::format::{self, Record, Superblock, TailContent, Uuid};
 use crate::pool::lanes::{Lanes, Leaf};
-use crate::pool::owner::{Intents, Locks, Log, Member, Options, Owner, Pending, Rounds, Turns, Work};
+use crate::pool::owner::{
+    Intents, Locks, Log, Member, Options, Owner, Pending, Replacing, Rounds, Turns, Work, is_copied,
+};
 use crate::pool::place::Place;
 use crate::pool::shared::{Shared, View};
 use crate::pool::wait::Bell;
@@ -61,6 +64,13 @@ async fn start(
     }
     // Before anything is changed: whether it can be opened at all.
     let mut tables = Some(read_tables(lanes, &found).await?);
+    let mut logs = parity_log::read(lanes, &found, was_closed, options.accept_loss).await?;
+    if options.read_only && !was_closed && logs.iter().any(parity_log::SetLog::is_half_written) {
+        return Err(PoolError::Conflict(format!(
+            "pool {} lacks members and was not closed, and stripes that were being written are only put right when it is opened for writing",
+            found.book.name
+        )));
+    }
     let tail = tail_of(&found.book, &options);
     let (caches, entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
     let book = next_book(runtime, &found.book, &options);
@@ -71,6 +81,13 @@ async fn start(
         .zip(&found.members)
         .map(|(record, place)| {
             let leaf = place.as_ref().map(|(leaf, _)| leaf.clone());
+            let new = found.replacement.as_ref().filter(|_| !options.read_only);
+            let new = new.filter(|_| {
+                let replaced = book.replacement.and_then(|it| book.members.get(usize::from(it.member)));
+                replaced.is_some_and(|replaced| replaced.uuid == record.uuid)
+            });
+            // Whatever is written to the one is written to the other from the beginning.
+            let leaf = leaf.map(|old| new.map_or_else(|| old.clone(), |new| Leaf::twin(&old, new)));
             let is_recorded = record.in_sync && leaf.is_some();
             let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
             let was = caches.iter().find(|(member, _)| *member == record.uuid).map(|(_, cache)| *cache);
@@ -90,11 +107,21 @@ async fn start(
         })
         .collect();
     let leaves: Vec<Option<Leaf>> = members.iter().map(|member| member.leaf.clone()).collect();
+    let is_read_only = options.read_only;
+    // What a dead process wrote is on both where a mark says so, or where it is copied again.
+    let replacing = book.replacement.filter(|_| !is_read_only).map(|mut it| {
+        let is_twin = leaves[usize::from(it.member)].as_ref().is_some_and(|leaf| leaf.twin.is_some());
+        if !is_twin || !(was_closed || book.level.is_redundant()) {
+            it.copied_bytes = 0;
+        }
+        Replacing::new(it, found.replacement.clone(), now)
+    });
     let shared = Shared::new(
         PoolView::empty(&book),
         handle,
         View {
             is_redundant: book.level.is_redundant(),
+            is_copied: is_copied(book.level.is_redundant(), &leaves),
             data_offset: book.layout.data_offset(),
             block_shift: book.block_bytes.trailing_zeros(),
             table: tables.as_ref().expect("read just now").meta.table(),
@@ -108,7 +135,6 @@ async fn start(
         },
         options.read_only,
     );
-    let is_read_only = options.read_only;
     let nothing = Thin { extents: 1, extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
     let owner = Rc::new(Owner {
         runtime: runtime.clone(),
@@ -119,6 +145,7 @@ async fn start(
         book: RefCell::new(book),
         members: RefCell::new(members),
         spares: RefCell::new(found.spares.clone()),
+        replacing: RefCell::new(replacing),
         options: Options::of(&options),
         tail: RefCell::new(std::mem::replace(&mut options.tail, Box::new(MemoryTail::default()))),
         tail_used: Cell::new(0),
@@ -144,10 +171,9 @@ async fn start(
     for member in 0..owner.members.borrow().len() {
         owner.watch(u16::try_from(member).unwrap_or(0));
     }
-    for (_, spare) in owner.spares.borrow().iter() {
-        if let Some(leaf) = spare {
-            leaf.device.fail_after(owner.options.member_timeout);
-        }
+    let spares = owner.spares.borrow().clone();
+    for leaf in spares.iter().filter_map(|(_, spare)| spare.as_ref()).chain(&found.replacement) {
+        leaf.device.fail_after(owner.options.member_timeout);
     }
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
@@ -175,14 +201,21 @@ async fn start(
         }
         if !was_closed {
             // Writes of the process before us are over only now.
-            drop(tables.take());
+            drop((tables.take(), logs));
             tables = Some(read_tables(lanes, &found).await?);
+            logs = parity_log::read(lanes, &found, was_closed, options.accept_loss).await?;
         }
     }
     let tables = tables.expect("read just now");
     let pages = read_intents(lanes, &found).await;
     owner.take_over(tables.meta, tables.seq, tables.log);
     owner.begin_intents(pages, was_closed);
+    if !is_read_only {
+        let in_place = parity_log::put_in_place(&owner, logs).await;
+        in_place
+            .map_err(|status| owner.failed("stripes that were being written cannot be put right", status))?;
+    }
+    owner.resume_replacing();
     let replayed = replay_tail(&owner, tables.seq, entries)?;
     if !is_read_only {
         owner.begin_tail();
@@ -354,7 +387,11 @@ impl Owner {
     async fn make_whole(self: &Rc<Self>) -> Result<(), Status> {
         let _turn = self.turns.change.take().await;
         self.barrier().await;
+        let copied = self.copied();
         self.flush().await?;
+        self.release_all_stripes().await?;
+        self.end_idle_unlogged(true).await?;
+        self.copied_is_durable(copied);
         self.clear_idle_intents(true).await?;
         self.checkpoint(false).await?;
         let _turn = self.turns.superblock.take().await;

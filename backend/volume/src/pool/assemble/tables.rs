@@ -13,6 +13,8 @@ use std::rc::Rc;
 
 /// What is read of a log at a time.
 const LOG_READ_BYTES: u64 = 4 << 20;
+/// No batch is longer: 1 MiB of records, the last of which may go beyond it, and its header.
+const BATCH_BYTES_MAX: u64 = 2 << 20;
 /// Pages that are read at a time.
 const PAGES_AT_A_TIME: usize = 64;
 
@@ -109,17 +111,54 @@ async fn from_first(lanes: &Rc<Lanes>, from: &[Leaf], offset: u64) -> Option<(u6
     None
 }
 
-async fn read_log(lanes: &Rc<Lanes>, leaf: &Leaf, layout: Layout) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let mut at = 0;
-    while at < layout.log_bytes {
-        let len = LOG_READ_BYTES.min(layout.log_bytes - at);
-        let size = usize::try_from(len).ok()?;
-        let part = lanes.read_bytes(leaf, layout.log_offset() + at, size).await.ok()?;
-        bytes.extend_from_slice(part.bytes(0, size));
-        at += len;
+/// A member's log, of which only so much is in memory as is being looked at.
+struct LogReader {
+    leaf: Leaf,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl LogReader {
+    /// What stands at `at`, as much as a batch can have; `None`: it cannot be read.
+    async fn at(&mut self, lanes: &Rc<Lanes>, layout: Layout, at: u64) -> Option<&[u8]> {
+        if at >= layout.log_bytes {
+            return Some(&[]);
+        }
+        let end = layout.log_bytes.min(at + BATCH_BYTES_MAX);
+        if at < self.start || end > self.start + self.bytes.len() as u64 {
+            // A root may name any place; a log has whole pages.
+            let start = at - at % PAGE_BYTES as u64;
+            let len = usize::try_from(LOG_READ_BYTES.min(layout.log_bytes - start)).ok()?;
+            self.bytes.clear();
+            let part = lanes.read_bytes(&self.leaf, layout.log_offset() + start, len).await.ok()?;
+            self.bytes.extend_from_slice(part.bytes(0, len));
+            self.start = start;
+        }
+        self.bytes.get(usize::try_from(at - self.start).ok()?..)
     }
-    Some(bytes)
+}
+
+/// The batch of this number, from whoever has it whole: at `position`, or at the beginning when it did not fit there.
+async fn next_batch(
+    lanes: &Rc<Lanes>,
+    book: &Superblock,
+    readers: &mut Vec<LogReader>,
+    log: Log,
+) -> Option<(u64, Result<format::Batch, format::FormatError>)> {
+    for place in [log.position, 0] {
+        let mut at = 0;
+        while at < readers.len() {
+            let Some(bytes) = readers[at].at(lanes, book.layout, place).await else {
+                readers.remove(at);
+                continue;
+            };
+            if let Some(batch) = format::decode_batch(bytes, &book.pool_uuid, log.batch) {
+                return Some((place, batch));
+            }
+            at += 1;
+        }
+    }
+    None
 }
 
 /// A pool grows after its superblocks: what says otherwise is none of ours, and would name places that are not there.
@@ -136,23 +175,15 @@ async fn replay(
     meta: &mut Metadata,
 ) -> Result<(u64, Log, u64), PoolError> {
     let (book, layout) = (&found.book, found.book.layout);
-    let mut logs = Vec::new();
-    for leaf in from {
-        logs.extend(read_log(lanes, leaf, layout).await);
-    }
-    if logs.is_empty() {
-        return Err(corrupt(book, "no member's log can be read"));
-    }
+    let reader = |leaf: &Leaf| LogReader { leaf: leaf.clone(), start: 0, bytes: Vec::new() };
+    let mut readers: Vec<LogReader> = from.iter().map(reader).collect();
     let mut log = Log { position: root.log_position, batch: root.log_batch, head: 0, tail: 0 };
     let (mut seq, mut replayed) = (root.record_seq, 0);
     loop {
-        let places = [log.position, 0];
-        let next = places.iter().find_map(|place| {
-            let at = usize::try_from(*place).ok()?;
-            logs.iter().find_map(|bytes| {
-                Some((*place, format::decode_batch(bytes.get(at..)?, &book.pool_uuid, log.batch)?))
-            })
-        });
+        let next = next_batch(lanes, book, &mut readers, log).await;
+        if readers.is_empty() {
+            return Err(corrupt(book, "no member's log can be read"));
+        }
         let Some((place, batch)) = next else { break };
         let batch = batch.map_err(|error| corrupt(book, &format!("its log at {place}: {}", error.0)))?;
         for (number, record) in (batch.first_seq..).zip(&batch.records) {

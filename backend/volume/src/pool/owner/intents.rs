@@ -14,6 +14,7 @@ use hawser_block::Outcome;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 const WORDS_PER_PAGE: usize = (INTENTS_PER_PAGE / 64) as usize;
 
@@ -126,10 +127,18 @@ impl Owner {
         Ok(())
     }
 
-    /// Marks everything in a set: a member has come that has nothing of it.
-    pub(crate) async fn mark_all(self: &Rc<Self>, set_index: usize) -> Outcome {
-        let regions = (0..self.view().array.set(set_index).regions()).collect();
+    /// Marks everything in a set from some byte of its members on: a member has come that has nothing of it.
+    pub(crate) async fn mark_from(self: &Rc<Self>, set_index: usize, from: u64) -> Outcome {
+        let view = self.view();
+        let set = view.array.set(set_index);
+        let regions = (set.region_of(from)..set.regions()).collect();
         self.mark(set_index, &regions).await
+    }
+
+    /// Whether somebody in a set lacks what nothing tells but the marks: a replacement, or a member that has lost its cache, whether it
+    /// was in sync or was just being brought up to date.
+    fn is_lacking(&self, set: &Set) -> bool {
+        self.is_doubted(set) || self.replacement_lacks(set)
     }
 
     /// Clears marks of regions that nobody has written to since this was last called; `all`: whoever has.
@@ -137,7 +146,7 @@ impl Owner {
         let sets: Vec<Arc<Set>> = self.view().array.sets().to_vec();
         let mut hidden: Vec<(usize, u32)> = Vec::new();
         for (index, array_set) in sets.iter().enumerate() {
-            if !are_all_there(array_set) {
+            if !are_all_there(array_set) || self.is_lacking(array_set) {
                 continue;
             }
             for region in array_set.intents.iter_set().collect::<Vec<_>>() {
@@ -166,10 +175,9 @@ impl Owner {
             if is_still_wanted {
                 continue;
             }
-            // Who has lost what it was given before that flush is put out by others, or when it has been given everything.
             let is_same = flushed.is_ok()
                 && are_all_there(array_set)
-                && !self.is_doubted(array_set)
+                && !self.is_lacking(array_set)
                 && !array_set.unsynced.get(*region);
             if is_same {
                 set(&mut self.intents.borrow_mut().wanted, flat, false);

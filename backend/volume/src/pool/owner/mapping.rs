@@ -6,13 +6,14 @@ use crate::pool::NoSpacePolicy;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::runs;
-use crate::pool::shared::View;
+use crate::pool::shared::{Class, View, lock};
+use crate::pool::stripes::{Change, Changed, IsValid};
 use crate::pool::wait::{Bell, all};
-use crate::raid::{Mode, Set, Slow};
+use crate::raid::{Mode, Parity, Set, Slow};
 use crate::simulated::is_broken;
 use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -126,6 +127,7 @@ impl Owner {
         exclusive: bool,
         given_up: Arc<AtomicBool>,
     ) -> Outcome {
+        let mut is_counted = false;
         loop {
             self.check_writable()?;
             self.locks.take((volume, index), exclusive).await;
@@ -145,6 +147,12 @@ impl Owner {
             }
             if outcome != Err(Status::NoSpace) || self.options.no_space == NoSpacePolicy::Error {
                 return outcome;
+            }
+            // When it begins to wait: it may wait for ever.
+            if !std::mem::replace(&mut is_counted, true)
+                && let Some(shown) = lock(&self.shared.volumes).get(&volume)
+            {
+                shown.count(Class::NoSpace);
             }
             // Whoever makes space may need this extent.
             if given_up.load(Ordering::Relaxed) {
@@ -254,8 +262,9 @@ impl Owner {
                 (from != NONE).then_some((from, at, len))
             })
             .collect();
+        let written = Rc::new(Cell::new([0; 4]));
         for (from, at, len) in parts {
-            let (view, _under_way) = loop {
+            let (view, under_way) = loop {
                 self.mark_extent(to, at, len).await?;
                 let under_way = self.place.under_way();
                 // As it is now: members may have come since the last part.
@@ -275,7 +284,16 @@ impl Owner {
             let size = usize::try_from(len).expect("extents are small");
             let bounce = Rc::new(Bounce::zeroed(size));
             self.read_extent(&view, from, at, &bounce).await?;
-            self.write_extent(&view, to, at, &bounce).await?;
+            // Stripes wait until they may be changed, and who waits is not under way.
+            let _under_way =
+                view.array.sets()[view.array.locate(to).0].parity().is_none().then_some(under_way);
+            self.write_extent(&view, to, at, &bounce, &written).await?;
+            let mut bits = written.get();
+            let unit_shift = view.thin.unit_shift();
+            for unit in at >> unit_shift..(at + len).div_ceil(1 << unit_shift) {
+                bits[usize::try_from(unit >> 6).unwrap_or(3)] |= 1 << (unit & 63);
+            }
+            written.set(bits);
         }
         Ok(())
     }
@@ -297,16 +315,58 @@ impl Owner {
         Ok(())
     }
 
-    /// Writes bytes of an extent that nobody else uses to all copies.
+    /// The same where there is parity. `within` is where in the extent at `address`.
+    async fn write_stripes(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        parity: &Parity,
+        (extent, address): (u32, u64),
+        within: u64,
+        from: &Rc<Bounce>,
+        written: &Rc<Cell<[u64; 4]>>,
+    ) -> Outcome {
+        let (thin, stripe) = (self.view().thin, parity.stripes.stripe_bytes());
+        let (strip, data) = (u64::from(set.strip_bytes()), u64::from(parity.stripes.data_strips()));
+        let bits = Rc::clone(written);
+        let is_valid: IsValid = Rc::new(move |row: u64, within: u64, len: u64| {
+            let first = row * stripe - address;
+            (0..data).any(|slot| {
+                let at = first + slot * strip + within;
+                runs(bits.get(), thin.unit_shift(), at, len).any(|(valid, ..)| valid)
+            })
+        });
+        for touched in parity.stripes.touched(address + within, from.len() as u64) {
+            let change = Change {
+                from: touched.from,
+                to: touched.to,
+                bounce: Rc::clone(from),
+                at: usize::try_from(touched.start).expect("extents are small"),
+                is_valid: Rc::clone(&is_valid),
+                is_alone: true,
+            };
+            while self.ways().change(set, touched.row, change.clone()).await? == Changed::NotNow {
+                self.runtime.sleep(Duration::from_millis(1)).await;
+                self.mark_extent(extent, within, from.len() as u64).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of an extent that nobody else uses to all copies. `written`: units of it that hold something already.
     async fn write_extent(
         self: &Rc<Self>,
         view: &Arc<View>,
         extent: u32,
         within: u64,
         from: &Rc<Bounce>,
+        written: &Rc<Cell<[u64; 4]>>,
     ) -> Outcome {
         let (set, address) = view.array.locate(extent);
         let set = view.array.set(set);
+        if let Some(parity) = set.parity() {
+            return self.write_stripes(set, parity, (extent, address), within, from, written).await;
+        }
+        let since = self.shared.joins();
         let mut writes = Vec::new();
         for piece in set.pieces(address + within, from.len() as u64) {
             let at = usize::try_from(piece.start).expect("extents are small");
@@ -328,7 +388,7 @@ impl Owner {
         });
         for (member, outcome) in all(requests).await {
             if let Err(status) = outcome {
-                self.report(1 << member, status).await?;
+                self.report(1 << member, status, since).await?;
             }
         }
         Ok(())
@@ -403,7 +463,7 @@ impl Owner {
     ) -> Result<bool, Status> {
         self.locks.take((volume, index), true).await;
         let changeable = self.changeable(volume).await;
-        let done = changeable.map(|()| {
+        let mut done = changeable.map(|()| {
             let (mapped, is_exclusive) = {
                 let meta = self.meta.borrow();
                 (meta.entry(volume, index), meta.is_exclusive(volume, index))
@@ -418,12 +478,23 @@ impl Owner {
                 }
             }
         });
+        let has_parity = self.view().array.sets().iter().any(|set| set.parity().is_some());
+        if done == Ok(true) && has_parity && !is_broken("invalid_units_not_durable") {
+            // Where nothing is valid parity is not kept right: that must not be valid again after a power cut.
+            done = self.flush().await.map(|()| true);
+        }
         self.locks.release((volume, index), true);
         done
     }
 
-    /// Gives extents back.
-    pub(crate) async fn unmap(self: Rc<Self>, volume: u32, index: u32, count: u32) -> Outcome {
+    /// Gives extents back; those that there is no room for, because a snapshot has them too, are left as they are, and told: from, to.
+    pub(crate) async fn unmap(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        count: u32,
+    ) -> Result<Vec<(u32, u32)>, Status> {
+        let mut left = Vec::new();
         let end = index.saturating_add(count);
         let mut at = index;
         while at < end {
@@ -435,23 +506,25 @@ impl Owner {
             for index in at..upto {
                 self.locks.release((volume, index), true);
             }
-            outcome?;
+            if !outcome? {
+                left.push((at, upto));
+            }
             at = upto;
         }
-        Ok(())
+        Ok(left)
     }
 
-    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Outcome {
+    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Result<bool, Status> {
         self.changeable(volume).await?;
         let is_mapped = |index: &u32| self.meta.borrow().entry(volume, *index) != Mapped::None;
         if (from..to).any(|index| is_mapped(&index)) {
-            if !self.meta.borrow().has_room_for_metadata(1) {
-                return Err(Status::NoSpace);
+            if !self.meta.borrow().has_room_to_unmap(volume, from, to) {
+                return Ok(false);
             }
             self.make(&Record::Unmap { volume, index: from, count: to - from });
             self.space.ring();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// There is no free extent: finds some, or says that there are none.
@@ -483,6 +556,11 @@ impl Owner {
         if self.freed.borrow().is_empty() {
             return Ok(());
         }
+        if self.options.discard && is_broken("discard_before_durable") {
+            let early: Vec<u32> =
+                self.freed.borrow().iter().flat_map(|(_, freed)| freed.extents().to_vec()).collect();
+            self.discard_extents(early.iter()).await?;
+        }
         if !is_broken("reuse_before_durable") {
             self.flush().await?;
         }
@@ -492,6 +570,14 @@ impl Owner {
         };
         let ready: Vec<_> = self.freed.borrow_mut().extract_if(.., |(seq, _)| *seq < durable).collect();
         self.barrier().await;
+        if self.options.discard
+            && let Err(status) =
+                self.discard_extents(ready.iter().flat_map(|(_, freed)| freed.extents())).await
+        {
+            // A discard that is carried out late may not find anything new there: they wait.
+            self.freed.borrow_mut().extend(ready);
+            return Err(status);
+        }
         for (_, freed) in ready {
             coverage::count(coverage::Event::Recycled);
             self.meta.borrow_mut().recycle(freed);

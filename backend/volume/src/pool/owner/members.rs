@@ -3,7 +3,7 @@
 //! A member that failed a write is out when the superblocks of the others say so; only then does the write end. Whoever is the last to have some
 //! data is not put out: then the write fails.
 
-use super::Owner;
+use super::{Owner, Replacing};
 use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -42,6 +42,8 @@ pub(crate) struct Member {
     pub(crate) is_unlabelled: bool,
     /// It gets all writes, and is not ready to be taken for whole.
     pub(crate) is_joining: bool,
+    /// The pool's count of members that came back, when this one last did.
+    pub(crate) joined: u64,
     /// It has lost its cache, or may have: its data is not what was written.
     pub(crate) is_doubted: Arc<AtomicBool>,
 }
@@ -61,6 +63,7 @@ impl Member {
             cache: Arc::new(Mutex::new(cache)),
             is_unlabelled: false,
             is_joining: false,
+            joined: 0,
             is_doubted: Arc::default(),
         }
     }
@@ -80,6 +83,11 @@ fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
 
 /// Whether all data is still there without these members of a set, given as bits.
 pub(crate) fn survives(set: &Set, without: u64) -> bool {
+    if set.parity().is_some() {
+        let left = (0..set.members()).filter(|member| without & 1 << member == 0);
+        let left = left.filter(|member| set.mode(*member) == Mode::InSync).count();
+        return left >= usize::from(set.members() - set.level().parities());
+    }
     (0..set.members()).filter(|member| without & 1 << member != 0).all(|member| {
         let has_it = |other: &u16| without & 1 << other == 0 && set.mode(*other) == Mode::InSync;
         groups(set, member).iter().all(|group| group.iter().any(has_it))
@@ -124,13 +132,13 @@ impl Owner {
         if self.is_read_only || self.lost.borrow().is_some() {
             return Err(Status::ReadOnly);
         }
-        let targets = self.metadata_targets();
+        let (targets, since) = (self.metadata_targets(), self.shared.joins());
         let results = self.lanes.write_to_all(&targets, offset, bounce, len, fua).await;
-        self.all_or_failed(results).await
+        self.all_or_failed(results, since).await
     }
 
     /// Those who failed what others did are out when it ends.
-    async fn all_or_failed(self: &Rc<Self>, results: Vec<(u16, Outcome)>) -> Outcome {
+    async fn all_or_failed(self: &Rc<Self>, results: Vec<(u16, Outcome)>, since: u64) -> Outcome {
         let (mut failed, mut status, mut is_done) = (0u64, Status::Path, false);
         for (member, outcome) in results {
             match outcome {
@@ -146,7 +154,7 @@ impl Owner {
                 }
                 Err(status)
             }
-            (failed, true) => self.report(failed, status).await,
+            (failed, true) => self.report(failed, status, since).await,
         }
     }
 
@@ -155,7 +163,8 @@ impl Owner {
         if is_broken("skip_member_flush") {
             return Ok(());
         }
-        let targets = self.targets();
+        let logged = self.stripes_placed();
+        let (targets, since) = (self.targets(), self.shared.joins());
         let flushes =
             targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
         let results = all(flushes).await;
@@ -164,14 +173,17 @@ impl Owner {
             failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
         for (member, status) in failed {
             // What it had not made durable may be lost: it has not got all the data any more.
-            self.report(1 << member, status).await?;
+            self.report(1 << member, status, since).await?;
         }
         // A flush of another cache than the one that was written to is no flush.
-        self.put_out_doubted().await
+        self.put_out_doubted().await?;
+        self.stripes_flushed(&logged);
+        Ok(())
     }
 
-    /// Members have failed what others may have done: they are out when it ends, or it has failed.
-    pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status) -> Outcome {
+    /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: [`Shared::joins`] when it
+    /// began. One that came back after that was out in between, and is given what it lacked then.
+    pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
         if status == Status::Conflict {
             self.lose("another host has reserved it");
             return Err(status);
@@ -181,6 +193,10 @@ impl Owner {
             return Err(status);
         }
         for member in (0..64).filter(|member| failed & 1 << member != 0) {
+            let joined = self.members.borrow()[usize::from(member)].joined;
+            if joined > since && !is_broken("late_failure_counts") {
+                continue;
+            }
             if !self.put_out(member, status.name()).await {
                 return Err(status);
             }
@@ -192,21 +208,24 @@ impl Owner {
     pub(crate) fn whole_caches(&self) -> Vec<(Uuid, [u8; 16])> {
         let members = self.members.borrow();
         let whole = members.iter().filter(|member| member.is_recorded);
-        whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect()
+        let mut caches: Vec<_> =
+            whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect();
+        caches.extend(self.replacing.borrow().as_ref().and_then(Replacing::old_cache));
+        caches
     }
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
     pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
         // Whoever is just writing it down may have the turn: that counts when it is done.
         drop(self.turns.superblock.take().await);
-        let is_doubted = |member: &Member| member.is_recorded && member.is_doubted.load(Ordering::Acquire);
         let doubted: Vec<u16> = {
             let members = self.members.borrow();
-            (0u16..)
-                .zip(members.iter())
-                .filter(|(_, member)| is_doubted(member))
-                .map(|(number, _)| number)
-                .collect()
+            // Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
+            let is_doubted = |(number, member): &(u16, &Member)| {
+                let is_told = member.is_doubted.load(Ordering::Acquire);
+                member.is_recorded && (is_told || self.mode_of(*number) == Mode::Syncing)
+            };
+            (0u16..).zip(members.iter()).filter(is_doubted).map(|(number, _)| number).collect()
         };
         for member in doubted {
             let (set, index) = self.place_of(member);
@@ -215,6 +234,10 @@ impl Owner {
                 let entry = &mut self.members.borrow_mut()[usize::from(member)];
                 entry.is_doubted.store(false, Ordering::Release);
                 entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+                // Its replacement may have what it has lost.
+                if let Some(twin) = entry.leaf.as_ref().and_then(|leaf| leaf.twin.as_ref()) {
+                    twin.switch_off();
+                }
                 set.set_mode(index, Mode::InSync);
                 return Err(Status::Media);
             }
@@ -273,6 +296,7 @@ impl Owner {
                 for member in &out {
                     let (set, index) = self.place_of(*member);
                     self.away(&set, index, *member, why);
+                    self.after_loss(&set);
                     coverage::count(coverage::Event::Stale);
                     log::error!(
                         "pool {}: member {member} ({}) is out: {why}; the others go on without it",
@@ -360,7 +384,9 @@ impl Owner {
         for (record, member) in book.members.iter_mut().zip(members.iter()) {
             (record.uuid, record.in_sync) = (member.uuid, member.is_recorded);
         }
+        drop(members);
         book.spares = self.spares.borrow().iter().map(|(uuid, _)| *uuid).collect();
+        book.replacement = self.replacement();
         book.clone()
     }
 
@@ -410,6 +436,9 @@ impl Owner {
                 log::warn!("pool {}: spare {}: {}", self.shared.name, leaf.name(), status.name());
             }
         }
+        if let Err(status) = self.label_replacement(&book).await {
+            log::warn!("pool {}: the replacement of a member: {}", self.shared.name, status.name());
+        }
         let (mut written, mut failed) = (Vec::new(), Vec::new());
         for (member, outcome) in results {
             match outcome {
@@ -451,10 +480,12 @@ impl Owner {
     /// The array as all see it, with the members' devices as they are now.
     pub(crate) fn new_view(&self) {
         let old = self.view();
-        let leaves = self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
+        let leaves: Vec<Option<Leaf>> =
+            self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
         self.shared.set_view(View {
             array: old.array.clone(),
             table: Arc::clone(&old.table),
+            is_copied: is_copied(old.is_redundant, &leaves),
             leaves,
             ..*old
         });
@@ -525,6 +556,13 @@ impl Owner {
             }
         });
         let mut views: Vec<MemberView> = views.collect();
+        views.extend(self.replacement_view().map(|(member, device, why)| MemberView {
+            place: Some(member),
+            device,
+            state: MemberState::Replacing,
+            why,
+            repaired: 0,
+        }));
         views.extend(self.spares.borrow().iter().map(|(_, leaf)| MemberView {
             place: None,
             device: leaf.as_ref().map(|leaf| leaf.name().to_owned()),
@@ -534,6 +572,11 @@ impl Owner {
         }));
         views
     }
+}
+
+/// Whether writes go to several devices.
+pub(crate) fn is_copied(is_redundant: bool, leaves: &[Option<Leaf>]) -> bool {
+    is_redundant || leaves.iter().flatten().any(|leaf| leaf.twin.is_some())
 }
 
 /// One copy after the other, so that one is whole at any time.

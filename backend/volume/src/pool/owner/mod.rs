@@ -2,25 +2,31 @@
 //!
 //! ```text
 //!   journal    records → tail → (members flush) → log → checkpoints
-//!   mapping    extents for writes, discards, space
+//!   mapping    extents for writes, discards, space; discard: what members are told of those that are free
 //!   intents    regions that may differ
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
 //!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
+//!   parity     stripes: their log, what makes them whole again
+//!   replacing  a member that is copied to another device while it stays in service
 //! ```
 //!
 //! Invariants:
 //! - State is changed without awaiting in between, so that every task sees it whole.
-//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents, superblock. The turns
+//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents,
+//!   parity, superblock. The turns
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
+mod discard;
 mod intents;
 mod journal;
 mod mapping;
 mod members;
+mod parity;
 mod rejoin;
 mod replace;
+mod replacing;
 mod resync;
 mod scrub;
 mod tick;
@@ -30,7 +36,8 @@ pub(crate) use intents::Intents;
 pub(crate) use journal::Log;
 pub(crate) use mapping::Locks;
 pub(crate) use members::Member;
-pub(crate) use members::survives;
+pub(crate) use members::{is_copied, survives};
+pub(crate) use replacing::Replacing;
 pub(crate) use resync::Work;
 
 use super::ask::{self};
@@ -78,6 +85,7 @@ pub(crate) struct Turns {
     pub(crate) flush: Turn,
     pub(crate) commit: Turn,
     pub(crate) intents: Turn,
+    pub(crate) parity: Turn,
     pub(crate) superblock: Turn,
     pub(crate) window: Turn,
     pub(crate) barrier: Turn,
@@ -104,6 +112,7 @@ pub(crate) struct Owner {
     pub(crate) book: RefCell<Superblock>,
     pub(crate) members: RefCell<Vec<Member>>,
     pub(crate) spares: RefCell<Vec<(Uuid, Option<Leaf>)>>,
+    pub(crate) replacing: RefCell<Option<Replacing>>,
     pub(crate) options: Options,
     pub(crate) tail: RefCell<Box<dyn Tail>>,
     pub(crate) tail_used: Cell<usize>,
@@ -138,6 +147,7 @@ pub(crate) struct Owner {
 /// What was asked for when the pool was opened.
 pub(crate) struct Options {
     pub(crate) no_space: super::NoSpacePolicy,
+    pub(crate) discard: bool,
     pub(crate) low_water_permille: u32,
     pub(crate) sync_bytes_per_second: u64,
     pub(crate) intent_idle: std::time::Duration,
@@ -149,6 +159,7 @@ impl Options {
     pub(crate) fn of(options: &OpenOptions) -> Options {
         Options {
             no_space: options.no_space,
+            discard: options.discard,
             low_water_permille: options.low_water_permille,
             sync_bytes_per_second: options.sync_bytes_per_second,
             intent_idle: options.intent_idle,

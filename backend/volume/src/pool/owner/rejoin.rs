@@ -6,6 +6,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::lock;
 use crate::raid::{Mode, Set};
+use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -136,6 +137,9 @@ impl Owner {
         {
             let mut members = self.members.borrow_mut();
             let member = &mut members[usize::from(number)];
+            // One that is being replaced stays a part of two.
+            let twin = member.leaf.clone().filter(|before| before.twin.is_some() && before.is_kin(&leaf));
+            let leaf = twin.unwrap_or(leaf);
             let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
@@ -174,11 +178,19 @@ impl Owner {
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
     async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        self.members.borrow_mut()[usize::from(number)].joined = self.shared.joins_now();
         // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
         self.mark_lacking(set);
         set.set_mode(index, Mode::Syncing);
+        // Who is under way may take long.
+        self.publish();
         self.barrier().await;
         self.mark_lacking(set);
+        self.repeat_parity_header(set, number).await?;
+        // What was logged without it does not say what it has to have: that is not done again once it has been brought up to date.
+        if set.parity().is_some() && !is_broken("parity_log_kept_over_rejoin") {
+            self.release_stripes(set).await?;
+        }
         if number < self.book.borrow().metadata_members() {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;

@@ -29,6 +29,15 @@ impl Owner {
             self.publish();
             return Ok(());
         }
+        let is_replacement = self.replacing.borrow().as_ref().is_some_and(|it| it.uuid == label.this);
+        if is_replacement {
+            leaf.device.fail_after(self.options.member_timeout);
+            if let Some(it) = self.replacing.borrow_mut().as_mut() {
+                it.leaf.get_or_insert(leaf);
+            }
+            self.publish();
+            return Ok(());
+        }
         let number = number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| {
             PoolError::Conflict(format!(
                 "{name} was a member of pool {} and has been replaced",
@@ -82,11 +91,13 @@ impl Owner {
         }
         // The device of a member that is away may have been emptied, or exchanged behind its name.
         let is_emptied = |number: u16| place == Some(number) && self.mode_of(number) == Mode::Away;
-        let is_here = |other: &Option<Leaf>| other.as_ref().is_some_and(|other| other.same(leaf));
+        let is_here = |other: &Option<Leaf>| other.as_ref().is_some_and(|other| other.is_kin(leaf));
         let is_member = (0u16..)
             .zip(self.members.borrow().iter())
             .any(|(number, member)| is_here(&member.leaf) && !is_emptied(number));
-        let is_ours = is_member || self.spares.borrow().iter().any(|(_, spare)| is_here(spare));
+        let is_replacement = self.replacing.borrow().as_ref().is_some_and(|it| is_here(&it.leaf));
+        let is_ours =
+            is_member || is_replacement || self.spares.borrow().iter().any(|(_, spare)| is_here(spare));
         if is_ours {
             return Err(PoolError::Conflict(format!(
                 "{name} is a member of pool {} already",
@@ -103,7 +114,7 @@ impl Owner {
         }
     }
 
-    fn random_uuid(&self) -> Uuid {
+    pub(super) fn random_uuid(&self) -> Uuid {
         let mut uuid = [0; 16];
         uuid[..8].copy_from_slice(&self.runtime.random().to_le_bytes());
         uuid[8..].copy_from_slice(&self.runtime.random().to_le_bytes());
@@ -132,13 +143,19 @@ impl Owner {
             ))
         })?;
         let leaf = self.leaf_of(device)?;
+        let is_copied = self.can_be_copied(number);
+        let busy = self.replacing.borrow().as_ref().map(|it| it.member);
+        if let Some(other) = busy.filter(|other| is_copied || *other == number) {
+            return Err(PoolError::Conflict(format!(
+                "pool {} is replacing member {other}, want that ended first, or given up: hawser pool replace {} --abort",
+                self.shared.name, self.shared.name
+            )));
+        }
         self.check_new(&leaf, Some(number), self.needed_bytes(number), force).await?;
-        self.put_in(number, leaf).await
-    }
-
-    /// What a member needs for data: as much as the pool uses of it.
-    fn needed_bytes(&self, number: u16) -> u64 {
-        self.place_of(number).0.member_rows_bytes()
+        match is_copied {
+            true => self.begin_replacing(number, leaf).await,
+            false => self.put_in(number, leaf, self.random_uuid(), 0).await,
+        }
     }
 
     /// Lets a member that was put in say so itself. The superblocks' turn is the caller's.
@@ -154,8 +171,14 @@ impl Owner {
         Ok(())
     }
 
-    /// Puts a device that has nothing in the place of a member.
-    pub(super) async fn put_in(self: &Rc<Self>, number: u16, leaf: Leaf) -> Result<(), PoolError> {
+    /// Puts a device in the place of a member: it has `has_bytes` of its data, in regions that are not marked.
+    pub(super) async fn put_in(
+        self: &Rc<Self>,
+        number: u16,
+        leaf: Leaf,
+        uuid: Uuid,
+        has_bytes: u64,
+    ) -> Result<(), PoolError> {
         let (set, index) = self.place_of(number);
         let name = leaf.name().to_owned();
         if !set.level().is_redundant() {
@@ -172,10 +195,10 @@ impl Owner {
         }
         let set_index = self.view().array.set_of_member(number).map_or(0, |(set, _)| set);
         // All of it is lacking: that is durable before anybody may take the new one for a member.
-        self.mark_all(set_index).await.map_err(|status| self.failed(&name, status))?;
+        self.mark_from(set_index, has_bytes).await.map_err(|status| self.failed(&name, status))?;
         {
             let _turn = self.turns.superblock.take().await;
-            let uuid = self.random_uuid();
+            self.replacing.borrow_mut().take_if(|it| it.member == number);
             {
                 let mut members = self.members.borrow_mut();
                 let member = &mut members[usize::from(number)];
@@ -244,7 +267,7 @@ impl Owner {
         let (uuid, leaf) = self.spares.borrow_mut().remove(spare);
         let Some(leaf) = leaf else { return };
         log::warn!("pool {}: spare {} takes the place of member {number}", self.shared.name, leaf.name());
-        if let Err(what) = self.put_in(number, leaf.clone()).await {
+        if let Err(what) = self.put_in(number, leaf.clone(), self.random_uuid(), 0).await {
             log::error!("{what}");
             let is_member =
                 self.members.borrow()[usize::from(number)].leaf.as_ref().is_some_and(|it| it.same(&leaf));

@@ -4,6 +4,7 @@
 //! sync is read and the others are written. A region's mark of difference goes when all of it has been copied.
 
 use super::Owner;
+use super::parity::stripe_window;
 use crate::pool::TaskView;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -32,6 +33,8 @@ pub(super) const SCRUB: &str = "scrub";
 #[derive(Default)]
 pub(crate) struct Work {
     pub(super) running: Cell<Option<Progress>>,
+    /// What goes on when other work has had its turn.
+    paused: Cell<Option<Progress>>,
     /// The last resync or rebuild, and the last scrub.
     pub(super) last: [Cell<Option<Progress>>; 2],
     pub(super) scrub_wanted: RefCell<Option<bool>>,
@@ -61,6 +64,30 @@ impl Work {
         }
     }
 
+    /// Goes on with what was paused, or begins where `done` of it is done.
+    pub(super) fn go_on(&self, kind: &'static str, done: u64, total: u64, now: Instant) {
+        if self.running.get().is_none() {
+            match self.paused.take() {
+                Some(progress) => self.running.set(Some(progress)),
+                None => self.begin(kind, total.saturating_sub(done), now),
+            }
+        }
+    }
+
+    /// Other work has its turn.
+    pub(super) fn pause(&self) {
+        if let Some(progress) = self.running.take() {
+            self.paused.set(Some(progress));
+        }
+    }
+
+    /// Work of this kind begins anew, or does not go on.
+    pub(super) fn forget(&self, kind: &'static str) {
+        for place in [&self.running, &self.paused] {
+            place.set(place.take().filter(|progress| progress.kind != kind));
+        }
+    }
+
     pub(super) fn end(&self, now: Instant) {
         if let Some(progress) = self.running.take() {
             let place = usize::from(progress.kind == SCRUB);
@@ -77,8 +104,9 @@ impl Work {
             ended: None,
             mismatches: 0,
         });
-        let each =
-            [self.running.get(), waiting, self.last[0].get(), self.last[1].get()].into_iter().flatten();
+        let each = [self.running.get(), self.paused.get(), waiting, self.last[0].get(), self.last[1].get()]
+            .into_iter()
+            .flatten();
         each.map(|progress| TaskView {
             kind: progress.kind,
             done_bytes: progress.done_bytes,
@@ -101,6 +129,11 @@ impl Owner {
         into: &Rc<Bounce>,
         at: usize,
     ) -> Result<Copy, Status> {
+        if set.parity().is_some() {
+            let found = self.read_or_compute(view, set, piece, false).await?;
+            into.fill(at, found.bytes(0, piece.len as usize));
+            return Ok(piece.copies.as_slice()[0]);
+        }
         let mut last = Status::Path;
         for copy in piece.copies.as_slice() {
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
@@ -117,13 +150,8 @@ impl Owner {
     }
 
     /// Makes all copies of a piece those of the first that is in sync. The window is the caller's.
-    pub(super) async fn copy_piece(
-        self: &Rc<Self>,
-        view: &View,
-        set: &Set,
-        piece: &Piece,
-        only: Option<u16>,
-    ) -> Outcome {
+    pub(super) async fn copy_piece(self: &Rc<Self>, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
+        let (view, since) = (&self.view(), self.shared.joins());
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         self.check_ours()?;
@@ -135,14 +163,14 @@ impl Owner {
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
             let offset = view.data_offset + copy.offset;
             if let Err(status) = self.lanes.write(leaf, offset, &bounce, 0, piece.len as usize, false).await {
-                self.report(1 << copy.member, status).await?;
+                self.report(1 << copy.member, status, since).await?;
             }
         }
         Ok(())
     }
 
     /// Whether it is still ours to write.
-    fn check_ours(&self) -> Outcome {
+    pub(super) fn check_ours(&self) -> Outcome {
         match self.lost.borrow().is_some() {
             true => Err(Status::ReadOnly),
             false => Ok(()),
@@ -176,7 +204,11 @@ impl Owner {
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
         coverage::count(coverage::Event::Settled);
-        self.in_window(&set, window_of(&piece), self.copy_piece(&view, &set, &piece, None)).await
+        if set.parity().is_some() {
+            let window = stripe_window(&set, &piece);
+            return self.in_window(&set, window.clone(), self.mend_stripes(&set, window)).await.map(drop);
+        }
+        self.in_window(&set, window_of(&piece), self.copy_piece(&set, &piece, None)).await
     }
 
     /// A copy could not be read and another could: it is written again.
@@ -184,14 +216,25 @@ impl Owner {
         self.check_writable()?;
         let view = self.view();
         let set = Arc::clone(view.array.set(set));
-        let outcome = self.in_window(&set, window_of(&piece), self.rewrite_bad(&view, &set, &piece)).await;
+        let window = match set.parity() {
+            Some(_) => stripe_window(&set, &piece),
+            None => window_of(&piece),
+        };
+        let outcome = self.in_window(&set, window, self.rewrite_bad(&set, &piece)).await;
         self.publish();
         outcome
     }
 
-    pub(super) async fn rewrite_bad(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece) -> Outcome {
-        let good = Rc::new(self.place.spare.take(piece.len as usize));
-        self.read_first(view, set, piece, &good, 0).await?;
+    pub(super) async fn rewrite_bad(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece) -> Outcome {
+        let (view, since) = (&self.view(), self.shared.joins());
+        let good = match set.parity() {
+            Some(_) => self.read_or_compute(view, set, piece, true).await?,
+            None => {
+                let good = Rc::new(self.place.spare.take(piece.len as usize));
+                self.read_first(view, set, piece, &good, 0).await?;
+                good
+            }
+        };
         self.check_ours()?;
         for copy in piece.copies.as_slice() {
             let index = copy.member - set.first_member();
@@ -214,7 +257,7 @@ impl Owner {
                         self.shared.name
                     );
                 }
-                Err(status) => self.report(1 << copy.member, status).await?,
+                Err(status) => self.report(1 << copy.member, status, since).await?,
             }
         }
         Ok(())
@@ -234,6 +277,7 @@ impl Owner {
                     is_whole &= self.resync_set(set).await;
                 }
             }
+            self.go_on_replacing().await;
             if !is_whole {
                 self.rest(AGAIN).await;
             }
@@ -250,7 +294,10 @@ impl Owner {
         let syncing: Vec<u16> =
             (0..set.members()).filter(|member| set.mode(*member) == Mode::Syncing).collect();
         let regions: Vec<u32> = set.unsynced.iter_set().collect();
-        let in_sync = (0..set.members()).filter(|member| set.mode(*member) == Mode::InSync).count();
+        let in_sync = usize::from(set.in_sync_count());
+        if set.parity().is_some() && regions_wait(set) {
+            return true;
+        }
         if (regions.is_empty() || in_sync + syncing.len() < 2) && syncing.is_empty() {
             return true;
         }
@@ -312,23 +359,28 @@ impl Owner {
             set.unsynced.set(region);
             return false;
         }
+        if let Some(parity) = set.parity() {
+            parity.doubtful.clear(region);
+        }
         coverage::count(coverage::Event::Resync);
         true
     }
 
     async fn resync_window(self: &Rc<Self>, set: &Arc<Set>, offset: u64, len: u64) -> Outcome {
-        let view = self.view();
+        if set.parity().is_some() {
+            return self.mend_stripes(set, offset..offset + len).await.map(drop);
+        }
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
             let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
             for piece in &pieces {
-                self.copy_piece(&view, set, piece, Some(member)).await?;
+                self.copy_piece(set, piece, Some(member)).await?;
             }
         }
         Ok(())
     }
 
     /// Whether some extent that lies there is in use: what was never written need not be the same.
-    fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
+    pub(super) fn is_in_use(&self, set: &Set, offset: u64, len: u64) -> bool {
         let data = set.data_of_rows(offset, len);
         let view = self.view();
         let extent_bytes = view.thin.extent_bytes;
@@ -353,6 +405,12 @@ impl Owner {
         let due = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
         self.runtime.sleep_until(began + due).await;
     }
+}
+
+/// Nothing can be made right: what is lost is not there to be brought up to date, and what is left cannot be told from it.
+fn regions_wait(set: &Set) -> bool {
+    let is = |mode: Mode| (0..set.members()).filter(|member| set.mode(*member) == mode).count();
+    is(Mode::Syncing) == 0 && is(Mode::Away) > 0
 }
 
 /// The members' bytes that a piece's copies are in, and what is between.

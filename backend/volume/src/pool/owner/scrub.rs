@@ -3,7 +3,9 @@
 use super::Owner;
 use super::resync::{SCRUB, window_of};
 use crate::pool::PoolError;
+use crate::pool::resolve::runs;
 use crate::pool::shared::View;
+use crate::pool::stripes::Row;
 use crate::raid::{Mode, Piece, Set};
 use crate::thin::Mapped;
 use std::collections::BTreeSet;
@@ -77,21 +79,69 @@ impl Owner {
         let (set, address) = view.array.locate(extent);
         let set = Arc::clone(view.array.set(set));
         let mut mismatches = 0;
-        let parts: Vec<_> =
-            crate::pool::resolve::runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
-                .filter(|(valid, ..)| *valid)
-                .collect();
+        if let Some(parity) = set.parity() {
+            let stripe = parity.stripes.stripe_bytes();
+            let strip = u64::from(set.strip_bytes());
+            for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
+                let number = (address + first) / stripe;
+                let work = self.scrub_stripe(&view, &set, number, (first, bits), repair);
+                mismatches += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
+            }
+            return mismatches;
+        }
+        let parts: Vec<_> = runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
+            .filter(|(valid, ..)| *valid)
+            .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
-                let work = self.compare(&view, &set, &piece, repair);
+                let work = self.compare(&set, &piece, repair);
                 mismatches += self.in_window(&set, window_of(&piece), work).await;
             }
         }
         mismatches
     }
 
+    /// How many columns of a stripe do not go together, of those that somebody can read: what nobody has written has no parity. `first` is
+    /// where the stripe begins in its extent, whose valid units are `bits`.
+    async fn scrub_stripe(
+        self: &Rc<Self>,
+        view: &View,
+        set: &Set,
+        number: u64,
+        (first, bits): (u64, [u64; 4]),
+        repair: bool,
+    ) -> u64 {
+        let strip = u64::from(set.strip_bytes());
+        let step = strip.min(u64::from(view.thin.unit_bytes));
+        let unit_shift = view.thin.unit_shift();
+        let mut mismatches = 0;
+        for within in (0..strip).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
+            let row = Row::new(view, set, number, within, usize::try_from(step).unwrap_or(0));
+            let is_valid = (0..row.data() as u64).any(|slot| {
+                let at = first + slot * strip + within;
+                runs(bits, unit_shift, at, step).any(|(valid, ..)| valid)
+            });
+            if !is_valid {
+                continue;
+            }
+            match self.scrub_columns(&row, repair).await {
+                Ok(found) => mismatches += found,
+                Err(status) => {
+                    log::error!(
+                        "pool {}: some bytes of stripe {number} cannot be read: {}",
+                        self.shared.name,
+                        status.name()
+                    );
+                    mismatches += 1;
+                }
+            }
+        }
+        mismatches
+    }
+
     /// How many copies of a piece differ from the first.
-    async fn compare(self: &Rc<Self>, view: &View, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
+    async fn compare(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
+        let view = &self.view();
         let len = piece.len as usize;
         let first = Rc::new(self.place.spare.take(len));
         let from = match self.read_first(view, set, piece, &first, 0).await {
@@ -132,8 +182,8 @@ impl Owner {
         // A copy that could not be read counts where it is rewritten.
         if has_bad || (repair && mismatches > 0) {
             let _ = match repair && mismatches > 0 {
-                true => self.copy_piece(view, set, piece, None).await,
-                false => self.rewrite_bad(view, set, piece).await,
+                true => self.copy_piece(set, piece, None).await,
+                false => self.rewrite_bad(set, piece).await,
             };
         }
         mismatches

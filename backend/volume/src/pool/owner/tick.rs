@@ -48,7 +48,9 @@ impl Owner {
                 if has_old && let Err(status) = self.flush().await {
                     log::warn!("pool {}: cannot make changes durable: {}", self.shared.name, status.name());
                 }
+                let _ = self.release_all_stripes().await;
                 let _ = self.clear_idle_intents(false).await;
+                let _ = self.end_idle_unlogged(false).await;
             }
             if self.has_garbage() {
                 let _ = self.reclaim().await;
@@ -136,6 +138,12 @@ impl Owner {
             metadata_bytes: u64::from(book.layout.metadata_pages) * 4096,
             metadata_used_bytes: u64::from(meta.metadata_pages_used()) * 4096,
             troubles,
+            unsynced_regions: view
+                .array
+                .sets()
+                .iter()
+                .map(|set| set.unsynced.iter_set().count() as u64)
+                .sum(),
             is_degraded,
             is_failed: self.lost.borrow().is_some(),
             members,

@@ -1,0 +1,241 @@
+//! Host and target over simulated verbs ([`crate::rdma::fake`]): the same state machines as with devices, under seeds.
+
+use super::client::{Ask, Client};
+use super::*;
+use crate::MemDevice;
+use crate::rdma::{driver, fake};
+use crate::target::{NamespaceConfig, SubsystemConfig, Target};
+use crate::uri::Transport;
+use hawser_block::BlockSize;
+use hawser_block::regions::{Announced, Regions, Span};
+use hawser_runtime::buffers::AlignedBuffer;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One at a time: there is one world of simulated verbs.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// Field order is drop order.
+struct Lab {
+    client: Client,
+    device: Arc<NvmeDevice>,
+    target: Target,
+    _reactors: [ReactorThread; 2],
+    _one: MutexGuard<'static, ()>,
+}
+
+fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    driver::install(&fake::TABLE);
+    fake::disturb(fake::Disturbance::default(), 1);
+    let (host, of_target) = (reactor("host"), reactor("target"));
+    let disk = Arc::new(MemDevice::new("m0", 16 << 20, BlockSize::B512).unwrap());
+    let subsystem = SubsystemConfig {
+        nqn: NQN.into(),
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        transports: vec![Transport::Rdma],
+        allowed_hosts: None,
+        serial: "test".into(),
+        namespaces: vec![NamespaceConfig { nsid: 1, device: disk, uuid: None }],
+    };
+    let target = Target::start(vec![subsystem], &[of_target.handle().clone()]).unwrap();
+    let address = target.addresses()[0].1[0];
+    let uri: NvmeUri = format!("nvme+rdma://{address}/{NQN}?nsid=1").parse().unwrap();
+    let mut config = NvmeConfig::new("n0", vec![uri], host_identity());
+    config.timers.reconnect_delay = Duration::from_millis(20);
+    change(&mut config);
+    let device = NvmeDevice::open(config, &[host.handle().clone()]).unwrap();
+    wait_ready(&device);
+    let client = Client::open(&device, host.handle());
+    Lab { client, device, target, _reactors: [host, of_target], _one: one }
+}
+
+fn host_identity() -> HostIdentity {
+    super::host()
+}
+
+impl Lab {
+    fn counter(&self, name: &str) -> u64 {
+        let all = self.device.copied_bytes().into_iter().chain(self.device.counters());
+        all.into_iter().find(|(other, _)| *other == name).map(|(_, value)| value).unwrap()
+    }
+
+    /// Ends the host, then the target. Nothing of either stays at the device.
+    fn end(self) {
+        let Lab { client, device, target, .. } = self;
+        drop((client, device));
+        wait_until("the host has left", || target.hosts(NQN).is_empty());
+        assert!(target.stop(PATIENCE));
+        wait_until("no window is bound", || fake::bound_windows() == 0);
+    }
+}
+
+fn pattern(seed: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at.wrapping_mul(7) ^ (at >> 9).wrapping_mul(31) ^ seed).to_le_bytes()[0]).collect()
+}
+
+#[test]
+fn requests_of_every_shape_reach_the_disk_by_way_of_memory_of_the_connection() {
+    let mut lab = lab(|_| {});
+    for (lba, blocks, segments) in
+        [(0u64, 1u32, 1usize), (1, 8, 3), (100, 32, 7), (1000, 256, 2), (2000, 2048, 126), (8000, 2048, 1)]
+    {
+        let data = pattern(segments, blocks as usize * 512);
+        let mut ask = Ask::write(lba, blocks, data.clone());
+        ask.segments = segments;
+        assert_eq!(lab.client.run(ask).outcome, Ok(()), "write {blocks}");
+        let mut ask = Ask::read(lba, blocks, 512);
+        ask.segments = segments;
+        let told = lab.client.run(ask);
+        assert!(told.outcome == Ok(()) && told.data == data, "{blocks} blocks in {segments} segments");
+    }
+    for operation in [
+        hawser_block::Operation::WriteZeroes { unmap: true, fua: true },
+        hawser_block::Operation::Discard,
+        hawser_block::Operation::Flush,
+    ] {
+        assert_eq!(lab.client.run(Ask::plain(operation, 4096, 32)).outcome, Ok(()), "{operation:?}");
+    }
+    assert!(lab.counter("rdma_unregistered") > 0, "nobody has announced this memory");
+    lab.end();
+}
+
+/// Memory that is announced, as a front end's is.
+struct Announcement {
+    _announced: Announced,
+    memory: AlignedBuffer,
+}
+
+impl Announcement {
+    fn new(len: usize) -> Announcement {
+        let memory = AlignedBuffer::new(len);
+        let span = Span { start: memory.as_ptr() as usize, len };
+        Announcement { _announced: Regions::of_process().announce(span), memory }
+    }
+}
+
+#[test]
+fn announced_memory_is_used_in_place_by_keys_that_die_with_each_command() {
+    let mut lab = lab(|_| {});
+    let announced = Announcement::new(4 << 20);
+    let span = (announced.memory.as_ptr(), 1 << 20);
+    let data = pattern(3, span.1);
+    // SAFETY: a megabyte of the announced memory, which no request names yet.
+    unsafe { span.0.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+    lab.client.submit_at(hawser_block::Operation::Write { fua: false }, 64, span);
+    assert_eq!(lab.client.next().outcome, Ok(()));
+    // SAFETY: another one, likewise.
+    let other = (unsafe { span.0.add(2 << 20) }, span.1);
+    lab.client.submit_at(hawser_block::Operation::Read, 64, other);
+    assert_eq!(lab.client.next().outcome, Ok(()));
+    // SAFETY: the read has ended, and nobody else writes there.
+    assert!(unsafe { announced.memory.slice(2 << 20, 1 << 20) } == data);
+    assert_eq!((lab.counter("rdma_unregistered"), lab.counter("rdma_scattered")), (0, 0));
+    assert_eq!(lab.counter("received_in_place_bytes"), 1 << 20);
+    // Every key that ever was is dead now.
+    assert_eq!(fake::bound_windows(), 0);
+    assert!(!fake::window_names().into_iter().any(fake::is_reachable));
+    lab.end();
+}
+
+#[test]
+fn a_target_that_is_not_there_is_waited_for_and_its_absence_explained() {
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    driver::install(&fake::TABLE);
+    let host = reactor("host");
+    let uri: NvmeUri = format!("nvme+rdma://127.0.0.1:1/{NQN}?nsid=1").parse().unwrap();
+    let device =
+        NvmeDevice::open(NvmeConfig::new("n0", vec![uri], host_identity()), &[host.handle().clone()])
+            .unwrap();
+    wait_until("it says why", || device.trouble().contains("nobody listens there"));
+    drop((device, host, one));
+}
+
+/// Random reads and writes against a model, while completions come late and connections break under requests.
+fn verified_under(disturbance: fake::Disturbance, seed: u64) {
+    const BLOCKS: u64 = 256;
+    let mut lab = lab(|config| {
+        config.timers.keep_alive_tmo = Duration::from_secs(1);
+        config.timers.quiesce_tmo = Duration::from_millis(100);
+    });
+    let announced = Announcement::new(1 << 20);
+    let mut model = vec![0u8; 512 * usize::try_from(BLOCKS).unwrap()];
+    let mut random = seed | 1;
+    let mut next = move |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    fake::disturb(disturbance, seed);
+    for round in 0..40 {
+        // Several at a time, each on blocks of its own: half from announced memory, half not.
+        let mut asks = Vec::new();
+        for part in 0..8u64 {
+            let blocks = 1 + next(16);
+            let lba = part * 32 + next(16);
+            let at = usize::try_from(lba * 512).unwrap();
+            let len = usize::try_from(blocks * 512).unwrap();
+            let is_write = next(2) == 0;
+            let data = pattern(usize::try_from(next(1 << 20)).unwrap(), len);
+            if is_write {
+                model[at..at + len].copy_from_slice(&data);
+            }
+            asks.push((lba, u32::try_from(blocks).unwrap(), is_write, data, at, len));
+        }
+        let mut expected = std::collections::HashMap::new();
+        for (index, (lba, blocks, is_write, data, at, len)) in asks.into_iter().enumerate() {
+            if index % 2 == 0 {
+                let mut ask =
+                    if is_write { Ask::write(lba, blocks, data) } else { Ask::read(lba, blocks, 512) };
+                ask.segments = 1 + index;
+                let token = lab.client.submit(vec![ask]);
+                expected.insert(token, (is_write, at, len, None));
+            } else {
+                let offset = index * (64 << 10);
+                // SAFETY: within the announced memory, in a part that no request names now.
+                let place = unsafe { announced.memory.as_ptr().add(offset) };
+                // SAFETY: as above; `data` is elsewhere.
+                unsafe { place.copy_from_nonoverlapping(data.as_ptr(), len) };
+                let operation = match is_write {
+                    true => hawser_block::Operation::Write { fua: false },
+                    false => hawser_block::Operation::Read,
+                };
+                let token = lab.client.submit_at(operation, lba, (place, len));
+                expected.insert(token, (is_write, at, len, Some(offset)));
+            }
+        }
+        while !expected.is_empty() {
+            let told = lab.client.next();
+            assert_eq!(told.outcome, Ok(()), "seed {seed}, round {round}");
+            let (is_write, at, len, offset) = expected.remove(&told.token).unwrap();
+            if is_write {
+                continue;
+            }
+            let want = &model[at..at + len];
+            let found = match offset {
+                None => told.data == want,
+                // SAFETY: the read has ended, and nobody else writes there.
+                Some(offset) => unsafe { announced.memory.slice(offset, len) == want },
+            };
+            assert!(found, "seed {seed}, round {round}: a read differs from the model");
+        }
+    }
+    fake::disturb(fake::Disturbance::default(), 1);
+    lab.end();
+}
+
+#[test]
+fn late_completions_change_nothing() {
+    for seed in 1..6 {
+        verified_under(fake::Disturbance { late: 2, breaks: 0 }, seed);
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_mixed_up_when_connections_break() {
+    let (before, _) = fake::counts();
+    for seed in 1..4 {
+        verified_under(fake::Disturbance { late: 3, breaks: 150 }, seed);
+    }
+    assert!(fake::counts().0 > before, "no connection was broken");
+}

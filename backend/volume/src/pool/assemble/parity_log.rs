@@ -1,0 +1,204 @@
+//! What was about to be changed in stripes when the process before us ended: read from the members' parity logs, and put in place before anything is read.
+//!
+//! All of it are whole values, so that doing it again does no harm. An entry that no member has whole was not begun in place.
+
+use super::found::Found;
+use super::random_uuid;
+use crate::format::parity_log::HEADER_PAGES;
+use crate::format::{PAGE_BYTES, ParityEntry, ParityHeader, Uuid};
+use crate::pool::bounce::Bounce;
+use crate::pool::lanes::{Lanes, Leaf};
+use crate::pool::owner::Owner;
+use crate::pool::{PoolError, coverage};
+use crate::raid::{Mode, Parity, Set};
+use crate::simulated::is_broken;
+use hawser_block::Status;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// What is read of a log at a time.
+const READ_BYTES: usize = 4 << 20;
+
+/// A set's parity log, put together from its members.
+pub(super) struct SetLog {
+    set: Arc<Set>,
+    header: ParityHeader,
+    entries: BTreeMap<u64, (ParityEntry, Vec<u8>)>,
+}
+
+impl SetLog {
+    /// Something stands in it, and lost members' data is computed from what may be half written.
+    pub(super) fn is_half_written(&self) -> bool {
+        !self.entries.is_empty() && !self.set.are_all_in_sync()
+    }
+}
+
+/// The logs of all sets with parity. What was closed has nothing in them.
+///
+/// # Errors
+/// A set that is not complete and was in use, and its log cannot be read by enough of the members: some stripes may be half written, and nobody could
+/// tell which.
+pub(super) async fn read(
+    lanes: &Rc<Lanes>,
+    found: &Found,
+    was_closed: bool,
+    accept_loss: bool,
+) -> Result<Vec<SetLog>, PoolError> {
+    let mut logs = Vec::new();
+    for set in found.array.sets().iter().filter(|set| set.parity().is_some()) {
+        let mut log =
+            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: BTreeMap::new() };
+        let mut headers = Vec::new();
+        for leaf in leaves_in_sync(found, set) {
+            if let Some(header) = read_header(lanes, &leaf, set, &found.book.pool_uuid).await {
+                log.header = [log.header, header]
+                    .into_iter()
+                    .max_by_key(|header| (header.number, header.released))
+                    .unwrap_or_default();
+                headers.push(leaf);
+            }
+        }
+        if !was_closed {
+            let mut readable = 0;
+            for leaf in &headers {
+                let read = read_entries(lanes, leaf, &mut log, &found.book.pool_uuid).await;
+                readable += u16::from(read.is_ok());
+            }
+            let is_lacking = set.members() - readable > set.level().parities();
+            let why = match (is_lacking, log.header.unlogged) {
+                (true, _) => format!(
+                    "the log of stripes that were being written can be read on {readable} of its members only"
+                ),
+                (false, true) => "whole stripes were being written, which are not in the log".to_owned(),
+                (false, false) => String::new(),
+            };
+            if !why.is_empty() && !set.are_all_in_sync() && !accept_loss {
+                let lost: Vec<String> = (0..set.members())
+                    .filter(|member| set.mode(*member) != Mode::InSync)
+                    .map(|member| (set.first_member() + member).to_string())
+                    .collect();
+                return Err(PoolError::Conflict(format!(
+                    "pool {} was not closed and lacks members {}, and {why}: want the missing members back, or --accept-loss: then blocks \
+                     of theirs that share a stripe with what was written last, and was not flushed, may read as garbage",
+                    found.book.name,
+                    lost.join(", ")
+                )));
+            }
+        }
+        logs.push(log);
+    }
+    Ok(logs)
+}
+
+fn leaves_in_sync(found: &Found, set: &Set) -> Vec<Leaf> {
+    let members = (0..set.members()).filter(|member| set.mode(*member) == Mode::InSync);
+    let leaves = members.filter_map(|member| {
+        let place = &found.members[usize::from(set.first_member() + member)];
+        place.as_ref().map(|(leaf, _)| leaf.clone())
+    });
+    leaves.collect()
+}
+
+fn parity_of(set: &Set) -> &Parity {
+    set.parity().expect("only of sets with parity")
+}
+
+async fn read_header(lanes: &Rc<Lanes>, leaf: &Leaf, set: &Set, pool: &Uuid) -> Option<ParityHeader> {
+    let mut best: Option<ParityHeader> = None;
+    for page in 0..u64::from(HEADER_PAGES) {
+        let offset = parity_of(set).log_offset + page * PAGE_BYTES as u64;
+        let Ok(bytes) = lanes.read_bytes(leaf, offset, PAGE_BYTES).await else { continue };
+        let found = ParityHeader::decode(bytes.bytes(0, PAGE_BYTES), pool);
+        if best.map(|best| best.number) < found.map(|found| found.number) {
+            best = found;
+        }
+    }
+    best
+}
+
+/// Adds what one member has.
+async fn read_entries(lanes: &Rc<Lanes>, leaf: &Leaf, log: &mut SetLog, pool: &Uuid) -> Result<(), Status> {
+    let parity = parity_of(&log.set);
+    let len = parity.ring().pages() as usize * PAGE_BYTES;
+    let first = parity.log_offset + u64::from(HEADER_PAGES) * PAGE_BYTES as u64;
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let part = READ_BYTES.min(len - bytes.len());
+        let read = lanes.read_bytes(leaf, first + bytes.len() as u64, part).await?;
+        bytes.extend_from_slice(read.bytes(0, part));
+    }
+    for at in (0..len).step_by(PAGE_BYTES) {
+        let page = &bytes[at..at + PAGE_BYTES];
+        let Some((entry, crc)) = ParityEntry::decode(page, pool, &log.header.key) else { continue };
+        if entry.number < log.header.released || log.entries.contains_key(&entry.number) {
+            continue;
+        }
+        let payload = bytes.get(at + PAGE_BYTES..at + PAGE_BYTES + entry.payload_bytes());
+        if let Some(payload) = payload.filter(|payload| crc32c::crc32c(payload) == crc)
+            && is_possible(&log.set, &entry)
+        {
+            log.entries.insert(entry.number, (entry, payload.to_vec()));
+        }
+    }
+    Ok(())
+}
+
+/// Only what lies within the members' data.
+fn is_possible(set: &Set, entry: &ParityEntry) -> bool {
+    let strip = u64::from(set.strip_bytes());
+    let end = u64::from(entry.within) + u64::from(entry.len);
+    let rows = set.member_rows_bytes() / strip;
+    end <= strip && entry.row < rows && u64::from(entry.places) < 1 << set.members()
+}
+
+/// Puts everything in place that the logs have, and begins new ones. Before the first read.
+pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result<(), Status> {
+    for log in logs {
+        let SetLog { set, header, entries } = log;
+        let is_used = !entries.is_empty();
+        for (entry, payload) in entries.values() {
+            if is_broken("parity_log_not_replayed") {
+                break;
+            }
+            replay(owner, &set, entry, payload).await?;
+            coverage::count(coverage::Event::StripesReplayed);
+        }
+        if is_used {
+            owner.flush_members().await?;
+        }
+        {
+            // Until parity is right again.
+            let is_doubtful = header.unlogged && set.are_all_in_sync() && set.unsynced.any();
+            let mut ring = parity_of(&set).ring();
+            ring.key = random_uuid(&owner.runtime);
+            ring.header = (header.number, 0);
+            ring.is_unlogged_known = is_doubtful;
+            if is_doubtful {
+                set.unsynced.iter_set().for_each(|region| parity_of(&set).doubtful.set(region));
+            }
+        }
+        // In both places: nobody looks for the old ones again.
+        owner.write_parity_header(&set, 0).await?;
+        owner.write_parity_header(&set, 0).await?;
+    }
+    Ok(())
+}
+
+async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8]) -> Result<(), Status> {
+    let view = owner.view();
+    let len = entry.len as usize;
+    let offset = view.data_offset + entry.row * u64::from(set.strip_bytes()) + u64::from(entry.within);
+    let since = owner.shared.joins();
+    let places = (0..set.members()).filter(|place| entry.places >> place & 1 != 0);
+    for (place, bytes) in places.zip(payload.chunks_exact(len)) {
+        let member = set.first_member() + place;
+        let leaf = view.leaves[usize::from(member)].as_ref();
+        let Some(leaf) = leaf.filter(|_| set.mode(place) == Mode::InSync) else { continue };
+        let bounce = Rc::new(Bounce::holding(bytes));
+        if let Err(status) = owner.lanes.write(leaf, offset, &bounce, 0, len, false).await {
+            owner.report(1 << member, status, since).await?;
+        }
+    }
+    Ok(())
+}

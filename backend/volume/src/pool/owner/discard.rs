@@ -1,0 +1,82 @@
+//! Extents that nobody has are told to the members as not needed, where the pool is asked to.
+//!
+//! When: the record that freed them is durable, and everybody who could name them has ended; before anybody gets them again. A discard
+//! that failed may still be carried out, as a write may: the member is out, or they wait.
+
+use super::Owner;
+use crate::pool::coverage;
+use crate::pool::lanes::Leaf;
+use crate::pool::wait::all;
+use crate::raid::Mode;
+use hawser_block::{Outcome, Status};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+/// The most that one discard covers: devices take their time.
+const DISCARD_BYTES_MAX: u64 = 64 << 20;
+
+impl Owner {
+    /// Tells the members that have them.
+    pub(super) async fn discard_extents(self: &Rc<Self>, extents: impl Iterator<Item = &u32>) -> Outcome {
+        let (view, since) = (self.view(), self.shared.joins());
+        let mut wanted: BTreeMap<u16, Vec<Range<u64>>> = BTreeMap::new();
+        let mut extents: Vec<u32> = extents.copied().collect();
+        extents.sort_unstable();
+        for extent in extents {
+            let (set, pieces) = view.array.pieces(extent, 0, view.thin.extent_bytes);
+            for piece in pieces {
+                for copy in piece.copies.as_slice() {
+                    if set.mode(copy.member - set.first_member()) == Mode::Away {
+                        continue;
+                    }
+                    let at = view.data_offset + copy.offset;
+                    add(wanted.entry(copy.member).or_default(), at..at + u64::from(piece.len));
+                }
+            }
+        }
+        // One after the other at each member, all members at the same time.
+        let members = wanted.into_iter().filter_map(|(member, mut ranges)| {
+            let leaf = view.leaves[usize::from(member)].clone()?;
+            ranges.sort_unstable_by_key(|range| range.start);
+            Some(async move { (member, self.discard_ranges(&leaf, ranges).await) })
+        });
+        for (member, outcome) in all(members).await {
+            if let Err(status) = outcome {
+                self.report(1 << member, status, since).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn discard_ranges(self: &Rc<Self>, leaf: &Leaf, ranges: Vec<Range<u64>>) -> Outcome {
+        let Some(limits) = leaf.device.geometry().and_then(|geometry| geometry.discard) else {
+            return Ok(());
+        };
+        let grain = u64::from(limits.granularity_blocks.max(1)) << leaf.shift;
+        let mut joined: Vec<Range<u64>> = Vec::new();
+        ranges.into_iter().for_each(|range| add(&mut joined, range));
+        for range in joined {
+            let (mut at, end) = (range.start.div_ceil(grain) * grain, range.end / grain * grain);
+            while at < end {
+                let len = DISCARD_BYTES_MAX.max(grain).min(end - at);
+                match self.lanes.discard(leaf, at, len).await {
+                    // It need not be able to.
+                    Ok(()) | Err(Status::Unsupported | Status::Invalid) => {}
+                    Err(status) => return Err(status),
+                }
+                coverage::count(coverage::Event::Discarded);
+                at += len;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds a range, which may go on where the last one ends.
+fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}

@@ -1,0 +1,422 @@
+//! Stripes, as far as the owner has to do with them: the parity log's end, and parity that is made right again.
+
+use super::Owner;
+use super::resync::SCRUB;
+use crate::format::{PAGE_BYTES, ParityHeader};
+use crate::pool::bounce::Bounce;
+use crate::pool::coverage;
+use crate::pool::lanes::Leaf;
+use crate::pool::shared::View;
+use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
+use crate::raid::{Piece, Set};
+use crate::simulated::is_broken;
+use hawser_block::{Outcome, Status};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// The most of each strip that is made right at a time.
+const COLUMNS_MAX: u64 = 256 << 10;
+
+impl Owner {
+    pub(crate) fn ways(&self) -> Ways {
+        Ways {
+            runtime: self.runtime.clone(),
+            shared: Arc::clone(&self.shared),
+            place: Rc::clone(&self.place),
+            lanes: Rc::clone(&self.lanes),
+        }
+    }
+
+    fn sets_with_parity(&self) -> Vec<Arc<Set>> {
+        let view = self.view();
+        view.array.sets().iter().filter(|set| set.parity().is_some()).cloned().collect()
+    }
+
+    /// What stands on the members now of each set's parity log: what a flush from here on makes durable.
+    pub(super) fn stripes_placed(&self) -> Vec<(Arc<Set>, u64)> {
+        let sets = self.sets_with_parity().into_iter();
+        let placed = sets.filter_map(|set| {
+            let before = set.parity()?.ring().placed_before();
+            Some((set, before))
+        });
+        placed.collect()
+    }
+
+    pub(super) fn stripes_flushed(&self, placed: &[(Arc<Set>, u64)]) {
+        for (set, before) in placed {
+            set.parity().expect("only of sets with parity").ring().is_flushed(*before);
+        }
+    }
+
+    /// Makes room in a set's parity log.
+    pub(crate) async fn release_parity_log(self: Rc<Self>, first_member: u16) -> Outcome {
+        let set = self.sets_with_parity().into_iter().find(|set| set.first_member() == first_member);
+        match set {
+            Some(set) => self.release_stripes(&set).await,
+            None => Err(Status::Invalid),
+        }
+    }
+
+    /// The same of all sets.
+    pub(crate) async fn release_all_stripes(self: &Rc<Self>) -> Outcome {
+        for set in self.sets_with_parity() {
+            self.release_stripes(&set).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn release_stripes(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
+        let _turn = self.turns.parity.take().await;
+        let parity = set.parity().expect("only of sets with parity");
+        parity.ring().is_release_wanted = false;
+        if parity.ring().is_empty() {
+            return Ok(());
+        }
+        if is_broken("parity_released_unflushed") {
+            let before = parity.ring().placed_before();
+            parity.ring().is_flushed(before);
+        }
+        let (flushed, placed) = {
+            let ring = parity.ring();
+            (ring.flushed_before(), ring.placed_before())
+        };
+        if flushed < placed {
+            self.flush_members().await?;
+        }
+        let (released, last) = {
+            let ring = parity.ring();
+            (ring.flushed_before(), ring.header.1)
+        };
+        if released == last {
+            return Ok(());
+        }
+        if !is_broken("parity_released_in_memory_only") {
+            self.write_parity_header(set, released).await?;
+        }
+        parity.release(released);
+        coverage::count(coverage::Event::ParityReleased);
+        Ok(())
+    }
+
+    /// Lets whole stripes of a set be written without the log, once its members know.
+    pub(crate) async fn allow_unlogged(self: Rc<Self>, first_member: u16) -> Outcome {
+        let set = self.sets_with_parity().into_iter().find(|set| set.first_member() == first_member);
+        let set = set.ok_or(Status::Invalid)?;
+        let parity = set.parity().expect("only of sets with parity");
+        let _turn = self.turns.parity.take().await;
+        if !parity.is_unlogged() {
+            self.check_writable()?;
+            parity.ring().is_unlogged_known = true;
+            let released = parity.ring().header.1;
+            self.write_parity_header(&set, released).await?;
+            parity.set_unlogged(true);
+        }
+        match set.are_all_in_sync() {
+            true => Ok(()),
+            false => Err(Status::Path),
+        }
+    }
+
+    /// What was written without the log becomes durable, and the members know that there is no more of it. Nobody who is under way may wait for this.
+    pub(super) async fn end_unlogged(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
+        let parity = set.parity().expect("only of sets with parity");
+        let is_known = parity.ring().is_unlogged_known;
+        if !is_known || parity.doubtful.any() {
+            return Ok(());
+        }
+        parity.set_unlogged(false);
+        self.barrier().await;
+        let _turn = self.turns.parity.take().await;
+        self.flush_members().await?;
+        if parity.is_unlogged() {
+            // Somebody has begun again.
+            return Ok(());
+        }
+        let released = {
+            let mut ring = parity.ring();
+            ring.is_unlogged_known = false;
+            ring.header.1
+        };
+        self.write_parity_header(set, released).await
+    }
+
+    /// The same of all sets, where nobody has written so since this was called last; `all`: everywhere.
+    pub(crate) async fn end_idle_unlogged(self: &Rc<Self>, all: bool) -> Outcome {
+        for set in self.sets_with_parity() {
+            let is_idle = !set.intents.any() || all;
+            if is_idle {
+                self.end_unlogged(&set).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A member is out: from now on a power cut must not find what was written without the log while it was there.
+    pub(super) fn after_loss(self: &Rc<Self>, set: &Arc<Set>) {
+        if set.parity().is_some() {
+            let (owner, set) = (Rc::clone(self), Arc::clone(set));
+            self.runtime.spawn(async move {
+                if let Err(status) = owner.end_unlogged(&set).await {
+                    log::warn!("pool {}: cannot make stripes durable: {}", owner.shared.name, status.name());
+                }
+            });
+        }
+    }
+
+    /// Tells all members which entries count from now on. The turn is the caller's, or nobody else is there yet.
+    pub(crate) async fn write_parity_header(self: &Rc<Self>, set: &Arc<Set>, released: u64) -> Outcome {
+        let parity = set.parity().expect("only of sets with parity");
+        let header = {
+            let mut ring = parity.ring();
+            ring.header = (ring.header.0 + 1, released);
+            let unlogged = ring.is_unlogged_known;
+            ParityHeader { number: ring.header.0, released, key: ring.key, unlogged }
+        };
+        let targets: Vec<(u16, Leaf)> =
+            self.targets().into_iter().filter(|(member, _)| is_of(set, *member)).collect();
+        self.put_parity_header(parity.log_offset, &header, &targets).await
+    }
+
+    /// Tells one member, which has just come. The parity's turn is not the caller's.
+    pub(super) async fn repeat_parity_header(self: &Rc<Self>, set: &Arc<Set>, number: u16) -> Outcome {
+        let Some(parity) = set.parity() else { return Ok(()) };
+        let _turn = self.turns.parity.take().await;
+        let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
+        let ((last, released), key, unlogged) = {
+            let ring = parity.ring();
+            (ring.header, ring.key, ring.is_unlogged_known)
+        };
+        // In both places: what stood there is of another time.
+        for number_before in [last.saturating_sub(1), last] {
+            let header = ParityHeader { number: number_before, released, key, unlogged };
+            self.put_parity_header(parity.log_offset, &header, &[(number, leaf.clone())]).await?;
+        }
+        Ok(())
+    }
+
+    async fn put_parity_header(
+        self: &Rc<Self>,
+        log_offset: u64,
+        header: &ParityHeader,
+        targets: &[(u16, Leaf)],
+    ) -> Outcome {
+        let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
+        let offset = log_offset + header.number % 2 * PAGE_BYTES as u64;
+        let since = self.shared.joins();
+        let results = self.lanes.write_to_all(targets, offset, &bounce, PAGE_BYTES, true).await;
+        for (member, outcome) in results {
+            if let Err(status) = outcome {
+                self.report(1 << member, status, since).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes rows of a set's stripes whole: what members lack that are being brought up to date, and parity that may be wrong. The window is
+    /// the caller's. How many strips were not right.
+    pub(super) async fn mend_stripes(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        rows: Range<u64>,
+    ) -> Result<u64, Status> {
+        let view = self.view();
+        let strip = u64::from(set.strip_bytes());
+        let mut wrong = 0;
+        for number in rows.start / strip..rows.end.div_ceil(strip) {
+            let mut within = 0;
+            while within < strip {
+                let len = COLUMNS_MAX.min(strip - within);
+                let len_here = usize::try_from(len).expect("a strip is small");
+                let since = self.shared.joins();
+                let row = Row { since, ..Row::new(&view, set, number, within, len_here) };
+                wrong += self.mend_columns(&row).await?;
+                within += len;
+            }
+        }
+        Ok(wrong)
+    }
+
+    async fn mend_columns(self: &Rc<Self>, row: &Row<'_>) -> Result<u64, Status> {
+        let (in_sync, written) = (row.in_sync(), row.written());
+        let lost_data = row.all_data() & !in_sync;
+        let lacking = written & !in_sync;
+        // With all data there parity is made of it, whatever stands there.
+        let made = lacking | if lost_data == 0 { row.all_parity() & written } else { 0 };
+        if made == 0 {
+            return Ok(0);
+        }
+        if lost_data != 0 && row.is_doubtful() {
+            return Err(Status::Media);
+        }
+        let mut bad = 0;
+        let from = match lost_data {
+            0 => row.all_data(),
+            _ => in_sync,
+        };
+        let gathered = row.gather(&self.lanes, &self.place, from, &mut bad, Lost::Computed).await?;
+        let mut contents = gathered.expect("what is lost is computed");
+        for slot in each(made) {
+            contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
+        }
+        // What could not be read has been computed.
+        row.recover(&mut contents, from, made)?;
+        // What is right already is not written again.
+        let compared = made & in_sync;
+        let mut wrong = made & !in_sync;
+        for slot in each(compared) {
+            let leaf = row.leaf(slot).expect("who is in sync is there");
+            let old = Rc::new(self.place.spare.take(row.len));
+            let read = self.lanes.read(leaf, row.offset(), &old, 0, row.len).await;
+            let new = contents[slot].as_ref().expect("made just now");
+            if read.is_err() || old.bytes(0, row.len) != new.bytes(0, row.len) {
+                wrong |= 1 << slot;
+            }
+        }
+        self.check_ours()?;
+        for slot in each(wrong) {
+            let leaf = row.leaf(slot).expect("who is written to is there");
+            let content = contents[slot].as_ref().expect("made just now");
+            if let Err(status) = self.lanes.write(leaf, row.offset(), content, 0, row.len, false).await {
+                self.report(1 << row.member(slot), status, row.since).await?;
+            }
+        }
+        let mended = u64::from((wrong & compared).count_ones());
+        if mended > 0 {
+            coverage::count(coverage::Event::ParityMended);
+        }
+        Ok(mended)
+    }
+
+    /// Rewrites what cannot be read in these rows. The window is the caller's.
+    pub(super) async fn rewrite_bad_strips(self: &Rc<Self>, set: &Arc<Set>, rows: Range<u64>) -> Outcome {
+        let view = self.view();
+        let strip = u64::from(set.strip_bytes());
+        for number in rows.start / strip..rows.end.div_ceil(strip) {
+            for within in (0..strip).step_by(4096) {
+                let since = self.shared.joins();
+                let row = Row { since, ..Row::new(&view, set, number, within, 4096) };
+                self.scrub_columns(&row, false).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a piece, or computes it. Nobody may change its stripe meanwhile.
+    pub(super) async fn read_or_compute(
+        self: &Rc<Self>,
+        view: &View,
+        set: &Set,
+        piece: &Piece,
+        bad: bool,
+    ) -> Result<Rc<Bounce>, Status> {
+        let (row, slot) = row_of(view, set, piece);
+        let mut bad = if bad { 1 << slot } else { 0 };
+        let gathered = row.gather(&self.lanes, &self.place, 1 << slot, &mut bad, Lost::Computed).await?;
+        Ok(gathered.expect("what is lost is computed")[slot].take().expect("asked for"))
+    }
+
+    /// Whether the strips of these columns go together; mends them if that is wanted. The window is the caller's.
+    pub(super) async fn scrub_columns(self: &Rc<Self>, row: &Row<'_>, repair: bool) -> Result<u64, Status> {
+        let all_slots = row.all_data() | row.all_parity();
+        let mut bad: Slots = 0;
+        let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, Lost::Computed).await?;
+        let contents = gathered.expect("what is lost is computed");
+        let mut rewritten = bad & row.in_sync();
+        let mut wrong = 0;
+        if row.in_sync() == all_slots && bad == 0 {
+            wrong = differing(row, &contents);
+            if repair {
+                rewritten |= wrong;
+            }
+        }
+        let found = u64::from(wrong != 0);
+        if rewritten == 0 {
+            return Ok(found);
+        }
+        self.check_ours()?;
+        let mut contents = contents;
+        for slot in each(wrong) {
+            contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
+        }
+        if wrong != 0 {
+            row.recover(&mut contents, all_slots & !wrong, wrong)?;
+        }
+        for slot in each(rewritten) {
+            let leaf = row.leaf(slot).expect("who is in sync is there");
+            let content = contents[slot].as_ref().expect("all of them are there");
+            match self.lanes.write(leaf, row.offset(), content, 0, row.len, false).await {
+                Ok(()) => {
+                    coverage::count(coverage::Event::Repaired);
+                    self.members.borrow_mut()[usize::from(row.member(slot))].repaired += 1;
+                    log::warn!(
+                        "pool {}: {SCRUB}: {} bytes at {} of member {} are written again",
+                        self.shared.name,
+                        row.len,
+                        row.offset(),
+                        row.member(slot)
+                    );
+                }
+                Err(status) => self.report(1 << row.member(slot), status, row.since).await?,
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The strips that are wrong, given all of them: the parities where that cannot be told.
+fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> Slots {
+    let bytes = |slot: usize| contents[slot].as_ref().expect("all of them are there").bytes(0, row.len);
+    let data: Vec<&[u8]> = (0..row.data()).map(bytes).collect();
+    let (p, q) = (row.data(), row.data() + 1);
+    let (mut sum, mut weighted) = (vec![0; row.len], vec![0; row.len]);
+    let has_q = row.slots() > q;
+    match has_q {
+        true => crate::parity::pq(&data, &mut sum, &mut weighted),
+        false => crate::parity::xor(&data, &mut sum),
+    }
+    crate::parity::xor_into(bytes(p), &mut sum);
+    if !has_q {
+        return if sum.iter().any(|byte| *byte != 0) { 1 << p } else { 0 };
+    }
+    crate::parity::xor_into(bytes(q), &mut weighted);
+    match (sum.iter().any(|byte| *byte != 0), weighted.iter().any(|byte| *byte != 0)) {
+        (false, false) => 0,
+        (true, false) => 1 << p,
+        (false, true) => 1 << q,
+        (true, true) => {
+            // One strip of data is wrong by `sum` if Q is wrong by its multiple of it.
+            let is_it = |slot: &usize| {
+                let mut product = weighted.clone();
+                crate::parity::mul_into(*slot, &sum, &mut product);
+                product.iter().all(|byte| *byte == 0)
+            };
+            let mut fitting = (0..row.data()).filter(is_it);
+            match (fitting.next(), fitting.next()) {
+                (Some(slot), None) => 1 << slot,
+                _ => 1 << p | 1 << q,
+            }
+        }
+    }
+}
+
+/// The columns that a piece of data is in, and its slot.
+pub(super) fn row_of<'a>(view: &'a View, set: &'a Set, piece: &Piece) -> (Row<'a>, usize) {
+    let copy = piece.copies.as_slice()[0];
+    let strip = u64::from(set.strip_bytes());
+    let row = Row::new(view, set, copy.offset / strip, copy.offset % strip, piece.len as usize);
+    let slot = (0..row.data()).find(|slot| row.member(*slot) == copy.member);
+    (row, slot.expect("a piece of data is on one of them"))
+}
+
+/// Whether a member belongs to a set.
+fn is_of(set: &Set, member: u16) -> bool {
+    (set.first_member()..set.first_member() + set.members()).contains(&member)
+}
+
+/// The rows of the members that a piece's stripe is in.
+pub(super) fn stripe_window(set: &Set, piece: &Piece) -> Range<u64> {
+    let strip = u64::from(set.strip_bytes());
+    let start = piece.copies.as_slice()[0].offset / strip * strip;
+    start..start + strip
+}

@@ -1,0 +1,148 @@
+//! What is about to be changed in place, in the parity log before: with the next loss of a member, or of the power, the stripe is made whole from it.
+
+use super::Ways;
+use super::row::{Contents, Row, Slots, each};
+use crate::format::parity_log::HEADER_PAGES;
+use crate::format::{PAGE_BYTES, ParityEntry};
+use crate::pool::bounce::Bounce;
+use crate::pool::coverage;
+use crate::pool::wait::all;
+use crate::raid::Mode;
+use crate::simulated::is_broken;
+use hawser_block::Status;
+use std::rc::Rc;
+use std::time::Duration;
+
+impl Ways {
+    /// Makes the new content of these slots durable on as many members as may be lost, and one more. The entry's number.
+    pub(super) async fn log(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<u64, Status> {
+        let places = each(slots).fold(0u32, |places, slot| places | 1 << row.place(slot));
+        let len = u32::try_from(row.len).expect("columns are few");
+        let within = u32::try_from(row.within).expect("a strip is small");
+        let mut entry = ParityEntry { key: [0; 16], number: 0, row: row.row, within, len, places };
+        let (number, page) = self.log_room(row, entry.pages()).await?;
+        (entry.key, entry.number) = (row.parity.ring().key, number);
+        let bytes = entry.pages() as usize * PAGE_BYTES;
+        let mut bounce = self.place.spare.take(bytes);
+        let mut by_place: Vec<usize> = each(slots).collect();
+        by_place.sort_by_key(|slot| row.place(*slot));
+        let all_bytes = bounce.bytes_mut(0, bytes);
+        for (index, slot) in by_place.into_iter().enumerate() {
+            let at = PAGE_BYTES + index * row.len;
+            let content = contents[slot].as_ref().expect("what is written is there");
+            all_bytes[at..at + row.len].copy_from_slice(content.bytes(0, row.len));
+        }
+        let end = PAGE_BYTES + entry.payload_bytes();
+        all_bytes[end..].fill(0);
+        let crc = crc32c::crc32c(&all_bytes[PAGE_BYTES..end]);
+        all_bytes[..PAGE_BYTES].copy_from_slice(&entry.encode(&self.shared.uuid, crc));
+        let offset = row.parity.log_offset + u64::from(HEADER_PAGES + page) * PAGE_BYTES as u64;
+        if is_broken("parity_log_after_data") {
+            return Ok(number);
+        }
+        let written = self.log_write(row, slots, offset, &Rc::new(bounce), bytes).await;
+        if written.is_err() {
+            // Nothing was changed in place, so nothing is waited for.
+            row.parity.ring().placed(number);
+        }
+        coverage::count(coverage::Event::StripeLogged);
+        written.map(|()| number)
+    }
+
+    /// Room in the log, which may have to be made.
+    async fn log_room(&self, row: &Row<'_>, pages: u32) -> Result<(u64, u32), Status> {
+        loop {
+            let (room, is_due) = {
+                let mut ring = row.parity.ring();
+                let room = ring.begin(pages, row.row);
+                let is_due = (room.is_none() || ring.is_half_full()) && !ring.is_release_wanted;
+                ring.is_release_wanted |= is_due;
+                (room, is_due)
+            };
+            let first = row.set.first_member();
+            if room.is_some() {
+                row.parity.guards.is_to_be_logged(row.row);
+            }
+            if is_due {
+                let release =
+                    self.shared.ask(move |owner| async move { owner.release_parity_log(first).await });
+                match room {
+                    Some(_) => drop(release),
+                    None => release.await.unwrap_or(Err(Status::Aborted))?,
+                }
+            }
+            if room.is_none() && !self.has_room(row, pages) {
+                // Others have it, and are still at work.
+                self.runtime.sleep(Duration::from_millis(1)).await;
+            }
+            match room {
+                Some(room) => return Ok(room),
+                None if !self.is_writable() => return Err(Status::ReadOnly),
+                None => {}
+            }
+        }
+    }
+
+    fn has_room(&self, row: &Row<'_>, pages: u32) -> bool {
+        row.parity.ring().has_room(pages)
+    }
+
+    async fn log_write(
+        &self,
+        row: &Row<'_>,
+        slots: Slots,
+        offset: u64,
+        bounce: &Rc<Bounce>,
+        len: usize,
+    ) -> Result<(), Status> {
+        loop {
+            let in_sync = row.in_sync();
+            // As many as may be lost still, and one more.
+            let count = (in_sync.count_ones() as usize + 1).saturating_sub(row.data());
+            if count == 0 {
+                return Err(Status::Path);
+            }
+            // Rather those that the change does not go to.
+            let others = each(in_sync & !slots).chain(each(in_sync & slots));
+            let writes = others.take(count).map(|slot| async move {
+                let leaf = row.leaf(slot).expect("who is in sync is there");
+                (slot, self.lanes.write(leaf, offset, bounce, 0, len, true).await)
+            });
+            let mut is_whole = true;
+            for (slot, outcome) in all(writes).await {
+                let Err(status) = outcome else { continue };
+                is_whole = false;
+                self.member_failed(row, slot, status).await?;
+            }
+            if is_whole {
+                return Ok(());
+            }
+            if !self.is_writable() {
+                return Err(Status::ReadOnly);
+            }
+        }
+    }
+
+    /// A member failed a write: it is out when this ends, or it can be tried again.
+    pub(super) async fn member_failed(
+        &self,
+        row: &Row<'_>,
+        slot: usize,
+        status: Status,
+    ) -> Result<(), Status> {
+        if row.set.mode(row.place(slot)) == Mode::Away {
+            return Ok(());
+        }
+        if status == Status::Aborted {
+            // By somebody who does not know of us.
+            self.runtime.sleep(Duration::from_millis(10)).await;
+            return Ok(());
+        }
+        let (member, since) = (row.member(slot), row.since);
+        self.shared.request(move |owner| async move { owner.report(1 << member, status, since).await }).await
+    }
+
+    pub(super) fn is_writable(&self) -> bool {
+        self.shared.is_writable.load(std::sync::atomic::Ordering::Acquire)
+    }
+}

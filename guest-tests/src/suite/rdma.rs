@@ -1,0 +1,230 @@
+//! NVMe over RDMA on real verbs: Soft-RoCE in one guest, with the kernel's target or host and ours beside it.
+//!
+//! A VM that boots over RDMA would have to run in that guest. So the daemon is driven at its vhost-user socket by the bench's client, on
+//! the crate `blkio`: with buffers in one piece, and with buffers that are scattered page by page.
+
+#![forbid(unsafe_code)]
+
+use super::Outcome;
+use crate::Result;
+use crate::image;
+use crate::lab::{Lab, cargo, repository, target};
+use crate::process::run;
+use crate::qemu::Qemu;
+use crate::scratch::Scratch;
+use std::path::PathBuf;
+
+/// Shell functions for the guest.
+const LIBRARY: &str = include_str!("../../guest/rdma.sh");
+/// Megabytes of the namespace.
+const SIZE_MIB: u32 = 128;
+
+/// A guest with our programs, and RDMA's modules.
+struct Bench {
+    guest: Qemu,
+    _scratch: Scratch,
+}
+
+/// The programs: the daemon, its verbs driver, the client, and one that tries keys.
+fn programs(lab: &Lab) -> Result<Vec<PathBuf>> {
+    run(cargo().args(["build", "--quiet", "--package", "hawser-benches", "--bin", "blkclient"]))?;
+    run(cargo().args(["build", "--quiet", "--package", "hawser-fabric", "--example", "rdma_keys"]))?;
+    let manifest = repository().join("backend/verbs/Cargo.toml");
+    let mut driver = cargo();
+    driver.args(["build", "--quiet", "--manifest-path"]).arg(manifest).arg("--target-dir").arg(target());
+    run(&mut driver)?;
+    let built = target().join("debug");
+    let keys = built.join("examples/rdma_keys");
+    Ok(vec![lab.hawser.clone(), built.join("libhawser_verbs.so"), built.join("blkclient"), keys])
+}
+
+impl Bench {
+    fn start(lab: &Lab) -> Result<Bench> {
+        let scratch = Scratch::new()?;
+        let image = scratch.file("programs.ext4");
+        image::of_programs(&programs(lab)?, &scratch.file("programs"), &image)?;
+        let drive = format!("file={},format=raw,if=none,id=programs,readonly=on", image.display());
+        let more = [
+            "-m",
+            "768M",
+            "-smp",
+            "2",
+            "-drive",
+            &drive,
+            "-device",
+            "virtio-blk-pci,drive=programs,serial=programs",
+        ];
+        let mut guest = Qemu::from_kernel("rdma", &lab.image, scratch.path(), lab.accel, &[], &more)?;
+        guest
+            .run(&format!("cat > /run/rdma.sh <<'END'\n{LIBRARY}\nEND\nset -e; . /run/rdma.sh; programs"))?;
+        Ok(Bench { guest, _scratch: scratch })
+    }
+
+    /// Runs a script with the library, within `seconds` on KVM and longer elsewhere.
+    fn run(&mut self, script: &str, seconds: u64) -> Result<String> {
+        self.guest.run_for(&format!("set -e; . /run/rdma.sh\n{script}"), seconds)
+    }
+}
+
+impl Bench {
+    /// Fails when the guest's kernel has seen a bug of its own, or of ours.
+    fn expect_no_complaint(&mut self) -> Result<()> {
+        let said = self.run("dmesg | grep -E -A 20 'Oops|BUG:|WARNING:' | head -n 40 || true", 5)?;
+        if said.is_empty() { Ok(()) } else { Err(format!("the guest's kernel complains:\n{said}")) }
+    }
+}
+
+/// A disk on a namespace over RDMA.
+fn disk_section(more: &str) -> String {
+    format!(
+        "[[device]]
+        name = \"d0\"
+        uri = \"nvme+rdma://10.0.2.15:4420/nqn.2026-11.io.hawser:guest?nsid=1\"
+        keep_alive_tmo = 2
+        reconnect_delay = 1
+        quiesce_tmo = 1
+        {more}
+        [[disk]]
+        name = \"d0\"
+        device = \"d0\"
+        socket = \"/run/h/d0.sock\""
+    )
+}
+
+/// Our initiator and the kernel's target.
+pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
+    let mut bench = Bench::start(lab)?;
+    // Without a device it says so, and goes on when there is one.
+    bench.run(
+        &format!(
+            "configure '{}'
+            rdma_modules
+            start
+            wait_for 'this host has no RDMA device, want one' /run/h/log
+            rdma_up
+            wait_for 'nobody listens there, want an address at which an NVMe/RDMA target listens' /run/h/log
+            kernel_target {SIZE_MIB}
+            wait_for 'd0: listening' /run/h/log",
+            disk_section("")
+        ),
+        40,
+    )?;
+    // Verified at depths 1 to 128, 4 KiB to 4 MiB; nothing is copied where buffers are in one piece.
+    for (depth, bs) in [(1, "4k"), (128, "4k"), (16, "64k"), (4, "1m"), (2, "4m")] {
+        bench.run(&format!("client --rw=randrw --bs={bs} --iodepth={depth} --time_based --runtime=1"), 20)?;
+    }
+    bench.run(
+        "[ \"$(copied rdma_unregistered)$(copied rdma_scattered)\" = 00 ] || { hawser device list --json; exit 1; }",
+        5,
+    )?;
+    // Scattered: a few runs have a command each, more are copied and counted.
+    for (depth, bs, segment) in [(8, "16k", "4k"), (8, "64k", "4k"), (2, "1m", "8k")] {
+        let options = format!("--rw=randrw --bs={bs} --segment={segment} --iodepth={depth}");
+        bench.run(&format!("client {options} --time_based --runtime=1"), 20)?;
+    }
+    bench.run("[ \"$(copied rdma_unregistered)\" = 0 ]; [ \"$(copied rdma_scattered)\" -gt 0 ]", 5)?;
+    // The target goes away under load, and comes back.
+    let load = "--rw=randrw --bs=16k --iodepth=16 --time_based";
+    let said = bench.run(
+        &format!(
+            "client {load} --runtime=9 > /run/h/client 2>&1 &
+            sleep 2; withdraw
+            wait_for 'the target closed the connection' /run/h/log
+            sleep 1; offer
+            wait_for 'again connected' /run/h/log
+            wait $! || {{ cat /run/h/client /run/h/log; exit 1; }}
+            cat /run/h/client"
+        ),
+        40,
+    )?;
+    let requests = said.lines().next().unwrap_or_default().to_owned();
+    // The daemon is killed under load; the next one reads back what was written before.
+    bench.run(
+        "client --rw=write --bs=64k --iodepth=8 --size=16m --do_verify=0
+        client --rw=randwrite --bs=64k --iodepth=8 --offset=64m --time_based --runtime=20 > /dev/null 2>&1 &
+        sleep 1; kill -9 $(cat /run/h/pid); : > /run/h/log
+        start
+        wait_for 'd0: listening' /run/h/log
+        client --rw=read --bs=64k --iodepth=8 --size=16m",
+        60,
+    )?;
+    // A key is refused by the device once it is not bound any more, and for what it is not for.
+    bench.run("HAWSER_VERBS=/run/p/libhawser_verbs.so /mnt/rdma_keys $ADDRESS:4500", 20)?;
+    // Windows are the rule, a region's own key only where the configuration says so, which is shown.
+    bench.run(
+        &format!(
+            "hawser device list --json | grep -q '\"rdma_keys\": \"window\"'
+            end /run/h/pid
+            configure '{}'; : > /run/h/log; start
+            wait_for 'd0: listening' /run/h/log
+            client --rw=randrw --bs=64k --iodepth=8 --time_based --runtime=1
+            hawser device list --json | grep -q '\"rdma_keys\": \"region\"'
+            kill $(cat /run/h/pid)",
+            disk_section("rdma_keys = \"region\"")
+        ),
+        40,
+    )?;
+    bench.expect_no_complaint()?;
+    let Bench { guest, .. } = bench;
+    guest.quit()?;
+    Ok(Outcome::Passed(format!(
+        "5 contiguous and 3 scattered loads verified, target away under load: {requests}"
+    )))
+}
+
+/// The kernel's initiator and our target; then our initiator and our target, in a pool whose members are reached by RDMA, TCP and a file.
+pub(super) fn target_of_ours(lab: &Lab) -> Result<Outcome> {
+    let mut bench = Bench::start(lab)?;
+    bench.run(
+        "rdma_modules; modules nvme-rdma; rdma_up; our_target 128
+        host=hostnqn=nqn.2014-08.org.nvmexpress:uuid:5c3f0f3a-6a1e-4c58-9d0e-1f2b3c4d5e6f
+        host=$host,hostid=5c3f0f3a-6a1e-4c58-9d0e-1f2b3c4d5e6f
+        echo transport=rdma,traddr=$ADDRESS,trsvcid=4420,nqn=$NQN,$host,keep_alive_tmo=5,reconnect_delay=1 > /dev/nvme-fabrics
+        until [ -b /dev/nvme0n1 ]; do usleep 50000; done
+        mkfs.ext4 -q -F /dev/nvme0n1; mkdir -p /run/m; mount -t ext4 /dev/nvme0n1 /run/m",
+        40,
+    )?;
+    // The target is killed under load, and comes back.
+    let said = bench.run(
+        "fio --name=load --directory=/run/m --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=8k --size=16M \
+            --verify=crc32c --verify_backlog=256 --verify_fatal=1 --serialize_overlap=1 --time_based --runtime=10 \
+            > /run/h/fio 2>&1 &
+        load=$!; sleep 3; kill -9 $(cat /run/h/target.pid); : > /run/h/target.log
+        start target; wait_for 'is connected, controller' /run/h/target.log
+        wait $load || { tail -n 30 /run/h/fio; exit 1; }
+        dmesg | grep -q 'Successfully reconnected'
+        umount /run/m; grep -o 'write: IOPS=[^,]*' /run/h/fio
+        echo 1 > /sys/class/nvme/nvme0/delete_controller
+        e2fsck=$(command -v e2fsck || true); [ -z \"$e2fsck\" ] || e2fsck -f -n /run/h/guest.raw",
+        60,
+    )?;
+    // Members by RDMA, by TCP, and a file, in one mirror.
+    bench.run(
+        "truncate -s 128M /run/h/file.raw
+        configure '[[device]]
+            name = \"d0\"
+            uri = \"nvme+rdma://10.0.2.15:4420/nqn.2026-11.io.hawser:rdma?nsid=1\"
+            [[device]]
+            name = \"d1\"
+            uri = \"nvme+tcp://127.0.0.1:4421/nqn.2026-11.io.hawser:tcp?nsid=1\"
+            [[device]]
+            name = \"d2\"
+            uri = \"file:///run/h/file.raw\"'
+        /run/p/hawser pool create p0 --config /run/h/hawser.toml --raid raid1 d0 d1 d2
+        /run/p/hawser volume create p0/v --config /run/h/hawser.toml --size 32MiB
+        echo '[[disk]]
+        name = \"d0\"
+        volume = \"p0/v\"
+        socket = \"/run/h/d0.sock\"' >> /run/h/hawser.toml
+        start; wait_for 'd0: listening' /run/h/log
+        client --rw=randrw --bs=16k --iodepth=16 --time_based --runtime=3
+        end /run/h/pid; end /run/h/target.pid",
+        60,
+    )?;
+    bench.expect_no_complaint()?;
+    let Bench { guest, .. } = bench;
+    guest.quit()?;
+    Ok(Outcome::Passed(format!(
+        "mkfs, {said} verified, target killed and back; a mirror over RDMA, TCP and a file"
+    )))
+}
