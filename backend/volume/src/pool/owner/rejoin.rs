@@ -48,8 +48,9 @@ impl Owner {
         if !failed.is_empty() {
             log::warn!("pool {}: superblocks of members {failed:?} could not be written", self.shared.name);
         }
-        if set.mode(member) != Mode::Syncing || set.unsynced.any() {
-            // It failed meanwhile, or lacks a write, and may be called in sync by some: that must not stay.
+        if set.mode(member) != Mode::Syncing || set.unsynced.any() || failed.contains(&number) {
+            // It failed meanwhile, lacks a write, or does not say itself what the others say (of an opening before, it would pass for
+            // another host's), and may be called in sync by some: that must not stay.
             drop(turn);
             self.put_out(number, "failed when it had just come back").await;
             return Ok(());
