@@ -248,6 +248,9 @@ impl Cast {
             {
                 replaced.push(name.to_owned());
             }
+            if what == "abort_replace" && answer.is_ok() {
+                self.members.iter_mut().for_each(|member| member.is_leaving = false);
+            }
             // A spare was faster.
             let is_late = what.starts_with("replace ") && matches!(answer, Err(PoolError::Unknown(_)));
             let may_fail = *may_fail || is_late || self.shared.rules.borrow().may_fail;

@@ -306,7 +306,6 @@ fn abort_replace(cast: &mut Cast) {
     let Some(new) = cast.replacement() else { return };
     cast.count("replacements_given_up");
     for member in &mut cast.members {
-        member.is_leaving = false;
         member.is_new |= Some(member.disk.name()) == new.device.as_deref();
     }
     // It may be over just now.
