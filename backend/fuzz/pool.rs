@@ -216,7 +216,9 @@ fn damage(input: &mut Input<'_>, disk: &mut [u8], book: &Superblock) {
             let header = page_of(disk, at);
             let len = u32::from_le_bytes(header[56..60].try_into().expect("four bytes"));
             let at = usize::try_from(at).expect("within the disk");
-            let batch = &mut disk[at..at + usize::try_from(len).expect("a batch of ours")];
+            // Its length may have been damaged before.
+            let len = usize::try_from(len).expect("four bytes").clamp(PAGE_BYTES, disk.len() - at);
+            let batch = &mut disk[at..at + len];
             edit(input, batch);
             seal(batch);
         }

@@ -51,6 +51,8 @@ pub struct SimDiskState {
     pub media_errors: BTreeSet<u64>,
     /// Writes to these blocks end with `error` and without effect.
     pub unwritable: Range<u64>,
+    /// After so many reads of these blocks, one ends with `error`.
+    pub read_that_fails: Option<(Range<u64>, u64)>,
     /// Writes that are given up may leave some of their blocks and not others, rather than all or none.
     pub tears: bool,
     /// So many steps after the next write that it fails, the trap springs.
@@ -231,6 +233,19 @@ impl SimDiskState {
         self.content.get(at(lba)..at(lba + count)).unwrap_or_default()
     }
 
+    fn is_read_that_fails(&mut self, lbas: &Range<u64>) -> bool {
+        let Some((blocks, left)) = &mut self.read_that_fails else { return false };
+        if lbas.start >= blocks.end || blocks.start >= lbas.end {
+            return false;
+        }
+        let is_it = *left == 0;
+        *left = left.saturating_sub(1);
+        if is_it {
+            self.read_that_fails = None;
+        }
+        is_it
+    }
+
     /// It has failed a write.
     fn set_trap(&mut self) {
         if let (Some(steps), Some(trap)) = (self.trap_after_failure.take(), &self.trap) {
@@ -296,6 +311,7 @@ impl SimDisk {
             cache_identity: None,
             media_errors: BTreeSet::new(),
             unwritable: 0..0,
+            read_that_fails: None,
             tears: false,
             trap: None,
             trap_after_failure: None,
@@ -575,6 +591,9 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
     let lbas = request.lba.0..request.lba.0 + u64::from(request.blocks.0);
     if request.operation == Operation::Read && state.media_errors.range(lbas.clone()).next().is_some() {
         return Err(Status::Media);
+    }
+    if request.operation == Operation::Read && state.is_read_that_fails(&lbas) {
+        return Err(state.error);
     }
     let is_refused = lbas.start < state.unwritable.end && state.unwritable.start < lbas.end;
     if is_refused && request.operation.is_write() {

@@ -381,7 +381,12 @@ fn a_member_that_was_away_while_the_others_were_replaced_is_taken_for_what_is_be
         let device = Arc::clone(&disk) as Arc<dyn Device>;
         scene.ask(pool.replace(&place.to_string(), device, false)).unwrap();
         scene.disks[place] = disk;
-        while pool.view().members[place].state != MemberState::InSync {
+        let name = scene.disks[place].name().to_owned();
+        let is_there = |pool: &Pool| {
+            let member = &pool.view().members[place];
+            member.state == MemberState::InSync && member.device.as_deref() == Some(&name)
+        };
+        while !is_there(&pool) {
             scene.wait(Duration::from_secs(1));
         }
     }
@@ -396,6 +401,40 @@ fn a_member_that_was_away_while_the_others_were_replaced_is_taken_for_what_is_be
     let pool = scene.open();
     scene.wait(Duration::from_secs(20));
     assert!(!pool.view().is_degraded, "{:?}", pool.view().members);
+}
+
+/// A resync copies a region to each member in turn, from the first that can be read. When the first could not be read for one of them, that one was
+/// its own source: it kept what it had, and the region counted as the same everywhere.
+#[test]
+fn a_resync_whose_source_fails_a_read_leaves_no_difference() {
+    for reads in 0..4 {
+        let mut scene = Scene::new(14, 2);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+        drop(pool);
+        scene.kill();
+        // What was under way reached one of them: the region is marked.
+        let place = {
+            let mut disk = scene.disks[1].state();
+            let written = pattern(1, 4096);
+            let at = (0..disk.content.len() - 4096)
+                .step_by(512)
+                .find(|at| disk.content[*at..at + 4096] == written);
+            let at = at.expect("it is there");
+            disk.content.change(at..at + 4096).fill(7);
+            at as u64 / 512
+        };
+        scene.disks[0].state().read_that_fails = Some((place..place + 8, reads));
+        let pool = scene.open();
+        scene.wait(Duration::from_secs(5));
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        let (one, other) = (scene.disks[0].state(), scene.disks[1].state());
+        let range = usize::try_from(place * 512).unwrap()..usize::try_from(place * 512 + 4096).unwrap();
+        assert!(one.content[range.clone()] == other.content[range], "after {reads} reads");
+    }
 }
 
 #[test]

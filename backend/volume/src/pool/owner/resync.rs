@@ -153,7 +153,11 @@ impl Owner {
     pub(super) async fn copy_piece(self: &Rc<Self>, set: &Set, piece: &Piece, only: Option<u16>) -> Outcome {
         let (view, since) = (&self.view(), self.shared.joins());
         let bounce = Rc::new(self.place.spare.take(piece.len as usize));
+        let in_sync = |copy: &&Copy| set.mode(copy.member - set.first_member()) == Mode::InSync;
+        let wanted = piece.copies.as_slice().iter().find(in_sync).map(|copy| copy.member);
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
+        // Who was copied before got it from the first: when that cannot be read this time, all get what there is instead, or they would differ.
+        let only = only.filter(|_| set.parity().is_some() || wanted == Some(first.member));
         self.check_ours()?;
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != first.member) {
             let index = copy.member - set.first_member();
