@@ -18,7 +18,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 const HOST: [u8; 16] = [7; 16];
-const DISKS: usize = 2;
+/// What is damaged: a mirror, and one with parity, which has a log of its own.
+const LEVELS: [(Level, usize); 2] = [(Level::Raid1, 2), (Level::Raid5, 3)];
 const DISK_BYTES: usize = 4 << 20;
 const VOLUME_BYTES: u64 = 256 << 10;
 /// What volumes' tables take in memory goes by their size.
@@ -107,15 +108,16 @@ fn is_line(what: &str) {
 }
 
 /// A pool with two volumes, a snapshot and a clone: closed, or left as a crash leaves it.
-fn real(closed: bool) -> Image {
-    let mut scene = Scene::new(vec![vec![0; DISK_BYTES]; DISKS]);
+fn real((level, disks): (Level, usize), closed: bool) -> Image {
+    let mut scene = Scene::new(vec![vec![0; DISK_BYTES]; disks]);
     let options = CreateOptions {
         strip_bytes: 16 << 10,
         extent_bytes: 64 << 10,
         region_bytes: 256 << 10,
         log_bytes: 16 << 10,
+        parity_log_bytes: 256 << 10,
         metadata_bytes: Some(256 << 10),
-        ..CreateOptions::new("p0", [9; 16], Level::Raid1)
+        ..CreateOptions::new("p0", [9; 16], level)
     };
     let created = pool::create(&scene.reactors[0].runtime().handle(), scene.devices(), options);
     scene.ask(created).expect("good");
@@ -181,7 +183,18 @@ fn put(disk: &mut [u8], layout: Layout, pool: &[u8; 16], page: u32, bytes: &[u8]
 /// Changes something on a disk, whose superblock is `book`.
 fn damage(input: &mut Input<'_>, disk: &mut [u8], book: &Superblock) {
     let (layout, pool) = (book.layout, &book.pool_uuid);
-    match input.u8() % 8 {
+    match input.u8() % 9 {
+        8 => {
+            // A header of the log of stripes, or an entry of it.
+            let area = layout.parity_log_offset()..layout.data_offset();
+            let starts: Vec<u64> =
+                area.step_by(PAGE_BYTES).filter(|at| page_of(disk, *at).starts_with(b"HAWSERP")).collect();
+            let Some(&at) = starts.get(input.below(starts.len().max(1))) else { return };
+            let mut page = page_of(disk, at);
+            edit(input, &mut page);
+            seal(&mut page);
+            put_at(disk, at, &page);
+        }
         0 | 1 => {
             // One copy of the superblock, or both.
             let mut page = page_of(disk, Layout::SUPERBLOCKS[0]);
@@ -235,10 +248,11 @@ fn damage(input: &mut Input<'_>, disk: &mut [u8], book: &Superblock) {
 }
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    static REAL: OnceLock<[Image; 2]> = OnceLock::new();
+    static REAL: OnceLock<Vec<Image>> = OnceLock::new();
     let mut input = Input::new(data);
     let mode = input.u8();
-    let mut image = REAL.get_or_init(|| [real(false), real(true)])[usize::from(mode & 1)].clone();
+    let all = || LEVELS.iter().flat_map(|level| [real(*level, false), real(*level, true)]).collect();
+    let mut image = REAL.get_or_init(all)[usize::from(mode & 1 | mode >> 4 & 2)].clone();
     let first = usize::try_from(Layout::SUPERBLOCKS[0]).expect("small");
     let book = Superblock::decode(&image[0][first..first + PAGE_BYTES]).expect("good").expect("good");
     for _ in 0..input.edits() {
@@ -250,7 +264,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
                 damage(&mut input, disk, &book);
             }
         } else {
-            let disk = input.below(DISKS);
+            let disk = input.below(image.len());
             damage(&mut input, &mut image[disk], &book);
         }
     }
