@@ -743,12 +743,12 @@ fn a_bit_that_flips_on_any_member_is_found_by_a_scrub() {
         assert_eq!(scrub(&mut scene, false), 0, "{level}: all is right");
         for member in 0..usize::from(members) {
             let disk = Arc::clone(&scene.disks[member]);
-            // Where something stands that is no zero, behind the metadata.
+            // The last that stands there: data or parity.
             let at = {
                 let mut state = disk.state();
-                let end = state.content.len();
-                let first = end / 2;
-                let at = (first..end).find(|at| state.content[*at] != 0).unwrap_or(first);
+                let at = (0..state.content.len())
+                    .rfind(|at| state.content[*at] != 0)
+                    .expect("something stands there");
                 state.content.change(at..at + 1)[0] ^= 0x10;
                 at
             };

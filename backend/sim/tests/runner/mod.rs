@@ -216,7 +216,13 @@ pub(crate) fn main(suite: &Suite) -> ExitCode {
         }
     }));
     if options.is_part {
-        let sums = run(suite, &options, ENOUGH);
+        let enough = if options.mutation.is_some() { 1 } else { ENOUGH };
+        let sums = run(suite, &options, enough);
+        if options.mutation.is_some() {
+            for (seed, scenario, why) in &sums.failed {
+                println!("seed {seed} ({scenario}) FAILED: {}", why.lines().next().unwrap_or_default());
+            }
+        }
         let words = |counts: &BTreeMap<String, u64>, mark: &str| {
             counts.iter().map(|(name, count)| format!(" {mark}{name}={count}")).collect::<String>()
         };
@@ -385,18 +391,32 @@ fn replays_exactly(suite: &Suite, seed: u64, scenario: Option<&str>) -> Result<(
     if first == second { Ok(()) } else { Err(format!("{first:?} and {second:?}")) }
 }
 
+/// What a process of its own makes of a mutation, from this history on.
+fn mutated_part(options: &Options, mutation: &Mutation, from: u64) -> Sums {
+    let count = PART.min(mutation.seeds - from);
+    let numbers = [jobs(options) as u64, from, count].map(|number| number.to_string());
+    let mut command =
+        std::process::Command::new(std::env::current_exe().expect("we were started from a file"));
+    command.args(["--part", "--mutation", mutation.name, "--scenario", mutation.scenario]);
+    command.args(["--jobs", &numbers[0], "--from", &numbers[1], "--seeds", &numbers[2]]);
+    let output = command.output().expect("we can be started again");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let found = text.lines().find_map(|line| {
+        let (seed, why) = line.strip_prefix("seed ")?.split_once(" FAILED: ")?;
+        Some((seed.split_whitespace().next()?.parse().ok()?, String::new(), why.to_owned()))
+    });
+    Sums { histories: count, failed: found.into_iter().collect(), ..Sums::default() }
+}
+
 /// Each mutation, until a history finds it out.
 fn all_mutations(suite: &Suite, options: &Options) -> (usize, usize) {
     let (mut passed, mut failed) = (0, 0);
     for mutation in suite.mutations {
         let (name, scenario, most) = (mutation.name, mutation.scenario, mutation.seeds);
-        let options = Options {
-            mutation: Some(name.to_owned()),
-            scenario: Some(scenario.to_owned()),
-            seeds: most,
-            ..options.clone()
-        };
-        let sums = run(suite, &options, 1);
+        let mut sums = Sums::default();
+        while sums.failed.is_empty() && sums.histories < most {
+            sums.add(mutated_part(options, mutation, sums.histories));
+        }
         match sums.failed.iter().min() {
             Some((seed, _, why)) => {
                 passed += 1;
