@@ -15,7 +15,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("checkpoint_root_before_pages", "power", 4000),
     mutation("valid_before_data", "kills", 4000),
     mutation("snapshot_without_barrier", "thin", 4000),
-    mutation("clear_intent_without_flush", "power", 4000),
     mutation("read_unsynced_from_any", "members", 2000),
     mutation("resync_without_window", "members", 4000),
     mutation("tail_skipped", "kills", 2000),
@@ -25,14 +24,8 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("parity_log_not_replayed", "parity", 4000),
     mutation("parity_released_unflushed", "parity", 4000),
     mutation("parity_released_in_memory_only", "parity", 4000),
-    mutation("parity_log_kept_over_rejoin", "parity", 4000),
     mutation("stripe_changed_by_two", "parity", 4000),
     mutation("degraded_read_without_lock", "parity", 4000),
-    mutation("unsynced_parity_trusted", "parity", 4000),
-    mutation("fresh_parity_trusted", "parity", 4000),
-    mutation("zeroes_not_written", "parity", 4000),
-    mutation("fresh_beside_others", "parity", 4000),
-    mutation("invalid_units_not_durable", "parity", 4000),
 ];
 
 /// From now on this thread's histories break this promise.
