@@ -349,7 +349,7 @@ fn a_pools_policies_are_checked_and_have_defaults() {
         ),
         (
             pool("raid = \"raid1\"\n"),
-            "h.toml:6:1: [[pool]] raid: unknown field `raid`, expected one of `name`, `no_space`, `low_water`, `sync_rate`, `member_timeout`, `spare_delay`, `assemble_timeout`, `assume_exclusive`, `accept_loss`",
+            "h.toml:6:1: [[pool]] raid: unknown field `raid`, expected one of `name`, `no_space`, `discard`, `low_water`, `sync_rate`, `member_timeout`, `spare_delay`, `assemble_timeout`, `assume_exclusive`, `accept_loss`",
         ),
         (
             pool("[[pool]]\nname = \"p0\"\n"),
