@@ -262,6 +262,10 @@ impl Lanes {
         for lane in self.lanes.borrow_mut().iter_mut().filter(|lane| lane.leaf.is_kin(leaf)) {
             lane.channel.abort();
         }
+        // What has ended by it is seen now, not when something else ends.
+        if let Some(source) = self.source.get() {
+            self.runtime.wake(source);
+        }
     }
 
     /// Nobody will start anything any more, and all has ended.

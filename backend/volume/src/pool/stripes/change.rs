@@ -270,10 +270,12 @@ impl Ways {
             async move {
                 let leaf = row.leaf(slot).expect("who is written to is there");
                 loop {
+                    if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
+                        return Ok(());
+                    }
                     let written = self.lanes.write(leaf, row.offset(), &content, 0, row.len, false).await;
                     let Err(status) = written else { return Ok(()) };
                     match self.member_failed(row, slot, status).await {
-                        Ok(()) if row.set.mode(row.place(slot)) == crate::raid::Mode::Away => return Ok(()),
                         Ok(()) => {}
                         // Nobody can be put out. It may come back: what is half written is not left so.
                         Err(Status::Path | Status::Timeout | Status::Aborted) => {
