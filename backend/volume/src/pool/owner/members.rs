@@ -354,6 +354,17 @@ impl Owner {
             member.tried = self.runtime.now();
             member.leaf.clone()
         };
+        if set.parity().is_some() {
+            // Who changes a stripe does not wait for it any more.
+            for reactor in self.shared.reactors() {
+                let shared = Arc::clone(&self.shared);
+                reactor.run(move |runtime| {
+                    if let Some(place) = Place::find(runtime, &shared) {
+                        place.bell.ring();
+                    }
+                });
+            }
+        }
         let Some(leaf) = leaf.filter(|leaf| leaf.device.state() != DeviceState::Ready) else { return };
         self.lanes.abort(&leaf);
         self.shared.given_up[usize::from(number)].fetch_add(1, Ordering::Release);

@@ -273,8 +273,13 @@ impl Ways {
                     if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
                         return Ok(());
                     }
-                    let written = self.lanes.write(leaf, row.offset(), &content, 0, row.len, false).await;
-                    let Err(status) = written else { return Ok(()) };
+                    let mut write =
+                        Box::pin(self.lanes.write(leaf, row.offset(), &content, 0, row.len, false));
+                    // Nobody waits for who is out: what this may still do is undone when he is brought back.
+                    let is_out = || row.set.mode(row.place(slot)) == crate::raid::Mode::Away;
+                    let Some(Err(status)) = self.place.bell.until_or(&mut write, is_out).await else {
+                        return Ok(());
+                    };
                     match self.member_failed(row, slot, status).await {
                         Ok(()) => {}
                         // Nobody can be put out. It may come back: what is half written is not left so.

@@ -106,7 +106,10 @@ impl Ways {
             let others = each(in_sync & !slots).chain(each(in_sync & slots));
             let writes = others.take(count).map(|slot| async move {
                 let leaf = row.leaf(slot).expect("who is in sync is there");
-                (slot, self.lanes.write(leaf, offset, bounce, 0, len, true).await)
+                let mut write = Box::pin(self.lanes.write(leaf, offset, bounce, 0, len, true));
+                let is_out = || row.set.mode(row.place(slot)) == Mode::Away;
+                let ended = self.place.bell.until_or(&mut write, is_out).await;
+                (slot, ended.unwrap_or(Err(Status::Aborted)))
             });
             let mut is_whole = true;
             for (slot, outcome) in all(writes).await {
