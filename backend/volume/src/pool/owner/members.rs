@@ -181,7 +181,7 @@ impl Owner {
         Ok(())
     }
 
-    /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: [`Shared::joins`] when it
+    /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: `Shared::joins` when it
     /// began. One that came back after that was out in between, and is given what it lacked then.
     pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
         if status == Status::Conflict {
