@@ -260,6 +260,9 @@ impl Lanes {
     /// Ends what is under way at a device as soon as that can be done safely.
     pub(crate) fn abort(&self, leaf: &Leaf) {
         for lane in self.lanes.borrow_mut().iter_mut().filter(|lane| lane.leaf.is_kin(leaf)) {
+            if !lane.batch.is_empty() {
+                lane.channel.submit(&mut lane.batch);
+            }
             lane.channel.abort();
         }
         // What has ended by it is seen now, not when something else ends.

@@ -275,11 +275,7 @@ impl Ways {
                     }
                     let mut write =
                         Box::pin(self.lanes.write(leaf, row.offset(), &content, 0, row.len, false));
-                    // Nobody waits for who is out: what this may still do is undone when he is brought back.
-                    let is_out = || row.set.mode(row.place(slot)) == crate::raid::Mode::Away;
-                    let Some(Err(status)) = self.place.bell.until_or(&mut write, is_out).await else {
-                        return Ok(());
-                    };
+                    let Err(status) = self.unless_out(row, slot, &mut write).await else { return Ok(()) };
                     match self.member_failed(row, slot, status).await {
                         Ok(()) => {}
                         // Nobody can be put out. It may come back: what is half written is not left so.

@@ -9,7 +9,7 @@ use crate::pool::coverage;
 use crate::pool::wait::all;
 use crate::raid::Mode;
 use crate::simulated::is_broken;
-use hawser_block::Status;
+use hawser_block::{Outcome, Status};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -107,9 +107,7 @@ impl Ways {
             let writes = others.take(count).map(|slot| async move {
                 let leaf = row.leaf(slot).expect("who is in sync is there");
                 let mut write = Box::pin(self.lanes.write(leaf, offset, bounce, 0, len, true));
-                let is_out = || row.set.mode(row.place(slot)) == Mode::Away;
-                let ended = self.place.bell.until_or(&mut write, is_out).await;
-                (slot, ended.unwrap_or(Err(Status::Aborted)))
+                (slot, self.unless_out(row, slot, &mut write).await)
             });
             let mut is_whole = true;
             for (slot, outcome) in all(writes).await {
@@ -122,6 +120,24 @@ impl Ways {
             }
             if !self.is_writable() {
                 return Err(Status::ReadOnly);
+            }
+        }
+    }
+
+    /// Waits for a write. One to a member that is out is ended as soon as that can be done safely, and not left alone before: whoever brings the
+    /// member back waits until nothing of before can reach it.
+    pub(super) async fn unless_out(
+        &self,
+        row: &Row<'_>,
+        slot: usize,
+        write: &mut (impl Future<Output = Outcome> + Unpin),
+    ) -> Outcome {
+        let is_out = || row.set.mode(row.place(slot)) == Mode::Away;
+        match self.place.bell.until_or(write, is_out).await {
+            Some(outcome) => outcome,
+            None => {
+                self.lanes.abort(row.leaf(slot).expect("who is written to is there"));
+                write.await
             }
         }
     }
