@@ -168,6 +168,8 @@ pub(crate) struct Shared {
     joins: AtomicU64,
     /// How often each member was given up while it was out of reach: what is under way at it is ended.
     pub(crate) given_up: [AtomicU64; MEMBERS_MAX],
+    /// Writes to each member that nobody waits for any more, and that may still reach it: it is not brought back before.
+    pub(crate) left_behind: [AtomicU64; MEMBERS_MAX],
     /// Held by who takes a member out of those that are read, so that the last is never taken.
     pub(crate) modes: Mutex<()>,
     pub(crate) volumes: Mutex<BTreeMap<u32, Arc<VolumeShared>>>,
@@ -203,6 +205,7 @@ impl Shared {
             unsynced_marks: AtomicU64::new(0),
             joins: AtomicU64::new(0),
             given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
+            left_behind: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             modes: Mutex::default(),
             volumes: Mutex::default(),
             told: Mutex::new(Told { pool, volumes: BTreeMap::new() }),

@@ -129,6 +129,10 @@ impl Owner {
     ) -> Result<(), String> {
         if let Some(label) = label {
             self.check_no_split(number, label)?;
+            // The same device: what was sent to it before it was lost may still come there.
+            if self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) > 0 {
+                return Err("writes of before it was lost may still reach it: tried again".to_owned());
+            }
         }
         let (set, index) = self.place_of(number);
         if set.mode(index) != Mode::Away {

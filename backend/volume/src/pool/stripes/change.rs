@@ -268,14 +268,13 @@ impl Ways {
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {
-                let leaf = row.leaf(slot).expect("who is written to is there");
                 loop {
                     if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
                         return Ok(());
                     }
-                    let mut write =
-                        Box::pin(self.lanes.write(leaf, row.offset(), &content, 0, row.len, false));
-                    let Err(status) = self.unless_out(row, slot, &mut write).await else { return Ok(()) };
+                    let written =
+                        self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
+                    let Err(status) = written else { return Ok(()) };
                     match self.member_failed(row, slot, status).await {
                         Ok(()) => {}
                         // Nobody can be put out. It may come back: what is half written is not left so.

@@ -6,12 +6,35 @@ use crate::format::parity_log::HEADER_PAGES;
 use crate::format::{PAGE_BYTES, ParityEntry};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::shared::Shared;
 use crate::pool::wait::all;
 use crate::raid::Mode;
 use crate::simulated::is_broken;
-use hawser_block::{Outcome, Status};
+use hawser_block::{Operation, Outcome, Status};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+/// A write to a member that nobody waits for, until it has ended.
+struct LeftBehind {
+    shared: Arc<Shared>,
+    member: usize,
+}
+
+impl LeftBehind {
+    fn new(shared: &Arc<Shared>, member: u16) -> LeftBehind {
+        let (shared, member) = (Arc::clone(shared), usize::from(member));
+        shared.left_behind[member].fetch_add(1, Ordering::AcqRel);
+        LeftBehind { shared, member }
+    }
+}
+
+impl Drop for LeftBehind {
+    fn drop(&mut self) {
+        self.shared.left_behind[self.member].fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 impl Ways {
     /// Makes the new content of these slots durable on as many members as may be lost, and one more. The entry's number.
@@ -105,9 +128,7 @@ impl Ways {
             // Rather those that the change does not go to.
             let others = each(in_sync & !slots).chain(each(in_sync & slots));
             let writes = others.take(count).map(|slot| async move {
-                let leaf = row.leaf(slot).expect("who is in sync is there");
-                let mut write = Box::pin(self.lanes.write(leaf, offset, bounce, 0, len, true));
-                (slot, self.unless_out(row, slot, &mut write).await)
+                (slot, self.write_unless_out(row, slot, (offset, true), bounce, len).await)
             });
             let mut is_whole = true;
             for (slot, outcome) in all(writes).await {
@@ -124,22 +145,32 @@ impl Ways {
         }
     }
 
-    /// Waits for a write. One to a member that is out is ended as soon as that can be done safely, and not left alone before: whoever brings the
-    /// member back waits until nothing of before can reach it.
-    pub(super) async fn unless_out(
+    /// Writes to a slot's member, and waits while that is not out. A write to a dead target whose outcome is unknown ends only when that
+    /// must have forgotten it, which takes up to a minute: it is left to itself then, and the member is not brought back before it has ended.
+    pub(super) async fn write_unless_out(
         &self,
         row: &Row<'_>,
         slot: usize,
-        write: &mut (impl Future<Output = Outcome> + Unpin),
+        (offset, fua): (u64, bool),
+        from: &Rc<Bounce>,
+        len: usize,
     ) -> Outcome {
+        let leaf = row.leaf(slot).expect("who is written to is there");
+        let operation = Operation::Write { fua };
+        let mut write =
+            self.lanes.start(leaf, operation, offset, from.buffers(0, len), Some(Rc::clone(from)));
         let is_out = || row.set.mode(row.place(slot)) == Mode::Away;
-        match self.place.bell.until_or(write, is_out).await {
-            Some(outcome) => outcome,
-            None => {
-                self.lanes.abort(row.leaf(slot).expect("who is written to is there"));
-                write.await
-            }
+        if let Some(outcome) = self.place.bell.until_or(&mut write, is_out).await {
+            return outcome;
         }
+        self.lanes.abort(leaf);
+        let left = LeftBehind::new(&self.shared, row.member(slot));
+        self.runtime.spawn(async move {
+            // How it ended matters to nobody.
+            let _ = write.await;
+            drop(left);
+        });
+        Err(Status::Aborted)
     }
 
     /// A member failed a write: it is out when this ends, or it can be tried again.
@@ -162,6 +193,6 @@ impl Ways {
     }
 
     pub(super) fn is_writable(&self) -> bool {
-        self.shared.is_writable.load(std::sync::atomic::Ordering::Acquire)
+        self.shared.is_writable.load(Ordering::Acquire)
     }
 }
