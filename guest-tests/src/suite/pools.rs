@@ -15,8 +15,6 @@ use std::process::Command;
 
 /// Seconds that a request may take: a member is waited for 2 s, and a daemon that comes back dials its targets.
 const PAUSE_MAX: f64 = 12.0;
-/// The same with parity: a change of a stripe whose write to a dead target has an unknown outcome waits until that target must have forgotten it (`docs/nvme-of.md`: 41 s).
-const PARITY_PAUSE_MAX: f64 = 60.0;
 
 pub(super) fn raid1(lab: &Lab) -> Result<Outcome> {
     survives(lab, "raid1", 2)
@@ -42,8 +40,7 @@ fn survives(lab: &Lab, level: &str, members: usize) -> Result<Outcome> {
     fio::begin(&mut guest, &verify_options(lab.accel, fio::UNTIL_ENDED))?;
     strike(&mut pooled)?;
     let report = fio::end(&mut guest).map_err(|e| pooled.serve.explain(&e))?;
-    let pause_max = if level.ends_with(['5', '6']) { PARITY_PAUSE_MAX } else { PAUSE_MAX };
-    if report.latency_max > pause_max {
+    if report.latency_max > PAUSE_MAX {
         return Err(pooled.serve.explain(&format!("a request took {:.1} s", report.latency_max)));
     }
     expect_no_trace(&mut guest)?;

@@ -165,6 +165,10 @@ impl Owner {
             Ok(()) => self.join(number, &set, index).await,
             Err(status) => Err(status),
         };
+        // Who was just leaving a write behind when this began has done so by now: a barrier has passed.
+        let is_clear =
+            label.is_none() || self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) == 0;
+        let joined = joined.and(if is_clear { Ok(()) } else { Err(Status::Path) });
         self.members.borrow_mut()[usize::from(number)].is_joining = false;
         if let Err(status) = joined {
             set.set_mode(index, Mode::Away);
