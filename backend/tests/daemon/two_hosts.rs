@@ -292,7 +292,10 @@ fn a_reservation_that_a_target_has_lost_is_taken_again() {
     let target = storage.serve();
     assert!(write(&mut guest, MIB, 2), "{}", one.log());
     until("it is ours again", || holder().as_ref() == Some(&one.host));
-    assert!(one.log().contains("pool p0: device n: its target had lost the reservation: taken again"));
+    // It says so when it has it.
+    until("it is told", || {
+        one.log().contains("pool p0: device n: its target had lost the reservation: taken again")
+    });
     // Nobody else has it by chance.
     let two = Place::new();
     two.configure(&text);
