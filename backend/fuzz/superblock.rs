@@ -5,6 +5,7 @@
 mod edits;
 
 use edits::{Input, edit_some, seal};
+use hawser_volume::format::parity_log::HEADER_PAGES;
 use hawser_volume::format::{
     INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Replacement, Root, SetRecord, Superblock, decode_intents,
     encode_intents, unit_bytes_for,
@@ -89,6 +90,7 @@ fn look(found: &Superblock) {
             extent_bytes: found.extent_bytes,
             region_bytes: found.region_bytes,
             data_offset: layout.data_offset(),
+            parity_log: (layout.parity_log_offset(), layout.parity_log_pages.saturating_sub(HEADER_PAGES)),
         });
         match set {
             Ok(set) => sets.push(Arc::new(set)),
