@@ -133,7 +133,13 @@ impl Cast {
             true => self.plan.level.redundancy(u16::try_from(self.plan.members).unwrap_or(0)),
             false => 1,
         };
-        let is_enough = good + usize::from(redundancy) >= places;
+        // A copy takes the place of who is well, with whatever it lacks or can't read.
+        let is_bad_copy = |(at, member): (usize, &Member)| {
+            (at == index || member.health != Health::Good)
+                && self.state_of(&view, member.disk.name()) == Some(MemberState::Replacing)
+        };
+        let bad_copies = self.members.iter().enumerate().any(is_bad_copy);
+        let is_enough = good + usize::from(redundancy) >= places + usize::from(bad_copies);
         let is_quiet = match self.plan.has_parity() && self.plan.members - 1 > good {
             // Two may be lost, also while the first is being rebuilt: of what was written then, everything was in the log.
             true => self.world.now() >= self.doubtful_until,

@@ -1,13 +1,15 @@
 //! Extents that nobody has are told to the members as not needed, where the pool is asked to.
 //!
 //! When: the record that freed them is durable, and everybody who could name them has ended; before anybody gets them again. A discard
-//! that failed may still be carried out, as a write may: the member is out, or they wait.
+//! that failed may still be carried out, as a write may: the member is out, or they wait. Not: of a member with parity that is being
+//! replaced. What two devices hold after it need not be the same, and parity is made of what stands where nobody has written.
 
 use super::Owner;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::wait::all;
 use crate::raid::Mode;
+use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -38,6 +40,12 @@ impl Owner {
         // One after the other at each member, all members at the same time.
         let members = wanted.into_iter().filter_map(|(member, mut ranges)| {
             let leaf = view.leaves[usize::from(member)].clone()?;
+            if leaf.twin.is_some()
+                && self.place_of(member).0.parity().is_some()
+                && !is_broken("discards_of_twins")
+            {
+                return None;
+            }
             ranges.sort_unstable_by_key(|range| range.start);
             Some(async move { (member, self.discard_ranges(&leaf, ranges).await) })
         });

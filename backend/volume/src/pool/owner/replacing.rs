@@ -302,6 +302,8 @@ impl Owner {
             let _turn = self.turns.superblock.take().await;
             let _ = self.record_members().await;
         }
+        // What the old one is told not to need, both would have to be told, or neither.
+        let _discards = self.turns.reclaim.take().await;
         let _turn = self.turns.window.take().await;
         let is_still = self
             .replacing
