@@ -116,7 +116,9 @@ fn fault(cast: &mut Cast, event: Event) {
             // A spare may take a place without being asked. And who is out now may come back without it, and be alone with it later:
             // each of the two says that the other is out, and nobody who knows better is there.
             cast.members[at].is_outdated |= view.is_some_and(|view| {
-                view.members.iter().any(|member| member.place.is_none() || member.state != MemberState::InSync)
+                view.members
+                    .iter()
+                    .any(|member| member.place.is_none() || member.state != MemberState::InSync)
             });
             cast.count("deaths");
         }

@@ -65,7 +65,7 @@ use Event::{
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 10] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 12] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -95,6 +95,15 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 10] = [
             Scrub, Snapshot,
         ],
     ),
+    (
+        "stripes",
+        &[
+            Dies, Dies, Power, Power, Back, Back, Back, Replace, Replace, Kill, KillAtStep, Cut, CutAtStep,
+            Reopen, Delete, Create, Snapshot, Slow,
+        ],
+    ),
+    // Where the first thing that happens is that a member dies.
+    ("degraded", &[Cut, Cut, Cut, CutAtStep, CutAtStep, Kill, KillAtStep, Pause]),
     (
         "replace",
         &[
@@ -192,6 +201,8 @@ pub(crate) struct Plan {
     pub(crate) sync_bytes_per_second: u64,
     /// Members say which cache they have.
     pub(crate) has_cache_identity: bool,
+    /// Disks were used before.
+    pub(crate) has_junk: bool,
 }
 
 impl Plan {
@@ -219,11 +230,16 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         10..13 => (Level::Raid5, 3 + random.index(3)),
         _ => (Level::Raid6, 4 + random.index(3)),
     };
-    if scenario == "parity" {
+    let is_stripes = matches!(scenario, "stripes" | "degraded");
+    if scenario == "parity" || is_stripes {
         (level, members) = match random.chance(500) {
             true => (Level::Raid5, 3 + random.index(3)),
             false => (Level::Raid6, 4 + random.index(3)),
         };
+    }
+    if is_stripes {
+        // As few as there can be, or one more: many writes meet then.
+        members = members.min(usize::from(level.members_min()) + 1);
     }
     if scenario == "members" && !level.is_redundant() && random.chance(700) {
         level = Level::Raid1;
@@ -244,6 +260,9 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         events.retain(|event| *event != Split);
         events.push(Split);
     }
+    if scenario == "degraded" {
+        events[0] = Dies;
+    }
     let volume_bytes = match random.below(10) {
         0 => 1 << 40,
         1..4 => 2 << 20,
@@ -252,10 +271,11 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     };
     let metadata_bytes = [256u64 << 10, 700 << 10, 1700 << 10][random.index(3)];
     let block_bytes = u64::from(block_size.bytes());
+    let volume_bytes = if is_stripes { 384 << 10 } else { volume_bytes };
     let habits = Habits {
         pause_ns_max: [300_000, 3_000_000, 30_000_000][random.index(3)],
         flushes: [20, 60, 200][random.index(3)],
-        discards: if is_full { 150 } else { [0, 40, 150][random.index(3)] },
+        discards: if is_full || is_stripes { 150 } else { [0, 40, 150][random.index(3)] },
         zeroes: [0, 40, 100][random.index(3)],
         writes: [300, 500, 700][random.index(3)],
         fua: [0, 50, 300][random.index(3)],
@@ -289,8 +309,14 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         no_space: if waits { NoSpacePolicy::Wait } else { NoSpacePolicy::Error },
         intent_idle: Duration::from_millis([3, 50, 1000, 5000][random.index(4)]),
         spare_delay: Duration::from_millis([10, 500][random.index(2)]),
-        sync_bytes_per_second: [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)],
+        // Slow enough for much to happen meanwhile.
+        sync_bytes_per_second: if is_stripes {
+            1 << 20
+        } else {
+            [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)]
+        },
         has_cache_identity: random.chance(700),
         discards: random.chance(500),
+        has_junk: random.chance(if is_stripes { 700 } else { 100 }),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Cast, Health};
 use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
-use hawser_sim::SimDisk;
+use hawser_sim::{Random, SimDisk};
 use hawser_volume::pool::{MemberState, MemberView, Pool, PoolView};
 use std::sync::Arc;
 
@@ -53,6 +53,13 @@ impl Cast {
             state.cache_identity = self.plan.has_cache_identity.then_some([index + 5; 16]);
             state.tears = true;
             state.trap = Some(Arc::clone(&self.shared.trap));
+            if self.plan.has_junk {
+                let mut junk = Random::new(self.plan.seed ^ u64::from(index));
+                let len = state.content.len();
+                for word in state.content.change(0..len).chunks_exact_mut(8) {
+                    word.copy_from_slice(&junk.next_u64().to_le_bytes());
+                }
+            }
         }
         Member {
             disk: Arc::new(disk),

@@ -171,7 +171,7 @@ impl Ways {
         let mut regions = row.set.region_of(first)..=row.set.region_of(first + row.len as u64 - 1);
         let is_right = !regions.any(|region| row.set.unsynced.get(region));
         let is_shorter = touched.count_ones() + parities.count_ones() < rest.count_ones();
-        (is_right || is_broken("unsynced_parity_trusted")) && is_shorter
+        is_right && is_shorter
     }
 
     async fn by_difference(
