@@ -52,6 +52,10 @@ fn cpus(more: &[&str]) -> impl Iterator<Item = &'static str> {
     arguments.iter().copied()
 }
 
+/// Said where a guest has died of what no guest does: Linux changes its own code under a breakpoint, which is gone when nobody meets it any more,
+/// and TCG before QEMU 8.1 may translate the code while it is being changed (mended by "accel/tcg: Always lock pages before translation").
+pub(crate) const EMULATORS_FAULT: &str = "the emulator ran code that was being changed";
+
 /// A running guest.
 pub struct Qemu {
     process: Process,
@@ -128,6 +132,10 @@ impl Qemu {
             let _ = fs::remove_file(stale);
         }
         command.current_dir(folder).args(["-accel", accel.argument(), "-nodefaults", "-no-user-config"]);
+        if accel != Accel::Kvm {
+            // With random numbers from the first moment on the kernel does not change its code for them while it is at work: see `EMULATORS_FAULT`.
+            command.args(["-cpu", "qemu64,+rdrand"]);
+        }
         command.args(["-display", "none"]);
         // The disk image's clock-dependent parts do not matter; entropy does: a guest without it waits.
         command.args(["-device", "virtio-rng-pci"]);
@@ -184,7 +192,12 @@ impl Qemu {
 
     /// An error with what the guest last wrote to its console, and QEMU to its log.
     pub fn explain(&self, error: &str) -> String {
-        format!("guest {}: {error}{}{}", self.name, tail(&self.console, 25), self.process.log_tail())
+        let text = fs::read(&self.console).unwrap_or_default();
+        let why = match String::from_utf8_lossy(&text).contains("int3: 0000 [#") {
+            true => format!(" ({EMULATORS_FAULT})"),
+            false => String::new(),
+        };
+        format!("guest {}: {error}{why}{}{}", self.name, tail(&self.console, 25), self.process.log_tail())
     }
 
     /// Runs a script in the guest that must succeed soon.

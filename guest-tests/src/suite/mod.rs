@@ -22,6 +22,7 @@ mod stuck;
 use crate::Result;
 use crate::image::Release;
 use crate::lab::Lab;
+use crate::qemu::EMULATORS_FAULT;
 use std::time::Instant;
 
 pub use pieces::{Served, boot, verify_options};
@@ -120,7 +121,13 @@ pub fn run(lab: &mut Lab, filter: &str) -> Result<Counts> {
     for test in TESTS.iter().filter(|test| test.name.contains(filter)) {
         for kernel in test.kernels {
             let started = Instant::now();
-            let result = lab.use_kernel(*kernel).and_then(|()| (test.body)(lab));
+            let mut result = lab.use_kernel(*kernel).and_then(|()| (test.body)(lab));
+            if let Err(error) = &result
+                && error.contains(EMULATORS_FAULT)
+            {
+                println!("guest {}: once more: {error}", test.name);
+                result = (test.body)(lab);
+            }
             let seconds = started.elapsed().as_secs_f64();
             let name = match lab.image.release == *kernel {
                 true => format!("{} (Linux {})", test.name, lab.image.kernel_version),

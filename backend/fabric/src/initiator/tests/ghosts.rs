@@ -130,12 +130,13 @@ fn a_write_that_the_targets_device_holds_back_is_waited_for_on_another_path_and_
         wait_until("it is at the device", || disk.held() == 1);
         let connects = lab.proxies[first].counts().connects;
         lab.proxies[first].cut(Cut::Reset);
+        // Before its host knows, the second would go to the other path, beside the first: as both may that are under way at once.
+        let proxy = &lab.proxies[first];
+        wait_until("a new association is asked for", || proxy.counts().connects > connects);
         lab.client.submit(vec![Ask::write(0, blocks, data(2, blocks))]);
         if paths == 2 {
             assert_eq!(lab.client.run(Ask::read(8192, 1, 512)).outcome, Ok(()), "the other path is good");
         }
-        let proxy = &lab.proxies[first];
-        wait_until("a new association is asked for", || proxy.counts().connects > connects);
         // A reset is answered after two seconds at the latest; both writes wait for its end all the same.
         std::thread::sleep(Duration::from_millis(2500));
         assert!(lab.client.try_next().is_none(), "neither may be done while the first is at the device");
