@@ -4,6 +4,7 @@ use crate::cast::{Cast, Crash, Health};
 use crate::model::Op;
 use crate::plan::Event;
 use hawser_block::{Device, Status};
+use hawser_runtime::Instant;
 use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, MemberView, NoSpacePolicy, Pool, PoolError};
 use hawser_volume::raid::Level;
@@ -133,13 +134,7 @@ fn fault(cast: &mut Cast, event: Event) {
         }
         Event::Power => {
             disk.lose_power();
-            // As long as it may take the slowest to write that down.
-            let slowest = |disk: &SimDisk| {
-                let state = disk.state();
-                10 * state.latency_ns_max + 3 * state.stuck_ns
-            };
-            let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
-            cast.doubtful_until = cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow);
+            cast.doubtful_until = noticed(cast);
             cast.count("members_without_power");
         }
         _ => {
@@ -185,7 +180,17 @@ fn heal(cast: &mut Cast, at: usize) {
         disk.fail_all(None);
     }
     cast.members[at].health = Health::Good;
-    cast.doubtful_until = cast.world.now() + Duration::from_millis(20);
+    cast.doubtful_until = noticed(cast);
+}
+
+/// When what has just happened to a disk has been noticed, and the slowest of them has written that down.
+fn noticed(cast: &Cast) -> Instant {
+    let slowest = |disk: &SimDisk| {
+        let state = disk.state();
+        10 * state.latency_ns_max + 3 * state.stuck_ns
+    };
+    let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
+    cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow)
 }
 
 /// The pool has this disk in sync, or is at it.
