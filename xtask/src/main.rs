@@ -153,11 +153,18 @@ fn sim(args: &[&str]) -> Result<()> {
         ["pools" | "--pools", rest @ ..] => ("pools", rest),
         all => ("histories", all),
     };
-    let mut cargo = lab::cargo();
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    cargo
-        .env("RUSTFLAGS", format!("{flags} --cfg hawser_mutations"))
-        .args(["test", "--profile", "sim", "--quiet", "--package", "hawser-sim", "--test", test, "--"])
-        .args(args);
-    process::run(&mut cargo)
+    let run = |test: &str, args: &[&str]| {
+        let mut cargo = lab::cargo();
+        let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+        cargo
+            .env("RUSTFLAGS", format!("{flags} --cfg hawser_mutations"))
+            .args(["test", "--profile", "sim", "--quiet", "--package", "hawser-sim", "--test", test, "--"])
+            .args(args);
+        process::run(&mut cargo)
+    };
+    if test == "pools" && args.contains(&"--mutations") {
+        // Those that take a history of their own.
+        run("pool", &["orders"])?;
+    }
+    run(test, args)
 }

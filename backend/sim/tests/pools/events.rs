@@ -89,6 +89,9 @@ fn fault(cast: &mut Cast, event: Event) {
         state.set_latency(Duration::from_nanos(most));
         (state.stuck_permille, state.stuck_ns) = (permille, stuck);
         drop(state);
+        if cast.world.now() < cast.doubtful_until {
+            cast.doubtful_until = noticed(cast);
+        }
         return cast.count("slow");
     }
     let is_redundant = cast.plan.is_redundant();
