@@ -8,6 +8,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
+use crate::pool::wait::all;
 use crate::raid::{Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
@@ -17,6 +18,8 @@ use std::sync::Arc;
 
 /// The most of each strip that is made right at a time.
 const COLUMNS_MAX: u64 = 256 << 10;
+/// What of each member is made right beside each other.
+const BESIDE_BYTES: u64 = 512 << 10;
 
 impl Owner {
     pub(crate) fn ways(&self) -> Ways {
@@ -243,16 +246,23 @@ impl Owner {
     ) -> Result<u64, Status> {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
+        let step = strip.min(COLUMNS_MAX);
+        let columns: Vec<(u64, u64)> = (rows.start / strip..rows.end.div_ceil(strip))
+            .flat_map(|number| (0..strip.div_ceil(step)).map(move |part| (number, part * step)))
+            .collect();
         let mut wrong = 0;
-        for number in rows.start / strip..rows.end.div_ceil(strip) {
-            let mut within = 0;
-            while within < strip {
-                let len = COLUMNS_MAX.min(strip - within);
-                let len_here = usize::try_from(len).expect("a strip is small");
-                let since = self.shared.joins();
-                let row = Row { since, ..Row::new(&view, set, number, within, len_here) };
-                wrong += self.mend_columns(&row).await?;
-                within += len;
+        // Beside each other, or the way to the members and back is all that it does.
+        for some in columns.chunks(usize::try_from(BESIDE_BYTES / step).expect("a window is small")) {
+            let mended = some.iter().map(|(number, within)| {
+                let (view, since) = (&view, self.shared.joins());
+                let len = usize::try_from(step.min(strip - within)).expect("a strip is small");
+                async move {
+                    let row = Row { since, ..Row::new(view, set, *number, *within, len) };
+                    self.mend_columns(&row).await
+                }
+            });
+            for mended in all(mended).await {
+                wrong += mended?;
             }
         }
         Ok(wrong)

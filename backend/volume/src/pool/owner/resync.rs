@@ -9,6 +9,7 @@ use crate::pool::TaskView;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::shared::View;
+use crate::pool::wait::all;
 use crate::raid::{Copy, Mode, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
@@ -26,6 +27,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const AGAIN: Duration = Duration::from_secs(1);
 /// What is copied while writers keep out.
 const WINDOW_BYTES: u64 = 1 << 20;
+/// So many pieces of it at a time.
+const BESIDE: usize = 16;
 
 pub(super) const SCRUB: &str = "scrub";
 
@@ -376,8 +379,11 @@ impl Owner {
         }
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
             let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
-            for piece in &pieces {
-                self.copy_piece(set, piece, Some(member)).await?;
+            // Beside each other, or the way to the members and back is all that it does.
+            for some in pieces.chunks(BESIDE) {
+                for copied in all(some.iter().map(|piece| self.copy_piece(set, piece, Some(member)))).await {
+                    copied?;
+                }
             }
         }
         Ok(())
