@@ -25,10 +25,7 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("parity_released_unflushed", "parity", 4000),
     mutation("parity_released_in_memory_only", "parity", 4000),
     mutation("stripe_changed_by_two", "parity", 4000),
-    mutation("clear_intent_without_flush", "power", 4000),
     mutation("degraded_read_without_lock", "parity", 4000),
-    mutation("discards_of_twins", "stripes", 4000),
-    mutation("parity_log_kept_over_rejoin", "stripes", 4000),
     mutation("fresh_parity_trusted", "stripes", 4000),
     mutation("zeroes_not_written", "stripes", 4000),
 ];
