@@ -25,7 +25,7 @@ cargo xtask COMMAND [--yes]
   sim [pools] [--seeds N] [--from SEED] [--scenario NAME] | --mutations
                               our initiator and target, or pools, in the seeded simulator, on all cores; a seed that fails
                               is named
-  bench [ARGS]                measure a vhost-user socket without a VM; ARGS go to the bench; without any, the hot path alone too
+  bench [ARGS]                measure vhost-user sockets without a VM, and the hot path alone; ARGS go to the bench
   fresh --suite SUITE [COMMAND]
                               demo, or another COMMAND, in a new minimal Debian (bookworm, trixie); needs root
   ci-tools                    install cargo-deny and cargo-fuzz where they are missing
@@ -125,21 +125,6 @@ fn bench(args: &[&str]) -> Result<()> {
     let mut cargo = lab::cargo();
     cargo.args(["build", "--release", "--quiet", "--package", "hawser", "--package", "hawser-benches"]);
     process::run(&mut cargo)?;
-    // What no socket shows: the hot path's own time, in nanoseconds.
-    if args.is_empty() || args == ["--goals"] {
-        let mut cargo = lab::cargo();
-        cargo.args([
-            "bench",
-            "--quiet",
-            "--package",
-            "hawser-volume",
-            "--bench",
-            "resolve",
-            "--bench",
-            "parity",
-        ]);
-        process::run(&mut cargo)?;
-    }
     let mut cargo = lab::cargo();
     cargo
         .args(["run", "--release", "--quiet", "--package", "hawser-benches", "--bin", "bench", "--"])

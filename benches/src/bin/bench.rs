@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use hawser_benches::client::options::{parse_size, parse_time};
+use hawser_benches::compare::hot_path;
 use hawser_benches::compare::load::Maker;
 use hawser_benches::compare::results::Results;
 use hawser_benches::compare::runner::Plan;
@@ -116,6 +117,9 @@ fn run(options: &Options) -> Result<bool, String> {
         plan.bytes = plan.bytes.min(16 << 20);
         plan.retries = 0;
         plan.scout = false;
+    }
+    if hot_path::BENCHES.iter().any(|bench| plan.wants_hot_path(bench)) {
+        hot_path::build()?;
     }
     // After what may be built, which may need the machine's network.
     if let Err(error) = sys::own_network() {

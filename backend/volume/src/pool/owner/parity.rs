@@ -8,7 +8,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
-use crate::raid::{Piece, Set};
+use crate::raid::{Parity, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::ops::Range;
@@ -175,7 +175,7 @@ impl Owner {
         };
         let targets: Vec<(u16, Leaf)> =
             self.targets().into_iter().filter(|(member, _)| is_of(set, *member)).collect();
-        self.put_parity_header(parity.log_offset, &header, &targets).await
+        self.put_parity_header(parity, &header, &targets).await
     }
 
     /// Begins the log of a set that is just being made, on one of its members.
@@ -211,19 +211,20 @@ impl Owner {
         // In both places: what stood there is of another time.
         for number_before in [last.saturating_sub(1), last] {
             let header = ParityHeader { number: number_before, released, key, unlogged };
-            self.put_parity_header(parity.log_offset, &header, &[(number, leaf.clone())]).await?;
+            self.put_parity_header(parity, &header, &[(number, leaf.clone())]).await?;
         }
         Ok(())
     }
 
     async fn put_parity_header(
         self: &Rc<Self>,
-        log_offset: u64,
+        parity: &Parity,
         header: &ParityHeader,
         targets: &[(u16, Leaf)],
     ) -> Outcome {
         let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
-        let offset = log_offset + header.number % 2 * PAGE_BYTES as u64;
+        targets.iter().for_each(|_| parity.count_log_write(PAGE_BYTES));
+        let offset = parity.log_offset + header.number % 2 * PAGE_BYTES as u64;
         let since = self.shared.joins();
         let results = self.lanes.write_to_all(targets, offset, &bounce, PAGE_BYTES, true).await;
         for (member, outcome) in results {
