@@ -11,7 +11,7 @@ mod fresh;
 mod packages;
 mod tools;
 
-use guest_tests::{Result, lab, process, soak};
+use guest_tests::{Result, lab, process, soak, suite};
 use std::process::ExitCode;
 
 const HELP: &str = "\
@@ -125,10 +125,22 @@ fn bench(args: &[&str]) -> Result<()> {
     let mut cargo = lab::cargo();
     cargo.args(["build", "--release", "--quiet", "--package", "hawser", "--package", "hawser-benches"]);
     process::run(&mut cargo)?;
+    let is_part = args.iter().any(|arg| *arg == "--quick" || *arg == "--help" || arg.starts_with("--only"));
+    // Linux has the same case, in a guest; where there can be none, all else is measured.
+    let md = match is_part {
+        true => Vec::new(),
+        false => lab::Lab::open().and_then(|lab| suite::md_small_writes(&lab)).unwrap_or_else(|error| {
+            eprintln!("bench: Linux md is not counted: {error}");
+            Vec::new()
+        }),
+    };
     let mut cargo = lab::cargo();
     cargo
         .args(["run", "--release", "--quiet", "--package", "hawser-benches", "--bin", "bench", "--"])
         .args(args);
+    for line in &md {
+        cargo.args(["--md", line]);
+    }
     process::run(&mut cargo)
 }
 

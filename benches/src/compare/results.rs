@@ -171,6 +171,8 @@ pub struct Results {
     pub fabric: Vec<fabric::Outcome>,
     /// One per case of pools.
     pub pools: Vec<pools::Outcome>,
+    /// What Linux md does for a small write, as it was found in a guest: lines `array: counts`.
+    pub md: Vec<String>,
     /// Lines about the hot path alone.
     pub hot_path: Vec<hot_path::Line>,
     /// One per device on which the in-flight log was measured.
@@ -251,6 +253,17 @@ impl Results {
                 };
                 let name = outcome.case.name();
                 rows.push(vec![name, beside, itself, meaning, format!("{:.2}", outcome.value()), goal]);
+            }
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
+        if !self.md.is_empty() {
+            let mut rows = vec![
+                ["Linux md", "members get, for each 4 KiB written at random"].map(String::from).to_vec(),
+            ];
+            for line in &self.md {
+                let (array, counts) = line.split_once(": ").unwrap_or((line, ""));
+                rows.push(vec![array.to_owned(), counts.to_owned()]);
             }
             text.push('\n');
             text.push_str(&table(&rows));

@@ -27,6 +27,7 @@ use crate::qemu::EMULATORS_FAULT;
 use std::time::Instant;
 
 pub use pieces::{Served, boot, verify_options};
+pub use small_writes::lines as md_small_writes;
 
 /// How a test ended, other than by an error.
 pub enum Outcome {

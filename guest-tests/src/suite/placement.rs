@@ -96,7 +96,8 @@ pub(super) fn md(lab: &Lab) -> Result<Outcome> {
     guest.quit()?;
     let mut bytes = 0;
     for (number, pass) in passes.iter().enumerate() {
-        bytes += compare(pass.0, Path::new(&out), number as u64 * OUT_BYTES).map_err(|e| explain(pass, &e))?;
+        bytes +=
+            compare(pass.0, Path::new(&out), number as u64 * OUT_BYTES).map_err(|e| explain(pass, &e))?;
     }
     Ok(Outcome::Passed(format!(
         "{} pools, {} times with members left out, {} MiB as md puts and computes them",

@@ -61,7 +61,8 @@ impl Model {
         for _ in 0..count {
             let sectors = 1 + self.random.index(most / 512);
             let at = self.random.index(VOLUME_BYTES / 512 - sectors) * 512;
-            let bytes: Vec<u8> = (0..sectors * 64).flat_map(|_| self.random.next_u64().to_le_bytes()).collect();
+            let bytes: Vec<u8> =
+                (0..sectors * 64).flat_map(|_| self.random.next_u64().to_le_bytes()).collect();
             scene.write(pool, "v", at as u64, &bytes);
             self.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
         }

@@ -124,13 +124,11 @@ impl Case {
     /// What `--only` is matched against.
     pub fn name(self) -> String {
         let of = |pool: Pool, what: &str| {
-            let members = if matches!(pool, Pool::Wide5 | Pool::Wide6) {
-                pool.members().to_string()
-            } else {
-                String::new()
+            let members = match pool {
+                Pool::Wide5 | Pool::Wide6 => format!("-on-{}", pool.members()),
+                _ => String::new(),
             };
-            let of_members = if members.is_empty() { members } else { format!("-on-{members}") };
-            format!("pool/{}{of_members}/{what}", pool.level())
+            format!("pool/{}{members}/{what}", pool.level())
         };
         match self {
             Case::Random(pool, Mix::RandRead) => of(pool, "randread-4k/qd32"),

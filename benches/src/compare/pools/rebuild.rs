@@ -48,7 +48,9 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>, guard: &mut Guard) -> Resu
     let rows = to_f64(volume_bytes / 2);
     for name in ["b", "m0", "m1", "m2", "n0", "n1"] {
         let bytes = if name == "b" { volume_bytes / 2 } else { volume_bytes / 2 + TABLES_BYTES };
-        File::create(folder.path().join(format!("{name}.raw"))).and_then(|file| file.set_len(bytes)).map_err(failed)?;
+        File::create(folder.path().join(format!("{name}.raw")))
+            .and_then(|file| file.set_len(bytes))
+            .map_err(failed)?;
     }
     let launch = |folder: TempDir, members: [&str; 3], rate: f64| {
         let uri = |name: &str| (name.to_owned(), format!("file://{}/{name}.raw", folder.path().display()));

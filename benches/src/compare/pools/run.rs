@@ -160,17 +160,38 @@ impl Plan {
             found.ok_or_else(|| format!("no volume on {}", wanted.name()))
         };
         for &case in cases {
-            say(
-                results,
-                match case {
-                    Case::Sequential(pool) => {
-                        self.loads(case, &pools, [volume(Pool::Raid0)?, volume(pool)?], guard)?
-                    }
-                    Case::Counts(pool) => self.count(case, pool, &pools, volume(pool)?).map_err(failed)?,
-                    Case::Random(pool, _) => self.loads(case, &pools, [&bare, volume(pool)?], guard)?,
-                    _ => continue,
-                },
-            );
+            let sockets = match case {
+                Case::Random(pool, _) => [&bare, volume(pool)?],
+                Case::Sequential(pool) => [volume(Pool::Raid0)?, volume(pool)?],
+                _ => continue,
+            };
+            say(results, self.loads(case, &pools, sockets, guard)?);
+        }
+        // Last: what they leave in the log is in the way of whole stripes for a while.
+        let counted: Vec<(Case, Pool)> = cases
+            .iter()
+            .filter_map(|case| match case {
+                Case::Counts(pool) => Some((*case, *pool)),
+                _ => None,
+            })
+            .collect();
+        if counted.is_empty() {
+            return Ok(());
+        }
+        std::thread::sleep(TOLD);
+        let before = pools.numbers()?;
+        for (case, pool) in &counted {
+            let shape = case.shape().ok_or("no load")?;
+            let way = Candidate { server: &pools.server, batch: shape.depth, configuration: String::new() };
+            let load = Load { socket: volume(*pool)?.clone(), ..self.load(shape, &way) };
+            // Whatever else the machine does, the counts are the same.
+            self.maker.run(&load).map_err(failed)?;
+        }
+        std::thread::sleep(TOLD);
+        let after = pools.numbers()?;
+        for (case, pool) in counted {
+            let found = Found::Counted(counts(pool, &before, &after));
+            say(results, Outcome { case, found, repeated: 0, disturbed: Vec::new() });
         }
         Ok(())
     }
@@ -201,26 +222,6 @@ impl Plan {
         let [beside, volume] = both;
         Ok(Outcome { case, found: Found::Loads { beside, volume }, repeated, disturbed })
     }
-
-    /// What members get for each write of a load: whatever else the machine does, these are the same.
-    fn count(
-        &self,
-        case: Case,
-        pool: Pool,
-        pools: &PoolServer,
-        socket: &std::path::Path,
-    ) -> Result<Outcome, String> {
-        let shape = case.shape().ok_or("no load")?;
-        let way = Candidate { server: &pools.server, batch: shape.depth, configuration: String::new() };
-        let load = Load { socket: socket.to_owned(), ..self.load(shape, &way) };
-        std::thread::sleep(TOLD);
-        let before = pools.numbers()?;
-        self.maker.run(&load)?;
-        std::thread::sleep(TOLD);
-        let after = pools.numbers()?;
-        let found = Found::Counted(counts(pool, &before, &after));
-        Ok(Outcome { case, found, repeated: 0, disturbed: Vec::new() })
-    }
 }
 
 fn counts(pool: Pool, before: &Numbers, after: &Numbers) -> Counts {
@@ -240,6 +241,12 @@ fn counts(pool: Pool, before: &Numbers, after: &Numbers) -> Counts {
 
 fn say(results: &mut Results, outcome: Outcome) {
     let [beside, itself, meaning] = outcome.words();
-    eprintln!("{:42} {itself}; {beside}; {meaning}: {:.2}", outcome.case.name(), outcome.value());
+    let cpu = match &outcome.found {
+        Found::Loads { beside, volume } => {
+            format!("; CPU ratio {:.2}", volume.cpu().median / beside.cpu().median)
+        }
+        _ => String::new(),
+    };
+    eprintln!("{:42} {itself}; {beside}; {meaning}: {:.2}{cpu}", outcome.case.name(), outcome.value());
     results.pools.push(outcome);
 }

@@ -8,6 +8,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
+use crate::pool::wait::all;
 use crate::raid::{Parity, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
@@ -245,15 +246,19 @@ impl Owner {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
         let mut wrong = 0;
+        let len = COLUMNS_MAX.min(strip);
+        let mut parts = Vec::new();
         for number in rows.start / strip..rows.end.div_ceil(strip) {
-            let mut within = 0;
-            while within < strip {
-                let len = COLUMNS_MAX.min(strip - within);
-                let len_here = usize::try_from(len).expect("a strip is small");
-                let since = self.shared.joins();
-                let row = Row { since, ..Row::new(&view, set, number, within, len_here) };
-                wrong += self.mend_columns(&row).await?;
-                within += len;
+            parts.extend((0..strip / len).map(|part| (number, part * len)));
+        }
+        let at_once = usize::try_from(COLUMNS_MAX / len).expect("strips have a least size");
+        let len = usize::try_from(len).expect("a strip is small");
+        for parts in parts.chunks(at_once) {
+            let since = self.shared.joins();
+            let row = |&(number, within)| Row { since, ..Row::new(&view, set, number, within, len) };
+            let rows: Vec<Row<'_>> = parts.iter().map(row).collect();
+            for mended in all(rows.iter().map(|row| self.mend_columns(row))).await {
+                wrong += mended?;
             }
         }
         Ok(wrong)
