@@ -276,7 +276,7 @@ impl Numbers {
                 one(metric, &[("pool", pool.name.as_str())], repaired)
             })
         })?;
-        let logs: [(&str, &str, fn(&PoolView) -> Option<u64>); 2] = [
+        let logs: [Size; 2] = [
             ("pool_parity_log_writes", "Writes to members' parity logs", |pool| pool.parity_log_writes),
             ("pool_parity_log_bytes", "Bytes of them", |pool| pool.parity_log_bytes),
         ];
