@@ -355,6 +355,12 @@ impl Results {
             ]);
         }
         let mut text = table(&rows);
+        for outcome in &self.pools {
+            if let Some(first) = outcome.disturbed.first() {
+                let (name, count) = (outcome.case.name(), outcome.disturbed.len());
+                let _ = writeln!(text, "\n{name}: {count} samples kept though disturbed, e.g. {first}");
+            }
+        }
         for (name, reason) in &self.failures {
             let _ = writeln!(text, "\n{name} did not run: {reason}");
         }
