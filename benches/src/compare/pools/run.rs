@@ -15,7 +15,7 @@ use crate::compare::runner::{Candidate, Plan};
 use crate::compare::servers::Place;
 
 /// What the pool counts is told that often, and a little.
-const TOLD: Duration = Duration::from_millis(1300);
+const TOLD: Duration = Duration::from_millis(1500);
 /// Of volumes that are only counted on.
 const WIDE_BYTES: u64 = 256 << 20;
 
