@@ -1,5 +1,7 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+#[path = "pool_cases/missing.rs"]
+mod missing;
 #[path = "pool_cases/orders.rs"]
 mod orders;
 #[path = "pool_cases/owners.rs"]

@@ -202,6 +202,8 @@ impl Found {
             free_bytes: None,
             metadata_bytes: None,
             metadata_used_bytes: None,
+            parity_log_writes: None,
+            parity_log_bytes: None,
             members: (0..self.label.members).map(member).chain(spares).collect(),
             tasks: Vec::new(),
         }
@@ -237,6 +239,8 @@ pub(crate) fn pool_view(view: &pool::PoolView) -> PoolView {
         free_bytes: Some(view.free_bytes),
         metadata_bytes: Some(view.metadata_bytes),
         metadata_used_bytes: Some(view.metadata_used_bytes),
+        parity_log_writes: Some(view.parity_log.0),
+        parity_log_bytes: Some(view.parity_log.1),
         members: view.members.iter().map(member_view).collect(),
         tasks: view.tasks.iter().map(task_view).collect(),
     }

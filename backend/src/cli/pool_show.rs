@@ -131,6 +131,8 @@ mod tests {
             free_bytes: Some(4 << 30),
             metadata_bytes: Some(64 << 20),
             metadata_used_bytes: Some(1 << 20),
+            parity_log_writes: Some(0),
+            parity_log_bytes: Some(0),
             members: vec![
                 member(Some(0), Some("n0"), "in_sync", None),
                 member(Some(1), None, "missing", Some("not found")),

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use hawser_benches::client::options::{parse_size, parse_time};
+use hawser_benches::compare::hot_path;
 use hawser_benches::compare::load::Maker;
 use hawser_benches::compare::results::Results;
 use hawser_benches::compare::runner::Plan;
@@ -62,6 +63,9 @@ struct Options {
     /// Longest time to wait for a quiet machine, for all samples together.
     #[arg(long, value_parser = parse_time, default_value = "10m")]
     patience: Duration,
+    /// What Linux md does for a small write, `ARRAY: COUNTS`, to be shown beside what pools do; `cargo xtask bench` finds it out in a guest.
+    #[arg(long, value_name = "LINE")]
+    md: Vec<String>,
     /// Where the report goes (default: RESULTS.md in the package's folder).
     #[arg(long)]
     out: Option<PathBuf>,
@@ -117,11 +121,15 @@ fn run(options: &Options) -> Result<bool, String> {
         plan.retries = 0;
         plan.scout = false;
     }
+    if hot_path::BENCHES.iter().any(|bench| plan.wants_hot_path(bench)) {
+        hot_path::build()?;
+    }
     // After what may be built, which may need the machine's network.
     if let Err(error) = sys::own_network() {
         eprintln!("bench: no network of its own ({error}): the machine's settings are what is measured");
     }
-    let results = plan.run()?;
+    let mut results = plan.run()?;
+    results.md.clone_from(&options.md);
     println!("{}", results.tables());
     let report = report(&plan, &results);
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("RESULTS.md");
@@ -186,8 +194,15 @@ fn commit() -> String {
 
 fn report(plan: &Plan, results: &Results) -> String {
     let mut text = String::from("# Results\n\nMade by a program; do not edit. The command:\n\n");
-    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    arguments.insert(0, "cargo xtask bench".to_owned());
+    let mut arguments = vec!["cargo xtask bench".to_owned()];
+    let mut given = std::env::args().skip(1);
+    while let Some(argument) = given.next() {
+        // What cargo xtask found out.
+        match argument == "--md" {
+            true => drop(given.next()),
+            false => arguments.push(argument),
+        }
+    }
     let rival = sys::find_program("qemu-storage-daemon").map_or_else(String::new, |path| version_of(&path));
     let (reached, all) = results.score();
     let _ = writeln!(text, "```sh\n{}\n```\n", arguments.join(" "));

@@ -13,6 +13,7 @@
 
 pub mod cases;
 pub mod fabric;
+pub mod hot_path;
 pub mod idle;
 pub mod load;
 pub mod pools;

@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use super::cases::{Case, Goal};
 use super::fabric;
+use super::hot_path;
 use super::idle::{DISKS, GOAL_PERCENT, IdleOutcome};
 use super::load::Measured;
 use super::pools;
@@ -170,6 +171,10 @@ pub struct Results {
     pub fabric: Vec<fabric::Outcome>,
     /// One per case of pools.
     pub pools: Vec<pools::Outcome>,
+    /// What Linux md does for a small write, as it was found in a guest: lines `array: counts`.
+    pub md: Vec<String>,
+    /// Lines about the hot path alone.
+    pub hot_path: Vec<hot_path::Line>,
     /// One per device on which the in-flight log was measured.
     pub inflight: Vec<InflightOutcome>,
     /// What an idle daemon used, if that was measured.
@@ -246,8 +251,29 @@ impl Results {
                     }
                     _ => String::new(),
                 };
-                let name = outcome.case.name().to_owned();
+                let name = outcome.case.name();
                 rows.push(vec![name, beside, itself, meaning, format!("{:.2}", outcome.value()), goal]);
+            }
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
+        if !self.md.is_empty() {
+            let mut rows = vec![
+                ["Linux md", "members get, for each 4 KiB written at random"].map(String::from).to_vec(),
+            ];
+            for line in &self.md {
+                let (array, counts) = line.split_once(": ").unwrap_or((line, ""));
+                rows.push(vec![array.to_owned(), counts.to_owned()]);
+            }
+            text.push('\n');
+            text.push_str(&table(&rows));
+        }
+        if !self.hot_path.is_empty() {
+            let mut rows = vec![["the hot path alone", "", "", "goal"].map(String::from).to_vec()];
+            for line in &self.hot_path {
+                let [first, second] = line.numbers.clone();
+                let goal = format!("{} {}", line.goal, Verdict::of(line.reached).word());
+                rows.push(vec![line.name.clone(), first, second, goal]);
             }
             text.push('\n');
             text.push_str(&table(&rows));
@@ -329,6 +355,12 @@ impl Results {
             ]);
         }
         let mut text = table(&rows);
+        for outcome in &self.pools {
+            if let Some(first) = outcome.disturbed.first() {
+                let (name, count) = (outcome.case.name(), outcome.disturbed.len());
+                let _ = writeln!(text, "\n{name}: {count} samples kept though disturbed, e.g. {first}");
+            }
+        }
         for (name, reason) in &self.failures {
             let _ = writeln!(text, "\n{name} did not run: {reason}");
         }
@@ -342,7 +374,9 @@ impl Results {
         let fabric = self.fabric.iter().map(|o| Verdict::of(o.reached()));
         let idle = self.idle.iter().map(Self::idle_verdict);
         let pools = self.pools.iter().filter_map(|o| o.reached().map(Verdict::of));
-        let all: Vec<Verdict> = verdicts.chain(fabric).chain(pools).chain(inflight).chain(idle).collect();
+        let hot_path = self.hot_path.iter().map(|line| Verdict::of(line.reached));
+        let all: Vec<Verdict> =
+            verdicts.chain(fabric).chain(pools).chain(hot_path).chain(inflight).chain(idle).collect();
         (all.iter().filter(|&&v| v == Verdict::Reached).count(), all.len())
     }
 }

@@ -4,22 +4,28 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::cases::{Backing, Case, Goal, Rival, Shape, all};
 use super::fabric;
+use super::hot_path;
 use super::idle;
 use super::load::{Load, Maker, Measured, run_json};
 use super::pools;
 use super::quiet::{Guard, Sample};
 use super::results::{InflightOutcome, Outcome, Results, Series};
-use super::servers::{Place, PoolServer, Server, hawser, linked_hawser, rival, show_device};
+use super::servers::{Place, Server, hawser, linked_hawser, rival, show_device};
 use crate::client::options::Mix;
 use crate::sys::TempDir;
 use crate::to_usize;
 
 /// The case of a daemon that has nothing to do.
 const IDLE: &str = "idle";
+/// What `--only` is matched against.
+fn hot_path_name(bench: &str) -> String {
+    format!("hot-path/{bench}")
+}
+
 /// Share of the time for which a client may wait for its CPU.
 const WAITED_MAX: f64 = 0.02;
 
@@ -61,15 +67,20 @@ pub struct Plan {
 }
 
 /// A server together with the way to load it.
-struct Candidate<'a> {
-    server: &'a Server,
-    batch: u16,
-    configuration: String,
+pub(super) struct Candidate<'a> {
+    pub(super) server: &'a Server,
+    pub(super) batch: u16,
+    pub(super) configuration: String,
 }
 
 impl Plan {
     fn wants(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+
+    /// Whether a bench of the hot path alone is wanted; `cargo test` runs it for a moment, so nothing else does.
+    pub fn wants_hot_path(&self, bench: &str) -> bool {
+        self.scout && self.wants(&hot_path_name(bench))
     }
 
     /// Runs everything that is wanted. A case that cannot run is in [`Results::failures`].
@@ -111,7 +122,7 @@ impl Plan {
         }
         let wanted: Vec<pools::Case> = pools::Case::ALL
             .into_iter()
-            .filter(|case| self.wants(case.name()) && (!self.goals || case.goal().is_some()))
+            .filter(|case| self.wants(&case.name()) && (!self.goals || case.goal().is_some()))
             .collect();
         if !wanted.is_empty()
             && let Err(reason) = self.run_pools(&wanted, &place, &mut guard, &mut results)
@@ -119,6 +130,16 @@ impl Plan {
             let left = wanted.len() - results.pools.len();
             eprintln!("pool/… ({left} cases): {reason}");
             results.failures.push((format!("pool/… ({left} cases)"), reason));
+        }
+        for bench in hot_path::BENCHES.into_iter().filter(|bench| self.wants_hot_path(bench)) {
+            match hot_path::run(bench, self.cpus[1]) {
+                Ok(lines) => results.hot_path.extend(lines),
+                Err(reason) => {
+                    let name = hot_path_name(bench);
+                    eprintln!("{name}: {reason}");
+                    results.failures.push((name, reason));
+                }
+            }
         }
         for backing in [Backing::Null, Backing::Mem] {
             let name = format!("inflight/{}", backing.name());
@@ -236,86 +257,7 @@ impl Plan {
         Ok(outcome)
     }
 
-    fn run_pools(
-        &self,
-        cases: &[pools::Case],
-        place: &Place<'_>,
-        guard: &mut Guard,
-        results: &mut Results,
-    ) -> Result<(), String> {
-        // Each attempt to take latencies has extents of its own, of the full volume and of the empty one.
-        let extents = (place.bytes >> 20).min(512);
-        let pools = PoolServer::start(&self.hawser, self.poll_us, place, extents << 21)?;
-        let failed = |e: String| format!("{e}: {}", pools.server.complaint());
-        let volumes = ["r0", "r1"].map(|pool| pools.add_volume(pool, "v", place.bytes));
-        let [r0, r1] = volumes;
-        let (bare, r0, r1) = (pools.server.socket().to_owned(), r0?, r1?);
-        for socket in [&bare, &r0, &r1] {
-            self.fill_socket(&pools.server, socket).map_err(failed)?;
-        }
-        let mut say = |outcome: pools::Outcome| {
-            let [beside, itself, meaning] = outcome.words();
-            eprintln!("{:42} {itself}; {beside}; {meaning}: {:.2}", outcome.case.name(), outcome.value());
-            results.pools.push(outcome);
-        };
-        for &case in cases {
-            let Some(shape) = case.shape() else { continue };
-            let way = Candidate { server: &pools.server, batch: shape.depth, configuration: String::new() };
-            let volume = if matches!(case, pools::Case::Raid0(_)) { &r0 } else { &r1 };
-            let mut both = [Series::default(), Series::default()];
-            for _ in 0..self.rounds {
-                for (socket, series) in [&bare, volume].into_iter().zip(&mut both) {
-                    let load = Load { socket: socket.clone(), ..self.load(shape, &way) };
-                    let sample = self.sample_load(&load, guard, &pools.server.pids()).map_err(failed)?;
-                    series.samples.push(sample.value);
-                    series.repeated += sample.repeated;
-                    series.disturbed.extend(sample.disturbed);
-                }
-            }
-            let repeated = both[0].repeated + both[1].repeated;
-            let disturbed = both.iter().flat_map(|series| series.disturbed.clone()).collect();
-            let [bare, thin] = both;
-            let found = pools::Found::Loads { bare, thin };
-            say(pools::Outcome { case, found, repeated, disturbed });
-        }
-        let latencies: Vec<pools::Case> =
-            cases.iter().copied().filter(|case| case.shape().is_none()).collect();
-        if latencies.is_empty() {
-            return Ok(());
-        }
-        // All that is free (as of a second ago) is written once, so that its memory is there, and is free again.
-        std::thread::sleep(Duration::from_millis(1500));
-        let free = pools.free_bytes("r1")?;
-        let socket = pools.add_volume("r1", "t", free)?;
-        self.fill_socket(&pools.server, &socket).map_err(failed)?;
-        pools.remove_volume("r1", "t")?;
-        let begin = Instant::now();
-        while pools.free_bytes("r1")? < free {
-            if begin.elapsed() > Duration::from_secs(30) {
-                return Err(failed("what a volume had is not free after 30 s".to_owned()));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let empty = pools.add_volume("r1", "w", extents << 20)?;
-        pools.snapshot("r1", "v", "s")?;
-        let mut prober = pools::Prober::new(&empty, &r1, extents, self.cpus[1])?;
-        let attempts = u64::from(self.rounds) * (u64::from(self.retries) + 1);
-        let count = ((extents - 1) / attempts).clamp(1, 100);
-        let (mut rounds, mut repeated, mut disturbed) = (Vec::new(), 0, Vec::new());
-        for _ in 0..self.rounds {
-            let sample = guard.run(&pools.server.pids(), || prober.probe(count), |_| None).map_err(failed)?;
-            rounds.push(sample.value);
-            repeated += sample.repeated;
-            disturbed.extend(sample.disturbed);
-        }
-        for case in latencies {
-            let found = pools::Found::Latencies(rounds.clone());
-            say(pools::Outcome { case, found, repeated, disturbed: disturbed.clone() });
-        }
-        Ok(())
-    }
-
-    fn load(&self, shape: Shape, way: &Candidate<'_>) -> Load {
+    pub(super) fn load(&self, shape: Shape, way: &Candidate<'_>) -> Load {
         Load {
             socket: way.server.socket().to_owned(),
             shape,
@@ -338,7 +280,12 @@ impl Plan {
         self.sample_load(&self.load(shape, way), guard, pids)
     }
 
-    fn sample_load(&self, load: &Load, guard: &mut Guard, pids: &[u32]) -> Result<Sample<Measured>, String> {
+    pub(super) fn sample_load(
+        &self,
+        load: &Load,
+        guard: &mut Guard,
+        pids: &[u32],
+    ) -> Result<Sample<Measured>, String> {
         let judge = |measured: &Measured| {
             let waited = measured.waited * 100.0;
             (measured.waited > WAITED_MAX)
@@ -370,7 +317,7 @@ impl Plan {
         self.fill_socket(server, server.socket())
     }
 
-    fn fill_socket(&self, server: &Server, socket: &Path) -> Result<(), String> {
+    pub(super) fn fill_socket(&self, server: &Server, socket: &Path) -> Result<(), String> {
         let shape = Shape { mix: Mix::Write, kib: 128, depth: 8 };
         let way = Candidate { server, batch: 8, configuration: String::new() };
         let socket = socket.to_owned();

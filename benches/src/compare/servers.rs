@@ -14,14 +14,14 @@ use super::fabric::Link;
 use crate::sys::{Child, TempDir, find_program, spawn_group};
 
 /// How long a server may take to be ready.
-const READY: Duration = Duration::from_secs(30);
+pub(super) const READY: Duration = Duration::from_secs(30);
 
 /// A running server.
 pub struct Server {
-    children: Vec<Child>,
-    socket: PathBuf,
+    pub(super) children: Vec<Child>,
+    pub(super) socket: PathBuf,
     // After the children: fields are dropped in order.
-    folder: TempDir,
+    pub(super) folder: TempDir,
 }
 
 impl Server {
@@ -42,7 +42,7 @@ impl Server {
         lines[lines.len().saturating_sub(5)..].join(" | ")
     }
 
-    fn start_child(&mut self, mut command: Command, cpu: Option<usize>) -> Result<(), String> {
+    pub(super) fn start_child(&mut self, mut command: Command, cpu: Option<usize>) -> Result<(), String> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log"));
         let log = log.map_err(|e| format!("log: {e}"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
@@ -50,7 +50,7 @@ impl Server {
         Ok(())
     }
 
-    fn wait(&mut self) -> Result<(), String> {
+    pub(super) fn wait(&mut self) -> Result<(), String> {
         let socket = self.socket.clone();
         let last = self.children.last_mut().ok_or("no server")?;
         last.wait_for_socket(&socket, READY).map_err(|e| format!("{e}: {}", self.complaint()))
@@ -143,98 +143,6 @@ pub fn linked_hawser(
     Ok((server, sockets))
 }
 
-/// A daemon with a bare device and, beside it, pools of the same kind of devices.
-pub struct PoolServer {
-    /// The daemon; its first socket is the bare device's.
-    pub server: Server,
-    program: PathBuf,
-}
-
-impl PoolServer {
-    /// Starts `hawser` with a bare device `d` of `place.bytes` and the pools `r0` (RAID 0) and `r1` (RAID 1), that have room for
-    /// a volume of as many bytes and `more_bytes` besides.
-    pub fn start(program: &Path, poll_us: u32, place: &Place<'_>, more_bytes: u64) -> Result<Self, String> {
-        let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
-        let socket = folder.path().join("d");
-        let mut server = Server { children: Vec::new(), socket, folder };
-        // The pool's own tables take some megabytes of each member. Memory that is not written is not taken.
-        let size_member = size(place.bytes + more_bytes + (256 << 20));
-        let device =
-            |name: &str, size: &str| format!("[[device]]\nname = \"{name}\"\nuri = \"mem:?size={size}\"\n\n");
-        let members: String = MEMBERS.iter().flatten().map(|name| device(name, &size_member)).collect();
-        let text = head(server.folder.path(), "d", poll_us, &[place.cpu])
-            + &device("d", &size(place.bytes))
-            + &members
-            + &format!(
-                "[[disk]]\nname = \"d\"\ndevice = \"d\"\nsocket = \"{}\"\nqueues = 1\n",
-                server.socket.display()
-            );
-        let config = write(server.folder.path(), "pools.toml", &text)?;
-        server.start_child(serve(program, &config), Some(place.cpu))?;
-        server.wait()?;
-        let api = server.folder.path().join("d.api");
-        let child = server.children.last_mut().ok_or("no server")?;
-        child.wait_for_socket(&api, READY).map_err(|e| e.to_string())?;
-        let pools = PoolServer { server, program: program.to_owned() };
-        for (name, members) in [("r0", MEMBERS[0]), ("r1", MEMBERS[1])] {
-            let level = if name == "r0" { "raid0" } else { "raid1" };
-            pools.ask(&["pool", "create", name, members[0], members[1], "--raid", level])?;
-        }
-        Ok(pools)
-    }
-
-    /// Makes a volume, and offers it; its socket.
-    pub fn add_volume(&self, pool: &str, name: &str, bytes: u64) -> Result<PathBuf, String> {
-        let (path, disk) = (format!("{pool}/{name}"), format!("{pool}-{name}"));
-        let socket = self.server.folder.path().join(&disk);
-        self.ask(&["volume", "create", &path, "--size", &size(bytes)])?;
-        let at = socket.to_string_lossy();
-        self.ask(&["disk", "add", &disk, "--volume", &path, "--socket", &at])?;
-        let begin = Instant::now();
-        while !socket.exists() {
-            if begin.elapsed() > READY {
-                return Err(format!("{path} is not offered after {READY:?}: {}", self.server.complaint()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(socket)
-    }
-
-    /// Deletes a volume and what offers it.
-    pub fn remove_volume(&self, pool: &str, name: &str) -> Result<(), String> {
-        self.ask(&["disk", "remove", &format!("{pool}-{name}")])?;
-        self.ask(&["volume", "delete", &format!("{pool}/{name}")]).map(drop)
-    }
-
-    /// Bytes that no volume has, as of a second ago at most.
-    pub fn free_bytes(&self, pool: &str) -> Result<u64, String> {
-        let answer = self.ask(&["pool", "status", pool, "--json"])?;
-        free_bytes(&answer).ok_or_else(|| format!("pool status {pool}: no free_bytes in {answer}"))
-    }
-
-    /// Takes a snapshot of a volume.
-    pub fn snapshot(&self, pool: &str, name: &str, snapshot: &str) -> Result<(), String> {
-        self.ask(&["volume", "snapshot", &format!("{pool}/{name}"), snapshot]).map(drop)
-    }
-
-    fn ask(&self, what: &[&str]) -> Result<String, String> {
-        let answer = Command::new(&self.program)
-            .args(what)
-            .arg("--api")
-            .arg(self.server.folder.path().join("d.api"))
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|e| format!("{}: {e}", self.program.display()))?;
-        match answer.status.success() {
-            true => Ok(String::from_utf8_lossy(&answer.stdout).into_owned()),
-            false => Err(format!("{}: {}", what.join(" "), String::from_utf8_lossy(&answer.stderr).trim())),
-        }
-    }
-}
-
-/// The devices of the pools.
-const MEMBERS: [[&str; 2]; 2] = [["a0", "a1"], ["b0", "b1"]];
-
 /// Starts `hawser` on both CPUs with several disks, each on a device of its own; their sockets.
 pub fn idle_hawser(
     program: &Path,
@@ -326,14 +234,14 @@ pub fn show_device(program: &Path, server: &Server, device: &str) -> Result<Stri
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
 
-fn serve(program: &Path, config: &Path) -> Command {
+pub(super) fn serve(program: &Path, config: &Path) -> Command {
     let mut command = Command::new(program);
     command.arg("serve").arg("--config").arg(config).env("RUST_LOG", "warn");
     command
 }
 
 /// Sizes in hawser's configuration say their unit.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     format!("{}KiB", bytes / 1024)
 }
 
@@ -341,7 +249,7 @@ fn nvme_uri(address: &str, nqn: &str) -> String {
     format!("nvme+tcp://{address}/{nqn}?nsid=1")
 }
 
-fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
+pub(super) fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> String {
     let folder = folder.display();
     // Host identities differ: a machine is an initiator once under each.
     static HOSTS: AtomicU32 = AtomicU32::new(0);
@@ -373,7 +281,7 @@ fn subsystem(nqn: &str, ports: &[u16]) -> String {
     )
 }
 
-fn write(folder: &Path, name: &str, text: &str) -> Result<PathBuf, String> {
+pub(super) fn write(folder: &Path, name: &str, text: &str) -> Result<PathBuf, String> {
     let path = folder.join(name);
     std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
     Ok(path)
@@ -414,22 +322,9 @@ fn listen_address(status: &str) -> Option<String> {
     (!address.ends_with(":0")).then(|| address.to_owned())
 }
 
-fn free_bytes(status: &str) -> Option<u64> {
-    let value: serde_json::Value = serde_json::from_str(status).ok()?;
-    let pool = value.get(0).unwrap_or(&value);
-    pool.get("free_bytes")?.as_u64()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_free_space_is_found_in_a_status() {
-        assert_eq!(free_bytes(r#"[{"name": "r1", "free_bytes": 4096}]"#), Some(4096));
-        assert_eq!(free_bytes(r#"{"name": "r1", "free_bytes": 4096}"#), Some(4096));
-        assert_eq!(free_bytes("[]"), None);
-    }
 
     #[test]
     fn the_bound_address_is_found_in_a_status() {

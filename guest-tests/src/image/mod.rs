@@ -24,7 +24,7 @@ pub use disk::{DISK_BYTES, ROOT_BYTES, ROOT_START, SCRATCH_PARTITION};
 pub use release::Release;
 
 /// Changes with every change of the recipe that the scripts and package versions do not show.
-const RECIPE: u32 = 6;
+const RECIPE: u32 = 7;
 
 /// Packages whose installed files go into an image; the kernel is only downloaded.
 const PACKAGES: [&str; 11] = [

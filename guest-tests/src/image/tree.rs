@@ -19,7 +19,7 @@ const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "
 
 /// What a guest may load later: a network card, the kernel's NVMe target and initiator, a block device for them; SCSI disks of
 /// QEMU's, and Linux md on them; RDMA over a network interface (Soft-RoCE), and NVMe over that.
-const ROOT_MODULES: [&str; 28] = [
+const ROOT_MODULES: [&str; 29] = [
     "virtio_net",
     "configfs",
     "crct10dif_generic",
@@ -41,6 +41,7 @@ const ROOT_MODULES: [&str; 28] = [
     "raid0",
     "raid1",
     "raid10",
+    "raid456",
     "dummy",
     "crc32_generic",
     "rdma_rxe",

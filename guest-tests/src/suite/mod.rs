@@ -17,6 +17,7 @@ mod rdma;
 mod reboot;
 mod resize;
 mod restart;
+mod small_writes;
 mod stuck;
 
 use crate::Result;
@@ -26,6 +27,7 @@ use crate::qemu::EMULATORS_FAULT;
 use std::time::Instant;
 
 pub use pieces::{Served, boot, verify_options};
+pub use small_writes::lines as md_small_writes;
 
 /// How a test ended, other than by an error.
 pub enum Outcome {
@@ -72,6 +74,7 @@ pub const TESTS: &[Test] = &[
     test("our_initiator_over_rdma_verifies_on_the_kernel_target", BOTH, rdma::initiator),
     test("kernel_initiator_over_rdma_verifies_on_our_target_that_restarts", BOTH, rdma::target_of_ours),
     test("linux_md_reads_what_pools_wrote", OLD, placement::md),
+    test("linux_md_counts_its_small_writes", OLD, small_writes::count),
     test("a_vm_boots_from_a_raid1_pool_while_a_member_dies_and_returns", NEW, pools::raid1),
     test("a_vm_boots_from_a_raid10_pool_while_a_member_dies_and_returns", OLD, pools::raid10),
     test("a_vm_boots_from_a_raid5_pool_while_a_member_dies_and_returns", OLD, pools::raid5),

@@ -276,6 +276,17 @@ impl Numbers {
                 one(metric, &[("pool", pool.name.as_str())], repaired)
             })
         })?;
+        let logs: [Size; 2] = [
+            ("pool_parity_log_writes", "Writes to members' parity logs", |pool| pool.parity_log_writes),
+            ("pool_parity_log_bytes", "Bytes of them", |pool| pool.parity_log_bytes),
+        ];
+        for (name, help, count) in logs {
+            counter(encoder, name, help, |metric| {
+                self.pools.iter().try_for_each(|pool| {
+                    count(pool).map_or(Ok(()), |count| one(metric, &[("pool", pool.name.as_str())], count))
+                })
+            })?;
+        }
         type Done = (&'static str, &'static str, fn(&TaskView) -> u64);
         let tasks: [Done; 2] = [
             ("pool_task_done", "Bytes of members that are done", |task| task.done_bytes),

@@ -28,6 +28,10 @@ pub struct PoolView {
     pub metadata_bytes: Option<u64>,
     /// Of that, in use.
     pub metadata_used_bytes: Option<u64>,
+    /// Writes to members' parity logs since it was opened.
+    pub parity_log_writes: Option<u64>,
+    /// Their bytes.
+    pub parity_log_bytes: Option<u64>,
     /// All members, and then the spares.
     pub members: Vec<MemberView>,
     /// What goes on, and what has ended last.

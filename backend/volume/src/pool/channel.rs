@@ -330,13 +330,18 @@ impl VolumeChannel {
                 return;
             }
             let mut bounce = core.place.spare.take(len + self.plan.parity_bytes as usize);
-            bounce.copy_payload(0, &request.buffers);
+            if self.plan.stripes.is_empty() {
+                bounce.copy_payload(0, &request.buffers);
+            }
+            // One after the other: what was just copied is still in the cache.
             for stripe in &self.plan.stripes {
                 let stripes = &parity_of(&self.view, stripe).stripes;
                 let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
+                let (start, data) = (stripe.start as usize, usize::from(stripes.data_strips()));
+                bounce.copy_payload(start, &request.buffers.slice(start, data * strip));
                 let p = stripe.parity as usize;
                 let q = (stripes.parities() == 2).then_some(p + strip);
-                bounce.sums(stripe.start as usize, strip, usize::from(stripes.data_strips()), p, q);
+                bounce.sums(start, strip, data, p, q);
             }
             core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
             copy = Some(bounce);

@@ -341,6 +341,8 @@ pub struct PoolView {
     pub metadata_bytes: u64,
     /// Of that, in use.
     pub metadata_used_bytes: u64,
+    /// Writes to members' parity logs since it was opened, and their bytes.
+    pub parity_log: (u64, u64),
     /// What is wrong, each a line; empty: nothing.
     pub troubles: Vec<String>,
     /// Regions whose copies, or parity, may not be right, or that a member lacks.
@@ -370,6 +372,7 @@ impl PoolView {
             free_bytes: 0,
             metadata_bytes: 0,
             metadata_used_bytes: 0,
+            parity_log: (0, 0),
             troubles: Vec::new(),
             unsynced_regions: 0,
             is_degraded: false,

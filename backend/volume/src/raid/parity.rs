@@ -8,6 +8,7 @@
 
 use super::{AtomicBits, Ring, Stripes};
 use crate::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Words: 32 KiB of them.
@@ -29,6 +30,9 @@ pub struct Parity {
     /// 1: the members know that whole stripes are written without the log.
     unlogged: AtomicU8,
     ring: Mutex<Ring>,
+    /// Writes to members' parity logs, headers too, and their bytes: only counted.
+    log_writes: AtomicU64,
+    log_bytes: AtomicU64,
 }
 
 impl Parity {
@@ -42,7 +46,21 @@ impl Parity {
             doubtful: AtomicBits::new(regions),
             unlogged: AtomicU8::new(0),
             ring: Mutex::new(Ring::new(pages)),
+            log_writes: AtomicU64::new(0),
+            log_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// One member's parity log is written to.
+    pub fn count_log_write(&self, bytes: usize) {
+        self.log_writes.fetch_add(1, Ordering::Relaxed);
+        self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Writes to members' parity logs since this was made, and their bytes.
+    #[must_use]
+    pub fn log_writes(&self) -> (u64, u64) {
+        (self.log_writes.load(Ordering::Relaxed), self.log_bytes.load(Ordering::Relaxed))
     }
 
     /// Whether a whole stripe may be written without the log.

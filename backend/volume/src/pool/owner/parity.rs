@@ -9,7 +9,7 @@ use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
 use crate::pool::wait::all;
-use crate::raid::{Piece, Set};
+use crate::raid::{Parity, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::ops::Range;
@@ -18,8 +18,6 @@ use std::sync::Arc;
 
 /// The most of each strip that is made right at a time.
 const COLUMNS_MAX: u64 = 256 << 10;
-/// What of each member is made right beside each other.
-const BESIDE_BYTES: u64 = 512 << 10;
 
 impl Owner {
     pub(crate) fn ways(&self) -> Ways {
@@ -178,7 +176,7 @@ impl Owner {
         };
         let targets: Vec<(u16, Leaf)> =
             self.targets().into_iter().filter(|(member, _)| is_of(set, *member)).collect();
-        self.put_parity_header(parity.log_offset, &header, &targets).await
+        self.put_parity_header(parity, &header, &targets).await
     }
 
     /// Begins the log of a set that is just being made, on one of its members.
@@ -214,19 +212,20 @@ impl Owner {
         // In both places: what stood there is of another time.
         for number_before in [last.saturating_sub(1), last] {
             let header = ParityHeader { number: number_before, released, key, unlogged };
-            self.put_parity_header(parity.log_offset, &header, &[(number, leaf.clone())]).await?;
+            self.put_parity_header(parity, &header, &[(number, leaf.clone())]).await?;
         }
         Ok(())
     }
 
     async fn put_parity_header(
         self: &Rc<Self>,
-        log_offset: u64,
+        parity: &Parity,
         header: &ParityHeader,
         targets: &[(u16, Leaf)],
     ) -> Outcome {
         let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
-        let offset = log_offset + header.number % 2 * PAGE_BYTES as u64;
+        targets.iter().for_each(|_| parity.count_log_write(PAGE_BYTES));
+        let offset = parity.log_offset + header.number % 2 * PAGE_BYTES as u64;
         let since = self.shared.joins();
         let results = self.lanes.write_to_all(targets, offset, &bounce, PAGE_BYTES, true).await;
         for (member, outcome) in results {
@@ -246,22 +245,19 @@ impl Owner {
     ) -> Result<u64, Status> {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
-        let step = strip.min(COLUMNS_MAX);
-        let columns: Vec<(u64, u64)> = (rows.start / strip..rows.end.div_ceil(strip))
-            .flat_map(|number| (0..strip.div_ceil(step)).map(move |part| (number, part * step)))
-            .collect();
         let mut wrong = 0;
-        // Beside each other, or the way to the members and back is all that it does.
-        for some in columns.chunks(usize::try_from(BESIDE_BYTES / step).expect("a window is small")) {
-            let mended = some.iter().map(|(number, within)| {
-                let (view, since) = (&view, self.shared.joins());
-                let len = usize::try_from(step.min(strip - within)).expect("a strip is small");
-                async move {
-                    let row = Row { since, ..Row::new(view, set, *number, *within, len) };
-                    self.mend_columns(&row).await
-                }
-            });
-            for mended in all(mended).await {
+        let len = COLUMNS_MAX.min(strip);
+        let mut parts = Vec::new();
+        for number in rows.start / strip..rows.end.div_ceil(strip) {
+            parts.extend((0..strip / len).map(|part| (number, part * len)));
+        }
+        let at_once = usize::try_from(COLUMNS_MAX / len).expect("strips have a least size");
+        let len = usize::try_from(len).expect("a strip is small");
+        for parts in parts.chunks(at_once) {
+            let since = self.shared.joins();
+            let row = |&(number, within)| Row { since, ..Row::new(&view, set, number, within, len) };
+            let rows: Vec<Row<'_>> = parts.iter().map(row).collect();
+            for mended in all(rows.iter().map(|row| self.mend_columns(row))).await {
                 wrong += mended?;
             }
         }

@@ -29,6 +29,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 const WINDOW_BYTES: u64 = 1 << 20;
 /// So many pieces of it at a time.
 const BESIDE: usize = 16;
+/// How much of a delay is caught up with, where a rate was asked for: timers and others at work make each pause a little longer.
+const CATCH_UP: Duration = Duration::from_millis(10);
 
 pub(super) const SCRUB: &str = "scrub";
 
@@ -41,6 +43,8 @@ pub(crate) struct Work {
     /// The last resync or rebuild, and the last scrub.
     pub(super) last: [Cell<Option<Progress>>; 2],
     pub(super) scrub_wanted: RefCell<Option<bool>>,
+    /// When what was copied last was due.
+    due: Cell<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -406,14 +410,16 @@ impl Owner {
         (first..last).any(|extent| u32::try_from(before + extent).is_ok_and(|extent| !meta.is_free(extent)))
     }
 
-    /// Keeps within the rate that was asked for.
+    /// Keeps within the rate that was asked for, with what began then.
     pub(super) async fn throttle(&self, began: Instant, bytes: u64) {
         let rate = self.options.sync_bytes_per_second;
         if rate == 0 {
             return;
         }
-        let due = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
-        self.runtime.sleep_until(began + due).await;
+        let from = self.work.due.get().filter(|due| *due + CATCH_UP >= began).unwrap_or(began);
+        let due = from + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
+        self.work.due.set(Some(due));
+        self.runtime.sleep_until(due).await;
     }
 }
 

@@ -137,6 +137,13 @@ impl Owner {
             free_bytes,
             metadata_bytes: u64::from(book.layout.metadata_pages) * 4096,
             metadata_used_bytes: u64::from(meta.metadata_pages_used()) * 4096,
+            parity_log: view
+                .array
+                .sets()
+                .iter()
+                .filter_map(|set| set.parity())
+                .map(|parity| parity.log_writes())
+                .fold((0, 0), |(writes, bytes), (more, more_bytes)| (writes + more, bytes + more_bytes)),
             troubles,
             unsynced_regions: view
                 .array

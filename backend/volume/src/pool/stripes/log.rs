@@ -128,6 +128,7 @@ impl Ways {
             // Rather those that the change does not go to.
             let others = each(in_sync & !slots).chain(each(in_sync & slots));
             let writes = others.take(count).map(|slot| async move {
+                row.parity.count_log_write(len);
                 (slot, self.write_unless_out(row, slot, (offset, true), bounce, len).await)
             });
             let mut is_whole = true;
