@@ -16,9 +16,9 @@ programs() {
     cp /mnt/hawser /mnt/libhawser_verbs.so /mnt/blkclient /run/p
 }
 
-# rdma_modules, rdma_up: an RDMA device.
+# rdma_modules, rdma_up [INTERFACE]: an RDMA device.
 rdma_modules() { modules crc32_generic rdma_rxe ib_uverbs rdma_ucm; }
-rdma_up() { rdma link add rxe0 type rxe netdev eth0; }
+rdma_up() { rdma link add rxe0 type rxe netdev "${1:-eth0}"; }
 
 # kernel_target BYTES_IN_MIB: a namespace in memory behind nvmet-rdma.
 kernel_target() {

@@ -90,6 +90,10 @@ pub trait Driver {
     fn now(&self) -> Instant;
     /// The next random number: seeded in the simulator. Not for secrets.
     fn random(&mut self) -> u64;
+    /// In the simulator: how long a thread takes to do what was given to it ([`crate::Runtime::on_thread`]).
+    fn thread_takes(&mut self) -> std::time::Duration {
+        std::time::Duration::ZERO
+    }
     /// A new TCP socket (blocking: io_uring would not wait on a non-blocking one) for [`Op::Connect`], as `socket(2)`; `ipv6` chooses the family.
     ///
     /// # Errors

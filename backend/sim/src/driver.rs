@@ -1,6 +1,7 @@
 //! One reactor's driver in a simulated world.
 
 use crate::net::Side;
+use crate::verbs::FD_BASE;
 use crate::world::World;
 use hawser_runtime::{Completed, Driver, Fd, Instant, Op, Wait};
 use std::io;
@@ -15,6 +16,8 @@ pub(crate) struct SimDriver {
     world: World,
     index: usize,
     under_way: Vec<Pending>,
+    /// Waits for descriptors of verbs.
+    polls: Vec<(u64, i32)>,
     completed: Vec<(u64, Completed)>,
 }
 
@@ -31,7 +34,7 @@ struct Pending {
 
 impl SimDriver {
     pub(crate) fn new(world: World, index: usize) -> SimDriver {
-        SimDriver { world, index, under_way: Vec::new(), completed: Vec::new() }
+        SimDriver { world, index, under_way: Vec::new(), polls: Vec::new(), completed: Vec::new() }
     }
 
     /// Moves everything on that can move at this time, in random order.
@@ -161,14 +164,24 @@ impl Driver for SimDriver {
         };
         let not_before = state.now + Duration::from_nanos(wait);
         drop(state);
-        if let Op::PollReadable { .. } = op {
-            // Nothing ever becomes readable by itself: who posts says so by other means.
+        if let Op::PollReadable { fd } = op {
+            // Nothing else ever becomes readable by itself: who posts says so by other means.
+            if fd.0 >= FD_BASE {
+                self.polls.push((user, fd.0));
+                if let Some(verbs) = self.world.state.borrow().verbs {
+                    verbs.own(fd.0, self.index);
+                }
+            }
             return;
         }
         self.under_way.push(Pending { user, op: *op, not_before, sent: 0, cancelled: Instant::NEVER });
     }
 
     fn cancel(&mut self, user: u64) {
+        if let Some(place) = self.polls.iter().position(|(poll, _)| *poll == user) {
+            self.polls.remove(place);
+            self.completed.push((user, Completed { result: -libc::ECANCELED, more: false }));
+        }
         let state = &mut *self.world.state.borrow_mut();
         for entry in self.under_way.iter_mut().filter(|entry| entry.user == user) {
             let wait = if state.random.chance(700) { 0 } else { state.random.below(2_000_000) };
@@ -186,11 +199,18 @@ impl Driver for SimDriver {
 
     fn reap(&mut self, out: &mut Vec<(u64, Completed)>) {
         self.progress();
+        let (now, verbs) = (self.world.now(), self.world.state.borrow().verbs);
+        if let Some(verbs) = verbs {
+            verbs.progress(now);
+            let ready = self.polls.iter().filter(|(_, fd)| verbs.take_signal(*fd));
+            self.completed.extend(ready.map(|(user, _)| (*user, Completed { result: 1, more: true })));
+        }
         out.append(&mut self.completed);
     }
 
     fn quiesce(&mut self) -> bool {
         self.under_way.clear();
+        self.polls.clear();
         self.completed.clear();
         true
     }
@@ -201,6 +221,18 @@ impl Driver for SimDriver {
 
     fn random(&mut self) -> u64 {
         self.world.state.borrow_mut().random.next_u64()
+    }
+
+    /// What is done for RDMA on threads takes its time; files are kept at once.
+    fn thread_takes(&mut self) -> Duration {
+        let state = &mut *self.world.state.borrow_mut();
+        match state.verbs {
+            None => Duration::ZERO,
+            Some(_) => {
+                let shift = state.random.below(12);
+                Duration::from_nanos(1 + state.random.below(2_000_000 >> shift))
+            }
+        }
     }
 
     fn tcp_socket(&mut self, _ipv6: bool) -> io::Result<Fd> {

@@ -9,6 +9,7 @@
 //!       ▼                ▼
 //!    SimDriver ───── SimDriver           one World: the clock moves only when nobody has anything left to do
 //!          └── World ──┘                 TCP: delay, any segmentation, resets, refusals, silence
+//!                │                        RDMA: the same for messages, keys and completions ([`verbs`])
 //! ```
 //!
 //! Invariants:
@@ -22,6 +23,7 @@ pub mod memory;
 pub mod net;
 pub mod random;
 pub mod trap;
+pub mod verbs;
 pub mod world;
 
 pub use client::Client;

@@ -28,7 +28,7 @@ pub enum Sides {
 }
 
 impl Sides {
-    fn has(self, side: Side) -> bool {
+    pub(crate) fn has(self, side: Side) -> bool {
         self == Sides::Both || self == Sides::One(side)
     }
 }

@@ -3,6 +3,7 @@
 use crate::driver::SimDriver;
 use crate::net::{Net, Side, Sides};
 use crate::random::Random;
+use crate::verbs::{Counts, Verbs};
 use hawser_runtime::{Fd, Instant, Reactor, ReactorConfig, ReactorHandle, Runtime};
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -37,6 +38,8 @@ pub(crate) struct State {
     pub(crate) wake_at: Vec<Instant>,
     /// When operations under way end.
     pub(crate) due: Vec<Instant>,
+    /// Where hosts reach targets over RDMA.
+    pub(crate) verbs: Option<Verbs>,
     trace: u64,
 }
 
@@ -70,9 +73,32 @@ impl World {
             reactors: Vec::new(),
             wake_at: Vec::new(),
             due: Vec::new(),
+            verbs: None,
             trace: 0,
         };
         World { state: Rc::new(RefCell::new(state)) }
+    }
+
+    /// From now on this thread's table of verbs ([`crate::verbs::TABLE`]) acts in this world, with its clock and its faults.
+    pub fn with_verbs(&self) {
+        let state = &mut *self.state.borrow_mut();
+        state.verbs = Some(Verbs::new(state.random.next_u64(), state.now));
+    }
+
+    fn verbs(&self) -> Option<Verbs> {
+        self.state.borrow().verbs
+    }
+
+    /// What was seen of verbs.
+    #[must_use]
+    pub fn verbs_counts(&self) -> Counts {
+        self.verbs().map(Verbs::counts).unwrap_or_default()
+    }
+
+    /// Whether a peer, or a request to a device that is under way, may still reach any of this memory.
+    #[must_use]
+    pub fn reaches(&self, memory: &[u8]) -> bool {
+        self.verbs().is_some_and(|verbs| verbs.reaches(memory.as_ptr() as u64, memory.len() as u64))
     }
 
     /// A reactor that lives in this world.
@@ -131,6 +157,9 @@ impl World {
             let index = state.reactors.iter().position(|handle| handle.same(&reactor.runtime().handle()));
             if let Some(index) = index {
                 state.net.kill(index, state.now, &mut state.random);
+                if let Some(verbs) = state.verbs {
+                    verbs.kill(index);
+                }
             }
             index
         };
@@ -154,12 +183,18 @@ impl World {
     pub fn reset(&self, address: SocketAddr, sides: Sides, permille: u64, hold: Duration) {
         let state = &mut *self.state.borrow_mut();
         state.net.reset(address, sides, (permille, hold), state.now, &mut state.random);
+        if let Some(verbs) = state.verbs {
+            verbs.reset(address, sides, permille, hold);
+        }
     }
 
     /// Ends one direction of connections to `address`, each by chance: that side sees the end of them.
     pub fn half_close(&self, address: SocketAddr, side: Side, permille: u64) {
         let state = &mut *self.state.borrow_mut();
         state.net.half_close(address, side, permille, &mut state.random);
+        if let Some(verbs) = state.verbs {
+            verbs.half_close(address, side, permille);
+        }
     }
 
     /// Holds what is on its way to that side of connections to `address`, and what will be, each connection by chance.
@@ -167,11 +202,17 @@ impl World {
         let state = &mut *self.state.borrow_mut();
         let until = state.now + duration;
         state.net.hold(address, side, permille, until, &mut state.random);
+        if let Some(verbs) = state.verbs {
+            verbs.hold(address, side, permille, until);
+        }
     }
 
     /// In so many of 1000 connections that a host ends, that is lost on the way and what it sent before is held up.
     pub fn lose_ends(&self, permille: u64) {
         self.state.borrow_mut().net.lost_ends_permille = permille;
+        if let Some(verbs) = self.verbs() {
+            verbs.lose_ends(permille);
+        }
     }
 
     /// Ends all silences and holds.
@@ -179,12 +220,17 @@ impl World {
         let state = &mut *self.state.borrow_mut();
         state.net.lost_ends_permille = 0;
         state.net.end_silences(state.now);
+        if let Some(verbs) = state.verbs {
+            verbs.clear_network();
+        }
     }
 
     /// When connections were asked for, and where.
     #[must_use]
     pub fn connects(&self) -> Vec<(SocketAddr, Instant)> {
-        self.state.borrow().net.connects.clone()
+        let mut connects = self.state.borrow().net.connects.clone();
+        connects.extend(self.verbs().into_iter().flat_map(Verbs::connects));
+        connects
     }
 
     /// Changes a bit of a byte on its way to or from `address`, past TCP's own checksum; says whether there was any.
@@ -203,6 +249,9 @@ impl World {
         let mut state = self.state.borrow_mut();
         let until = state.now + duration;
         state.net.silence(address, sides, until);
+        if let Some(verbs) = state.verbs {
+            verbs.silence(address, sides, until);
+        }
     }
 
     /// Refuses new connections to `address` from now on, or takes them again.
@@ -211,6 +260,9 @@ impl World {
             if listener.address == address {
                 listener.down = down;
             }
+        }
+        if let Some(verbs) = self.verbs() {
+            verbs.set_down(address, down);
         }
     }
 
@@ -268,6 +320,7 @@ impl World {
                 return Ok(false);
             }
             let waits = state.wake_at.iter().chain(state.due.iter()).copied();
+            let waits = waits.chain(state.verbs.map(Verbs::due));
             let next = waits.chain(state.net.next_event(now)).filter(|at| *at > now).min();
             state.now = next.map_or(at, |next| next.min(at));
         }

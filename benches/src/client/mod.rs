@@ -15,6 +15,7 @@
 mod job;
 pub mod options;
 mod pattern;
+mod regions;
 pub mod report;
 mod run;
 mod verify;

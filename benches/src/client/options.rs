@@ -115,7 +115,11 @@ pub struct Options {
     /// Cuts each request's memory into segments of this size, none of which is the neighbour of the one after it (0: one segment).
     #[arg(long, value_parser = parse_size, default_value = "0")]
     pub segment: u64,
-    /// Queues to set up (default: numjobs).
+    /// Adds a memory region of this size again and again while the jobs run, writes and reads the disk's last bytes by it, and removes it
+    /// (0: none). Takes a queue of its own.
+    #[arg(long, value_parser = parse_size, default_value = "0")]
+    pub churn: u64,
+    /// Queues to set up (default: numjobs, and one for --churn).
     #[arg(long = "num_queues", alias = "libblkio_num_queues")]
     pub num_queues: Option<u16>,
     /// Descriptors per queue (a power of two).

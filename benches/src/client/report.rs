@@ -63,6 +63,9 @@ pub struct Report {
     pub client_involuntary_switches: u64,
     /// Blocks whose contents were checked and right.
     pub verified: u64,
+    /// How often a memory region came and went (`--churn`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regions: Option<u64>,
 }
 
 fn micros(ns: u64) -> f64 {
@@ -101,6 +104,9 @@ impl fmt::Display for Report {
         )?;
         if self.verified > 0 {
             writeln!(f, "verified {} blocks", self.verified)?;
+        }
+        if let Some(regions) = self.regions {
+            writeln!(f, "{regions} memory regions came and went")?;
         }
         Ok(())
     }

@@ -15,12 +15,15 @@ use blkio::{Blkio, Blkioq};
 use super::job::{Job, MEASURE, STOP, Setup, Shared, Totals, WARM};
 use super::options::{Options, Verify, WaitMode};
 use super::pattern::Pattern;
+use super::regions::Regions;
 use super::report::Report;
 use super::verify::{BLOCK_MIN, Ledger};
 use crate::{sys, to_f64, to_u64, to_usize};
 
 /// How often the watchdog looks.
 const WATCH: Duration = Duration::from_millis(100);
+/// How long it pauses where regions come and go.
+const CHURN: Duration = Duration::from_millis(5);
 
 /// Runs what `options` describe and reports; an error is one line for people.
 pub fn run(options: &Options) -> Result<Report, String> {
@@ -70,8 +73,14 @@ pub fn run(options: &Options) -> Result<Report, String> {
         });
     }
     drop(sender);
-    let mut collected = Collected { jobs: usize::from(options.numjobs), totals: Vec::new() };
-    let result = measure(options, &shared, &results, &mut collected);
+    let parts = if range.stride == 0 { 1 } else { u64::from(options.numjobs) };
+    let end = options.offset + parts * range.blocks * options.bs;
+    let mut collected = Collected { jobs: usize::from(options.numjobs), totals: Vec::new(), regions: None };
+    let result = Regions::new(options, &device, queues.next(), end).and_then(|regions| {
+        collected.regions = regions.map(|regions| (&mut device, regions));
+        measure(options, &shared, &results, &mut collected)
+    });
+    drop(collected);
     if result.is_err() {
         shared.phase.store(STOP, Ordering::Relaxed);
         let end = Instant::now() + Duration::from_secs(1);
@@ -133,7 +142,8 @@ fn connect(options: &Options) -> Result<(Blkio, Vec<Blkioq>), String> {
     let only_reads = options.rw.read_percent(options.rwmixread) == 100;
     device.set_bool("read-only", only_reads).map_err(failed)?;
     device.connect().map_err(failed)?;
-    let queues = i32::from(options.num_queues.unwrap_or(options.numjobs));
+    let queues = options.num_queues.unwrap_or(options.numjobs + u16::from(options.churn > 0));
+    let queues = i32::from(queues);
     let (used, unused) = match options.wait_mode {
         WaitMode::Loop => ("num-poll-queues", "num-queues"),
         WaitMode::Eventfd | WaitMode::Block => ("num-queues", "num-poll-queues"),
@@ -232,7 +242,7 @@ fn measure(
     options: &Options,
     shared: &Shared,
     results: &Receiver<Result<Totals, String>>,
-    collected: &mut Collected,
+    collected: &mut Collected<'_>,
 ) -> Result<Report, String> {
     let mut watch = Watch { last: 0, since: Instant::now(), limit: options.stall_timeout };
     let ramp_end = Instant::now() + options.ramp_time;
@@ -244,16 +254,19 @@ fn measure(
     let stop = Reading::take(options)?;
     shared.phase.store(STOP, Ordering::Relaxed);
     collected.until(None, shared, results, &mut watch)?;
-    Ok(report(options, &start, &stop, &collected.totals))
+    let regions = collected.regions.as_ref().map(|(_, regions)| regions.turns());
+    Ok(Report { regions, ..report(options, &start, &stop, &collected.totals) })
 }
 
 /// Results of the jobs that have ended.
-struct Collected {
+struct Collected<'a> {
     jobs: usize,
     totals: Vec<Totals>,
+    /// Regions that come and go meanwhile.
+    regions: Option<(&'a mut Blkio, Regions)>,
 }
 
-impl Collected {
+impl Collected<'_> {
     /// Waits until `end`, or until all jobs have ended, or until one has failed.
     fn until(
         &mut self,
@@ -267,7 +280,12 @@ impl Collected {
             if left.is_zero() {
                 return Ok(());
             }
-            match results.recv_timeout(left.min(WATCH)) {
+            let mut pause = WATCH;
+            if let Some((device, regions)) = &mut self.regions {
+                regions.turn(device)?;
+                pause = CHURN;
+            }
+            match results.recv_timeout(left.min(pause)) {
                 Ok(result) => self.totals.push(result?),
                 Err(RecvTimeoutError::Timeout) => watch.look(shared)?,
                 Err(RecvTimeoutError::Disconnected) => return Err("a job has gone without a result".into()),
@@ -329,5 +347,6 @@ fn report(options: &Options, start: &Reading, stop: &Reading, totals: &[Totals])
         client_waited_share: (stop.waited - start.waited).max(0.0) / seconds,
         client_involuntary_switches: stop.client.involuntary_switches - start.client.involuntary_switches,
         verified: all.verified,
+        regions: None,
     }
 }

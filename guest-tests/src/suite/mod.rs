@@ -72,6 +72,7 @@ pub const TESTS: &[Test] = &[
     test("our_initiator_follows_the_kernel_target_s_paths", BOTH, nvmet::follows),
     test("kernel_initiator_verifies_on_our_target_that_restarts", BOTH, initiator::kernel_initiator),
     test("our_initiator_over_rdma_verifies_on_the_kernel_target", BOTH, rdma::initiator),
+    test("our_initiator_over_rdma_goes_on_when_the_link_was_down", NEW, rdma::link_down),
     test("kernel_initiator_over_rdma_verifies_on_our_target_that_restarts", BOTH, rdma::target_of_ours),
     test("linux_md_reads_what_pools_wrote", OLD, placement::md),
     test("linux_md_counts_its_small_writes", OLD, small_writes::count),

@@ -13,6 +13,7 @@ use crate::process::run;
 use crate::qemu::Qemu;
 use crate::scratch::Scratch;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Shell functions for the guest.
 const LIBRARY: &str = include_str!("../../guest/rdma.sh");
@@ -38,22 +39,41 @@ fn programs(lab: &Lab) -> Result<Vec<PathBuf>> {
     Ok(vec![lab.hawser.clone(), built.join("libhawser_verbs.so"), built.join("blkclient"), keys])
 }
 
+/// A cable between two guests: this end's arguments for QEMU, the first that is started first. The guest has `eth1` at it.
+fn cable(end: u8) -> [String; 4] {
+    let server = if end == 1 { "on" } else { "off" };
+    [
+        "-netdev".into(),
+        format!("stream,id=cable,server={server},addr.type=unix,addr.path=cable.sock"),
+        "-device".into(),
+        format!("virtio-net-pci,netdev=cable,id=nic1,romfile=,mac=52:54:00:00:03:0{end}"),
+    ]
+}
+
+/// Makes a guest an end of the cable, with an RDMA device.
+fn join(guest: &mut Qemu, end: u8) -> Result<()> {
+    let script = format!(
+        "cat > /run/rdma.sh <<'END'\n{LIBRARY}\nADDRESS=10.0.3.{end}\nEND\nset -e; . /run/rdma.sh
+        ip addr add $ADDRESS/24 dev eth1; ip link set eth1 up; rdma_modules; rdma_up eth1"
+    );
+    guest.run_for(&script, 20).map(drop)
+}
+
 impl Bench {
     fn start(lab: &Lab) -> Result<Bench> {
-        let scratch = Scratch::new()?;
+        Bench::start_in(lab, Scratch::new()?, &[])
+    }
+
+    fn start_in(lab: &Lab, scratch: Scratch, more: &[String]) -> Result<Bench> {
         let image = scratch.file("programs.ext4");
         image::of_programs(&programs(lab)?, &scratch.file("programs"), &image)?;
         let drive = format!("file={},format=raw,if=none,id=programs,readonly=on", image.display());
-        let more = [
-            "-m",
-            "768M",
-            "-smp",
-            "2",
-            "-drive",
-            &drive,
-            "-device",
-            "virtio-blk-pci,drive=programs,serial=programs",
-        ];
+        let disk = ["-drive", &drive, "-device", "virtio-blk-pci,drive=programs,serial=programs"];
+        let more: Vec<&str> = ["-m", "768M", "-smp", "2"]
+            .into_iter()
+            .chain(disk)
+            .chain(more.iter().map(String::as_str))
+            .collect();
         let mut guest = Qemu::from_kernel("rdma", &lab.image, scratch.path(), lab.accel, &[], &more)?;
         guest
             .run(&format!("cat > /run/rdma.sh <<'END'\n{LIBRARY}\nEND\nset -e; . /run/rdma.sh; programs"))?;
@@ -76,10 +96,14 @@ impl Bench {
 
 /// A disk on a namespace over RDMA.
 fn disk_section(more: &str) -> String {
+    disk_at("10.0.2.15", more)
+}
+
+fn disk_at(address: &str, more: &str) -> String {
     format!(
         "[[device]]
         name = \"d0\"
-        uri = \"nvme+rdma://10.0.2.15:4420/nqn.2026-11.io.hawser:guest?nsid=1\"
+        uri = \"nvme+rdma://{address}:4420/nqn.2026-11.io.hawser:guest?nsid=1\"
         keep_alive_tmo = 2
         reconnect_delay = 1
         quiesce_tmo = 1
@@ -170,6 +194,52 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
     Ok(Outcome::Passed(format!(
         "5 contiguous and 3 scattered loads verified, target away under load: {requests}"
     )))
+}
+
+/// How long the cable is unplugged.
+const DOWN: Duration = Duration::from_secs(10);
+
+/// Our initiator and the kernel's target in two guests, and the link between them goes down under load: at the target's end, where the
+/// host sees nothing but silence, and at the host's own.
+pub(super) fn link_down(lab: &Lab) -> Result<Outcome> {
+    let scratch = Scratch::new()?;
+    let (far, near) = (cable(1), cable(2));
+    let far: Vec<&str> = far.iter().map(String::as_str).collect();
+    let mut target = Qemu::from_kernel("target", &lab.image, scratch.path(), lab.accel, &[], &far)?;
+    join(&mut target, 1)?;
+    target.run_for(&format!("set -e; . /run/rdma.sh; kernel_target {SIZE_MIB}"), 20)?;
+    let mut bench = Bench::start_in(lab, scratch, &near)?;
+    join(&mut bench.guest, 2)?;
+    bench.run(&format!("configure '{}'; start; wait_for 'd0: listening' /run/h/log", disk_at("10.0.3.1", "")), 40)?;
+    let mut told = Vec::new();
+    for end in ["target", "host"] {
+        bench.run(
+            "rm -f /run/h/status; : > /run/h/log
+            (status=0; client --rw=randrw --bs=16k --iodepth=16 --time_based --runtime=16 > /run/h/client 2>&1 || status=$?
+            echo $status > /run/h/status) > /dev/null 2>&1 &
+            sleep 2",
+            10,
+        )?;
+        let unplugged = if end == "target" { &mut target } else { &mut bench.guest };
+        unplugged.monitor("set_link", r#"{"name":"nic1","up":false}"#)?;
+        std::thread::sleep(DOWN);
+        unplugged.monitor("set_link", r#"{"name":"nic1","up":true}"#)?;
+        // It was lost, came back, and the load went on and read what it had written.
+        let said = bench.run(
+            "wait_for 'again connected' /run/h/log
+            until [ -f /run/h/status ]; do usleep 100000; done
+            [ \"$(cat /run/h/status)\" = 0 ] || { cat /run/h/client /run/h/log; exit 1; }
+            cat /run/h/client",
+            60,
+        )?;
+        let requests = said.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+        told.push(format!("{end}'s end: {requests}"));
+    }
+    bench.expect_no_complaint()?;
+    let Bench { guest, .. } = bench;
+    guest.quit()?;
+    target.quit()?;
+    Ok(Outcome::Passed(format!("{} s without a link; {}", DOWN.as_secs(), told.join(", "))))
 }
 
 /// The kernel's initiator and our target; then our initiator and our target, in a pool whose members are reached by RDMA, TCP and a file.

@@ -15,8 +15,6 @@
 pub(crate) mod arena;
 pub(crate) mod domain;
 pub mod driver;
-#[cfg(test)]
-pub(crate) mod fake;
 pub(crate) mod link;
 pub(crate) mod private;
 mod ready;

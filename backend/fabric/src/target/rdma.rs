@@ -16,6 +16,7 @@ use crate::rdma::domain::{Domain, Purpose};
 use crate::rdma::link::{End, Link, dispose};
 use crate::rdma::private::{Accept, Reject, Request};
 use crate::rdma::words;
+use crate::simulated::is_broken;
 use hawser_runtime::{Completed, Fd, Instant, Runtime, SourceId};
 use hawser_verbs_abi::{
     CmEvent, ConnectParameters, QueueSize, ReceiveRequest, Segment, SendRequest, Table, WorkCompletion,
@@ -336,6 +337,15 @@ impl RdmaWire {
                 break;
             }
             self.write(&next);
+            if let Move::Answer { data: Some(payload), .. } = &next
+                && is_broken("rdma_reuse_before_sent")
+            {
+                self.answers
+                    .iter_mut()
+                    .filter(|it| it.slot == Some(payload.slot))
+                    .for_each(|it| it.slot = None);
+                connection.answered(payload.slot);
+            }
         }
         if !connection.is_congested() {
             let Some(link) = &self.link else { return Ok(()) };

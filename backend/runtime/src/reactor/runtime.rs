@@ -235,7 +235,7 @@ impl Runtime {
         Rc::clone(local).downcast::<T>().expect("stored under its own type")
     }
 
-    /// Runs what may block on a thread of its own, which ends with it. In the simulator it does not block, and is done at once.
+    /// Runs what may block on a thread of its own, which ends with it. In the simulator it does not block, and is done when its driver says.
     ///
     /// # Errors
     /// When there is no thread to be had.
@@ -243,7 +243,16 @@ impl Runtime {
         if matches!(*self.0.driver.borrow(), AnyDriver::Uring(_)) {
             return std::thread::Builder::new().name(name.to_owned()).spawn(job).map(drop);
         }
-        job();
+        let takes = driver!(self.0, driver => driver.thread_takes());
+        if takes.is_zero() {
+            job();
+        } else {
+            let sleep = self.sleep(takes);
+            self.spawn(async move {
+                sleep.await;
+                job();
+            });
+        }
         Ok(())
     }
 

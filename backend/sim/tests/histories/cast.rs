@@ -5,8 +5,10 @@ use crate::model::{BLOCK, Model};
 use crate::plan::Plan;
 use hawser_block::{BlockSize, Device, Geometry, WriteZeroesLimits};
 use hawser_fabric::initiator::{CacheDoubt, HostIdentity, NvmeConfig, NvmeDevice};
+use hawser_fabric::rdma::driver;
 use hawser_fabric::simulated;
 use hawser_fabric::target::{NamespaceConfig, SubsystemConfig, Target};
+use hawser_fabric::uri::Transport;
 use hawser_runtime::{Instant, Reactor, Runtime};
 use hawser_sim::{Random, SimDisk, World, WorldConfig};
 use std::cell::RefCell;
@@ -72,6 +74,10 @@ impl Cast {
     pub(crate) fn new(mut plan: Plan) -> Cast {
         let world = World::new(WorldConfig::new(plan.seed));
         plan.foreign &= simulated::set_foreign(plan.foreign);
+        if plan.rdma.is_some() {
+            driver::install(&hawser_sim::verbs::TABLE);
+            world.with_verbs();
+        }
         let blocks = REGION * plan.hosts as u64;
         let geometry = Geometry {
             transfer_blocks_max: 256,
@@ -117,7 +123,7 @@ impl Cast {
                         world.clone(),
                         random,
                         region,
-                        plan.requests,
+                        (plan.requests, plan.rdma.map_or(0, |rdma| rdma.announced_permille)),
                     )))
                 };
                 let name = format!("hawser-sim-{}-{:x}-{host}", std::process::id(), plan.seed);
@@ -217,7 +223,10 @@ impl Cast {
         let subsystem = SubsystemConfig {
             nqn: NQN.to_owned(),
             listen: self.targets[index].addresses.clone(),
-            transports: Vec::new(),
+            transports: self
+                .plan
+                .rdma
+                .map_or_else(Vec::new, |_| vec![Transport::Rdma; self.targets[index].addresses.len()]),
             allowed_hosts: None,
             serial: "sim".to_owned(),
             namespaces: vec![NamespaceConfig {
@@ -234,7 +243,8 @@ impl Cast {
     fn start_host(&mut self, index: usize) {
         let handles = self.reactors_for(Owner::Host(index), self.plan.lanes);
         let digests = if self.plan.digests { "&hdr_digest=1&data_digest=1" } else { "" };
-        let uri = |address| format!("nvme+tcp://{address}/{NQN}?nsid=1{digests}").parse().unwrap();
+        let transport = if self.plan.rdma.is_some() { "rdma" } else { "tcp" };
+        let uri = |address| format!("nvme+{transport}://{address}/{NQN}?nsid=1{digests}").parse().unwrap();
         let host = HostIdentity {
             nqn: format!("nqn.2026-11.io.hawser:host{index}"),
             id: [u8::try_from(index).unwrap() + 1; 16],
@@ -242,6 +252,7 @@ impl Cast {
         let mut config =
             NvmeConfig::new(format!("n{index}"), self.addresses().into_iter().map(uri).collect(), host);
         config.policy = self.plan.policy;
+        config.rdma_keys = self.plan.rdma.map_or(config.rdma_keys, |rdma| rdma.keys);
         config.on_cache_doubt = self.plan.doubt;
         config.timers.keep_alive_tmo = self.plan.keep_alive;
         config.timers.io_timeout = self.plan.io_timeout;

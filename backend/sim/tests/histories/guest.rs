@@ -1,6 +1,7 @@
 //! Who uses a device: random requests from memory that outlives the process which carries them out, as a guest's does.
 
 use crate::model::{self, BLOCK, Model, Snapshot};
+use hawser_block::regions::{Announced, Regions, Span};
 use hawser_block::{BlockCount, Buffers, Channel, Completion, Lba, Operation, Request, Token};
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use hawser_sim::{Random, SimDisk, World};
@@ -31,6 +32,15 @@ struct Slot {
     /// Bytes of the memory that a request has named.
     used: usize,
     busy: Option<Busy>,
+    /// Devices may be given keys to it.
+    announced: Option<Announced>,
+}
+
+impl Slot {
+    fn announce(&mut self) {
+        let span = Span { start: self.memory.as_ptr() as usize, len: self.memory.len() };
+        self.announced = Some(Regions::of_process().announce(span));
+    }
 }
 
 /// One queue of a guest.
@@ -49,6 +59,8 @@ pub(crate) struct Guest {
     /// Requests may fail: the disk does.
     pub(crate) may_fail: bool,
     pub(crate) ended: u64,
+    /// How much of its memory is announced; 0: none ever.
+    announced_permille: u64,
     next_request: u64,
     slots: Vec<Slot>,
 }
@@ -60,14 +72,15 @@ impl Guest {
         world: World,
         random: Random,
         region: (u64, u64),
-        to_do: usize,
+        (to_do, announced_permille): (usize, u64),
     ) -> Guest {
         let slot = || {
             let mut memory = vec![POISON; BLOCKS_MAX * BLOCK].into_boxed_slice();
             let iovec = Box::new(libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 0 });
-            Slot { memory, iovec, used: 0, busy: None }
+            Slot { memory, iovec, used: 0, busy: None, announced: None }
         };
-        let slots = (0..SLOTS).map(|_| slot()).collect();
+        let mut slots: Vec<Slot> = (0..SLOTS).map(|_| slot()).collect();
+        slots.iter_mut().filter(|_| announced_permille > 0).for_each(Slot::announce);
         let (pause_ns_max, may_fail, ended, next_request) = (40_000_000, false, 0, 0);
         Guest {
             model,
@@ -80,6 +93,7 @@ impl Guest {
             pause_ns_max,
             may_fail,
             ended,
+            announced_permille,
             next_request,
             slots,
         }
@@ -146,10 +160,16 @@ impl Guest {
         };
         drop(model);
         // From now on the memory is somebody else's.
+        let is_reached = self.world.reaches(&slot.memory[..]);
         slot.memory[..slot.used].fill(POISON);
         self.ended += 1;
         if let Err(why) = checked {
             self.trouble(why);
+        }
+        if is_reached {
+            self.trouble(format!(
+                "{operation:?} of {range:?} has ended, and a device may still use its memory"
+            ));
         }
         if !ok && !self.may_fail && operation != Operation::Flush {
             let outcome = completion.outcome;
@@ -170,6 +190,13 @@ impl Guest {
         self.next_request += 1;
         let token = Token(self.next_request * 16 + index as u64);
         let slot = &mut self.slots[index];
+        if self.announced_permille > 0 && self.random.chance(50) {
+            // Nobody uses it now: it may go, and come.
+            slot.announced = None;
+            if self.random.chance(self.announced_permille) {
+                slot.announce();
+            }
+        }
         let touched = slot.memory[..slot.used].iter().any(|byte| *byte != POISON);
         let bytes = usize::try_from(count).unwrap() * BLOCK;
         slot.used = bytes;

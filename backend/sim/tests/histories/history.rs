@@ -79,12 +79,19 @@ fn happen_to(cast: &mut Cast) -> Result<Seen, String> {
             client.borrow_mut().close();
         }
     }
+    let verbs = cast.world.verbs_counts();
+    if verbs.starved > 0 {
+        return Err("an answer found no receive at its host".to_owned());
+    }
     let trace = cast.world.trace();
     let guests = cast.hosts.iter().flat_map(|host| &host.guests);
     let counts = [
         ("requests", guests.map(|guest| guest.borrow().ended).sum()),
         ("seconds", cast.world.now().0 / 1_000_000_000),
         ("connects", cast.world.connects().len() as u64),
+        ("broken", verbs.breaks),
+        ("flushed", verbs.flushed),
+        ("ghosts", verbs.ghosts),
     ];
     Ok(Seen { trace, counts: counts.into() })
 }

@@ -24,6 +24,13 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("forget_inherited_caches", "all", 1000),
     mutation("flush_without_device", "calm", 300),
     mutation("skip_data_digest", "digests", 1000),
+    mutation("rdma_end_before_key_is_dead", "rdma", 300),
+    mutation("rdma_end_before_sent", "rdma", 300),
+    mutation("rdma_use_names_again", "rdma", 300),
+    mutation("rdma_give_back_before_flush", "rdma", 300),
+    mutation("rdma_wait_for_peer", "rdma", 300),
+    mutation("rdma_forget_receives", "rdma", 300),
+    mutation("rdma_reuse_before_sent", "rdma", 300),
 ];
 
 /// From now on this thread's histories break this promise.

@@ -1,6 +1,7 @@
 //! What a history is made of: drawn from its seed.
 
 use hawser_fabric::initiator::{CacheDoubt, IoPolicy};
+use hawser_fabric::rdma::KeyPolicy;
 use hawser_sim::Random;
 use std::time::Duration;
 
@@ -53,7 +54,7 @@ use Fault::{
 const LINKS: [Fault; 8] = [Reset, ResetHost, ResetTarget, HalfClose, Silence, OneWay, Hold, Down];
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Fault]); 9] = [
+pub(crate) const SCENARIOS: [(&str, &[Fault]); 10] = [
     ("calm", &[]),
     ("links", &LINKS),
     ("ghosts", &[Ghost, Ghost, Ghost, Slow, ResetHost, OneWay, Hold]),
@@ -62,6 +63,27 @@ pub(crate) const SCENARIOS: [(&str, &[Fault]); 9] = [
     ("restarts", &[TargetKill, PowerLoss, PowerLoss, Reset, Ghost, Hold]),
     ("successor", &[HostKill, HostKill, HostKill, Ghost, Hold, OneWay, Slow]),
     ("ana", &[Ana, Ana, Ana, Reset, Silence, Down]),
+    (
+        "rdma",
+        &[
+            Reset,
+            ResetHost,
+            ResetTarget,
+            HalfClose,
+            Silence,
+            OneWay,
+            Hold,
+            Down,
+            TargetKill,
+            PowerLoss,
+            HostKill,
+            Ana,
+            Slow,
+            Refuse,
+            Ghost,
+            Ghost,
+        ],
+    ),
     (
         "all",
         &[
@@ -116,6 +138,16 @@ pub(crate) struct Plan {
     pub(crate) requests: usize,
     /// Ends of connections that are lost on their way, in 1000.
     pub(crate) lost_ends_permille: u64,
+    /// Hosts reach the targets over RDMA; else over TCP.
+    pub(crate) rdma: Option<Rdma>,
+}
+
+/// How hosts use RDMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rdma {
+    pub(crate) keys: KeyPolicy,
+    /// Guests' memory is announced, in 1000; it comes and goes when no request names it. Else its payload is copied.
+    pub(crate) announced_permille: u64,
 }
 
 /// `seed` as it is, for the scenario of this name, or the one that the seed gives.
@@ -128,6 +160,10 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
     let links = if scenario == "ana" { links.max(2) } else { links };
     let digests = faults.contains(&Corrupt);
     let has_cache_identity = random.chance(700);
+    let rdma = (scenario == "rdma").then(|| Rdma {
+        keys: if random.chance(850) { KeyPolicy::Window } else { KeyPolicy::Region },
+        announced_permille: [0, 900, 900, 950][random.index(4)],
+    });
     Plan {
         seed,
         scenario,
@@ -138,7 +174,7 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         links,
         targets: if links > 1 && random.chance(300) { 2 } else { 1 },
         policy: [IoPolicy::Numa, IoPolicy::RoundRobin, IoPolicy::QueueDepth][random.index(3)],
-        digests: digests || random.chance(150),
+        digests: digests || random.chance(150) && rdma.is_none(),
         foreign: random.chance(150),
         has_cache_identity,
         doubt: [CacheDoubt::Trust, CacheDoubt::FailFlush, CacheDoubt::WriteThrough][random.index(3)],
@@ -147,5 +183,6 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         reconnect_delay: Duration::from_secs([1, 10][random.index(2)]),
         requests: [20, 60, 100][random.index(3)],
         lost_ends_permille: if scenario == "calm" { 0 } else { [0, 200, 600][random.index(3)] },
+        rdma,
     }
 }

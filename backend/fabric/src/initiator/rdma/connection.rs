@@ -16,6 +16,7 @@ use crate::initiator::queue::{Ended, Transfer};
 use crate::nvme::Sqe;
 use crate::rdma::link::Link;
 use crate::rdma::words;
+use crate::simulated::is_broken;
 use hawser_runtime::{Completed, Fd, Runtime, SourceId};
 use hawser_verbs_abi::{STATUS_FLUSHED, WorkCompletion, event};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -361,7 +362,13 @@ impl<T: Copy> RdmaConnection<T> {
 
     /// Whether nothing is under way: what requests name is ours again.
     pub(crate) fn is_quiet(&self) -> bool {
-        let gone = self.closing.as_ref().is_some_and(|closing| closing.done.load(Ordering::Acquire));
+        let done = |closing: &Arc<Closing>| {
+            closing.done.load(Ordering::Acquire) || is_broken("rdma_give_back_before_flush")
+        };
+        let gone = self.closing.as_ref().is_some_and(done);
+        if is_broken("rdma_wait_for_peer") && !self.ended_by_target {
+            return false;
+        }
         gone && !self.waits_for_events && !self.waits_for_completions
     }
 

@@ -27,6 +27,7 @@ use crate::nvme::bytes::{low16, low32};
 use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe, StatusCode, io_opcode};
 use crate::rdma::KeyPolicy;
 use crate::rdma::domain::Entries;
+use crate::simulated::is_broken;
 use hawser_block::Buffers;
 use hawser_verbs_abi::{
     Keys, ReceiveRequest, Region, Segment, SendRequest, Window, WorkCompletion, access, operation,
@@ -446,7 +447,11 @@ impl RdmaQueue {
                     Sgl::keyed(address, piece.len, keys.remote, false)
                 }
                 Some((address, region, _)) => {
+                    let name = slot.name;
                     slot.name = slot.name & !0xff | slot.name.wrapping_add(1) & 0xff;
+                    if is_broken("rdma_use_names_again") {
+                        slot.name = name;
+                    }
                     (slot.key, slot.binding) = (KeyState::Alive, true);
                     self.sends.push(SendRequest {
                         user: kind::BIND << 32 | u64::from(slot.cid),

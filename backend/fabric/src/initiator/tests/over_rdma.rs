@@ -1,14 +1,16 @@
-//! Host and target over simulated verbs ([`crate::rdma::fake`]): the same state machines as with devices, under seeds.
+//! Host and target over simulated verbs ([`hawser_sim::verbs`]): the same state machines as with devices, in real time; under the seeded
+//! simulator they are in `backend/sim/tests/histories`.
 
 use super::client::{Ask, Client};
 use super::*;
 use crate::MemDevice;
-use crate::rdma::{driver, fake};
+use crate::rdma::driver;
 use crate::target::{NamespaceConfig, SubsystemConfig, Target};
 use crate::uri::Transport;
 use hawser_block::BlockSize;
 use hawser_block::regions::{Announced, Regions, Span};
 use hawser_runtime::buffers::AlignedBuffer;
+use hawser_sim::verbs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// One at a time: there is one world of simulated verbs.
@@ -25,8 +27,8 @@ struct Lab {
 
 fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    driver::install(&fake::TABLE);
-    fake::disturb(fake::Disturbance::default(), 1);
+    driver::install(&verbs::TABLE);
+    verbs::disturb(verbs::Disturbance::default(), 1);
     let (host, of_target) = (reactor("host"), reactor("target"));
     let disk = Arc::new(MemDevice::new("m0", 16 << 20, BlockSize::B512).unwrap());
     let subsystem = SubsystemConfig {
@@ -65,7 +67,7 @@ impl Lab {
         drop((client, device));
         wait_until("the host has left", || target.hosts(NQN).is_empty());
         assert!(target.stop(PATIENCE));
-        wait_until("no window is bound", || fake::bound_windows() == 0);
+        wait_until("no window is bound", || verbs::bound_windows() == 0);
     }
 }
 
@@ -132,8 +134,8 @@ fn announced_memory_is_used_in_place_by_keys_that_die_with_each_command() {
     assert_eq!((lab.counter("rdma_unregistered"), lab.counter("rdma_scattered")), (0, 0));
     assert_eq!(lab.counter("received_in_place_bytes"), 1 << 20);
     // Every key that ever was is dead now.
-    assert_eq!(fake::bound_windows(), 0);
-    assert!(!fake::window_names().into_iter().any(fake::is_reachable));
+    assert_eq!(verbs::bound_windows(), 0);
+    assert!(!verbs::window_names().into_iter().any(verbs::is_reachable));
     lab.end();
 }
 
@@ -143,7 +145,7 @@ fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
     let mut lab = lab(|_| {});
     let announced = Announcement::new(1 << 20);
     for keeps_keys in [1, 2] {
-        fake::disturb(fake::Disturbance { keeps_keys, ..fake::Disturbance::default() }, 7);
+        verbs::disturb(verbs::Disturbance { keeps_keys, ..verbs::Disturbance::default() }, 7);
         for round in 0..64 {
             let operation = match round % 2 {
                 0 => hawser_block::Operation::Write { fua: false },
@@ -151,7 +153,7 @@ fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
             };
             lab.client.submit_at(operation, round * 16, (announced.memory.as_ptr(), 32 << 10));
             assert_eq!(lab.client.next().outcome, Ok(()));
-            assert_eq!(fake::bound_windows(), 0, "round {round}: a command has ended, and its key is alive");
+            assert_eq!(verbs::bound_windows(), 0, "round {round}: a command has ended, and its key is alive");
         }
     }
     lab.end();
@@ -160,7 +162,7 @@ fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
 #[test]
 fn a_target_that_is_not_there_is_waited_for_and_its_absence_explained() {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    driver::install(&fake::TABLE);
+    driver::install(&verbs::TABLE);
     let host = reactor("host");
     let uri: NvmeUri = format!("nvme+rdma://127.0.0.1:1/{NQN}?nsid=1").parse().unwrap();
     let device =
@@ -171,7 +173,7 @@ fn a_target_that_is_not_there_is_waited_for_and_its_absence_explained() {
 }
 
 /// Random reads and writes against a model, while completions come late and connections break under requests.
-fn verified_under(disturbance: fake::Disturbance, seed: u64) {
+fn verified_under(disturbance: verbs::Disturbance, seed: u64) {
     const BLOCKS: u64 = 256;
     let mut lab = lab(|config| {
         config.timers.keep_alive_tmo = Duration::from_secs(1);
@@ -186,7 +188,7 @@ fn verified_under(disturbance: fake::Disturbance, seed: u64) {
         random ^= random << 17;
         random % below
     };
-    fake::disturb(disturbance, seed);
+    verbs::disturb(disturbance, seed);
     for round in 0..40 {
         // Several at a time, each on blocks of its own: half from announced memory, half not.
         let mut asks = Vec::new();
@@ -240,22 +242,22 @@ fn verified_under(disturbance: fake::Disturbance, seed: u64) {
             assert!(found, "seed {seed}, round {round}: a read differs from the model");
         }
     }
-    fake::disturb(fake::Disturbance::default(), 1);
+    verbs::disturb(verbs::Disturbance::default(), 1);
     lab.end();
 }
 
 #[test]
 fn late_completions_change_nothing() {
     for seed in 1..6 {
-        verified_under(fake::Disturbance { late: 2, ..fake::Disturbance::default() }, seed);
+        verified_under(verbs::Disturbance { late: 2, ..verbs::Disturbance::default() }, seed);
     }
 }
 
 #[test]
 fn nothing_is_lost_or_mixed_up_when_connections_break() {
-    let (before, _) = fake::counts();
+    let before = verbs::counts().breaks;
     for seed in 1..4 {
-        verified_under(fake::Disturbance { late: 3, breaks: 150, keeps_keys: 3 }, seed);
+        verified_under(verbs::Disturbance { late: 3, breaks: 150, keeps_keys: 3 }, seed);
     }
-    assert!(fake::counts().0 > before, "no connection was broken");
+    assert!(verbs::counts().breaks > before, "no connection was broken");
 }

@@ -5,6 +5,7 @@ use crate::initiator::queue::{Answer, SLOTS_MAX};
 use crate::nvme::Cqe;
 use crate::nvme::bytes::{low16, low32};
 use crate::rdma::KeyPolicy;
+use crate::simulated::is_broken;
 use hawser_verbs_abi::{STATUS_FLUSHED, SendRequest, WorkCompletion, operation};
 
 impl RdmaQueue {
@@ -106,7 +107,7 @@ impl RdmaQueue {
         {
             self.limits.flow = None;
         }
-        if !self.over {
+        if !self.over && !is_broken("rdma_forget_receives") {
             self.receive(index);
         }
         self.settle(cqe.cid);
@@ -117,6 +118,10 @@ impl RdmaQueue {
     fn settle(&mut self, cid: u16) {
         let over = self.over;
         let Some(slot) = self.slot_of(cid).filter(|slot| slot.answer.is_some()) else { return };
+        if is_broken("rdma_end_before_key_is_dead") && !slot.sending {
+            self.end(cid & (SLOTS_MAX - 1));
+            return;
+        }
         if slot.key == KeyState::Alive && !over {
             slot.key = KeyState::Dying;
             let key = slot.name;
@@ -128,7 +133,7 @@ impl RdmaQueue {
             });
             return;
         }
-        if slot.key == KeyState::Dead && !slot.sending {
+        if slot.key == KeyState::Dead && (!slot.sending || is_broken("rdma_end_before_sent")) {
             self.end(cid & (SLOTS_MAX - 1));
         }
     }
