@@ -13,7 +13,7 @@ programs() {
         [ "$(cat "$disk/serial")" = programs ] && mount -t ext4 -o ro "/dev/${disk##*/}" /mnt
     done
     mkdir -p /run/p /run/h
-    cp /mnt/hawser /mnt/libhawser_verbs.so /mnt/blkclient /run/p
+    cp /mnt/hawser /mnt/libhawser_verbs.so /mnt/blkclient /mnt/replay_client /run/p
 }
 
 # rdma_modules, rdma_up [INTERFACE]: an RDMA device.
@@ -45,6 +45,38 @@ kernel_target() {
 # offer, withdraw: at its port.
 offer() { ln -s "$NVMET/subsystems/$NQN" "$NVMET/ports/1/subsystems/"; }
 withdraw() { rm "$NVMET/ports/1/subsystems/$NQN"; }
+
+# offer_tcp: the same over TCP, at the port behind.
+offer_tcp() {
+    modules nvmet-tcp
+    mkdir "$NVMET/ports/2"
+    echo tcp > "$NVMET/ports/2/addr_trtype"
+    echo ipv4 > "$NVMET/ports/2/addr_adrfam"
+    echo "$ADDRESS" > "$NVMET/ports/2/addr_traddr"
+    echo 4421 > "$NVMET/ports/2/addr_trsvcid"
+    ln -s "$NVMET/subsystems/$NQN" "$NVMET/ports/2/subsystems/"
+}
+
+# beside RW BS DEPTH: requests per second of d0, of the kernel's /dev/nvme0n1, and of d1.
+beside() {
+    field=8
+    case $1 in *write*) field=49 ;; esac
+    iops d0 "$@"
+    fio --name=beside --filename=/dev/nvme0n1 --direct=1 --ioengine=io_uring --rw="$1" --bs="$2" --iodepth="$3" \
+        --time_based --runtime=2 --minimal | cut -d';' -f$field
+    iops d1 "$@"
+}
+iops() {
+    /run/p/blkclient --path=/run/h/$1.sock --rw="$2" --bs="$3" --iodepth="$4" --time_based --runtime=2 --json \
+        | sed 's/.*"iops":\([0-9.]*\).*/\1/'
+}
+
+# cost BS RUN: CPU microseconds of the daemon for a random read of d0 of so many bytes, with memory in runs of so many.
+cost() {
+    cpu=$(/run/p/blkclient --path=/run/h/d0.sock --rw=randread --bs="$1" --segment="$2" --iodepth=8 --time_based --runtime=2 \
+        --server_pid="$(cat /run/h/pid)" --json | sed 's/.*"server_cpu_per_million":\([0-9]*\).*/\1/')
+    echo "$1/$2:$cpu us"
+}
 
 # configure TEXT: what the daemon serves.
 configure() {
@@ -98,9 +130,9 @@ our_target() {
 # hawser ARGS…: asks it.
 hawser() { command="$1 $2"; shift 2; /run/p/hawser $command --api /run/h/api.sock "$@"; }
 
-# wait_for TEXT FILE…: until it is there, for 30 s.
+# wait_for TEXT FILE [SECONDS]: until it is there, for 30 s if not said.
 wait_for() {
-    tries=300
+    tries=$((${3:-30} * 10))
     until grep -qF -e "$1" "$2" 2> /dev/null; do
         tries=$((tries - 1))
         if [ $tries = 0 ]; then

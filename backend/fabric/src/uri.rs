@@ -51,17 +51,26 @@ impl TcpAddress {
         Ok(TcpAddress { host: host.to_owned(), port })
     }
 
-    /// `tcp://HOST:PORT`, where a discovery service listens (port 8009 if it names none).
+    /// `tcp://HOST:PORT` or `rdma://HOST:PORT`, where a discovery service listens. If it names no port: 8009 over TCP, and 4420 over
+    /// RDMA, which has none of its own for discovery.
     ///
     /// # Errors
     /// What is wrong and what would be right, for people.
-    pub fn parse_discovery(text: &str) -> Result<TcpAddress, String> {
-        text.strip_prefix("tcp://")
-            .ok_or_else(|| "no scheme".to_owned())
-            .and_then(|rest| {
-                TcpAddress::parse(rest.strip_suffix('/').unwrap_or(rest), DISCOVERY_PORT_DEFAULT)
-            })
-            .map_err(|what| format!("{text:?} is no discovery service: {what}; want tcp://HOST:PORT"))
+    pub fn parse_discovery(text: &str) -> Result<(Transport, TcpAddress), String> {
+        let after = |transport: Transport| {
+            Some((transport, text.strip_prefix(transport.name())?.strip_prefix("://")?))
+        };
+        let scheme = Transport::ALL.into_iter().find_map(after).ok_or_else(|| "no scheme".to_owned());
+        let parsed = scheme.and_then(|(transport, rest)| {
+            let port = match transport {
+                Transport::Tcp => DISCOVERY_PORT_DEFAULT,
+                Transport::Rdma => PORT_DEFAULT,
+            };
+            Ok((transport, TcpAddress::parse(rest.strip_suffix('/').unwrap_or(rest), port)?))
+        });
+        parsed.map_err(|what| {
+            format!("{text:?} is no discovery service: {what}; want tcp://HOST:PORT or rdma://HOST:PORT")
+        })
     }
 }
 
@@ -230,8 +239,14 @@ mod tests {
 
     #[test]
     fn a_discovery_service_is_read() {
-        assert_eq!(TcpAddress::parse_discovery("tcp://h:1").unwrap().to_string(), "h:1");
-        assert_eq!(TcpAddress::parse_discovery("tcp://[::1]/").unwrap().to_string(), "[::1]:8009");
+        for (text, transport, want) in [
+            ("tcp://h:1", Transport::Tcp, "h:1"),
+            ("tcp://[::1]/", Transport::Tcp, "[::1]:8009"),
+            ("rdma://h", Transport::Rdma, "h:4420"),
+        ] {
+            let (by, address) = TcpAddress::parse_discovery(text).unwrap();
+            assert_eq!((by, address.to_string().as_str()), (transport, want));
+        }
         assert!(TcpAddress::parse_discovery("h:1").unwrap_err().contains("want tcp://HOST:PORT"));
     }
 

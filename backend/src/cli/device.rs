@@ -49,7 +49,7 @@ pub(super) struct SetArgs {
 
 #[derive(Args)]
 pub(super) struct DiscoverArgs {
-    /// Where it listens: tcp://HOST:PORT (port 8009 if not said)
+    /// Where it listens: tcp://HOST:PORT (port 8009 if not said), or rdma://HOST:PORT (4420)
     address: String,
     /// Print JSON for scripts instead of a table for people
     #[arg(long)]

@@ -73,13 +73,16 @@ impl Regions {
         device.free_mem_region(&region);
         match same {
             true => Ok(()),
-            false => Err(format!("a memory region that comes and goes: turn {} reads back wrong", self.turns)),
+            false => {
+                Err(format!("a memory region that comes and goes: turn {} reads back wrong", self.turns))
+            }
         }
     }
 
     fn wait(&mut self, what: &str) -> Result<(), String> {
         let mut completions = [const { MaybeUninit::<Completion>::uninit() }; 1];
-        while self.queue.do_io(&mut completions, 1, None, None).map_err(|e| format!("the queue: {e}"))? == 0 {}
+        while self.queue.do_io(&mut completions, 1, None, None).map_err(|e| format!("the queue: {e}"))? == 0 {
+        }
         // SAFETY: do_io has initialised what it counts.
         match unsafe { completions[0].assume_init_ref() }.ret {
             0 => Ok(()),

@@ -12,11 +12,15 @@ use crate::uri::{TcpAddress, Transport};
 use hawser_runtime::{ReactorConfig, ReactorThread, Runtime};
 use std::sync::mpsc;
 
-/// Reads the discovery log of the service at `address`. Never called on a reactor's thread.
+/// Reads the discovery log of the service at an address. Never called on a reactor's thread.
 ///
 /// # Errors
 /// One line: who was asked and what went wrong.
-pub fn discover(address: &TcpAddress, host: &HostIdentity) -> Result<Vec<Entry>, String> {
+pub fn discover(
+    (transport, address): &(Transport, TcpAddress),
+    host: &HostIdentity,
+) -> Result<Vec<Entry>, String> {
+    let transport = *transport;
     let reactor = ReactorThread::spawn("discover", ReactorConfig::default())
         .map_err(|error| format!("cannot run a reactor: {error}"))?;
     let (sender, receiver) = mpsc::sync_channel(1);
@@ -25,14 +29,18 @@ pub fn discover(address: &TcpAddress, host: &HostIdentity) -> Result<Vec<Entry>,
         let own = runtime.clone();
         runtime.spawn(async move {
             // The asker waits for this, unless its thread was ended.
-            let _ = sender.send(ask(&own, &wanted, host).await);
+            let _ = sender.send(ask(&own, (transport, &wanted), host).await);
         });
     });
     let answer = receiver.recv().unwrap_or_else(|_| Err("the reactor ended".to_owned()));
     answer.map_err(|why| format!("{address}: {why}"))
 }
 
-async fn ask(runtime: &Runtime, address: &TcpAddress, host: HostIdentity) -> Result<Vec<Entry>, String> {
+async fn ask(
+    runtime: &Runtime,
+    (transport, address): (Transport, &TcpAddress),
+    host: HostIdentity,
+) -> Result<Vec<Entry>, String> {
     let request = QueueRequest {
         host,
         subsystem_nqn: DISCOVERY_NQN.to_owned(),
@@ -42,8 +50,9 @@ async fn ask(runtime: &Runtime, address: &TcpAddress, host: HostIdentity) -> Res
         // We are gone before a keep-alive would be due.
         keep_alive_ms: 0,
         digests: Digests::NONE,
-        transport: Transport::Tcp,
-        rdma_keys: KeyPolicy::default(),
+        transport,
+        // Only a log is read, into memory of the connection's own: that a device has no windows does not matter.
+        rdma_keys: KeyPolicy::Region,
         in_capsule_max: 0,
     };
     let mut last = "the name has no address".to_owned();

@@ -5,15 +5,17 @@
 //! of all other threads one, without a clock, which [`disturb`] disturbs. Must not know: NVMe.
 //!
 //! ```text
-//!   table ── the functions     fabric ── what they act on: ends, queue pairs, windows, messages on their way     faults ── what goes wrong
+//!   table ── the functions    fabric ── what they act on: ends, queue pairs, windows
+//!                             carry ─── how a request is carried out    faults ── what goes wrong
 //! ```
 
+mod carry;
 mod fabric;
 mod faults;
 mod table;
 
 pub(crate) use fabric::FD_BASE;
-pub use fabric::{Counts, Disturbance};
+pub use fabric::{Counts, Denied, Disturbance};
 pub use table::TABLE;
 
 use crate::net::{Side, Sides};
@@ -43,6 +45,11 @@ pub fn disturb(disturbance: Disturbance, seed: u64) {
     let mut fabric = here();
     fabric.disturbance = disturbance;
     fabric.random = crate::Random::new(seed);
+}
+
+/// From now on this is denied to whoever asks.
+pub fn deny(denied: Option<Denied>) {
+    here().denied = denied;
 }
 
 /// What was seen.

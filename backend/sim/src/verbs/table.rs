@@ -1,8 +1,8 @@
 //! The table's functions: each looks its handles up in the world of the calling thread, under its lock.
 
 use super::fabric::{
-    Channel, End, Fabric, Pair, Progress, RECEIVES, RETRIES, Registered, SENDS, Window, Work, flushed,
-    next_region, regions,
+    Channel, Denied, End, Fabric, Pair, Progress, RECEIVES, RETRIES, Registered, SENDS, Window, Work,
+    flushed, next_region, regions,
 };
 use super::here;
 use crate::net::Side;
@@ -33,9 +33,16 @@ fn attributes() -> DeviceAttributes {
 }
 
 unsafe extern "C" fn devices(out: *mut DeviceAttributes, len: u32) -> i32 {
+    let mut found = attributes();
+    match here().denied {
+        Some(Denied::Device) => return 0,
+        Some(Denied::Access) => found.queues_max = 0,
+        Some(Denied::Link) => found.is_up = false,
+        _ => {}
+    }
     if len > 0 {
         // SAFETY: the caller's promise.
-        unsafe { *out = attributes() };
+        unsafe { *out = found };
     }
     1
 }
@@ -127,12 +134,25 @@ unsafe extern "C" fn resolve_address(id: *mut Id, address: *const c_void, _: i32
     let address = unsafe { read_address(address) };
     let Some(end) = world.ends.get_mut(&(id as u64)) else { return -libc::EINVAL };
     end.address = Some(address);
+    match world.denied {
+        Some(Denied::Device | Denied::Access) => return -libc::ENODEV,
+        Some(Denied::Link | Denied::Network) => {
+            world.tell(id as u64, (event::ADDRESS_ERROR, -libc::ENODEV), None, None);
+            return 0;
+        }
+        _ => {}
+    }
     world.tell(id as u64, (event::ADDRESS_RESOLVED, 0), None, None);
     0
 }
 
 unsafe extern "C" fn resolve_route(id: *mut Id, _: i32) -> i32 {
-    here().tell(id as u64, (event::ROUTE_RESOLVED, 0), None, None);
+    let mut world = here();
+    let told = match world.denied {
+        Some(Denied::Route) => (event::ROUTE_ERROR, -libc::ENETUNREACH),
+        _ => (event::ROUTE_RESOLVED, 0),
+    };
+    world.tell(id as u64, told, None, None);
     0
 }
 
@@ -164,6 +184,25 @@ unsafe extern "C" fn connect(id: *mut Id, parameters: *const ConnectParameters) 
     let mut world = here();
     let number = id as u64;
     let Some(wanted) = world.ends.get(&number).and_then(|end| end.address) else { return -libc::EINVAL };
+    match world.denied {
+        Some(Denied::Rejected(reason)) => {
+            world.tell(number, (event::REJECTED, reason), None, None);
+            return 0;
+        }
+        Some(Denied::Stranger) => {
+            let hello = *b"hello, this is a file system";
+            let len = u8::try_from(hello.len()).unwrap_or(0);
+            let parameters = ConnectParameters {
+                private: hello.as_ptr(),
+                private_len: len,
+                responder_resources: 0,
+                initiator_depth: 0,
+            };
+            world.tell(number, (event::ESTABLISHED, 0), Some(&parameters), None);
+            return 0;
+        }
+        _ => {}
+    }
     let now = world.now;
     world.connects.push((wanted, now));
     let listens = |end: &&End| end.is_listener && end.address == Some(wanted);
@@ -238,13 +277,16 @@ unsafe extern "C" fn disconnect(id: *mut Id) -> i32 {
     0
 }
 
+/// One, or another that has no windows.
 unsafe extern "C" fn device(_: *mut Id) -> *mut Device {
-    std::ptr::dangling_mut()
+    let number = if here().denied == Some(Denied::Windows) { 2 } else { 1 };
+    std::ptr::without_provenance_mut(number)
 }
 
-unsafe extern "C" fn device_attributes(_: *mut Device, out: *mut DeviceAttributes) -> i32 {
+unsafe extern "C" fn device_attributes(device: *mut Device, out: *mut DeviceAttributes) -> i32 {
+    let attributes = DeviceAttributes { windows_2b: device.addr() == 1, ..attributes() };
     // SAFETY: the caller's promise.
-    unsafe { *out = attributes() };
+    unsafe { *out = attributes };
     0
 }
 
@@ -262,6 +304,9 @@ unsafe extern "C" fn register(
     out: *mut *mut Region,
     keys: *mut Keys,
 ) -> i32 {
+    if let Some(Denied::Registrations(errno)) = here().denied {
+        return -errno;
+    }
     let number = next_region();
     regions().insert(number, Registered { start: start as u64, len: len as u64, access });
     let key = u32::try_from(number).unwrap_or(0);
@@ -284,6 +329,9 @@ unsafe extern "C" fn deregister(region: *mut Region) -> i32 {
 
 unsafe extern "C" fn window_open(_: *mut Domain, out: *mut *mut RawWindow, key: *mut u32) -> i32 {
     let mut world = here();
+    if world.denied == Some(Denied::WindowsLeft) {
+        return -libc::ENOMEM;
+    }
     let number = world.next();
     let name = Fabric::window_name(number);
     world.windows.insert(number, Window { key: name, bound: None });
@@ -305,6 +353,9 @@ unsafe extern "C" fn queue_open(
     fd: *mut i32,
 ) -> i32 {
     let mut world = here();
+    if world.denied == Some(Denied::Queues) {
+        return -libc::ENOMEM;
+    }
     let number = world.next();
     let descriptor = world.descriptor(number);
     let Some(end) = world.ends.get_mut(&(id as u64)) else { return -libc::EINVAL };

@@ -22,8 +22,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long each step of a connection's set-up may take: address, route, the other end's answer.
+/// How long each step of a connection's set-up may take: address and route.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// The other end's answer may take longer: the kernel asks again every 4.3 s (CMA_CM_RESPONSE_TIMEOUT), and a target that has just lost
+/// its connections takes them away first. Whoever gives up sooner makes it more work, and is never let in.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// As for TCP: a target may first wait for the commands of our last association.
 const FABRICS_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -81,9 +84,9 @@ async fn next_event(
     runtime: &Runtime,
     end: &mut End,
     ready: &Readiness,
-    what: &str,
+    (what, timeout): (&str, Duration),
 ) -> Result<CmEvent, String> {
-    let awaited = within(runtime, STEP_TIMEOUT, async {
+    let awaited = within(runtime, timeout, async {
         loop {
             match end.channel.event() {
                 Ok(Some(event)) => return Ok(event),
@@ -172,7 +175,7 @@ async fn establish(
     if let Err(code) = end.get().resolve_address(address, STEP_TIMEOUT) {
         return Err(no_device(runtime, table, code).await.into());
     }
-    let event = next_event(runtime, end.get(), &ready, "the address is not resolved").await?;
+    let event = next_event(runtime, end.get(), &ready, ("the address is not resolved", STEP_TIMEOUT)).await?;
     if event.kind == event::ADDRESS_ERROR {
         return Err(no_device(runtime, table, event.status.abs().saturating_neg()).await.into());
     }
@@ -189,7 +192,7 @@ async fn establish(
     end.get()
         .resolve_route(STEP_TIMEOUT)
         .map_err(|code| format!("there is no route: {}", words::errno(code)))?;
-    let event = next_event(runtime, end.get(), &ready, "no route was found").await?;
+    let event = next_event(runtime, end.get(), &ready, ("no route was found", STEP_TIMEOUT)).await?;
     expect(&event, event::ROUTE_RESOLVED)?;
 
     let depth = depth_of(request, &domain);
@@ -218,7 +221,7 @@ async fn establish(
     // Nothing comes before we have sent Connect: receives are posted with it.
     let connected = link.get().connect(&parameters);
     connected.map_err(|code| format!("the connection cannot be asked for: {}", words::errno(code)))?;
-    let event = next_event(runtime, &mut link.get().end, &ready, "no answer").await?;
+    let event = next_event(runtime, &mut link.get().end, &ready, ("no answer", ANSWER_TIMEOUT)).await?;
     expect(&event, event::ESTABLISHED)?;
     let private = &event.private[..usize::from(event.private_len)];
     match Accept::from_bytes(private) {

@@ -1,6 +1,7 @@
 //! The initiator on real sockets: against our own target, through a middle box that cuts connections, and against a
 //! scripted target that does what ours does not.
 
+mod bad_over_rdma;
 mod client;
 mod counted;
 mod ghosts;
@@ -47,7 +48,7 @@ fn config(address: SocketAddr) -> NvmeConfig {
 }
 
 /// Waits until `done`, by looking: what changes has no other way to tell a test.
-fn wait_until(what: &str, done: impl Fn() -> bool) {
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < PATIENCE, "gave up waiting until {what}");

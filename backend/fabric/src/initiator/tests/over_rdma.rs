@@ -4,9 +4,11 @@
 use super::client::{Ask, Client};
 use super::*;
 use crate::MemDevice;
+use crate::initiator::discover;
+use crate::nvme::discovery::TransportType;
 use crate::rdma::driver;
 use crate::target::{NamespaceConfig, SubsystemConfig, Target};
-use crate::uri::Transport;
+use crate::uri::{TcpAddress, Transport};
 use hawser_block::BlockSize;
 use hawser_block::regions::{Announced, Regions, Span};
 use hawser_runtime::buffers::AlignedBuffer;
@@ -17,15 +19,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 static ONE: Mutex<()> = Mutex::new(());
 
 /// Field order is drop order.
-struct Lab {
-    client: Client,
+pub(super) struct Lab {
+    pub(super) client: Client,
     device: Arc<NvmeDevice>,
     target: Target,
     _reactors: [ReactorThread; 2],
     _one: MutexGuard<'static, ()>,
 }
 
-fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
+pub(super) fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     driver::install(&verbs::TABLE);
     verbs::disturb(verbs::Disturbance::default(), 1);
@@ -51,18 +53,22 @@ fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     Lab { client, device, target, _reactors: [host, of_target], _one: one }
 }
 
-fn host_identity() -> HostIdentity {
+pub(super) fn host_identity() -> HostIdentity {
     super::host()
 }
 
 impl Lab {
+    pub(super) fn address(&self) -> std::net::SocketAddr {
+        self.target.addresses()[0].1[0]
+    }
+
     fn counter(&self, name: &str) -> u64 {
         let all = self.device.copied_bytes().into_iter().chain(self.device.counters());
         all.into_iter().find(|(other, _)| *other == name).map(|(_, value)| value).unwrap()
     }
 
     /// Ends the host, then the target. Nothing of either stays at the device.
-    fn end(self) {
+    pub(super) fn end(self) {
         let Lab { client, device, target, .. } = self;
         drop((client, device));
         wait_until("the host has left", || target.hosts(NQN).is_empty());
@@ -98,6 +104,21 @@ fn requests_of_every_shape_reach_the_disk_by_way_of_memory_of_the_connection() {
         assert_eq!(lab.client.run(Ask::plain(operation, 4096, 32)).outcome, Ok(()), "{operation:?}");
     }
     assert!(lab.counter("rdma_unregistered") > 0, "nobody has announced this memory");
+    lab.end();
+}
+
+#[test]
+fn what_a_target_offers_is_discovered() {
+    let lab = lab(|_| {});
+    let address = lab.address();
+    let service = TcpAddress::parse_discovery(&format!("rdma://{address}")).unwrap();
+    let entries = discover(&service, &host_identity()).unwrap();
+    let found: Vec<_> = entries.iter().filter(|entry| entry.subsystem_nqn == NQN).collect();
+    assert_eq!((found.len(), found[0].transport), (1, TransportType::RDMA));
+    assert_eq!((found[0].address.as_str(), found[0].service.parse()), ("127.0.0.1", Ok(address.port())));
+    let nobody = (service.0, TcpAddress { port: 1, ..service.1 });
+    let error = discover(&nobody, &host_identity()).unwrap_err();
+    assert!(error.contains("nobody listens there"), "{error}");
     lab.end();
 }
 
