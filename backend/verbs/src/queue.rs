@@ -170,6 +170,12 @@ fn translate(ours: &SendRequest, raw: &mut rdma::ibv_send_wr) {
     }
 }
 
+/// How many requests of a chain of `len` in `chain` were taken, of which `bad` is the first that was not.
+fn taken<T>(result: i32, bad: *const T, chain: &[T], len: usize) -> u32 {
+    let index = (bad.addr().saturating_sub(chain.as_ptr().addr())) / size_of::<T>();
+    u32::try_from(if result == 0 { len } else { index.min(len) }).unwrap_or(0)
+}
+
 pub(crate) unsafe extern "C" fn post_send(
     queue: *mut Queue,
     requests: *const SendRequest,
@@ -193,12 +199,10 @@ pub(crate) unsafe extern "C" fn post_send(
             }
             let mut bad: *mut rdma::ibv_send_wr = std::ptr::null_mut();
             let result = rdma::ibv_post_send((*pair.id).qp, raw.as_mut_ptr(), &raw mut bad);
+            *posted += taken(result, bad, &raw, piece.len());
             if result != 0 {
-                let done = if bad.is_null() { 0 } else { bad.offset_from(raw.as_ptr()) };
-                *posted += u32::try_from(done).unwrap_or(0);
                 return negated(result);
             }
-            *posted += u32::try_from(piece.len()).unwrap_or(0);
             // Providers that look it up there (Soft-RoCE's) find a window by the name that it was bound by last.
             for bound in piece.iter().filter(|request| request.operation == operation::BIND) {
                 (*bound.window.cast::<rdma::ibv_mw>()).rkey = bound.key;
@@ -235,12 +239,10 @@ pub(crate) unsafe extern "C" fn post_receive(
             }
             let mut bad: *mut rdma::ibv_recv_wr = std::ptr::null_mut();
             let result = rdma::ibv_post_recv((*pair.id).qp, raw.as_mut_ptr(), &raw mut bad);
+            *posted += taken(result, bad, &raw, piece.len());
             if result != 0 {
-                let done = if bad.is_null() { 0 } else { bad.offset_from(raw.as_ptr()) };
-                *posted += u32::try_from(done).unwrap_or(0);
                 return negated(result);
             }
-            *posted += u32::try_from(piece.len()).unwrap_or(0);
         }
     }
     0

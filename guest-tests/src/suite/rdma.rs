@@ -116,6 +116,7 @@ fn disk_at(address: &str, more: &str) -> String {
         [[disk]]
         name = \"d0\"
         device = \"d0\"
+        queues = 2
         socket = \"/run/h/d0.sock\""
     )
 }

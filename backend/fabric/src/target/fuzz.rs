@@ -49,6 +49,7 @@ pub(super) fn shared(geometry: Geometry) -> Arc<Shared> {
         forbidden: super::Seldom::default(),
         broken: super::Seldom::default(),
         corrupted: super::Seldom::default(),
+        capsule_bytes: std::sync::atomic::AtomicU64::new(0),
         strays: super::Seldom::default(),
         referrals: Mutex::default(),
         keeper: None,

@@ -228,6 +228,8 @@ struct Shared {
     broken: Seldom,
     /// Commands whose data came with a wrong digest.
     corrupted: Seldom,
+    /// Copied from receives.
+    capsule_bytes: AtomicU64,
     /// Connections without a host that ended for another reason.
     strays: Seldom,
     /// Other discovery services, which ours points to.
@@ -275,6 +277,8 @@ pub struct TargetStats {
     pub protocol_errors: u64,
     /// Commands whose data came with a wrong digest, since the start.
     pub digest_errors: u64,
+    /// Data that came in capsules over RDMA, and was copied from the receive.
+    pub capsule_bytes: u64,
     /// What the connections have in memory.
     pub memory_bytes: usize,
 }
@@ -538,6 +542,7 @@ impl Target {
             forbidden: Seldom::default(),
             broken: Seldom::default(),
             corrupted: Seldom::default(),
+            capsule_bytes: AtomicU64::new(0),
             strays: Seldom::default(),
             referrals: Mutex::default(),
             keeper,
@@ -624,6 +629,7 @@ impl Target {
             hosts_refused: self.shared.forbidden.count.load(Ordering::Relaxed),
             protocol_errors: self.shared.broken.count.load(Ordering::Relaxed),
             digest_errors: self.shared.corrupted.count.load(Ordering::Relaxed),
+            capsule_bytes: self.shared.capsule_bytes.load(Ordering::Relaxed),
             memory_bytes: self.shared.memory.used(),
         }
     }

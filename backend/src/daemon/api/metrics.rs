@@ -187,6 +187,10 @@ impl Collector for Numbers {
             counter(&mut encoder, "target_digest_errors", help, |metric| {
                 one(metric, &[], target.digest_errors)
             })?;
+            let help = "Payload that was copied here, by reason";
+            counter(&mut encoder, "target_copied_bytes", help, |metric| {
+                one(metric, &[("reason", "capsule")], target.capsule_bytes)
+            })?;
             let help = "Connects of hosts that are not among the allowed ones";
             counter(&mut encoder, "target_hosts_refused", help, |metric| {
                 one(metric, &[], target.hosts_refused)

@@ -18,6 +18,8 @@
 //!   there any more), answers that came are answers, and the rest is taken out with `drain`.
 
 mod completions;
+#[cfg(test)]
+mod tests;
 
 use super::layout::{Chunk, Chunks, LARGE, Layout};
 use super::plan::{self, Piece, Place};

@@ -60,7 +60,7 @@ struct Stranger(Link);
 
 impl Stranger {
     /// Asks to be let in, with this private data.
-    fn connect(address: SocketAddr, private: &[u8]) -> Result<Stranger, CmEvent> {
+    fn connect(address: SocketAddr, private: &[u8]) -> Result<Stranger, Box<CmEvent>> {
         let mut end = End::open(&verbs::TABLE).unwrap();
         end.resolve_address(&address, PATIENCE).unwrap();
         end.resolve_route(PATIENCE).unwrap();
@@ -79,7 +79,7 @@ impl Stranger {
         };
         link.connect(&parameters).unwrap();
         let answer = next_event(&mut link.end);
-        if answer.kind == event::ESTABLISHED { Ok(Stranger(link)) } else { Err(answer) }
+        if answer.kind == event::ESTABLISHED { Ok(Stranger(link)) } else { Err(Box::new(answer)) }
     }
 
     /// A keyed descriptor of the second page of its memory, by this key.
@@ -167,7 +167,8 @@ fn capsules_and_keys_that_are_made_up_end_their_connection_and_no_other() {
         ("a key of nobody", Some(0x7fff_0000)),
         ("a window's name", Some(0x9999_9900)),
     ] {
-        let mut stranger = Stranger::connect(lab.address(), &private).ok().expect("let in");
+        let mut stranger =
+            Stranger::connect(lab.address(), &private).unwrap_or_else(|event| panic!("{event:?}"));
         match key {
             None => stranger.send(&[0x55; 10]),
             Some(key) => {
@@ -179,7 +180,7 @@ fn capsules_and_keys_that_are_made_up_end_their_connection_and_no_other() {
         must_work(&mut lab);
     }
     // One that is good, and whose own key cannot be invalidated: its connection ends with the answer.
-    let mut stranger = Stranger::connect(lab.address(), &private).ok().expect("let in");
+    let mut stranger = Stranger::connect(lab.address(), &private).unwrap_or_else(|event| panic!("{event:?}"));
     let (command, data) = connect_command(&request, 31, 0);
     let data = data.to_bytes();
     // SAFETY: the second page of its memory, which no request names yet.

@@ -104,6 +104,8 @@ fn requests_of_every_shape_reach_the_disk_by_way_of_memory_of_the_connection() {
         assert_eq!(lab.client.run(Ask::plain(operation, 4096, 32)).outcome, Ok(()), "{operation:?}");
     }
     assert!(lab.counter("rdma_unregistered") > 0, "nobody has announced this memory");
+    // Two writes of up to a page, and the range of a discard.
+    assert_eq!(lab.target.stats().capsule_bytes, 512 + 4096 + 16);
     lab.end();
 }
 

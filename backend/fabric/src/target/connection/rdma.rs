@@ -14,6 +14,7 @@ use crate::rdma::arena::Arena;
 use hawser_runtime::Instant;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The data of a slot, and the host's memory for it.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +120,7 @@ impl Connection {
             unsafe { buffer.as_ptr().copy_from_nonoverlapping(capsule.add(Sqe::LEN), data) };
             let slot = self.slots.at(index);
             slot.buffer = Some(buffer);
+            self.shared.capsule_bytes.fetch_add(data as u64, Ordering::Relaxed);
             let data = u32::try_from(data).unwrap_or(u32::MAX);
             (slot.in_capsule, slot.len, slot.received) = (data, data, data);
         }
