@@ -57,18 +57,16 @@ offer_tcp() {
     ln -s "$NVMET/subsystems/$NQN" "$NVMET/ports/2/subsystems/"
 }
 
-# beside RW BS DEPTH: requests per second of d0, of the kernel's /dev/nvme0n1, and of d1.
-beside() {
+# ours, kernel_s RW BS DEPTH: requests per second of d0, and of the kernel's /dev/nvme0n1.
+ours() {
+    /run/p/blkclient --path=/run/h/d0.sock --rw="$1" --bs="$2" --iodepth="$3" --time_based --runtime=2 --json \
+        | sed 's/.*"iops":\([0-9.]*\).*/\1/'
+}
+kernel_s() {
     field=8
-    case $1 in *write*) field=49 ;; esac
-    iops d0 "$@"
+    case $1 in write) field=49 ;; esac
     fio --name=beside --filename=/dev/nvme0n1 --direct=1 --ioengine=io_uring --rw="$1" --bs="$2" --iodepth="$3" \
         --time_based --runtime=2 --minimal | cut -d';' -f$field
-    iops d1 "$@"
-}
-iops() {
-    /run/p/blkclient --path=/run/h/$1.sock --rw="$2" --bs="$3" --iodepth="$4" --time_based --runtime=2 --json \
-        | sed 's/.*"iops":\([0-9.]*\).*/\1/'
 }
 
 # cost BS RUN: CPU microseconds of the daemon for a random read of d0 of so many bytes, with memory in runs of so many.

@@ -120,6 +120,7 @@ pub fn open_verbs(config: &Config) -> Result<(), String> {
     if !uses_rdma(config) {
         return Ok(());
     }
+    hawser_fabric::rdma::watch_memory();
     hawser_fabric::rdma::driver::table().map(drop).map_err(|what| {
         let device = rdma_device(config).map(|device| device.error("uri", &what));
         let subsystem = || rdma_subsystem(config).map(|subsystem| subsystem.error("listen", &what));

@@ -5,7 +5,7 @@
 //! - Memory is registered before a request can name it, and deregistered after the last one that could has ended.
 //! - Whoever looks keys up keeps a list that does not change, and asks for a new one when [`Domain::generation`] is another: one load.
 
-use super::{KeyPolicy, driver, words};
+use super::{KeyPolicy, driver, pinned, words};
 use hawser_block::regions::{Listener, Regions, Span};
 use hawser_verbs_abi::{Device, DeviceAttributes, Keys, Region, Table, access};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +18,8 @@ pub(crate) struct Entry {
     pub(crate) len: usize,
     pub(crate) region: *mut Region,
     pub(crate) keys: Keys,
+    /// Some of it was taken away since: it is not named any more.
+    pub(crate) withdrawn: bool,
 }
 
 impl Entry {
@@ -82,6 +84,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Looks whether all memory that devices have is still there.
+pub(crate) fn look_at_all() {
+    let domains: Vec<_> = lock(&DOMAINS).iter().map(|(.., domain)| Arc::clone(domain)).collect();
+    domains.iter().for_each(|domain| domain.look());
+}
+
 impl Domain {
     /// The domain of a device; the first time all memory that requests may name is registered with it. Slow: never on a reactor's
     /// thread.
@@ -135,6 +143,7 @@ impl Domain {
         if matches!(purpose, Purpose::Initiator(_)) {
             let listener: Arc<dyn Listener> = Arc::clone(&domain) as _;
             Regions::of_process().listen(&listener);
+            pinned::start(look_at_all);
         }
         domains.push((device as usize, purpose, Arc::clone(&domain)));
         Ok(domain)
@@ -188,7 +197,26 @@ impl Domain {
     /// What is registered now, and the generation of that.
     pub(crate) fn entries(&self) -> (u64, Entries) {
         let entries = lock(&self.entries);
-        (self.generation(), Entries::new(entries.clone()))
+        let usable = entries.iter().filter(|entry| !entry.withdrawn).copied();
+        (self.generation(), Entries::new(usable.collect()))
+    }
+
+    /// Does not name memory any more of which some was taken away: what is there now is not what the device has. It stays registered until
+    /// it is removed, because commands may be under way.
+    fn look(&self) {
+        for entry in self.entries().1.0.iter().filter(|entry| !pinned::is_whole(entry.start, entry.len)) {
+            let mut entries = lock(&self.entries);
+            let Some(known) = entries.iter_mut().find(|known| known.region == entry.region) else { continue };
+            known.withdrawn = true;
+            self.generation.fetch_add(1, Ordering::Release);
+            drop(entries);
+            log::error!(
+                "{} KiB of a VM's memory that RDMA device {} has: some was taken away by a balloon, or free-page reporting, which cannot be \
+                with disks over RDMA; want neither in this VM. From now on its payload is copied, and what the device moved there since is lost",
+                entry.len >> 10,
+                self.name
+            );
+        }
     }
 }
 
@@ -198,7 +226,8 @@ impl Listener for Domain {
             Err(why) => log::error!("{why}; until then payload there is copied"),
             Ok((region, keys)) => {
                 let mut entries = lock(&self.entries);
-                entries.push(Entry { start: span.start, len: span.len, region, keys });
+                let (start, len) = (span.start, span.len);
+                entries.push(Entry { start, len, region, keys, withdrawn: false });
                 self.generation.fetch_add(1, Ordering::Release);
             }
         }
@@ -225,7 +254,13 @@ mod tests {
 
     #[test]
     fn keys_are_found_for_every_byte_and_no_other() {
-        let entry = |start, len| Entry { start, len, region: std::ptr::null_mut(), keys: Keys::default() };
+        let entry = |start, len| Entry {
+            start,
+            len,
+            region: std::ptr::null_mut(),
+            keys: Keys::default(),
+            withdrawn: false,
+        };
         let entries = Entries::new(vec![entry(0x5000, 0x10), entry(0x1000, 0x1000), entry(0x2000, 7)]);
         for (start, len, want) in [
             (0xfff, 1, None),

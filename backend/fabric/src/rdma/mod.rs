@@ -7,6 +7,7 @@
 //!   driver ── libhawser_verbs.so, opened when RDMA is asked for; its table is all that is known of verbs
 //!   domain ── a device in this process: which memory is registered with it, by which keys
 //!   link ──── one connection: rdma_cm's id, its queue pair, memory of its own, windows; how it ends
+//!   pinned ── memory that is taken away while a device has it
 //!   arena ─── payload buffers of a target's connection, within its memory
 //!   ready ─── a descriptor of theirs, awaited in the reactor's one io_uring
 //!   private ─ what NVMe sends along with a connection's set-up; words ── errors, for people
@@ -16,10 +17,12 @@ pub(crate) mod arena;
 pub(crate) mod domain;
 pub mod driver;
 pub(crate) mod link;
+mod pinned;
 pub(crate) mod private;
 mod ready;
 pub(crate) mod words;
 
+pub use pinned::watch_memory;
 pub(crate) use ready::Readiness;
 
 /// By which keys a target reaches the memory of a command.

@@ -89,7 +89,8 @@ impl Verbs {
         fresh.now = now;
         let keeps_keys = [0, 3][fresh.random.index(2)];
         let breaks = [0, 0, 500][fresh.random.index(3)];
-        fresh.disturbance = Disturbance { keeps_keys, breaks, late: 0 };
+        let late = [0, 4][fresh.random.index(2)];
+        fresh.disturbance = Disturbance { keeps_keys, breaks, late };
         *lock(fabric) = fresh;
         Verbs(fabric)
     }

@@ -44,7 +44,11 @@ const SUITE: Suite = Suite {
     tell: |counts| {
         let count = |name| counts.get(name).copied().unwrap_or(0);
         let (requests, connects, hours) = (count("requests"), count("connects"), count("seconds") / 3600);
-        format!("{requests} requests, {connects} connections, {hours} simulated hours")
+        let (broken, flushed, ghosts) = (count("broken"), count("flushed"), count("ghosts"));
+        format!(
+            "{requests} requests, {connects} connections, {hours} simulated hours; over RDMA {broken} connections broken, \
+             {flushed} requests flushed, {ghosts} messages that outlived their sender"
+        )
     },
     mutations: mutations::ALL,
     break_promise: mutations::set,

@@ -159,6 +159,7 @@ mod tests {
             len,
             region: std::ptr::null_mut(),
             keys: Keys { local: low32(start as u64), remote: 0 },
+            withdrawn: false,
         }
     }
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::MemDevice;
 use crate::initiator::discover;
 use crate::nvme::discovery::TransportType;
-use crate::rdma::driver;
+use crate::rdma::{domain, driver};
 use crate::target::{NamespaceConfig, SubsystemConfig, Target};
 use crate::uri::{TcpAddress, Transport};
 use hawser_block::BlockSize;
@@ -159,6 +159,35 @@ fn announced_memory_is_used_in_place_by_keys_that_die_with_each_command() {
     // Every key that ever was is dead now.
     assert_eq!(verbs::bound_windows(), 0);
     assert!(!verbs::window_names().into_iter().any(verbs::is_reachable));
+    lab.end();
+}
+
+/// A balloon takes a page away: the device would go on with the one that it was given.
+#[test]
+fn memory_that_was_taken_away_is_not_named_any_more() {
+    let mut lab = lab(|_| {});
+    let announced = Announcement::new(1 << 20);
+    // SAFETY: the memory is ours, and no request names it.
+    unsafe { announced.memory.as_ptr().write_bytes(7, 1 << 20) };
+    domain::look_at_all();
+    let write = |lab: &mut Lab| {
+        let before = lab.counter("rdma_unregistered");
+        lab.client.submit_at(
+            hawser_block::Operation::Write { fua: false },
+            0,
+            (announced.memory.as_ptr(), 64 << 10),
+        );
+        assert_eq!(lab.client.next().outcome, Ok(()));
+        lab.counter("rdma_unregistered") - before
+    };
+    assert_eq!(write(&mut lab), 0);
+    // SAFETY: as above; the page is zeroes then.
+    let gone =
+        unsafe { libc::madvise(announced.memory.as_ptr().add(512 << 10).cast(), 4096, libc::MADV_DONTNEED) };
+    assert_eq!(gone, 0);
+    domain::look_at_all();
+    assert_eq!(write(&mut lab), 64 << 10);
+    drop(announced);
     lab.end();
 }
 
