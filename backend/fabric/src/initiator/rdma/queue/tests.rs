@@ -10,6 +10,7 @@ struct Lab {
     queue: RdmaQueue,
     memory: AlignedBuffer,
     layout: Layout,
+    /// Of all requests; never longer than it was made for, so that they stay in place.
     iovecs: Vec<libc::iovec>,
 }
 
@@ -25,15 +26,16 @@ fn lab(policy: KeyPolicy) -> Lab {
     let mut queue = RdmaQueue::new(layout, limits, area, &windows);
     let receives = queue.posts().0.len();
     queue.posted(receives, 0);
-    Lab { queue, memory, layout, iovecs: Vec::new() }
+    Lab { queue, memory, layout, iovecs: Vec::with_capacity(512) }
 }
 
 impl Lab {
     /// A read of a block into memory that is not registered: by way of a chunk, and a window. Its identifier, and its key.
     fn read(&mut self, buffer: &mut [u8; 512]) -> (u16, u32) {
-        self.iovecs = vec![libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 512 }];
+        assert!(self.iovecs.len() < self.iovecs.capacity());
+        self.iovecs.push(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 512 });
         // SAFETY: the buffer and the iovec outlive the request, in each test.
-        let buffers = unsafe { Buffers::new(self.iovecs.as_ptr(), 1, 512) };
+        let buffers = unsafe { Buffers::new(&raw const self.iovecs[self.iovecs.len() - 1], 1, 512) };
         let sqe = Sqe::new(io_opcode::READ, 1, Sgl::NONE);
         self.queue.submit(sqe, Transfer::ToHost(buffers), 77);
         let sends = self.queue.posts().1;
@@ -162,4 +164,29 @@ fn what_is_flushed_is_counted_and_what_was_answered_has_ended() {
     }
     lab.queue.end_answered();
     assert_eq!((lab.ended(), lab.queue.drain().len()), (1, 0));
+}
+
+/// Nothing is allocated for a command: what is kept of them has the room that it was made with, at full depth too.
+#[test]
+fn nothing_grows_at_full_depth() {
+    let mut buffers = [[0; 512]; DEPTH as usize];
+    let mut lab = lab(KeyPolicy::Window);
+    let rooms = |queue: &RdmaQueue| {
+        let lists = [queue.sends.capacity(), queue.receives.capacity(), queue.segments.capacity()];
+        let others = [queue.ended.capacity(), queue.free.capacity(), queue.free_parents.capacity()];
+        (lists, others, queue.waiting.capacity())
+    };
+    let before = rooms(&lab.queue);
+    for _ in 0..100 {
+        let under_way: Vec<_> = buffers.iter_mut().map(|buffer| lab.read(buffer)).collect();
+        assert_eq!(lab.queue.room(), 0);
+        for (cid, key) in &under_way {
+            lab.sent(*cid).unwrap();
+            lab.answer(*cid, LEN, Some(*key)).unwrap();
+            let receives = lab.queue.posts().0.len();
+            lab.queue.posted(receives, 0);
+        }
+        assert_eq!(lab.ended(), under_way.len());
+    }
+    assert_eq!(rooms(&lab.queue), before);
 }
