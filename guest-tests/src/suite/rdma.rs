@@ -316,7 +316,8 @@ pub(super) fn link_down(lab: &Lab) -> Result<Outcome> {
                 return Err(format!("{error}\nhost: {here:?}\ntarget: {there:?}"));
             }
         };
-        told.push(format!("at the {end}'s end ({})", said.split_whitespace().collect::<Vec<_>>().join(" ")));
+        let times: Vec<&str> = said.split_whitespace().take(4).collect();
+        told.push(format!("at the {end}'s end ({})", times.join(" ")));
     }
     bench.expect_no_complaint()?;
     let Bench { guest, .. } = bench;
