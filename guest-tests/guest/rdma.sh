@@ -71,7 +71,7 @@ kernel_s() {
 
 # cost BS RUN: CPU microseconds of the daemon for a random read of d0 of so many bytes, with memory in runs of so many.
 cost() {
-    cpu=$(/run/p/blkclient --path=/run/h/d0.sock --rw=randread --bs="$1" --segment="$2" --iodepth=8 --time_based --runtime=2 \
+    cpu=$(/run/p/blkclient --path=/run/h/d0.sock --rw=randread --bs="$1" --segment="$2" --iodepth=8 --time_based --runtime=1 \
         --server_pid="$(cat /run/h/pid)" --json | sed 's/.*"server_cpu_per_million":\([0-9]*\).*/\1/')
     echo "$1/$2:$cpu us"
 }
