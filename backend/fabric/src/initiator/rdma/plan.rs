@@ -8,12 +8,11 @@ use crate::nvme::bytes::low32;
 use crate::rdma::domain::{Entries, Entry};
 use hawser_block::Buffers;
 
-// What the next two rest on. `cargo xtask guest our_initiator_over_rdma_verifies` prints the daemon's CPU for a request by the size of its
-// runs. Over Soft-RoCE in an emulated guest (QEMU's TCG, Linux 6.12, on a busy machine) a read of 16 KiB took 319 µs in one run, 530 in two
-// and 756 in four, which is 146 µs for each command more, and one of 32 KiB by way of a chunk no more than in one run, so that copying pages
-// costs less than can be seen there. By that, copying would win from the second run on; but there a doorbell is a system call, and binding a
-// window is the CPU's work. On hardware nothing was measured. So these are choices: payload is not copied where few commands do without, and
-// the copies are short.
+// What the next two rest on: not on measurements. `cargo xtask guest our_initiator_over_rdma_verifies` prints the daemon's CPU for a read by
+// the size of its runs; over Soft-RoCE in an emulated guest (QEMU's TCG, Linux 6.12, on a busy machine) it was 319, 530 and 756 µs for 16 KiB
+// in one, two and four runs in one run of that test, and 924, 848 and 677 µs in another, so that no difference can be told from noise; 32 KiB
+// by way of a chunk (564, 462) took no more than in one run (820, 606). There a doorbell is a system call, and binding a window is the CPU's
+// work; on hardware nothing was measured. So these are choices: payload is not copied where few commands do without, and copies are short.
 
 /// A run of at least so many bytes has a command of its own, however many there are: eight pages, so that what is copied for want of a
 /// command is less than that in one piece.
