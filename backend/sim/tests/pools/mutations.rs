@@ -11,7 +11,7 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("reuse_before_durable", "full", 4000),
     mutation("ack_before_stale_recorded", "members", 4000),
     mutation("checkpoint_frees_log_early", "power", 4000),
-    mutation("checkpoint_overwrites_live_pages", "power", 4000),
+    mutation("checkpoint_overwrites_live_pages", "power", 20_000),
     mutation("checkpoint_root_before_pages", "power", 4000),
     mutation("valid_before_data", "kills", 4000),
     mutation("snapshot_without_barrier", "thin", 4000),
