@@ -85,3 +85,37 @@ fn a_discard_is_durable_before_its_stripe_is_written_as_a_new_one() {
         Ok(())
     });
 }
+
+/// Two hold an extent, and one lets go of it: the other may write to it in place when that is durable, and not before. After a power cut
+/// the first would find there what the other has written.
+#[test]
+fn who_let_go_of_an_extent_does_not_get_it_back_with_what_another_has_written() {
+    holds("rebirth_before_durable", |seed| {
+        let mut scene = Scene::new(seed, 2);
+        scene.shake(seed);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        let old = pattern(1, 64 << 10);
+        scene.write(&pool, "v", 0, &old);
+        scene.ask(pool.snapshot(vec![("v".to_owned(), "s".to_owned())])).unwrap();
+        scene.ask(pool.clone_volume("s", "c")).unwrap();
+        scene.ask(pool.delete_volume("s")).unwrap();
+        scene.wait(Duration::from_secs(3));
+        scene.flush(&pool, "v");
+        let all = vec![0; old.len()];
+        assert_eq!(scene.io(&pool, "v", Operation::Discard, 0, &all).0, Ok(()));
+        scene.write(&pool, "c", 0, &pattern(2, 64 << 10));
+        drop(pool);
+        scene.cut();
+        let pool = scene.open();
+        let read = scene.read(&pool, "v", 0, old.len());
+        // Extents are being given back still.
+        drop(pool);
+        scene.kill();
+        match read == old || read == all {
+            true => Ok(()),
+            false => Err("what was discarded is what another volume has written".to_owned()),
+        }
+    });
+}

@@ -157,6 +157,7 @@ async fn start(
         turns: Turns::default(),
         rounds: Rounds::default(),
         freed: RefCell::default(),
+        let_go: Cell::new(0),
         locks: Locks::default(),
         frozen: RefCell::default(),
         bell: Bell::default(),

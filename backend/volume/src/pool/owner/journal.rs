@@ -1,10 +1,11 @@
 //! Records, from the tail to the log to a checkpoint. The order of durable writes is in docs/on-disk-format.md.
 
 use super::{Owner, Pending};
-use crate::format::{self, PAGE_BYTES, Record};
+use crate::format::{self, NONE, PAGE_BYTES, Record};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::simulated::is_broken;
+use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -58,6 +59,9 @@ impl Owner {
         self.tail_used.set(self.tail_used.get() + entry.len());
         // Before anybody can see it: who finds none pending takes all that he sees for durable.
         self.shared.pending.store(self.pending.borrow().len() as u64 + 1, Ordering::Release);
+        if self.lets_go(record) {
+            self.let_go.set(seq + 1);
+        }
         if let Err(what) = self.meta.borrow_mut().apply(record) {
             panic!("pool {}: a change of our own does not go: {record:?}: {what}", self.shared.name);
         }
@@ -65,6 +69,19 @@ impl Owner {
         self.pending.borrow_mut().push_back(Pending { seq, record: bytes, entry });
         self.count_pending();
         self.take_freed();
+    }
+
+    /// Whether somebody holds an extent no more after this record, who may again if it is lost.
+    fn lets_go(&self, record: &Record) -> bool {
+        let meta = self.meta.borrow();
+        match *record {
+            Record::Delete { .. } | Record::Unmap { .. } => true,
+            Record::Map { volume, index, .. } => meta.entry(volume, index) != Mapped::None,
+            Record::Valid { volume, index, .. } => {
+                matches!(meta.entry(volume, index), Mapped::Partial { fallback, .. } if fallback != NONE)
+            }
+            _ => false,
+        }
     }
 
     /// What has just lost its last reference waits for the newest record to be durable.

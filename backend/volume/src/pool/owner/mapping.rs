@@ -183,6 +183,11 @@ impl Owner {
                 return Ok(extent);
             }
             if can_rebirth {
+                if self.durable.get() < self.let_go.get() && !is_broken("rebirth_before_durable") {
+                    // A power cut must not give it back to who held it too, with what is written to it from now on.
+                    self.flush().await?;
+                    continue;
+                }
                 // Whoever held it too may still be reading it.
                 self.barrier().await;
                 self.changeable(volume).await?;

@@ -127,6 +127,8 @@ pub(crate) struct Owner {
     pub(crate) rounds: Rounds,
     /// What lost its last reference with the record of this number.
     pub(crate) freed: RefCell<Vec<(u64, Freed)>>,
+    /// Behind the last record by which somebody let go of an extent that another may hold too.
+    pub(crate) let_go: Cell<u64>,
     pub(crate) locks: Locks,
     /// Volumes that are just being copied: nothing of them changes.
     pub(crate) frozen: RefCell<BTreeSet<u32>>,
