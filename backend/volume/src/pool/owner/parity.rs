@@ -281,8 +281,9 @@ impl Owner {
             0 => row.all_data(),
             _ => in_sync,
         };
-        let gathered = row.gather(&self.lanes, &self.place, from, &mut bad, Lost::Computed).await?;
-        let mut contents = gathered.expect("what is lost is computed");
+        let gathered =
+            row.gather(&self.lanes, &self.place, from, &mut bad, computed_unless_doubtful(row)).await?;
+        let mut contents = gathered.ok_or(Status::Media)?;
         for slot in each(made) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
         }
@@ -339,16 +340,18 @@ impl Owner {
     ) -> Result<Rc<Bounce>, Status> {
         let (row, slot) = row_of(view, set, piece);
         let mut bad = if bad { 1 << slot } else { 0 };
-        let gathered = row.gather(&self.lanes, &self.place, 1 << slot, &mut bad, Lost::Computed).await?;
-        Ok(gathered.expect("what is lost is computed")[slot].take().expect("asked for"))
+        let lost = computed_unless_doubtful(&row);
+        let gathered = row.gather(&self.lanes, &self.place, 1 << slot, &mut bad, lost).await?;
+        Ok(gathered.ok_or(Status::Media)?[slot].take().expect("asked for"))
     }
 
     /// Whether the strips of these columns go together; mends them if that is wanted. The window is the caller's.
     pub(super) async fn scrub_columns(self: &Rc<Self>, row: &Row<'_>, repair: bool) -> Result<u64, Status> {
         let all_slots = row.all_data() | row.all_parity();
         let mut bad: Slots = 0;
-        let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, Lost::Computed).await?;
-        let contents = gathered.expect("what is lost is computed");
+        let lost = computed_unless_doubtful(row);
+        let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, lost).await?;
+        let contents = gathered.ok_or(Status::Media)?;
         let mut rewritten = bad & row.in_sync();
         let mut wrong = 0;
         if row.in_sync() == all_slots && bad == 0 {
@@ -388,6 +391,14 @@ impl Owner {
             }
         }
         Ok(found)
+    }
+}
+
+/// What is lost, or cannot be read, is not made of parity that a crash left unknown: it would count as right from then on.
+fn computed_unless_doubtful(row: &Row<'_>) -> Lost {
+    match row.is_doubtful() {
+        true => Lost::Unknown,
+        false => Lost::Computed,
     }
 }
 
