@@ -93,7 +93,7 @@ fn run(options: &Options) -> Result<String, String> {
         under_way: 0,
         written: 0,
     };
-    load.write(Instant::now() + options.runtime)?;
+    load.write(Instant::now() + options.runtime, options.deaths)?;
     if load.deaths < options.deaths {
         return Err(format!("the server died {} times, want {}", load.deaths, options.deaths));
     }
@@ -130,8 +130,8 @@ impl Load {
         !self.is_busy.contains(&true)
     }
 
-    /// Writes until `end`, and until all that was begun has ended.
-    fn write(&mut self, end: Instant) -> Result<(), String> {
+    /// Writes until `end` and until the server has died so often, and until all that was begun has ended.
+    fn write(&mut self, end: Instant, deaths: u32) -> Result<(), String> {
         (0..self.depth).for_each(|slot| self.begin(slot));
         self.session.publish(0).map_err(|e| e.to_string())?;
         while !self.is_idle() {
@@ -144,7 +144,8 @@ impl Load {
                     return Err(format!("the write of slot {} ended twice", completion.slot));
                 }
                 self.written += 1;
-                if Instant::now() < end {
+                let is_owed = self.deaths < deaths && Instant::now() < end + PATIENCE;
+                if Instant::now() < end || is_owed {
                     self.begin(completion.slot);
                     any = true;
                 }

@@ -181,7 +181,9 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
     let requests = said.lines().next().unwrap_or_default().to_owned();
     // Memory regions come and go under load, and are written from and read to in place.
     let churned = bench.run(
-        "client --rw=randrw --bs=16k --iodepth=16 --size=64m --churn=1m --time_based --runtime=2
+        "client --rw=randrw --bs=16k --iodepth=16 --size=64m --churn=1m --time_based --runtime=5
+        # All of it was there when it was looked at.
+        ! grep 'was taken away' /run/h/log
         [ \"$(copied rdma_unregistered)\" = 0 ]",
         20,
     )?;
@@ -310,7 +312,7 @@ pub(super) fn link_down(lab: &Lab) -> Result<Outcome> {
             until [ -f /run/h/status ]; do usleep 100000; done
             [ \"$(cat /run/h/status)\" = 0 ] || { cat /run/h/client /run/h/log; exit 1; }
             cat /run/h/client >&2",
-            60,
+            120,
         );
         let said = match said {
             Ok(said) => said,

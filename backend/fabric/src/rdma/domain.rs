@@ -18,6 +18,8 @@ pub(crate) struct Entry {
     pub(crate) len: usize,
     pub(crate) region: *mut Region,
     pub(crate) keys: Keys,
+    /// No other registration of this domain has it: addresses are used again.
+    pub(crate) number: u64,
     /// Some of it was taken away since: it is not named any more.
     pub(crate) withdrawn: bool,
 }
@@ -206,7 +208,7 @@ impl Domain {
     fn look(&self) {
         for entry in self.entries().1.0.iter().filter(|entry| !pinned::is_whole(entry.start, entry.len)) {
             let mut entries = lock(&self.entries);
-            let Some(known) = entries.iter_mut().find(|known| known.region == entry.region) else { continue };
+            let Some(known) = entries.iter_mut().find(|known| known.number == entry.number) else { continue };
             known.withdrawn = true;
             self.generation.fetch_add(1, Ordering::Release);
             drop(entries);
@@ -227,8 +229,8 @@ impl Listener for Domain {
             Ok((region, keys)) => {
                 let mut entries = lock(&self.entries);
                 let (start, len) = (span.start, span.len);
-                entries.push(Entry { start, len, region, keys, withdrawn: false });
-                self.generation.fetch_add(1, Ordering::Release);
+                let number = self.generation.fetch_add(1, Ordering::Release);
+                entries.push(Entry { start, len, region, keys, number, withdrawn: false });
             }
         }
     }
@@ -258,6 +260,7 @@ mod tests {
             start,
             len,
             region: std::ptr::null_mut(),
+            number: 0,
             keys: Keys::default(),
             withdrawn: false,
         };
