@@ -164,6 +164,7 @@ mod tests {
             start,
             len,
             region: std::ptr::null_mut(),
+            number: 0,
             keys: Keys { local: low32(start as u64), remote: 0 },
             withdrawn: false,
         }
