@@ -27,13 +27,13 @@ struct Busy {
 }
 
 struct Slot {
+    /// Devices may be given keys to it. First, so that it ends before the memory does.
+    announced: Option<Announced>,
     memory: Box<[u8]>,
     iovec: Box<libc::iovec>,
     /// Bytes of the memory that a request has named.
     used: usize,
     busy: Option<Busy>,
-    /// Devices may be given keys to it.
-    announced: Option<Announced>,
 }
 
 impl Slot {

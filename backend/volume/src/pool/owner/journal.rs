@@ -59,9 +59,7 @@ impl Owner {
         self.tail_used.set(self.tail_used.get() + entry.len());
         // Before anybody can see it: who finds none pending takes all that he sees for durable.
         self.shared.pending.store(self.pending.borrow().len() as u64 + 1, Ordering::Release);
-        if self.lets_go(record) {
-            self.let_go.set(seq + 1);
-        }
+        self.note_letting_go(seq, record);
         if let Err(what) = self.meta.borrow_mut().apply(record) {
             panic!("pool {}: a change of our own does not go: {record:?}: {what}", self.shared.name);
         }
@@ -71,16 +69,19 @@ impl Owner {
         self.take_freed();
     }
 
-    /// Whether somebody holds an extent no more after this record, who may again if it is lost.
-    fn lets_go(&self, record: &Record) -> bool {
+    /// Before this record is applied: whether somebody holds an extent no more after it, who does again if it is lost.
+    fn note_letting_go(&self, seq: u64, record: &Record) {
         let meta = self.meta.borrow();
-        match *record {
+        let lets_go = match *record {
             Record::Delete { .. } | Record::Unmap { .. } => true,
             Record::Map { volume, index, .. } => meta.entry(volume, index) != Mapped::None,
             Record::Valid { volume, index, .. } => {
                 matches!(meta.entry(volume, index), Mapped::Partial { fallback, .. } if fallback != NONE)
             }
             _ => false,
+        };
+        if lets_go {
+            self.let_go.set(seq + 1);
         }
     }
 

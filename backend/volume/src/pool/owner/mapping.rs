@@ -183,10 +183,10 @@ impl Owner {
                 return Ok(extent);
             }
             if can_rebirth {
+                // A power cut must not give it back to who held it too, with what is written to it from now on. Once is enough: it was let go of
+                // before we looked.
                 if self.durable.get() < self.let_go.get() && !is_broken("rebirth_before_durable") {
-                    // A power cut must not give it back to who held it too, with what is written to it from now on.
                     self.flush().await?;
-                    continue;
                 }
                 // Whoever held it too may still be reading it.
                 self.barrier().await;
