@@ -270,7 +270,8 @@ impl MemChannel {
 
 impl Channel for MemChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
-        let now = self.runtime.refresh_now();
+        // Not looked at again for each: it was, when the reactor came here.
+        let now = self.runtime.now();
         self.waiting.extend(batch.drain(..).map(|request| (request, now)));
         self.run();
     }

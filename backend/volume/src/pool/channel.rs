@@ -4,10 +4,12 @@
 //! ([`super::slow`]), which delays nobody. A write to several members goes out from a copy of our own: the guest may change its pages
 //! between the first and the last of them.
 
+mod parts;
+
 use super::bounce::{Bounce, zero_payload};
 use super::lanes::Leaf;
 use super::place::Place;
-use super::resolve::{Plan, Resolved, Stripe, prefetch, resolve};
+use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve};
 use super::shared::{Class, Shared, View, VolumeShared, lock};
 use super::slow;
 use super::stripes::{Held, Ways};
@@ -19,6 +21,7 @@ use hawser_block::{
     Outcome, Request, StatsSet, Status, Token, WriteZeroesLimits, channel,
 };
 use hawser_runtime::{Runtime, Slab, SourceId};
+use parts::Whole;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -137,21 +140,47 @@ impl Core {
     }
 }
 
-/// A request whose plan is being carried out.
+/// A request whose plan is being carried out: a cache line, since most reads need no more.
 struct Slot {
     request: Request,
-    turn: usize,
+    /// Members that have a part of it, by bits.
+    members: u64,
+    left: u32,
+    turn: u8,
+    has_more: bool,
+}
+
+/// What there is to a request that is not a read that goes well.
+#[derive(Default)]
+struct More {
     /// [`Shared::joins`] when its members were known.
     since: u64,
-    left: u32,
-    /// Members that have a part of it, those that failed, and those that were given up, by bits.
-    members: u64,
+    /// Members that failed, and those that were given up, by bits.
     failed: u64,
     aborted: u64,
     status: Option<Status>,
     copy: Option<Bounce>,
     /// Stripes that are ours until it has ended.
     stripes: Vec<Stripe>,
+}
+
+impl Slot {
+    fn new(request: Request, turn: usize, left: u32) -> Slot {
+        Slot { request, members: 0, left, turn: u8::from(turn != 0), has_more: false }
+    }
+
+    fn turn(&self) -> usize {
+        usize::from(self.turn)
+    }
+
+    /// What there is to it, at its key.
+    fn more<'a>(&mut self, more: &'a mut Vec<More>, key: usize) -> &'a mut More {
+        self.has_more = true;
+        if more.len() <= key {
+            more.resize_with(key + 1, More::default);
+        }
+        &mut more[key]
+    }
 }
 
 struct Lane {
@@ -161,6 +190,17 @@ struct Lane {
     channel: Box<dyn Channel>,
     batch: Vec<Request>,
     outstanding: usize,
+}
+
+impl Lane {
+    /// It gets one more.
+    #[inline]
+    fn begin(&mut self, core: &Core, member: u16) {
+        if self.outstanding == 0 {
+            self.given_up = core.shared.given_up[usize::from(member)].load(Ordering::Acquire);
+        }
+        self.outstanding += 1;
+    }
 }
 
 /// A lane that gets nothing new.
@@ -180,9 +220,14 @@ struct VolumeChannel {
     /// With requests under way: of devices that are members no more, and of those that members were alone until now.
     retired: Vec<Retired>,
     slots: Slab<Slot>,
+    /// Of those slots that have more, by their keys.
+    more: Vec<More>,
     plan: Plan,
     rotor: u32,
+    /// Requests that went out in parts.
+    wholes: Slab<Whole>,
     reaped: Vec<Completion>,
+    ended_early: Vec<Completion>,
     /// Lists of stripes that nobody uses now.
     lists: Vec<Vec<Stripe>>,
 }
@@ -215,9 +260,12 @@ impl VolumeChannel {
             lanes: Vec::new(),
             retired: Vec::new(),
             slots: Slab::with_capacity(256),
+            more: Vec::with_capacity(256),
             plan: Plan::new(),
             rotor: 0,
+            wholes: Slab::with_capacity(64),
             reaped: Vec::with_capacity(64),
+            ended_early: Vec::with_capacity(64),
             lists: Vec::with_capacity(64),
         };
         channel.refresh();
@@ -276,7 +324,12 @@ impl VolumeChannel {
         let is_late = matches!(request.operation, Operation::Write { fua: true })
             && core.shared.pending.load(Ordering::Acquire) > 0;
         match resolved {
-            Resolved::Plan if !is_late => self.start(request, turn),
+            Resolved::Plan if !is_late => match (request.operation, &self.plan.steps[..]) {
+                (Operation::Read, &[step]) if step.len as usize == request.buffers.len() => {
+                    self.start_read(request, turn, step);
+                }
+                _ => self.start(request, turn),
+            },
             Resolved::Plan => {
                 core.place.leave(turn);
                 self.slowly(request, None);
@@ -297,6 +350,22 @@ impl VolumeChannel {
             self.core.volume.count(class);
         }
         spawn(&self.core, request.token, slow::carry_out(Rc::clone(&self.core), request));
+    }
+
+    /// Carries out a plan that is one read of one member: most are.
+    fn start_read(&mut self, request: Request, turn: usize, step: Step) {
+        let core = &self.core;
+        let Some(lane) = self.lanes.get_mut(usize::from(step.member)).and_then(Option::as_mut) else {
+            core.place.leave(turn);
+            self.slowly(request, Some(Class::Degraded));
+            return;
+        };
+        let members = 1 << step.member;
+        let key = self.slots.insert(Slot { members, ..Slot::new(request, turn, 1) });
+        lane.begin(core, step.member);
+        let shift = self.view.block_shift;
+        let (lba, token) = (Lba(step.offset >> shift), Token(key as u64));
+        lane.batch.push(Request { lba, token, ..request });
     }
 
     /// Carries out the plan that `resolve` has made.
@@ -329,21 +398,13 @@ impl VolumeChannel {
                 self.slowly(request, Some(Class::PartialStripe));
                 return;
             }
-            let mut bounce = core.place.spare.take(len + self.plan.parity_bytes as usize);
-            if self.plan.stripes.is_empty() {
-                bounce.copy_payload(0, &request.buffers);
+            if !self.plan.stripes.is_empty() {
+                self.start_stripes(request, turn);
+                return;
             }
-            // One after the other: what was just copied is still in the cache.
-            for stripe in &self.plan.stripes {
-                let stripes = &parity_of(&self.view, stripe).stripes;
-                let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
-                let (start, data) = (stripe.start as usize, usize::from(stripes.data_strips()));
-                bounce.copy_payload(start, &request.buffers.slice(start, data * strip));
-                let p = stripe.parity as usize;
-                let q = (stripes.parities() == 2).then_some(p + strip);
-                bounce.sums(start, strip, data, p, q);
-            }
-            core.volume.copied_bytes.fetch_add(len as u64, Ordering::Relaxed);
+            let bounce = core.place.spare.take(len);
+            bounce.copy_payload(0, &request.buffers);
+            core.volume.count_copied(len);
             copy = Some(bounce);
         }
         for (start, len) in &self.plan.zeroes {
@@ -356,39 +417,23 @@ impl VolumeChannel {
         }
         let left = u32::try_from(self.plan.steps.len()).expect("a plan has few steps");
         let since = core.shared.joins();
-        let stripes = match self.plan.stripes.is_empty() {
-            true => Vec::new(),
-            false => std::mem::replace(&mut self.plan.stripes, self.lists.pop().unwrap_or_default()),
-        };
-        let slot = Slot {
-            request,
-            turn,
-            since,
-            left,
-            members: 0,
-            failed: 0,
-            aborted: 0,
-            status: None,
-            copy,
-            stripes,
-        };
-        let key = self.slots.insert(slot);
+        let key = self.slots.insert(Slot::new(request, turn, left));
         let slot = self.slots.get_mut(key).expect("just inserted");
+        if self.view.is_copied && is_write {
+            *slot.more(&mut self.more, key) = More { since, copy, ..More::default() };
+        }
+        let copy = self.more.get(key).filter(|_| slot.has_more).and_then(|more| more.copy.as_ref());
         let shift = self.view.block_shift;
         for step in &self.plan.steps {
             slot.members |= 1 << step.member;
             let (start, len) = (step.start as usize, step.len as usize);
-            let buffers = match &slot.copy {
+            let buffers = match copy {
                 Some(copy) => copy.buffers(start, len),
                 None => request.buffers.slice(start, len),
             };
             let lane = self.lanes[usize::from(step.member)].as_mut();
             let lane = lane.expect("plans are made for members that are there");
-            if lane.outstanding == 0 {
-                let given_up = &core.shared.given_up[usize::from(step.member)];
-                lane.given_up = given_up.load(Ordering::Acquire);
-            }
-            lane.outstanding += 1;
+            lane.begin(core, step.member);
             lane.batch.push(Request {
                 operation: request.operation,
                 lba: Lba(step.offset >> shift),
@@ -419,69 +464,92 @@ impl VolumeChannel {
         }
     }
 
+    /// What the members' lanes have ended.
+    fn reap_lanes(&mut self, ended: &mut Vec<Completion>) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        for member in 0..self.lanes.len() {
+            let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
+                continue;
+            };
+            let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+            if given_up != lane.given_up {
+                lane.given_up = given_up;
+                lane.channel.abort();
+            }
+            lane.channel.reap(&mut reaped);
+            lane.outstanding -= reaped.len();
+            for completion in reaped.drain(..) {
+                self.ended(1 << member, completion, ended);
+            }
+        }
+        self.reaped = reaped;
+    }
+
     fn submit_lanes(&mut self) {
         for lane in self.lanes.iter_mut().flatten().filter(|lane| !lane.batch.is_empty()) {
             lane.channel.submit(&mut lane.batch);
         }
     }
 
-    fn ended(&mut self, member: u64, completion: Completion) {
+    /// A part of a request has ended; if it was the last, and all is well, the request is among `ended`.
+    fn ended(&mut self, member: u64, completion: Completion, ended: &mut Vec<Completion>) {
         let key = usize::try_from(completion.token.0).expect("a token of ours");
         let slot = self.slots.get_mut(key).expect("a request ends once");
         slot.left -= 1;
         if let Err(status) = completion.outcome {
+            let more = slot.more(&mut self.more, key);
             match status {
-                Status::Aborted => slot.aborted |= member,
-                _ => slot.failed |= member,
+                Status::Aborted => more.aborted |= member,
+                _ => more.failed |= member,
             }
             // One that says "given up" says less than any other.
-            if matches!(slot.status, None | Some(Status::Aborted)) {
-                slot.status = Some(status);
+            if matches!(more.status, None | Some(Status::Aborted)) {
+                more.status = Some(status);
             }
         }
-        if slot.left == 0 {
-            let slot = self.slots.remove(key).expect("looked up just now");
-            self.finish(slot);
+        if slot.left > 0 {
+            return;
+        }
+        let slot = self.slots.remove(key).expect("looked up just now");
+        if slot.has_more {
+            let more = std::mem::take(&mut self.more[key]);
+            if let Some(status) = more.status {
+                return self.fail(slot, more, status);
+            }
+            self.give_back(more.stripes);
+            if more.copy.is_some() {
+                self.core.place.end_copy(slot.request.buffers.len());
+            }
+        }
+        // What was read from a member that has been found to lack something meanwhile may be old.
+        let is_old =
+            !slot.request.operation.is_write() && self.view.is_redundant && !self.are_in_sync(slot.members);
+        self.core.place.leave(slot.turn());
+        if is_old && !is_broken("stale_member_read") {
+            self.slowly(slot.request, Some(Class::Degraded));
+        } else {
+            let completion = Completion { token: slot.request.token, outcome: Ok(()) };
+            Self::has_ended(&mut self.wholes, completion, ended);
         }
     }
 
-    fn finish(&mut self, slot: Slot) {
-        let Slot { request, turn, since, members, failed, aborted, status, copy, stripes, .. } = slot;
-        // Kept until a failure is written down: who changes them before would take for right what the member does not have.
-        let held = match status {
-            None => {
-                self.give_back(stripes);
-                Vec::new()
-            }
-            Some(_) => {
-                let held =
-                    |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
-                stripes.iter().map(held).collect()
-            }
-        };
+    fn fail(&mut self, slot: Slot, more: More, status: Status) {
+        let (request, turn) = (slot.request, slot.turn());
+        let More { since, failed, aborted, copy, stripes, .. } = more;
+        // Kept until the failure is written down: who changes them before would take for right what the member does not have.
+        let held = |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
+        let held: Vec<Held> = stripes.iter().map(held).collect();
         let core = &self.core;
         if copy.is_some() {
             core.place.end_copy(request.buffers.len());
         }
-        let is_write = request.operation.is_write();
-        let Some(status) = status else {
-            // What was read from a member that has been found to lack something meanwhile may be old.
-            let is_old = !is_write && self.view.is_redundant && !self.are_in_sync(members);
-            let is_good = !is_old || is_broken("stale_member_read");
-            core.place.leave(turn);
-            match is_good {
-                true => core.end(request.token, Ok(())),
-                false => self.slowly(request, Some(Class::Degraded)),
-            }
-            return;
-        };
         if !self.view.is_redundant {
             core.place.leave(turn);
             core.end(request.token, Err(status));
             return;
         }
         core.volume.count(Class::DeviceFailure);
-        if !is_write {
+        if !request.operation.is_write() {
             core.place.leave(turn);
             match status {
                 Status::Aborted if core.is_given_up.load(Ordering::Relaxed) => {
@@ -556,22 +624,8 @@ impl Channel for VolumeChannel {
 
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         self.refresh();
+        self.reap_lanes(ended);
         let mut reaped = std::mem::take(&mut self.reaped);
-        for member in 0..self.lanes.len() {
-            let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
-                continue;
-            };
-            let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
-            if given_up != lane.given_up {
-                lane.given_up = given_up;
-                lane.channel.abort();
-            }
-            lane.channel.reap(&mut reaped);
-            lane.outstanding -= reaped.len();
-            for completion in reaped.drain(..) {
-                self.ended(1 << member, completion);
-            }
-        }
         let mut retired = std::mem::take(&mut self.retired);
         for Retired { member, lane } in &mut retired {
             if let Some(member) = *member {
@@ -585,13 +639,15 @@ impl Channel for VolumeChannel {
             lane.outstanding -= reaped.len();
             for completion in reaped.drain(..) {
                 // Else whose number it had may be another's now; the answer counts all the same.
-                self.ended(member.map_or(0, |member| 1 << member), completion);
+                self.ended(member.map_or(0, |member| 1 << member), completion, ended);
             }
         }
         retired.retain(|retired| retired.lane.outstanding > 0);
         self.retired = retired;
         self.reaped = reaped;
-        ended.append(&mut self.core.ended.borrow_mut());
+        for completion in self.core.ended.borrow_mut().drain(..) {
+            Self::has_ended(&mut self.wholes, completion, ended);
+        }
     }
 
     fn is_working(&self) -> bool {

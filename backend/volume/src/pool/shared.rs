@@ -127,6 +127,11 @@ pub(crate) struct VolumeShared {
 }
 
 impl VolumeShared {
+    /// So many bytes of payload were copied.
+    pub(crate) fn count_copied(&self, bytes: usize) {
+        self.copied_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     pub(crate) fn count(&self, class: Class) {
         self.slow[class as usize].fetch_add(1, Ordering::Relaxed);
     }

@@ -502,7 +502,7 @@ async fn write_prepared(
         Payload::Guest(buffers) => bounce.copy_payload(at, buffers),
         Payload::Zeroes => bounce.zero(at, usize_of(len)),
     }
-    core.volume.copied_bytes.fetch_add(len, Ordering::Relaxed);
+    core.volume.count_copied(usize_of(len));
     let extent = extent_of(&view, entry);
     let written = match view.array.sets()[view.array.locate(extent).0].parity() {
         Some(_) => write_stripes(core, &view, (index, extent), (from, size), &bounce, is_alone).await?,

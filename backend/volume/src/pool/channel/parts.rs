@@ -1,0 +1,177 @@
+//! Writes of whole stripes, a few at a time: what was just copied, and the parity that was just computed, go on to the members while
+//! the cache has them.
+//!
+//! ```text
+//!   1 MiB on RAID 5 of 3 ── 128 KiB of it ── copy ── P ── members ── the next 128 KiB, in the same buffer if the members were fast
+//! ```
+//!
+//! Each part is a request of its own, with its copy and its stripes; the guest's ends with the last of them.
+//!
+//! Invariants: nothing is awaited between the parts, and nothing is looked at again: they are all of one plan.
+
+use super::{More, Slot, VolumeChannel, parity_of};
+use crate::pool::bounce::Bounce;
+use crate::pool::resolve::{Plan, Step, Stripe};
+use hawser_block::{BlockCount, Completion, Lba, Outcome, Request, Status, Token};
+use hawser_runtime::Slab;
+use std::ops::Range;
+
+/// What a part has, data and parity, unless it is one stripe: with its source, a half of a second-level cache of 512 KiB. As one part 1 MiB
+/// went to a RAID 5 at 0.43 times the speed of a RAID 0, in parts of 512 KiB at 0.43, of 256 KiB at 0.6. Requests of simulations are small.
+const PART_BYTES: usize = if cfg!(hawser_mutations) { 32 << 10 } else { 256 << 10 };
+/// Marks the tokens of parts.
+const PART_BIT: u64 = 1 << 62;
+
+/// A request that went out in parts.
+pub(super) struct Whole {
+    token: Token,
+    left: u32,
+    outcome: Outcome,
+}
+
+/// Stripes and steps of a plan, by their numbers.
+struct Part {
+    stripes: Range<usize>,
+    steps: Range<usize>,
+}
+
+impl VolumeChannel {
+    /// The first part that begins with this stripe and step.
+    fn part(&self, plan: &Plan, stripe: usize, step: usize) -> Part {
+        let (mut end, mut bytes, mut steps) = (stripe, 0, step);
+        while let Some(next) = plan.stripes.get(end) {
+            let stripes = &parity_of(&self.view, next).stripes;
+            let strips = usize::from(stripes.data_strips() + stripes.parities());
+            bytes += strips * usize::try_from(stripes.strip_bytes()).expect("a strip is small");
+            if end > stripe && bytes > PART_BYTES {
+                break;
+            }
+            (end, steps) = (end + 1, steps + strips);
+        }
+        Part { stripes: stripe..end, steps: step..steps }
+    }
+
+    /// Carries out the plan, which is of whole stripes. They are taken, and what is to be copied is counted.
+    pub(super) fn start_stripes(&mut self, request: Request, turn: usize) {
+        let plan = std::mem::take(&mut self.plan);
+        let since = self.core.shared.joins();
+        let mut part = self.part(&plan, 0, 0);
+        let is_split = part.stripes.end < plan.stripes.len();
+        let token = match is_split {
+            // One more, so that it does not end before all are begun.
+            true => Token(
+                self.wholes.insert(Whole { token: request.token, left: 1, outcome: Ok(()) }) as u64
+                    | PART_BIT,
+            ),
+            false => request.token,
+        };
+        loop {
+            if is_split {
+                let whole = self.wholes.get_mut(key_of(token)).expect("one is left");
+                whole.left += 1;
+            }
+            self.start_part(&plan, &part, Request { token, ..request }, since);
+            if part.stripes.end == plan.stripes.len() {
+                break;
+            }
+            self.submit_lanes();
+            let mut ended = std::mem::take(&mut self.ended_early);
+            self.reap_lanes(&mut ended);
+            if !ended.is_empty() {
+                self.core.ended.borrow_mut().append(&mut ended);
+                self.core.runtime.wake(self.core.user);
+            }
+            self.ended_early = ended;
+            part = self.part(&plan, part.stripes.end, part.steps.end);
+        }
+        if is_split {
+            self.core.end(token, Ok(()));
+        }
+        self.core.volume.count_copied(request.buffers.len());
+        self.core.place.leave(turn);
+        self.plan = plan;
+    }
+
+    fn start_part(&mut self, plan: &Plan, part: &Part, request: Request, since: u64) {
+        let stripes = &plan.stripes[part.stripes.clone()];
+        let steps = &plan.steps[part.steps.clone()];
+        // The plan has all parity behind the whole payload.
+        let payload = request.buffers.len();
+        let (first, first_parity) = (stripes[0].start as usize, stripes[0].parity as usize);
+        let next = plan.stripes.get(part.stripes.end);
+        let data_end = next.map_or(payload, |next| next.start as usize);
+        let parity_end = next.map_or(payload + plan.parity_bytes as usize, |next| next.parity as usize);
+        let len = data_end - first;
+        let place = |at: usize| match at < payload {
+            true => at - first,
+            false => len + at - first_parity,
+        };
+        let shift = self.view.block_shift;
+        let narrow = |bytes: usize| u32::try_from(bytes).expect("a request has at most 4 MiB");
+        let piece = Request {
+            lba: Lba(request.lba.0 + (first as u64 >> shift)),
+            blocks: BlockCount(narrow(len) >> shift),
+            buffers: request.buffers.slice(first, len),
+            ..request
+        };
+        let mut copy = self.core.place.spare.take(len + parity_end - first_parity);
+        for stripe in stripes {
+            self.copy(
+                stripe,
+                &piece,
+                (place(stripe.start as usize), place(stripe.parity as usize)),
+                &mut copy,
+            );
+        }
+        let mut list = self.lists.pop().unwrap_or_default();
+        list.extend_from_slice(stripes);
+        let slot = Slot::new(piece, self.core.place.enter(), narrow(steps.len()));
+        let key = self.slots.insert(slot);
+        let slot = self.slots.get_mut(key).expect("just inserted");
+        for Step { member, offset, start, len } in steps {
+            slot.members |= 1 << member;
+            let lane = self.lanes[usize::from(*member)].as_mut();
+            let lane = lane.expect("plans are made for members that are there");
+            lane.begin(&self.core, *member);
+            lane.batch.push(Request {
+                operation: request.operation,
+                lba: Lba(offset >> shift),
+                blocks: BlockCount(len >> shift),
+                buffers: copy.buffers(place(*start as usize), *len as usize),
+                token: Token(key as u64),
+            });
+        }
+        *slot.more(&mut self.more, key) = More { since, copy: Some(copy), stripes: list, ..More::default() };
+    }
+
+    /// Copies a stripe of the payload and computes its parity.
+    fn copy(&self, stripe: &Stripe, request: &Request, (at, p_at): (usize, usize), copy: &mut Bounce) {
+        let stripes = &parity_of(&self.view, stripe).stripes;
+        let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
+        let data = usize::from(stripes.data_strips());
+        copy.copy_payload(at, &request.buffers.slice(at, data * strip));
+        copy.sums(at, strip, data, p_at, (stripes.parities() == 2).then_some(p_at + strip));
+    }
+
+    /// A request has ended: it is among `ended`, unless it is a part of one that has not.
+    pub(super) fn has_ended(wholes: &mut Slab<Whole>, completion: Completion, ended: &mut Vec<Completion>) {
+        if completion.token.0 & PART_BIT == 0 {
+            return ended.push(completion);
+        }
+        let key = key_of(completion.token);
+        let whole = wholes.get_mut(key).expect("a part ends once");
+        whole.left -= 1;
+        // The first failure stands, but one that says "given up" says less than any other.
+        if completion.outcome.is_err() && matches!(whole.outcome, Ok(()) | Err(Status::Aborted)) {
+            whole.outcome = completion.outcome;
+        }
+        if whole.left == 0 {
+            let Whole { token, outcome, .. } = wholes.remove(key).expect("looked up just now");
+            ended.push(Completion { token, outcome });
+        }
+    }
+}
+
+fn key_of(token: Token) -> usize {
+    usize::try_from(token.0 & !PART_BIT).expect("a key of ours")
+}
