@@ -284,8 +284,11 @@ impl Channel for MemChannel {
     }
 
     fn is_working(&self) -> bool {
-        // A wake-up for each large request would cost as much as its copy.
-        self.waiting.front().is_some_and(|(request, _)| request.buffers.len() < PASS_BYTES)
+        // A wake-up for each large request would cost as much as its copy. What is done and not yet taken counts: nothing is worth waiting
+        // for. Where a volume's batch is two members' halves, all of it is done by the time that the first portion is shown, and a wake-up
+        // that was held then cost 4 % of a RAID 0's reads and 8 % of a RAID 1's.
+        !self.ended.is_empty()
+            || self.waiting.front().is_some_and(|(request, _)| request.buffers.len() < PASS_BYTES)
     }
 
     fn abort(&mut self) {

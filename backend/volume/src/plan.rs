@@ -36,6 +36,10 @@ pub fn resolve(request: &Request, member: &Geometry, read_only: bool) -> Plan {
         if request.buffers.len() as u64 != bytes || bytes > u64::from(TRANSFER_BYTES_MAX) {
             return Plan::Refused(Status::Invalid);
         }
+        if request.blocks.0 <= member.transfer_blocks_max {
+            // Without the divisions below: nearly all.
+            return Plan::Whole;
+        }
     }
     let Some(cut) = Cut::new(request, member) else { return Plan::Refused(Status::Unsupported) };
     if !request.operation.has_payload() && request.blocks.0 > cut.unit.saturating_mul(PIECES_MAX) {
