@@ -71,6 +71,7 @@ const USAGE: &str = "\
 --sums FILE             adds what was seen to FILE, every 10000 seeds and at the end; without --from, goes on where FILE ends
 --mutation NAME         with this promise broken
 --mutations             every mutation, each until it is found out
+--traces                with --part: each seed's trace, which stays the same when only the cost of a history changes
 ";
 
 #[derive(Clone, Default)]
@@ -86,6 +87,8 @@ struct Options {
     is_run: bool,
     /// One of the processes of a long run: its last line is for the first.
     is_part: bool,
+    /// Each history's trace is printed.
+    traces: bool,
 }
 
 fn options(suite: &Suite) -> Result<Options, String> {
@@ -110,6 +113,7 @@ fn options(suite: &Suite) -> Result<Options, String> {
             "--mutation" => (options.mutation, options.is_run) = (args.next(), true),
             "--mutations" => (options.mutations, options.is_run) = (true, true),
             "--part" => options.is_part = true,
+            "--traces" => options.traces = true,
             // What cargo gives to every test binary.
             _ => {}
         }
@@ -156,6 +160,9 @@ fn run(suite: &Suite, options: &Options, enough: usize) -> Sums {
                     let scenario = named.and_then(|name| suite.scenarios.iter().find(|other| **other == name));
                     let scenario = scenario.copied().unwrap_or_else(|| (suite.scenario_of)(seed));
                     let happened = (suite.happen)(seed, named);
+                    if let (true, Ok(seen)) = (options.traces, &happened) {
+                        println!("trace {seed} {:016x}", seen.trace);
+                    }
                     if let (Err(why), None) = (&happened, &options.mutation) {
                         let named = named.map(|name| format!(" --scenario {name}")).unwrap_or_default();
                         let more = suite.shrink.map(|shrink| shrink(seed, options.scenario.as_deref()));
