@@ -15,6 +15,7 @@ use hawser_block::{
     Request, StatsSet, Status, channel,
 };
 use hawser_runtime::{Event, Runtime, Source, SourceId};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -96,7 +97,8 @@ struct Overwritten {
 /// What a block was before it was written.
 #[derive(Clone, Copy, Debug)]
 enum Before {
-    Zero,
+    /// Its page was as at first.
+    Untouched,
     /// There in `bytes`.
     At(usize),
     /// It does not matter any more: the block is stable after this write.
@@ -107,7 +109,7 @@ impl Unstable {
     fn push(&mut self, block: u64, write: u64, before: Option<&[u8]>) {
         let at = self.bytes.len();
         self.bytes.extend_from_slice(before.unwrap_or_default());
-        let before = if before.is_some() { Before::At(at) } else { Before::Zero };
+        let before = if before.is_some() { Before::At(at) } else { Before::Untouched };
         self.overwritten.push(Overwritten { block, write, before });
     }
 
@@ -135,8 +137,8 @@ impl Unstable {
     fn restore(&self, overwritten: Overwritten, content: &mut Memory, size: usize) {
         let from = usize::try_from(overwritten.block).unwrap_or(0) * size;
         match overwritten.before {
-            Before::Zero => content.zero(from..from + size),
-            Before::At(at) => content.change(from..from + size).copy_from_slice(&self.bytes[at..at + size]),
+            Before::Untouched => content.forget(from..from + size),
+            Before::At(at) => content.write(from, &self.bytes[at..at + size]),
             Before::Gone => {}
         }
     }
@@ -185,8 +187,7 @@ impl SimDiskState {
     /// The blocks as a loss of power leaves them at worst.
     #[must_use]
     pub fn stable(&mut self) -> Memory {
-        let mut stable = Memory::new(self.content.len());
-        stable.copy(&self.content);
+        let mut stable = self.content.clone();
         let size = self.block_bytes();
         self.unstable.sort();
         for overwritten in self.unstable.blocks().filter_map(|all| all.first()) {
@@ -206,7 +207,7 @@ impl SimDiskState {
     /// What reads see now, to be restored later.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.content.to_vec()
+        self.content.get(0..self.content.len()).into_owned()
     }
 
     /// Comes back with this content, stable.
@@ -214,7 +215,7 @@ impl SimDiskState {
     /// # Panics
     /// When it is larger than this disk.
     pub fn restore(&mut self, content: &[u8]) {
-        self.content.change(0..content.len()).copy_from_slice(content);
+        self.content.write(0, content);
         self.unstable.clear();
         self.media_errors.clear();
         self.epoch += 1;
@@ -227,10 +228,16 @@ impl SimDiskState {
 
     /// The content of these blocks, whichever reads would fail.
     #[must_use]
-    pub fn blocks(&self, lba: u64, count: u64) -> &[u8] {
+    pub fn blocks(&self, lba: u64, count: u64) -> Cow<'_, [u8]> {
         let size = self.block_bytes();
         let at = |block: u64| usize::try_from(block).unwrap_or(usize::MAX).saturating_mul(size);
-        self.content.get(at(lba)..at(lba + count)).unwrap_or_default()
+        let range = at(lba)..at(lba + count);
+        if range.end <= self.content.len() { self.content.get(range) } else { Cow::default() }
+    }
+
+    /// It was used before, and holds what nobody knows: another disk, by `number`, something else.
+    pub fn fill_with_junk(&mut self, number: u64) {
+        self.content = Memory::junk(self.content.len(), number);
     }
 
     fn is_read_that_fails(&mut self, lbas: &Range<u64>) -> bool {
@@ -269,9 +276,9 @@ impl SimDiskState {
             if durable {
                 self.unstable.is_stable(block);
             } else {
-                let is_zero = self.content.is_zero(at);
-                let before = (!is_zero).then(|| &self.content[at..at + size]);
-                self.unstable.push(block, self.writes, before);
+                let is_untouched = self.content.is_untouched(at);
+                let before = (!is_untouched).then(|| self.content.get(at..at + size));
+                self.unstable.push(block, self.writes, before.as_deref());
             }
         }
     }
@@ -603,7 +610,7 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
     let from = usize::try_from(request.lba.0 << shift).map_err(|_| Status::Invalid)?;
     let to = from + ((request.blocks.0 as usize) << shift);
     if request.operation == Operation::Read {
-        return read(&state.content[from..to], &request.buffers);
+        return read(&state.content, from..to, &request.buffers);
     }
     match request.operation {
         Operation::Write { fua } => {
@@ -611,8 +618,12 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
                 return Err(Status::Invalid);
             }
             state.writes(from, to, fua);
-            // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
-            unsafe { request.buffers.copy_to(state.content.change(from..to).as_mut_ptr()) };
+            let mut at = 0;
+            state.content.write_with(from..to, |piece| {
+                // SAFETY: the request has not ended and has our length; our content is apart from its buffers.
+                unsafe { request.buffers.slice(at, piece.len()).copy_to(piece.as_mut_ptr()) };
+                at += piece.len();
+            });
         }
         Operation::WriteZeroes { fua, .. } => {
             state.writes(from, to, fua);
@@ -623,17 +634,21 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
             // Nothing that two disks agree on, unless they say so.
             let is_zero = geometry.discard.is_none_or(|limits| limits.reads_zeroes);
             let filler = state.filler;
-            state.content.change(from..to).fill(if is_zero { 0 } else { filler });
+            state.content.write_with(from..to, |piece| piece.fill(if is_zero { 0 } else { filler }));
         }
     }
     Ok(())
 }
 
-fn read(content: &[u8], buffers: &Buffers) -> Outcome {
-    if buffers.len() != content.len() {
+fn read(content: &Memory, range: Range<usize>, buffers: &Buffers) -> Outcome {
+    if buffers.len() != range.len() {
         return Err(Status::Invalid);
     }
-    // SAFETY: the request has not ended, is a read, and has our length; our content is apart from its buffers.
-    unsafe { buffers.copy_from(content.as_ptr()) };
+    let mut at = 0;
+    for piece in content.pieces(range) {
+        // SAFETY: the request has not ended, is a read, and has our length; our content is apart from its buffers.
+        unsafe { buffers.slice(at, piece.len()).copy_from(piece.as_ptr()) };
+        at += piece.len();
+    }
     Ok(())
 }

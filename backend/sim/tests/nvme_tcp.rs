@@ -271,7 +271,7 @@ fn history(seed: u64, requests: usize, faults: Faults) -> u64 {
         let client = client.borrow();
         let from = usize::try_from(client.first_block).unwrap() * BLOCK;
         assert!(
-            disk.state().content[from..from + client.model.len()] == client.model[..],
+            *disk.state().content.get(from..from + client.model.len()) == client.model[..],
             "seed {seed}: the disk's content"
         );
         drop(client);

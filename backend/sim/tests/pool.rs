@@ -496,7 +496,7 @@ fn a_tail_that_names_more_extents_than_there_are_is_refused() {
     scene.write(&pool, "v", 0, &pattern(1, 4096));
     drop(pool);
     scene.kill();
-    let book = Superblock::decode(&scene.disks[0].state().content[4096..8192]).unwrap().unwrap();
+    let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
     let content = decode_tail(&scene.tail.content(), &book.pool_uuid).expect("a tail of this pool");
     let (last, _) = *content.records.last().expect("the write is in it");
     let mut more = Vec::new();
@@ -535,9 +535,8 @@ fn a_bit_that_flips_on_any_member_is_found_by_a_scrub() {
             // The last that stands there: data or parity.
             let at = {
                 let mut state = disk.state();
-                let at = (0..state.content.len())
-                    .rfind(|at| state.content[*at] != 0)
-                    .expect("something stands there");
+                let at =
+                    state.snapshot().iter().rposition(|byte| *byte != 0).expect("something stands there");
                 state.content.change(at..at + 1)[0] ^= 0x10;
                 at
             };

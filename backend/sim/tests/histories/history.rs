@@ -304,8 +304,8 @@ fn flush_and_lose_power(cast: &mut Cast) -> Result<(), String> {
         }
     }
     cast.disk.state().lose_cache();
-    let content = cast.disk.state().content.to_vec();
-    cast.hosts.iter().try_for_each(|host| host.model.borrow_mut().cache_lost(&content))
+    let content = &cast.disk.state().content;
+    cast.hosts.iter().try_for_each(|host| host.model.borrow_mut().cache_lost(content))
 }
 
 fn check_storms(cast: &Cast) -> Result<(), String> {

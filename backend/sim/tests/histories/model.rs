@@ -5,6 +5,7 @@
 //!   read, but the one that was is what it stays.
 //! - What a FLUSH or a FUA write has made durable is on the disk's stable store.
 
+use hawser_sim::Memory;
 use std::collections::BTreeMap;
 
 pub(crate) const BLOCK: usize = 512;
@@ -206,7 +207,12 @@ impl Model {
     }
 
     /// A FLUSH has ended well or not, with this stable store.
-    pub(crate) fn flush_ends(&mut self, snapshot: &Snapshot, ok: bool, stable: &[u8]) -> Result<(), String> {
+    pub(crate) fn flush_ends(
+        &mut self,
+        snapshot: &Snapshot,
+        ok: bool,
+        stable: &Memory,
+    ) -> Result<(), String> {
         if !ok {
             if self.failures_allowed == 0 {
                 return Err("a FLUSH fails, and no cache was lost".to_owned());
@@ -225,7 +231,7 @@ impl Model {
         for (lba, promised) in &snapshot.blocks {
             let block = self.blocks.get_mut(lba).expect("blocks stay");
             let from = usize::try_from(*lba).unwrap() * BLOCK;
-            let id = identify(&stable[from..from + BLOCK], *lba)?;
+            let id = identify(&stable.get(from..from + BLOCK), *lba)?;
             if !block.is_stable_with(promised, id) {
                 return Err(format!(
                     "block {lba} is {id:#x} on the stable store after a FLUSH, want {promised:#x?}"
@@ -239,12 +245,12 @@ impl Model {
     }
 
     /// The disk's cache was lost: this is what is left.
-    pub(crate) fn cache_lost(&mut self, content: &[u8]) -> Result<(), String> {
+    pub(crate) fn cache_lost(&mut self, content: &Memory) -> Result<(), String> {
         let trusts = self.trusts;
         let mut lost = false;
         for (lba, block) in &mut self.blocks {
             let from = usize::try_from(*lba).unwrap() * BLOCK;
-            let id = identify(&content[from..from + BLOCK], *lba)?;
+            let id = identify(&content.get(from..from + BLOCK), *lba)?;
             let promised = block.stable.clone();
             if !trusts && !block.is_stable_with(&promised, id) {
                 return Err(format!("block {lba} is {id:#x} after a loss of power, want {promised:#x?}"));
@@ -269,10 +275,10 @@ impl Model {
     }
 
     /// What is left at the end.
-    pub(crate) fn check_all(&self, content: &[u8]) -> Result<(), String> {
+    pub(crate) fn check_all(&self, content: &Memory) -> Result<(), String> {
         for (lba, block) in &self.blocks {
             let from = usize::try_from(*lba).unwrap() * BLOCK;
-            let id = identify(&content[from..from + BLOCK], *lba)?;
+            let id = identify(&content.get(from..from + BLOCK), *lba)?;
             if !block.seen().contains(&id) {
                 let seen = block.seen();
                 return Err(format!("block {lba} is {id:#x} at the end, want one of {seen:#x?}"));

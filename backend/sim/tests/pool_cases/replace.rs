@@ -268,7 +268,7 @@ fn a_write_that_the_new_one_fails_while_it_becomes_the_member_is_not_lost() {
     scene.ask(pool.replace("d0", as_device(&new), false)).unwrap();
     let is_member = || {
         let state = new.state();
-        let label = Superblock::decode(&state.content[4096..8192]).ok().flatten();
+        let label = Superblock::decode(&state.content.get(4096..8192)).ok().flatten();
         label.is_some_and(|label| label.place().is_some())
     };
     let mut steps = 0;

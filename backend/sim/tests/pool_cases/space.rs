@@ -130,7 +130,7 @@ fn members_are_told_of_what_is_free_when_that_is_durable_and_only_if_asked_to() 
             let copies = if level.is_redundant() { 2 } else { 1 };
             let count = |scene: &Scene, byte: u8| -> usize {
                 let disks = scene.disks.iter();
-                disks.map(|disk| disk.state().content.iter().filter(|it| **it == byte).count()).sum()
+                disks.map(|disk| disk.state().snapshot().iter().filter(|it| **it == byte).count()).sum()
             };
             let all = copies * ((8 * 64) << 10);
             assert!(count(&scene, 0xAB) >= all);

@@ -438,7 +438,7 @@ impl Cast {
             let mut state = member.disk.state();
             let stable = state.stable();
             for (what, bytes) in [("", &state.content), (" stable", &stable)] {
-                for (at, sector) in bytes.chunks_exact(512).enumerate() {
+                for (at, sector) in bytes.get(0..bytes.len()).chunks_exact(512).enumerate() {
                     let word =
                         |index: usize| u64::from_le_bytes(sector[index * 8..][..8].try_into().unwrap());
                     if word(0) == id {

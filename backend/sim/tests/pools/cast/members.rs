@@ -2,7 +2,7 @@
 
 use super::{Cast, Health};
 use hawser_block::{BlockSize, Device, DiscardLimits, Geometry, WriteZeroesLimits};
-use hawser_sim::{Random, SimDisk};
+use hawser_sim::SimDisk;
 use hawser_volume::pool::{MemberState, MemberView, Pool, PoolView};
 use std::sync::Arc;
 
@@ -54,11 +54,7 @@ impl Cast {
             state.tears = true;
             state.trap = Some(Arc::clone(&self.shared.trap));
             if self.plan.has_junk {
-                let mut junk = Random::new(self.plan.seed ^ u64::from(index));
-                let len = state.content.len();
-                for word in state.content.change(0..len).chunks_exact_mut(8) {
-                    word.copy_from_slice(&junk.next_u64().to_le_bytes());
-                }
+                state.fill_with_junk(self.plan.seed.wrapping_add(u64::from(index)));
             }
         }
         Member {
