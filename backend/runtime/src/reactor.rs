@@ -137,6 +137,19 @@ impl Reactor {
         });
     }
 
+    /// Until when this reactor would sleep, if a pass would find nothing but what its driver may have. For whoever steps reactors by hand.
+    #[must_use]
+    pub fn idle_until(&self) -> Option<Instant> {
+        let inner = &self.runtime.0;
+        let now = self.runtime.refresh_now();
+        let has_work = inner.shared.pending.load(Ordering::Relaxed)
+            || !inner.ready.borrow().is_empty()
+            || !inner.watching.borrow().is_empty()
+            || inner.stop.get();
+        let deadline = inner.timers.borrow().next_deadline().unwrap_or(Instant::NEVER);
+        (!has_work && deadline > now).then_some(deadline)
+    }
+
     /// One pass of the loop, which may sleep at its end. Returns whether there was anything to do: a reactor that found
     /// nothing has told its driver until when it would sleep.
     pub fn step(&mut self) -> bool {

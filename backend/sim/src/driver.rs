@@ -175,6 +175,7 @@ impl Driver for SimDriver {
             return;
         }
         self.under_way.push(Pending { user, op: *op, not_before, sent: 0, cancelled: Instant::NEVER });
+        self.world.state.borrow_mut().is_waited_for[self.index] = true;
     }
 
     fn cancel(&mut self, user: u64) {
@@ -183,6 +184,7 @@ impl Driver for SimDriver {
             self.completed.push((user, Completed { result: -libc::ECANCELED, more: false }));
         }
         let state = &mut *self.world.state.borrow_mut();
+        state.is_waited_for[self.index] = true;
         for entry in self.under_way.iter_mut().filter(|entry| entry.user == user) {
             let wait = if state.random.chance(700) { 0 } else { state.random.below(2_000_000) };
             entry.cancelled = entry.cancelled.min(state.now + Duration::from_nanos(wait));
@@ -206,6 +208,7 @@ impl Driver for SimDriver {
             self.completed.extend(ready.map(|(user, _)| (*user, Completed { result: 1, more: true })));
         }
         out.append(&mut self.completed);
+        self.world.state.borrow_mut().is_waited_for[self.index] = !self.under_way.is_empty();
     }
 
     fn quiesce(&mut self) -> bool {

@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) wake_at: Vec<Instant>,
     /// When operations under way end.
     pub(crate) due: Vec<Instant>,
+    /// Which reactors' drivers have operations under way.
+    pub(crate) is_waited_for: Vec<bool>,
     /// Where hosts reach targets over RDMA.
     pub(crate) verbs: Option<Verbs>,
     trace: u64,
@@ -73,6 +75,7 @@ impl World {
             reactors: Vec::new(),
             wake_at: Vec::new(),
             due: Vec::new(),
+            is_waited_for: Vec::new(),
             verbs: None,
             trace: 0,
         };
@@ -111,6 +114,7 @@ impl World {
             let mut state = self.state.borrow_mut();
             state.wake_at.push(Instant::NEVER);
             state.due.push(Instant::NEVER);
+            state.is_waited_for.push(false);
             state.wake_at.len() - 1
         };
         let driver = SimDriver::new(self.clone(), index);
@@ -170,6 +174,7 @@ impl World {
             let state = &mut *self.state.borrow_mut();
             state.wake_at[index] = Instant::NEVER;
             state.due[index] = Instant::NEVER;
+            state.is_waited_for[index] = false;
         }
     }
 
@@ -283,7 +288,19 @@ impl World {
         }
     }
 
-    /// Steps the reactors until `done` says so, or until it is `at`; says whether it is done.
+    /// A step of this reactor, whose number in this world it is, would find nothing to do.
+    fn rests(&self, reactor: &Reactor, index: Option<usize>) -> bool {
+        let (Some(index), Some(until)) = (index, reactor.idle_until()) else { return false };
+        let state = &mut *self.state.borrow_mut();
+        if state.is_waited_for[index] || state.verbs.is_some() {
+            return false;
+        }
+        state.wake_at[index] = until;
+        true
+    }
+
+    /// Steps the reactors until `done` says so, or until it is `at`; says whether it is done. `done` is asked whenever something has
+    /// happened, or time has passed.
     ///
     /// # Errors
     /// When reactors are busy for ever without time passing.
@@ -294,15 +311,25 @@ impl World {
         mut done: impl FnMut() -> bool,
     ) -> Result<bool, String> {
         let mut steps_at_this_time = 0u32;
+        let number = |reactor: &Reactor| {
+            let handle = reactor.runtime().handle();
+            self.state.borrow().reactors.iter().rposition(|other| other.same(&handle))
+        };
+        let numbers: Vec<Option<usize>> = reactors.iter().map(number).collect();
+        let mut is_news = true;
         loop {
             let mut busy = false;
             let count = reactors.len();
             let first = usize::try_from(self.below(count.max(1) as u64)).unwrap_or(0);
             for turn in 0..count {
-                let reactor = &mut reactors[(first + turn) % count];
-                let runtime: Runtime = reactor.runtime().clone();
-                busy |= runtime.enter(|| reactor.step());
-                if done() {
+                let at = (first + turn) % count;
+                let reactor = &mut reactors[at];
+                if !self.rests(reactor, numbers[at]) {
+                    let runtime: Runtime = reactor.runtime().clone();
+                    busy |= runtime.enter(|| reactor.step());
+                    is_news = true;
+                }
+                if std::mem::take(&mut is_news) && done() {
                     return Ok(true);
                 }
             }
@@ -323,6 +350,7 @@ impl World {
             let waits = waits.chain(state.verbs.map(Verbs::due));
             let next = waits.chain(state.net.next_event(now)).filter(|at| *at > now).min();
             state.now = next.map_or(at, |next| next.min(at));
+            is_news = true;
         }
     }
 }

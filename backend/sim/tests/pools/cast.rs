@@ -184,7 +184,9 @@ impl Cast {
                 }
                 self.poll_asks();
                 over = done(self);
-                over || self.wants_attach || !self.shared.troubles.borrow().is_empty()
+                over || self.wants_attach
+                    || self.shared.trap.is_sprung()
+                    || !self.shared.troubles.borrow().is_empty()
             };
             let ran = catch_unwind(AssertUnwindSafe(|| world.run_until(&mut reactors, at, done)));
             self.reactors = reactors;
