@@ -276,9 +276,7 @@ impl SimDiskState {
             if durable {
                 self.unstable.is_stable(block);
             } else {
-                let is_untouched = self.content.is_untouched(at);
-                let before = (!is_untouched).then(|| self.content.get(at..at + size));
-                self.unstable.push(block, self.writes, before.as_deref());
+                self.unstable.push(block, self.writes, self.content.written(at..at + size));
             }
         }
     }

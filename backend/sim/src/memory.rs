@@ -174,6 +174,13 @@ impl Memory {
         self.pages[at / PAGE_BYTES].is_none()
     }
 
+    /// These bytes, all of one page, unless that is as it was at first.
+    #[must_use]
+    pub fn written(&self, range: Range<usize>) -> Option<&[u8]> {
+        let page = self.pages[range.start / PAGE_BYTES].as_deref()?;
+        Some(&page[range.start % PAGE_BYTES..][..range.len()])
+    }
+
     /// More of them; none fewer.
     pub fn grow(&mut self, len: usize) {
         self.len = self.len.max(len);

@@ -25,10 +25,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The content of block `lba` after write `id`: both, and words that follow from them.
 pub(crate) fn fill(memory: &mut [u8], id: u64, lba: u64) {
-    let mut word = first_word(id, lba);
-    for chunk in memory.chunks_exact_mut(8) {
-        chunk.copy_from_slice(&word.to_le_bytes());
-        word = word.wrapping_add(1);
+    let first = first_word(id, lba);
+    for (at, chunk) in memory.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        *chunk = first.wrapping_add(at as u64).to_le_bytes();
     }
     memory[..8].copy_from_slice(&id.to_le_bytes());
     memory[8..16].copy_from_slice(&lba.to_le_bytes());

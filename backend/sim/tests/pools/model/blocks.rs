@@ -2,11 +2,18 @@
 //!
 //! Copies share pages until one of them changes: a snapshot of a model costs little.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Blocks in a page: one bit each in a word.
 const PAGE_BLOCKS: u64 = u64::BITS as u64;
+
+thread_local! {
+    /// Of blocks that are at rest again, for the next: each write would ask for three pieces of memory else.
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    static KEPT: RefCell<Vec<Box<Busy>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A few contents; rarely more.
 #[derive(Clone)]
@@ -116,7 +123,11 @@ impl Block {
         let content = self.content;
         self.busy.get_or_insert_with(|| {
             let (possible, stable) = (Few::one(content), Few::one(content));
-            Box::new(Busy { possible, writes: Vec::new(), log: Vec::new(), stable })
+            let Some(mut kept) = KEPT.with_borrow_mut(Vec::pop) else {
+                return Box::new(Busy { possible, writes: Vec::new(), log: Vec::new(), stable });
+            };
+            (kept.possible, kept.stable) = (possible, stable);
+            kept
         })
     }
 
@@ -162,7 +173,8 @@ impl Block {
         let rests = busy.log.is_empty() && busy.writes.is_empty() && *busy.stable.all() == [content];
         if rests {
             self.content = content;
-            self.busy = None;
+            // Nothing is under way, and nothing in its log.
+            KEPT.with_borrow_mut(|kept| kept.extend(self.busy.take()));
         }
         rests
     }
