@@ -7,7 +7,7 @@
 //!
 //! After a loss of power a block that is not stable has any content that it had since it was, or the stable one.
 
-use crate::memory::Memory;
+use crate::memory::{Memory, OldPage, PAGE_BYTES};
 use crate::random::Random;
 use crate::trap::Trap;
 use hawser_block::{
@@ -82,8 +82,10 @@ pub struct SimDiskState {
 struct Unstable {
     /// In the order of the writes.
     overwritten: Vec<Overwritten>,
-    /// Contents.
+    /// Contents of blocks that are smaller than pages,
     bytes: Vec<u8>,
+    /// and of those that are pages.
+    pages: Vec<OldPage>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -101,16 +103,28 @@ enum Before {
     Untouched,
     /// There in `bytes`.
     At(usize),
+    /// This one of `pages`.
+    Page(usize),
     /// It does not matter any more: the block is stable after this write.
     Gone,
 }
 
 impl Unstable {
-    fn push(&mut self, block: u64, write: u64, before: Option<&[u8]>) {
-        let at = self.bytes.len();
-        self.bytes.extend_from_slice(before.unwrap_or_default());
-        let before = if before.is_some() { Before::At(at) } else { Before::Untouched };
-        self.overwritten.push(Overwritten { block, write, before });
+    /// All of a block is about to be written, and what was there is nobody's any more.
+    fn push(&mut self, block: u64, write: u64, content: &mut Memory, size: usize) {
+        let from = usize::try_from(block).unwrap_or(0) * size;
+        let before = if size == PAGE_BYTES {
+            content.take(from).map(|page| {
+                self.pages.push(page);
+                Before::Page(self.pages.len() - 1)
+            })
+        } else {
+            content.written(from..from + size).map(|bytes| {
+                self.bytes.extend_from_slice(bytes);
+                Before::At(self.bytes.len() - size)
+            })
+        };
+        self.overwritten.push(Overwritten { block, write, before: before.unwrap_or(Before::Untouched) });
     }
 
     fn is_stable(&mut self, block: u64) {
@@ -139,6 +153,7 @@ impl Unstable {
         match overwritten.before {
             Before::Untouched => content.forget(from..from + size),
             Before::At(at) => content.write(from, &self.bytes[at..at + size]),
+            Before::Page(page) => content.write(from, &self.pages[page]),
             Before::Gone => {}
         }
     }
@@ -146,6 +161,7 @@ impl Unstable {
     fn clear(&mut self) {
         self.overwritten.clear();
         self.bytes.clear();
+        self.pages.clear();
     }
 }
 
@@ -276,7 +292,7 @@ impl SimDiskState {
             if durable {
                 self.unstable.is_stable(block);
             } else {
-                self.unstable.push(block, self.writes, self.content.written(at..at + size));
+                self.unstable.push(block, self.writes, &mut self.content, size);
             }
         }
     }

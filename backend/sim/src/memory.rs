@@ -14,10 +14,11 @@ use crate::random::Random;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::LazyLock;
 
-const PAGE_BYTES: usize = 4096;
+/// What a page has.
+pub const PAGE_BYTES: usize = 4096;
 type Page = [u8; PAGE_BYTES];
 /// Pages that a thread keeps at most: 64 MB.
 const KEPT_MAX: usize = 16 << 10;
@@ -181,6 +182,11 @@ impl Memory {
         Some(&page[range.start % PAGE_BYTES..][..range.len()])
     }
 
+    /// The page that this byte is in, which is as at first afterwards; `None`: it was.
+    pub fn take(&mut self, at: usize) -> Option<OldPage> {
+        self.pages[at / PAGE_BYTES].take().map(|page| OldPage(Some(page)))
+    }
+
     /// More of them; none fewer.
     pub fn grow(&mut self, len: usize) {
         self.len = self.len.max(len);
@@ -231,6 +237,29 @@ fn give_back(page: Option<Box<Page>>) {
             kept.push(page);
         }
     });
+}
+
+/// What a page was.
+pub struct OldPage(Option<Box<Page>>);
+
+impl Deref for OldPage {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0.as_deref().map_or(&[], |page| page)
+    }
+}
+
+impl fmt::Debug for OldPage {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("a page")
+    }
+}
+
+impl Drop for OldPage {
+    fn drop(&mut self) {
+        give_back(self.0.take());
+    }
 }
 
 impl Clone for Memory {
