@@ -34,6 +34,8 @@ pub(crate) struct State {
     pub(crate) delay_max: Duration,
     /// By index; those that were killed too.
     pub(crate) reactors: Vec<ReactorHandle>,
+    /// The others' indices.
+    live: Vec<usize>,
     /// When each reactor wants to be woken.
     pub(crate) wake_at: Vec<Instant>,
     /// When operations under way end.
@@ -73,6 +75,7 @@ impl World {
             net: Net::default(),
             delay_max: config.delay_max,
             reactors: Vec::new(),
+            live: Vec::new(),
             wake_at: Vec::new(),
             due: Vec::new(),
             is_waited_for: Vec::new(),
@@ -120,7 +123,11 @@ impl World {
         let driver = SimDriver::new(self.clone(), index);
         let reactor = Reactor::simulated(ReactorConfig::default(), Box::new(driver));
         let reactor = reactor.expect("an eventfd for the inbox");
-        self.state.borrow_mut().reactors.push(reactor.runtime().handle());
+        {
+            let mut state = self.state.borrow_mut();
+            state.reactors.push(reactor.runtime().handle());
+            state.live.push(index);
+        }
         reactor
     }
 
@@ -175,6 +182,7 @@ impl World {
             state.wake_at[index] = Instant::NEVER;
             state.due[index] = Instant::NEVER;
             state.is_waited_for[index] = false;
+            state.live.retain(|live| *live != index);
         }
     }
 
@@ -346,7 +354,7 @@ impl World {
             if now >= at {
                 return Ok(false);
             }
-            let waits = state.wake_at.iter().chain(state.due.iter()).copied();
+            let waits = state.live.iter().flat_map(|index| [state.wake_at[*index], state.due[*index]]);
             let waits = waits.chain(state.verbs.map(Verbs::due));
             let next = waits.chain(state.net.next_event(now)).filter(|at| *at > now).min();
             state.now = next.map_or(at, |next| next.min(at));

@@ -124,6 +124,7 @@ fn main() -> ExitCode {
         // What a history gives back the next one asks for.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TOP_PAD, 16 << 20);
     }
     runner::main(&SUITE)
 }

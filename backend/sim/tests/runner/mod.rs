@@ -146,56 +146,56 @@ fn run(suite: &Suite, options: &Options, enough: usize) -> Sums {
     let (next, failed) = (AtomicU64::new(0), AtomicUsize::new(0));
     let sums = Mutex::new(Sums::default());
     let (began, before) = (Instant::now(), (suite.totals)());
-    std::thread::scope(|scope| {
-        for _ in 0..jobs(options) {
-            scope.spawn(|| {
-                (suite.break_promise)(options.mutation.as_deref());
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    if at >= options.seeds || failed.load(Ordering::Relaxed) >= enough {
-                        return;
-                    }
-                    let seed = options.from + at;
-                    let named = options.scenario.as_deref();
-                    let scenario = named.and_then(|name| suite.scenarios.iter().find(|other| **other == name));
-                    let scenario = scenario.copied().unwrap_or_else(|| (suite.scenario_of)(seed));
-                    let happened = (suite.happen)(seed, named);
-                    if let (true, Ok(seen)) = (options.traces, &happened) {
-                        println!("trace {seed} {:016x}", seen.trace);
-                    }
-                    if let (Err(why), None) = (&happened, &options.mutation) {
-                        let named = named.map(|name| format!(" --scenario {name}")).unwrap_or_default();
-                        let more = suite.shrink.map(|shrink| shrink(seed, options.scenario.as_deref()));
-                        println!(
-                            "seed {seed} ({scenario}) FAILED: {why}\n  again: cargo xtask {} --from {seed} --seeds 1{named}{}",
-                            suite.command,
-                            more.unwrap_or_default()
-                        );
-                    }
-                    let mut sums = sums.lock().unwrap();
-                    sums.histories += 1;
-                    *sums.scenarios.entry(scenario.to_owned()).or_default() += 1;
-                    match happened {
-                        Ok(seen) => {
-                            for (name, count) in seen.counts {
-                                *sums.counts.entry(name.to_owned()).or_default() += count;
-                            }
-                        }
-                        Err(why) => {
-                            failed.fetch_add(1, Ordering::Relaxed);
-                            sums.failed.push((seed, scenario.to_owned(), why));
-                        }
-                    }
-                    let done = sums.histories;
-                    if options.is_run && !options.is_part && options.mutation.is_none() && done.is_multiple_of(1000)
-                    {
-                        let rate = rate(done, began);
-                        println!("{done} of {} seeds, {rate}/s, {} failed", options.seeds, sums.failed.len());
+    let work = || {
+        (suite.break_promise)(options.mutation.as_deref());
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= options.seeds || failed.load(Ordering::Relaxed) >= enough {
+                return;
+            }
+            let seed = options.from + at;
+            let named = options.scenario.as_deref();
+            let scenario = named.and_then(|name| suite.scenarios.iter().find(|other| **other == name));
+            let scenario = scenario.copied().unwrap_or_else(|| (suite.scenario_of)(seed));
+            let happened = (suite.happen)(seed, named);
+            if let (true, Ok(seen)) = (options.traces, &happened) {
+                println!("trace {seed} {:016x}", seen.trace);
+            }
+            if let (Err(why), None) = (&happened, &options.mutation) {
+                let named = named.map(|name| format!(" --scenario {name}")).unwrap_or_default();
+                let more = suite.shrink.map(|shrink| shrink(seed, options.scenario.as_deref()));
+                println!(
+                    "seed {seed} ({scenario}) FAILED: {why}\n  again: cargo xtask {} --from {seed} --seeds 1{named}{}",
+                    suite.command,
+                    more.unwrap_or_default()
+                );
+            }
+            let mut sums = sums.lock().unwrap();
+            sums.histories += 1;
+            *sums.scenarios.entry(scenario.to_owned()).or_default() += 1;
+            match happened {
+                Ok(seen) => {
+                    for (name, count) in seen.counts {
+                        *sums.counts.entry(name.to_owned()).or_default() += count;
                     }
                 }
-            });
+                Err(why) => {
+                    failed.fetch_add(1, Ordering::Relaxed);
+                    sums.failed.push((seed, scenario.to_owned(), why));
+                }
+            }
+            let done = sums.histories;
+            if options.is_run && !options.is_part && options.mutation.is_none() && done.is_multiple_of(1000) {
+                let rate = rate(done, began);
+                println!("{done} of {} seeds, {rate}/s, {} failed", options.seeds, sums.failed.len());
+            }
         }
-    });
+    };
+    match jobs(options) {
+        // Memory is cheaper to get where there is one thread only.
+        1 => work(),
+        jobs => std::thread::scope(|scope| (0..jobs).for_each(|_| _ = scope.spawn(work))),
+    }
     let mut sums = sums.into_inner().unwrap();
     for ((name, after), (_, before)) in (suite.totals)().into_iter().zip(before) {
         *sums.counts.entry(name.replace(' ', "_")).or_default() += after - before;
