@@ -93,6 +93,8 @@ pub(crate) struct Cast {
     pub(crate) doubtful_until: Instant,
     /// The pool was refused, rightly, and that is the end.
     pub(crate) is_half_written: bool,
+    /// All shall be well, and stay so.
+    pub(crate) is_mended: bool,
 }
 
 impl Drop for Cast {
@@ -138,6 +140,7 @@ impl Cast {
             freed_at: Instant::default(),
             doubtful_until: Instant::default(),
             is_half_written: false,
+            is_mended: false,
             plan,
         };
         for _ in 0..cast.plan.members {
@@ -288,6 +291,10 @@ impl Cast {
         let view = pool.view();
         // What was deleted comes back when nobody can name it any more.
         let recently = self.world.now() < self.freed_at + Duration::from_secs(1);
+        // It may be a member that says so.
+        if self.shared.rules.borrow().may_fail && self.plan.has_parity() {
+            return;
+        }
         let used = self.shared.models.borrow().extents_max() * view.extent_bytes;
         if !recently && !self.may_lack_metadata(&view) && used + 12 * view.extent_bytes < view.size_bytes / 2
         {

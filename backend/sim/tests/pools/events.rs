@@ -129,10 +129,14 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Errs => {
             let mut state = disk.state();
             state.errors_permille = [20, 100, 500][cast.random.index(3)];
-            state.error = [Status::Path, Status::Timeout, Status::Media][cast.random.index(3)];
+            // With parity a member that is full must not leave a stripe half written.
+            let kinds = if cast.plan.has_parity() { 4 } else { 3 };
+            let error =
+                [Status::Path, Status::Timeout, Status::Media, Status::NoSpace][cast.random.index(kinds)];
+            state.error = error;
             drop(state);
             cast.members[at].health = Health::Faulty;
-            cast.shared.rules.borrow_mut().may_fail |= !is_redundant;
+            cast.shared.rules.borrow_mut().may_fail |= !is_redundant || error == Status::NoSpace;
             cast.count("errors");
         }
         Event::Power => {
@@ -516,6 +520,26 @@ pub(crate) fn mend_faulty(cast: &mut Cast) {
             heal(cast, at);
         }
     }
+}
+
+/// A disk that may be lost is, at the moment at which the process ends: it is out for the next one, which nobody could write down.
+pub(crate) fn lose_at_crash(cast: &mut Cast) {
+    let Some(view) = cast.pool.as_ref().map(Pool::view) else { return };
+    let is_there = |cast: &Cast, at: usize| {
+        let state = cast.state_of(&view, cast.members[at].disk.name());
+        cast.members[at].health == Health::Good && state == Some(MemberState::InSync) && cast.can_lose(at)
+    };
+    let Some(at) = choose(cast, is_there) else { return };
+    let is_whole =
+        view.members.iter().all(|member| member.place.is_some() && member.state == MemberState::InSync);
+    cast.members[at].is_outdated |= !is_whole;
+    cast.members[at].is_new = false;
+    if crate::tells() {
+        println!("{:?} {} is lost with the process", cast.world.now(), cast.members[at].name());
+    }
+    cast.members[at].disk.fail_all(Some(Status::Path));
+    cast.members[at].health = Health::Dead;
+    cast.count("deaths_at_crashes");
 }
 
 /// Disks of which the pool does not know yet that they fail do not.

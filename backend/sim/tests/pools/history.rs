@@ -145,6 +145,7 @@ fn verified(cast: &mut Cast) -> Result<(), String> {
 /// Everything works again, and everything comes to its end.
 fn mend(cast: &mut Cast) -> Result<(), String> {
     cast.shared.trap.clear();
+    cast.is_mended = true;
     events::heal_all(cast);
     cast.wait("what was asked for", &mut |cast| cast.change.is_none() && cast.asks.is_empty())?;
     let is_failed = cast.pool.as_ref().is_some_and(|pool| pool.view().is_failed);

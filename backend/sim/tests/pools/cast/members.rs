@@ -41,7 +41,12 @@ impl Cast {
             transfer_blocks_max: (256 << 10) >> block_size.shift(),
             volatile_cache: true,
             write_zeroes: Some(WriteZeroesLimits { blocks_max: 1 << 12, may_unmap: true }),
-            discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: false }),
+            // With parity only devices that promise zeroes are told what is not needed.
+            discard: Some(DiscardLimits {
+                blocks_max: 1 << 12,
+                granularity_blocks: 1,
+                reads_zeroes: self.plan.has_parity() && self.plan.seed % 4 != 0,
+            }),
             ..Geometry::new(block_size, blocks)
         };
         let index = self.next_disk;

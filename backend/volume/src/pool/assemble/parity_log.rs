@@ -156,6 +156,11 @@ fn is_possible(set: &Set, entry: &ParityEntry) -> bool {
 pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result<(), Status> {
     for log in logs {
         let SetLog { set, header, entries } = log;
+        // Until parity is right again. Before anybody can be put out: who is, is lacking from then on.
+        let is_doubtful = header.unlogged && set.are_all_in_sync() && set.unsynced.any();
+        if is_doubtful {
+            set.unsynced.iter_set().for_each(|region| parity_of(&set).doubtful.set(region));
+        }
         let is_used = !entries.is_empty();
         for (entry, payload) in entries.values() {
             if is_broken("parity_log_not_replayed") {
@@ -168,15 +173,10 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
             owner.flush_members().await?;
         }
         {
-            // Until parity is right again.
-            let is_doubtful = header.unlogged && set.are_all_in_sync() && set.unsynced.any();
             let mut ring = parity_of(&set).ring();
             ring.key = random_uuid(&owner.runtime);
             ring.header = (header.number, 0);
             ring.is_unlogged_known = is_doubtful;
-            if is_doubtful {
-                set.unsynced.iter_set().for_each(|region| parity_of(&set).doubtful.set(region));
-            }
         }
         // In both places: nobody looks for the old ones again.
         owner.write_parity_header(&set, 0).await?;
@@ -197,7 +197,7 @@ async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8
         let Some(leaf) = leaf.filter(|_| set.mode(place) == Mode::InSync) else { continue };
         let bounce = Rc::new(Bounce::holding(bytes));
         if let Err(status) = owner.lanes.write(leaf, offset, &bounce, 0, len, false).await {
-            owner.report(1 << member, status, since).await?;
+            owner.report_whatever(1 << member, status, since).await?;
         }
     }
     Ok(())

@@ -1,8 +1,9 @@
 //! Extents that nobody has are told to the members as not needed, where the pool is asked to.
 //!
 //! When: the record that freed them is durable, and everybody who could name them has ended; before anybody gets them again. A discard
-//! that failed may still be carried out, as a write may: the member is out, or they wait. Not: of a member with parity that is being
-//! replaced. What two devices hold after it need not be the same, and parity is made of what stands where nobody has written.
+//! that failed may still be carried out, as a write may: the member is out, or they wait. Not, because parity is made of what stands where
+//! nobody has written: of a member with parity that is being replaced, since two devices need not hold the same after it; and of a device
+//! that does not promise zeroes, since it need not read the same twice.
 
 use super::Owner;
 use crate::pool::coverage;
@@ -40,14 +41,12 @@ impl Owner {
         // One after the other at each member, all members at the same time.
         let members = wanted.into_iter().filter_map(|(member, mut ranges)| {
             let leaf = view.leaves[usize::from(member)].clone()?;
-            if leaf.twin.is_some()
-                && self.place_of(member).0.parity().is_some()
-                && !is_broken("discards_of_twins")
-            {
+            let has_parity = self.place_of(member).0.parity().is_some();
+            if leaf.twin.is_some() && has_parity && !is_broken("discards_of_twins") {
                 return None;
             }
             ranges.sort_unstable_by_key(|range| range.start);
-            Some(async move { (member, self.discard_ranges(&leaf, ranges).await) })
+            Some(async move { (member, self.discard_ranges(&leaf, ranges, has_parity).await) })
         });
         for (member, outcome) in all(members).await {
             if let Err(status) = outcome {
@@ -57,10 +56,18 @@ impl Owner {
         Ok(())
     }
 
-    async fn discard_ranges(self: &Rc<Self>, leaf: &Leaf, ranges: Vec<Range<u64>>) -> Outcome {
+    async fn discard_ranges(
+        self: &Rc<Self>,
+        leaf: &Leaf,
+        ranges: Vec<Range<u64>>,
+        has_parity: bool,
+    ) -> Outcome {
         let Some(limits) = leaf.device.geometry().and_then(|geometry| geometry.discard) else {
             return Ok(());
         };
+        if has_parity && !limits.reads_zeroes {
+            return Ok(());
+        }
         let grain = u64::from(limits.granularity_blocks.max(1)) << leaf.shift;
         let mut joined: Vec<Range<u64>> = Vec::new();
         ranges.into_iter().for_each(|range| add(&mut joined, range));

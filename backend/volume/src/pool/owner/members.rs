@@ -83,7 +83,12 @@ fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
 
 /// Whether all data is still there without these members of a set, given as bits.
 pub(crate) fn survives(set: &Set, without: u64) -> bool {
-    if set.parity().is_some() {
+    if let Some(parity) = set.parity() {
+        // What is lost could not be computed, and a member that comes back could not be given it.
+        let is_needed = |member: u16| without & 1 << member != 0 && set.mode(member) == Mode::InSync;
+        if parity.doubtful.any() && (0..set.members()).any(is_needed) && !is_broken("doubtful_members_lost") {
+            return false;
+        }
         let left = (0..set.members()).filter(|member| without & 1 << member == 0);
         let left = left.filter(|member| set.mode(*member) == Mode::InSync).count();
         return left >= usize::from(set.members() - set.level().parities());
@@ -184,12 +189,17 @@ impl Owner {
     /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: `Shared::joins` when it
     /// began. One that came back after that was out in between, and is given what it lacked then.
     pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
-        if status == Status::Conflict {
-            self.lose("another host has reserved it");
-            return Err(status);
-        }
         if matches!(status, Status::Invalid | Status::Unsupported | Status::NoSpace) {
             // Not the member's fault, or all of them have it.
+            return Err(status);
+        }
+        self.report_whatever(failed, status, since).await
+    }
+
+    /// The same, whatever the reason is: others have done their part of what must not stay half done.
+    pub(crate) async fn report_whatever(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
+        if status == Status::Conflict {
+            self.lose("another host has reserved it");
             return Err(status);
         }
         for member in (0..64).filter(|member| failed & 1 << member != 0) {
@@ -231,6 +241,14 @@ impl Owner {
             let (set, index) = self.place_of(member);
             if !survives(&set, 1 << index) {
                 // The last with the data: what it has lost is lost. That is told once.
+                if let Some(parity) = set.parity() {
+                    // Or parity is not known to be right: it is made again from what there is now.
+                    self.shared.mark_unsynced();
+                    for region in set.intents.iter_set().collect::<Vec<_>>() {
+                        set.unsynced.set(region);
+                        parity.doubtful.set(region);
+                    }
+                }
                 let entry = &mut self.members.borrow_mut()[usize::from(member)];
                 entry.is_doubted.store(false, Ordering::Release);
                 entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());

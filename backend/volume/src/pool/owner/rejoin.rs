@@ -96,7 +96,7 @@ impl Owner {
                 self.label(number).await
             };
             if labelled.is_ok()
-                && let Err(what) = self.bring_back(number, leaf, None).await
+                && let Err(what) = self.bring_back(number, leaf, None, false).await
             {
                 self.members.borrow_mut()[usize::from(number)].why = what;
             }
@@ -104,7 +104,7 @@ impl Owner {
         }
         match self.label_of(&leaf).await {
             Ok(Some(label)) if label.this == uuid => {
-                if let Err(what) = self.bring_back(number, leaf, Some(&label)).await {
+                if let Err(what) = self.bring_back(number, leaf, Some(&label), true).await {
                     self.members.borrow_mut()[usize::from(number)].why = what;
                 }
             }
@@ -121,18 +121,20 @@ impl Owner {
     }
 
     /// Takes a device as this member, which gets everything that it lacks. `label`: what it says of itself; `None`: it is new.
+    /// `is_same`: the one that it had.
     pub(crate) async fn bring_back(
         self: &Rc<Self>,
         number: u16,
         leaf: Leaf,
         label: Option<&Superblock>,
+        is_same: bool,
     ) -> Result<(), String> {
         if let Some(label) = label {
             self.check_no_split(number, label)?;
-            // The same device: what was sent to it before it was lost may still come there.
-            if self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) > 0 {
-                return Err("writes of before it was lost may still reach it: tried again".to_owned());
-            }
+        }
+        // The same device, though it may be taken for a new one: what was sent to it before it was lost may still come there.
+        if is_same && self.has_left_behind(number) {
+            return Err("writes of before it was lost may still reach it: tried again".to_owned());
         }
         let (set, index) = self.place_of(number);
         if set.mode(index) != Mode::Away {
@@ -166,8 +168,7 @@ impl Owner {
             Err(status) => Err(status),
         };
         // Who was just leaving a write behind when this began has done so by now: a barrier has passed.
-        let is_clear =
-            label.is_none() || self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) == 0;
+        let is_clear = !is_same || !self.has_left_behind(number);
         let joined = joined.and(if is_clear { Ok(()) } else { Err(Status::Path) });
         self.members.borrow_mut()[usize::from(number)].is_joining = false;
         if let Err(status) = joined {
@@ -176,6 +177,16 @@ impl Owner {
         }
         self.publish();
         Ok(())
+    }
+
+    /// Whether this is the device that a member has, or had.
+    pub(super) fn is_device_of(&self, number: u16, leaf: &Leaf) -> bool {
+        self.members.borrow()[usize::from(number)].leaf.as_ref().is_some_and(|it| it.is_kin(leaf))
+    }
+
+    /// Writes of before a member was lost may still reach its device.
+    pub(super) fn has_left_behind(&self, number: u16) -> bool {
+        self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) > 0
     }
 
     /// A member that is out learns from its own superblock that it is.

@@ -47,7 +47,7 @@ impl Owner {
         if self.mode_of(number) != Mode::Away {
             return Ok(());
         }
-        self.bring_back(number, leaf, Some(&label))
+        self.bring_back(number, leaf, Some(&label), true)
             .await
             .map_err(|what| PoolError::Conflict(format!("{name}: {what}")))
     }
@@ -151,6 +151,12 @@ impl Owner {
                 self.shared.name, self.shared.name
             )));
         }
+        if self.is_device_of(number, &leaf) && self.has_left_behind(number) {
+            return Err(PoolError::Conflict(format!(
+                "{} may still get writes of before it was lost: want it tried again in a minute, or another device",
+                leaf.name()
+            )));
+        }
         self.check_new(&leaf, Some(number), self.needed_bytes(number), force).await?;
         match is_copied {
             true => self.begin_replacing(number, leaf).await,
@@ -181,6 +187,7 @@ impl Owner {
     ) -> Result<(), PoolError> {
         let (set, index) = self.place_of(number);
         let name = leaf.name().to_owned();
+        let is_same = self.is_device_of(number, &leaf);
         if !set.level().is_redundant() {
             return Err(PoolError::Conflict(format!(
                 "pool {} has no second copy of what member {number} has",
@@ -212,7 +219,9 @@ impl Owner {
         }
         self.watch(number);
         debug_assert!(set.mode(index) == Mode::Away);
-        self.bring_back(number, leaf, None).await.map_err(|what| PoolError::Failed(format!("{name}: {what}")))
+        self.bring_back(number, leaf, None, is_same)
+            .await
+            .map_err(|what| PoolError::Failed(format!("{name}: {what}")))
     }
 
     pub(crate) async fn add_spare(

@@ -21,6 +21,7 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::twin::{Phase, Twin};
 use crate::raid::{Level, Mode, Set};
+use crate::simulated::is_broken;
 use hawser_block::{Device, DeviceState, Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
@@ -422,6 +423,12 @@ impl Owner {
             twin.switch_off();
             return;
         }
+        // The old one, too: discards of before this began must not be undone where the other has what stands there now.
+        let old = self.members.borrow()[usize::from(member)].leaf.clone();
+        let Some(old) = old else { return };
+        if self.lanes.flush(&old).await.is_err() {
+            return;
+        }
         if let Some(it) = self.replacing.borrow_mut().as_mut().filter(|_| twin.is_good()) {
             it.safe = it.done.min(done);
         }
@@ -462,7 +469,9 @@ impl Owner {
         let _turn = self.turns.change.take().await;
         let Some((member, uuid, leaf, done)) = self.replacing.borrow().as_ref().and_then(|it| {
             let is_good = it.stale.is_empty() && self.twin_of(it.member).is_some_and(|twin| twin.is_good());
-            Some((it.member, it.uuid, it.leaf.clone()?, if is_good { it.done } else { 0 }))
+            // Only what is durable there: what was copied since may be lost with a cache, and is marked by nobody.
+            let has = if is_broken("taken_over_unflushed") { it.done } else { it.safe };
+            Some((it.member, it.uuid, it.leaf.clone()?, if is_good { has } else { 0 }))
         }) else {
             return;
         };

@@ -136,7 +136,8 @@ impl Ways {
             false => None,
         };
         let outcome = self.in_place(row, &contents, slots).await;
-        if let Some(number) = entry {
+        // Else it is needed: the next process does it again.
+        if let Some(number) = entry.filter(|_| outcome.is_ok()) {
             row.parity.ring().placed(number);
         }
         outcome.map(|()| Changed::Done)
@@ -275,13 +276,9 @@ impl Ways {
                     let written =
                         self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
                     let Err(status) = written else { return Ok(()) };
-                    match self.member_failed(row, slot, status).await {
-                        Ok(()) => {}
+                    if self.member_failed(row, slot, status, true).await.is_err() {
                         // Nobody can be put out. It may come back: what is half written is not left so.
-                        Err(Status::Path | Status::Timeout | Status::Aborted) => {
-                            self.runtime.sleep(Duration::from_millis(500)).await;
-                        }
-                        Err(status) => return Err(status),
+                        self.runtime.sleep(Duration::from_millis(500)).await;
                     }
                     if !self.is_writable() {
                         return Err(status);

@@ -6,6 +6,7 @@ use crate::format::parity_log::HEADER_PAGES;
 use crate::format::{PAGE_BYTES, ParityEntry};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::owner::Owner;
 use crate::pool::shared::Shared;
 use crate::pool::wait::all;
 use crate::raid::Mode;
@@ -125,9 +126,14 @@ impl Ways {
             if count == 0 {
                 return Err(Status::Path);
             }
-            // Rather those that the change does not go to.
+            // Rather those that the change does not go to. And those that are being brought up to date: when they are, one more may be lost,
+            // and what was logged before has to be on one member more.
             let others = each(in_sync & !slots).chain(each(in_sync & slots));
-            let writes = others.take(count).map(|slot| async move {
+            let joining = match is_broken("parity_log_not_on_joining") {
+                true => 0,
+                false => row.written() & !in_sync,
+            };
+            let writes = others.take(count).chain(each(joining)).map(|slot| async move {
                 row.parity.count_log_write(len);
                 (slot, self.write_unless_out(row, slot, (offset, true), bounce, len).await)
             });
@@ -135,7 +141,7 @@ impl Ways {
             for (slot, outcome) in all(writes).await {
                 let Err(status) = outcome else { continue };
                 is_whole = false;
-                self.member_failed(row, slot, status).await?;
+                self.member_failed(row, slot, status, false).await?;
             }
             if is_whole {
                 return Ok(());
@@ -174,12 +180,13 @@ impl Ways {
         Err(Status::Aborted)
     }
 
-    /// A member failed a write: it is out when this ends, or it can be tried again.
+    /// A member failed a write: it is out when this ends, or it can be tried again. `is_half_done`: others have done what it has not.
     pub(super) async fn member_failed(
         &self,
         row: &Row<'_>,
         slot: usize,
         status: Status,
+        is_half_done: bool,
     ) -> Result<(), Status> {
         if row.set.mode(row.place(slot)) == Mode::Away {
             return Ok(());
@@ -190,7 +197,13 @@ impl Ways {
             return Ok(());
         }
         let (member, since) = (row.member(slot), row.since);
-        self.shared.request(move |owner| async move { owner.report(1 << member, status, since).await }).await
+        let report = move |owner: Rc<Owner>| async move {
+            match is_half_done {
+                true => owner.report_whatever(1 << member, status, since).await,
+                false => owner.report(1 << member, status, since).await,
+            }
+        };
+        self.shared.request(report).await
     }
 
     pub(super) fn is_writable(&self) -> bool {
