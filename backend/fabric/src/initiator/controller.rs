@@ -5,7 +5,7 @@
 //!          ┌──────────── connect ◄─────────────────────┐ back-off with jitter
 //!          ▼                                           │
 //!  admin queue ► enable ► identify ► queues ► lanes connect ► start
-//!                                                      │
+//!                          └───── keep-alive ─────┘    │
 //!              keep-alive, events, chores, losses ─────┴► tear the path down in all lanes (barrier)
 //! ```
 
@@ -15,7 +15,7 @@ use super::admin::{ADMIN_ENTRIES, Admin, Reset};
 use super::cache::Fate;
 use super::config::PathTimers;
 use super::device::{Shared, lane_of};
-use super::geometry::Identity;
+use super::geometry::{Identity, Known};
 use super::identify;
 use super::lane::{Lane, Notice, Start};
 use super::meter::Loss;
@@ -30,6 +30,7 @@ use crate::nvme::cross_reset::{ControllerInstance, ResetEntry, ResetState};
 use crate::nvme::fabrics::CNTLID_DYNAMIC;
 use crate::nvme::features;
 use crate::nvme::identify::{OAES_ANA_CHANGE, OAES_NAMESPACE_ATTRIBUTE, VENDOR_MARK};
+use crate::nvme::properties::Capabilities;
 use crate::nvme::vendor::Vendor;
 use crate::simulated::is_broken;
 use crate::uri::NvmeUri;
@@ -71,6 +72,8 @@ impl From<String> for End {
 struct Association {
     number: u64,
     admin: Admin,
+    /// When the last keep-alive was sent, or the controller became ready.
+    kept_alive: Cell<Instant>,
     identity: Identity,
     nsid: u32,
     /// Its controller reports asymmetric access.
@@ -355,26 +358,17 @@ impl Task {
         let (address, queue) = self.connect_admin(&addresses, &request).await?;
         request.cntlid = queue.cntlid;
         let admin = Admin::new(&self.runtime, queue);
-        let identity = identify::identify(&admin, uri).await?;
-        let known = identify::known(&identity, uri)?;
-        let ana = identify::ana(&admin, &identity).await?;
-
-        // Without it the controller never says how long to wait (CRD).
-        if identity.controller.retry_delays[0] > 0
-            && let Err(why) = admin.set_host_behavior().await
-        {
-            log::debug!("{}: {why}", self.label());
-        }
-        let lanes = self.shared.reactors.len();
-        self.ask_for_queues(&admin, lanes).await?;
-        self.ask_for_events(&admin, &identity).await;
-        request.keep_alive_ms = 0;
-        request.in_capsule_max = match identity.controller.in_capsule_data_offset {
-            0 => identity.controller.in_capsule_data_max(),
-            _ => 0,
+        let capabilities = admin.enable().await?;
+        let kept_alive = Cell::new(self.runtime.refresh_now());
+        // The controller counts the time from here on, and I/O queues may take long to connect.
+        let settled = first(
+            self.settle(uri, &admin, capabilities, (&address, request)),
+            first(self.keep_alive(&admin, &kept_alive), lost(&admin)),
+        );
+        let (identity, known, ana) = match settled.await {
+            Either::First(settled) => settled?,
+            Either::Second(Either::First(end) | Either::Second(end)) => return Err(end),
         };
-        request.entries = identify::io_entries(&identity);
-        self.connect_lanes(&address, &request).await?;
 
         self.shared.adopt(self.path, &known, false).map_err(End::Refused)?;
         let controller = &identity.controller;
@@ -425,12 +419,44 @@ impl Task {
         Ok(Association {
             number: self.number,
             admin,
+            kept_alive,
             identity,
             nsid: uri.nsid,
             has_ana: ana.is_some(),
             record,
             connect_waits,
         })
+    }
+
+    /// Asks the controller everything, and connects the I/O queues.
+    async fn settle(
+        &self,
+        uri: &NvmeUri,
+        admin: &Admin,
+        capabilities: Capabilities,
+        (address, mut request): (&SocketAddr, QueueRequest),
+    ) -> Result<(Identity, Known, Option<AnaState>), End> {
+        let identity = identify::identify(admin, capabilities, uri).await?;
+        let known = identify::known(&identity, uri)?;
+        let ana = identify::ana(admin, &identity).await?;
+
+        // Without it the controller never says how long to wait (CRD).
+        if identity.controller.retry_delays[0] > 0
+            && let Err(why) = admin.set_host_behavior().await
+        {
+            log::debug!("{}: {why}", self.label());
+        }
+        let lanes = self.shared.reactors.len();
+        self.ask_for_queues(admin, lanes).await?;
+        self.ask_for_events(admin, &identity).await;
+        request.keep_alive_ms = 0;
+        request.in_capsule_max = match identity.controller.in_capsule_data_offset {
+            0 => identity.controller.in_capsule_data_max(),
+            _ => 0,
+        };
+        request.entries = identify::io_entries(&identity);
+        self.connect_lanes(address, &request).await?;
+        Ok((identity, known, ana))
     }
 
     async fn ask_for_queues(&self, admin: &Admin, lanes: usize) -> Result<(), String> {
@@ -485,47 +511,49 @@ impl Task {
     }
 
     async fn connect_lanes(&self, address: &SocketAddr, request: &QueueRequest) -> Result<(), String> {
-        let done = Arc::new(Mailbox::<Result<(), String>>::default());
+        let done = Arc::new(Mailbox::<(usize, Result<(), String>)>::default());
+        let mut given_up = GivenUp::default();
         for (index, reactor) in self.shared.reactors.iter().enumerate() {
             let queue_id = low16(low32(index as u64 + 1));
             let request = QueueRequest { queue_id, ..request.clone() };
             let (done, address) = (Arc::clone(&done), *address);
             let (key, path, number) = (self.shared.key, self.path, self.number);
             let sysfs = self.shared.config.sysfs.clone().filter(|_| self.shared.config.paths.len() > 1);
+            let stop = given_up.hears();
             reactor.run(move |runtime| {
                 if let Some(lane) = lane_of(runtime, key) {
                     lane.borrow_mut().expect(path, number);
                 }
                 let own = runtime.clone();
                 runtime.spawn(async move {
-                    let connected = socket::connect_queue(&own, &address, &request).await;
+                    let connecting = socket::connect_queue(&own, &address, &request);
+                    let Either::First(connected) = first(connecting, stop.next()).await else { return };
                     let distance = match (&connected, sysfs) {
                         (Ok(ConnectedQueue { wire: Wire::Tcp(queue), .. }), Some(sysfs)) => {
                             numa::distance(sysfs, queue.socket.fd()).await
                         }
                         _ => numa::LOCAL,
                     };
-                    done.post(connected.map_err(|error| error.why).map(|queue| {
+                    let installed = connected.map_err(|error| error.why).map(|queue| {
                         if let Some(lane) = lane_of(&own, key) {
                             lane.borrow_mut().install(path, number, queue, (request.entries - 1, distance));
                         }
-                    }));
+                    });
+                    done.post((index, installed));
                 });
             });
         }
-        let mut result = Ok(());
-        for index in 0..self.shared.reactors.len() {
-            if let Err(why) = done.next().await {
-                result = Err(format!("connect {address}, I/O queue {}: {why}", index + 1));
-            }
+        for _ in 0..self.shared.reactors.len() {
+            let (index, installed) = done.next().await;
+            installed.map_err(|why| format!("connect {address}, I/O queue {}: {why}", index + 1))?;
         }
-        result
+        Ok(())
     }
 
     /// Keeps an association until it ends.
     async fn serve(&self, association: &Association) -> End {
         let admin = &association.admin;
-        let busy = first(self.keep_alive(admin), self.follow_events(association));
+        let busy = first(self.keep_alive(admin, &association.kept_alive), self.follow_events(association));
         let ended = first(lost(admin), self.notices(association.number));
         let jobs = first(self.chores(association), self.reset_lost(association));
         match first(first(busy, jobs), ended).await {
@@ -535,13 +563,16 @@ impl Task {
         }
     }
 
-    async fn keep_alive(&self, admin: &Admin) -> End {
+    /// Sends keep-alives, the next one half the time-out after `last`, until one is not answered.
+    async fn keep_alive(&self, admin: &Admin, last: &Cell<Instant>) -> End {
         let limit = self.timers().keep_alive_tmo;
         if limit.is_zero() {
             return std::future::pending().await;
         }
         loop {
-            self.runtime.sleep(limit / 2).await;
+            let now = self.runtime.refresh_now();
+            self.runtime.sleep((last.get() + limit / 2) - now).await;
+            last.set(self.runtime.refresh_now());
             match within(&self.runtime, limit, admin.command("keep-alive", Sqe::keep_alive(), 0)).await {
                 None => {
                     return End::Silence(format!("no answer to a keep-alive in {} s", limit.as_secs_f32()));
@@ -696,6 +727,24 @@ impl Task {
         if self.shared.is_hopeless() {
             self.shared.on_lanes(Lane::fail_waiting);
         }
+    }
+}
+
+/// Tells those that connect I/O queues, when it is dropped, that nobody waits for them any more.
+#[derive(Default)]
+struct GivenUp(Vec<Arc<Mailbox<()>>>);
+
+impl GivenUp {
+    fn hears(&mut self) -> Arc<Mailbox<()>> {
+        let hears = Arc::new(Mailbox::default());
+        self.0.push(Arc::clone(&hears));
+        hears
+    }
+}
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|one| one.post(()));
     }
 }
 

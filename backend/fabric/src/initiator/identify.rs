@@ -8,6 +8,7 @@ use crate::nvme::ana::{AnaLog, AnaState, CMIC_ANA};
 use crate::nvme::identify::{
     CNTRLTYPE_DISCOVERY, IdentifyController, IdentifyNamespace, IdentifyNvmController, NamespaceIds, cns,
 };
+use crate::nvme::properties::Capabilities;
 use crate::uri::NvmeUri;
 
 /// Entries of an I/O queue that we ask for: twice the depth that saturates one core here.
@@ -15,9 +16,12 @@ const IO_ENTRIES: u16 = 256;
 /// The longest ANA log page that we read.
 const ANA_LOG_MAX: u32 = 64 << 10;
 
-/// Starts the controller and asks it everything.
-pub(super) async fn identify(admin: &Admin, uri: &NvmeUri) -> Result<Identity, String> {
-    let capabilities = admin.enable().await?;
+/// Asks a controller that was started everything.
+pub(super) async fn identify(
+    admin: &Admin,
+    capabilities: Capabilities,
+    uri: &NvmeUri,
+) -> Result<Identity, String> {
     let data = admin.identify("identify the controller", cns::CONTROLLER, 0).await?;
     let controller = IdentifyController::from_bytes(&data);
     if controller.controller_type == CNTRLTYPE_DISCOVERY {

@@ -29,6 +29,12 @@ pub(super) struct State {
     pub(super) hold_io: bool,
     /// Keep-alives and resets are not answered.
     pub(super) deaf: bool,
+    /// Connects to I/O queues are not answered as long as this is set.
+    pub(super) hold_connects: bool,
+    /// Those that have come.
+    pub(super) io_connects: usize,
+    /// Keep-alives that have come.
+    pub(super) keep_alives: usize,
     /// How the next I/O commands end; when it is empty they succeed.
     pub(super) statuses: VecDeque<NvmeStatus>,
     /// Sent once instead of the answer to the next I/O command.
@@ -107,6 +113,9 @@ impl Scripted {
             refuse_attributes: false,
             hold_io: false,
             deaf: false,
+            hold_connects: false,
+            io_connects: 0,
+            keep_alives: 0,
             statuses: VecDeque::new(),
             garbage: None,
             drips: false,
@@ -152,6 +161,12 @@ impl Scripted {
         for stream in streams {
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Ends the connection that was made first.
+    pub(super) fn cut_first(&self) {
+        let stream = self.state().streams.remove(0);
+        let _ = stream.shutdown(Shutdown::Both);
     }
 
     /// Tells that a namespace changed.
@@ -276,6 +291,10 @@ impl Connection<'_> {
                 }
                 self.admin = connect.queue_id == 0;
                 lock(self.state).associations += usize::from(self.admin);
+                lock(self.state).io_connects += usize::from(!self.admin);
+                while !self.admin && lock(self.state).hold_connects {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 let cntlid = lock(self.state).cntlid;
                 let sq_head = if connect.attributes == 0 { 0 } else { fabrics::NO_SQ_HEAD };
                 self.end(&Cqe { result: u64::from(cntlid), sq_head, ..Cqe::success(sqe.cid) })
@@ -337,7 +356,10 @@ impl Connection<'_> {
                 lock(self.state).event = Some((self.stream.try_clone()?, sqe.cid));
                 Ok(())
             }
-            admin_opcode::KEEP_ALIVE if lock(self.state).deaf => Ok(()),
+            admin_opcode::KEEP_ALIVE => {
+                lock(self.state).keep_alives += 1;
+                if lock(self.state).deaf { Ok(()) } else { self.success(sqe, 0) }
+            }
             admin_opcode::CROSS_CONTROLLER_RESET => {
                 let instance = ControllerInstance::from_sqe(sqe);
                 let mut state = lock(self.state);

@@ -416,3 +416,53 @@ fn a_device_without_a_cache_answers_a_flush_and_one_with_a_cache_sends_it() {
     assert_eq!(cached.client.run(Ask::plain(Operation::Flush, 0, 0)).outcome, Ok(()));
     assert_eq!(opcodes(&cached.target), [io_opcode::FLUSH]);
 }
+
+/// A target that has not answered Connect to an I/O queue yet.
+fn connecting(keep_alive_tmo: Duration) -> (Arc<NvmeDevice>, ReactorThread, Scripted) {
+    let target = Scripted::start(NQN);
+    target.state().hold_connects = true;
+    let reactor = reactor("host");
+    let mut config = config(target.address);
+    config.timers.keep_alive_tmo = keep_alive_tmo;
+    let device = NvmeDevice::open(config, &[reactor.handle().clone()]).unwrap();
+    wait_until("an I/O queue is being connected", || target.state().io_connects == 1);
+    (device, reactor, target)
+}
+
+/// None was sent before the path was ready: a target that took its time with I/O queues dropped the association over it.
+#[test]
+fn an_association_is_kept_alive_while_its_queues_connect() {
+    let (device, _reactor, target) = connecting(Duration::from_millis(600));
+    wait_until("keep-alives come", || target.state().keep_alives == 3);
+    target.state().hold_connects = false;
+    wait_ready(&device);
+    let before = {
+        let state = target.state();
+        assert_eq!((state.associations, state.io_connects), (1, 1));
+        state.keep_alives
+    };
+    wait_until("they go on", || target.state().keep_alives > before + 1);
+}
+
+/// Queues that were being connected were waited for, up to a minute, when the association was over already.
+#[test]
+fn queues_that_connect_are_given_up_with_their_admin_queue() {
+    let (device, _reactor, target) = connecting(Duration::from_secs(10));
+    let since = std::time::Instant::now();
+    target.cut_first();
+    wait_until("it is tried again", || target.state().associations == 2);
+    assert!(since.elapsed() < Duration::from_secs(5));
+    target.state().hold_connects = false;
+    wait_ready(&device);
+}
+
+/// The same, where nothing ends the connection.
+#[test]
+fn queues_that_connect_are_given_up_when_the_controller_falls_silent() {
+    let (device, _reactor, target) = connecting(Duration::from_millis(600));
+    target.state().deaf = true;
+    wait_until("it is tried again", || target.state().associations == 2);
+    target.state().deaf = false;
+    target.state().hold_connects = false;
+    wait_ready(&device);
+}
