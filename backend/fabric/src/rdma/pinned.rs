@@ -15,7 +15,6 @@ const PAUSE_MIN: Duration = Duration::from_secs(2);
 const SHARE: u32 = 100;
 /// Pages that are looked at with one system call.
 const PAGES: usize = 4096;
-const PAGE: usize = 4096;
 
 static WANTED: AtomicBool = AtomicBool::new(false);
 
@@ -24,7 +23,8 @@ pub fn watch_memory() {
     WANTED.store(true, Ordering::Relaxed);
 }
 
-/// Looks again and again, on a thread that lives as long as the process.
+/// Looks again and again, on a thread that lives as long as the process. It has the CPUs of whoever starts it, which is no reactor
+/// (`Runtime::on_thread`).
 pub(super) fn start(look: impl Fn() + Send + 'static) {
     if !WANTED.swap(false, Ordering::Relaxed) {
         return;
@@ -43,15 +43,22 @@ pub(super) fn start(look: impl Fn() + Send + 'static) {
     }
 }
 
+/// Bytes of a page.
+fn page_size() -> usize {
+    // SAFETY: plain call.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 /// Whether every page of this memory is there. Memory of which nothing can be said is whole.
 pub(super) fn is_whole(start: usize, len: usize) -> bool {
     let mut there = [0u8; PAGES];
-    let (start, end) = (start - start % PAGE, start + len);
-    (start..end).step_by(PAGES * PAGE).all(|from| {
-        let bytes = (end - from).min(PAGES * PAGE);
+    let page = page_size();
+    let (start, end) = (start - start % page, start + len);
+    (start..end).step_by(PAGES * page).all(|from| {
+        let bytes = (end - from).min(PAGES * page);
         // SAFETY: room for a byte for each page. That the memory is mapped is not needed: it is looked at by the kernel.
         let result = unsafe { libc::mincore(from as *mut _, bytes, there.as_mut_ptr()) };
-        result < 0 || there[..bytes.div_ceil(PAGE)].iter().all(|page| page & 1 == 1)
+        result < 0 || there[..bytes.div_ceil(page)].iter().all(|there| there & 1 == 1)
     })
 }
 
@@ -62,7 +69,8 @@ mod tests {
 
     #[test]
     fn a_hole_in_a_mapping_is_seen_and_its_end_is_not_looked_behind() {
-        let len = 3 * PAGES * PAGE;
+        let page = page_size();
+        let len = 3 * PAGES * page;
         // SAFETY: plain system calls; the descriptor is new, and the mapping is taken away at the end.
         unsafe {
             let fd = OwnedFd::from_raw_fd(libc::memfd_create(c"pinned".as_ptr(), libc::MFD_CLOEXEC));
@@ -76,13 +84,13 @@ mod tests {
             let at = 2 * PAGES + 7;
             let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             assert_eq!(
-                libc::fallocate(raw, punch, (at * PAGE).try_into().unwrap(), PAGE.try_into().unwrap()),
+                libc::fallocate(raw, punch, (at * page).try_into().unwrap(), page.try_into().unwrap()),
                 0
             );
             assert!(
                 !is_whole(start, len)
-                    && is_whole(start, at * PAGE)
-                    && is_whole(start + (at + 1) * PAGE, 9 * PAGE)
+                    && is_whole(start, at * page)
+                    && is_whole(start + (at + 1) * page, 9 * page)
             );
             libc::munmap(mapped, len);
             assert!(is_whole(start, len), "nothing can be said of what is not mapped");

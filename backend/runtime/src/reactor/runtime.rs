@@ -241,6 +241,10 @@ impl Runtime {
     /// When there is no thread to be had.
     pub fn on_thread(&self, name: &str, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
         if matches!(*self.0.driver.borrow(), AnyDriver::Uring(_)) {
+            let job = move || {
+                super::thread::leave_cpu();
+                job();
+            };
             return std::thread::Builder::new().name(name.to_owned()).spawn(job).map(drop);
         }
         let takes = driver!(self.0, driver => driver.thread_takes());

@@ -2,7 +2,11 @@
 
 use super::{Reactor, ReactorConfig, ReactorHandle, Runtime};
 use std::io;
-use std::sync::mpsc;
+use std::mem::MaybeUninit;
+use std::sync::{OnceLock, mpsc};
+
+/// The CPUs that threads of this process may use, as it was before the first reactor was pinned.
+static ALL_CPUS: OnceLock<libc::cpu_set_t> = OnceLock::new();
 
 /// A reactor on a thread of its own. Dropping it, on another thread, stops and joins it.
 pub struct ReactorThread {
@@ -49,7 +53,26 @@ impl Drop for ReactorThread {
     }
 }
 
+/// The CPUs that this thread may use.
+fn own_cpus() -> libc::cpu_set_t {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: the kernel fills the set, of the length that is told; a set of zeroes is a valid one.
+    unsafe {
+        libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), set.as_mut_ptr());
+        set.assume_init()
+    }
+}
+
+/// Lets this thread, which a reactor has started, run on other CPUs than the reactor's, which it has inherited.
+pub(super) fn leave_cpu() {
+    if let Some(all) = ALL_CPUS.get() {
+        // SAFETY: a set of the length that is told. If it is refused, the thread is where it would have been.
+        unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), all) };
+    }
+}
+
 fn pin_to_cpu(cpu: usize) -> io::Result<()> {
+    ALL_CPUS.get_or_init(own_cpus);
     // SAFETY: an all-zero cpu_set_t is an empty set; CPU_SET checks nothing, so the bound is checked first.
     let result = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
@@ -60,4 +83,31 @@ fn pin_to_cpu(cpu: usize) -> io::Result<()> {
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What takes its time was done on the CPU that its reactor has to itself, beside it.
+    #[test]
+    fn threads_of_a_pinned_reactor_are_not_pinned() {
+        let cpus = |set: libc::cpu_set_t| -> Vec<usize> {
+            // SAFETY: below the number of bits of the set.
+            (0..8 * size_of::<libc::cpu_set_t>())
+                .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) })
+                .collect()
+        };
+        let all = cpus(own_cpus());
+        let config = ReactorConfig { cpu: all.last().copied(), ..ReactorConfig::default() };
+        let reactor = ReactorThread::spawn("pinned", config).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        reactor.handle().run(move |runtime| {
+            let (here, there) = (sender.clone(), sender);
+            here.send(own_cpus()).unwrap();
+            runtime.on_thread("job", move || there.send(own_cpus()).unwrap()).unwrap();
+        });
+        assert_eq!(cpus(receiver.recv().unwrap()), all[all.len() - 1..]);
+        assert_eq!(cpus(receiver.recv().unwrap()), all);
+    }
 }
