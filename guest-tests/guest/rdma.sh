@@ -69,11 +69,22 @@ kernel_s() {
         --time_based --runtime=2 --minimal | cut -d';' -f$field
 }
 
-# cost BS RUN: CPU microseconds of the daemon for a random read of d0 of so many bytes, with memory in runs of so many.
+# ways: two daemons more on the same namespace: one copies what is in several runs, one has a command for each.
+ways() {
+    for way in copied split; do
+        mkdir -p "/run/h/$way"
+        sed "s#/run/h/#/run/h/$way/#" /run/h/hawser.toml > "/run/h/$way.toml"
+        case $way in copied) runs_max=1 ;; *) runs_max=1024 ;; esac
+        (export HAWSER_RDMA_RUNS_MAX=$runs_max; start $way)
+        wait_for 'd0: listening' "/run/h/$way.log"
+    done
+}
+
+# cost WAY RUNS: one random read of d0 of so many pages, each in a run of its own: CPU microseconds of the daemon, and reads per second.
 cost() {
-    cpu=$(/run/p/blkclient --path=/run/h/d0.sock --rw=randread --bs="$1" --segment="$2" --iodepth=8 --time_based --runtime=1 \
-        --server_pid="$(cat /run/h/pid)" --json | sed 's/.*"server_cpu_per_million":\([0-9]*\).*/\1/')
-    echo "$1/$2:$cpu us"
+    /run/p/blkclient --path="/run/h/$1/d0.sock" --rw=randread --bs="$(($2 * 4))k" --segment=4k --iodepth=8 --time_based --runtime=1 \
+        --server_pid="$(cat "/run/h/$1.pid")" --json \
+        | sed 's/.*"iops":\([0-9]*\).*"server_cpu_per_million":\([0-9]*\).*/\2 \1/'
 }
 
 # configure TEXT: what the daemon serves.

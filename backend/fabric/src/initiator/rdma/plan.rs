@@ -7,6 +7,7 @@ use super::layout::LARGE;
 use crate::nvme::bytes::low32;
 use crate::rdma::domain::{Entries, Entry};
 use hawser_block::Buffers;
+use std::sync::OnceLock;
 
 // What the next two rest on: not on measurements. `cargo xtask guest our_initiator_over_rdma_verifies` prints the daemon's CPU for a read by
 // the size of its runs; over Soft-RoCE in an emulated guest (QEMU's TCG, Linux 6.12, on a busy machine) it was 319, 530 and 756 µs for 16 KiB
@@ -19,6 +20,16 @@ use hawser_block::Buffers;
 pub(super) const DIRECT_MIN: u32 = 32 << 10;
 /// Up to so many runs in a request have a command each, however short they are: 16 KiB of pages that lie anywhere.
 pub(super) const RUNS_MAX: usize = 4;
+
+/// Names another number than [`RUNS_MAX`], for measurements.
+const VARIABLE: &str = "HAWSER_RDMA_RUNS_MAX";
+
+/// [`RUNS_MAX`], or what the environment says.
+pub(super) fn runs_max() -> usize {
+    static NUMBER: OnceLock<usize> = OnceLock::new();
+    let said = || std::env::var(VARIABLE).ok().and_then(|said| said.parse().ok());
+    *NUMBER.get_or_init(|| said().unwrap_or(RUNS_MAX))
+}
 
 /// How the bytes of one command are moved.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +99,8 @@ fn runs<'a>(buffers: &Buffers, entries: &'a Entries) -> impl Iterator<Item = Run
 
 /// The first command for `rest`, the bytes that are still to be moved. They may be cut every `block` bytes; 0: not at all, and then
 /// they are at most [`LARGE`].
-pub(super) fn plan(rest: &Buffers, entries: &Entries, block: u32) -> Piece {
+/// A request in at most `runs_max` runs goes in a command for each.
+pub(super) fn plan(rest: &Buffers, entries: &Entries, block: u32, runs_max: usize) -> Piece {
     let total = low32(rest.len() as u64);
     let cut = |len: u32| {
         if block == 0 || len == total { if len == total { len } else { 0 } } else { len - len % block }
@@ -96,7 +108,7 @@ pub(super) fn plan(rest: &Buffers, entries: &Entries, block: u32) -> Piece {
     let mut first = None;
     let mut count = 0;
     // No more than the first few are looked at.
-    for run in runs(rest, entries).take(RUNS_MAX + 1) {
+    for run in runs(rest, entries).take(runs_max + 1) {
         count += 1;
         first.get_or_insert(run);
     }
@@ -104,7 +116,7 @@ pub(super) fn plan(rest: &Buffers, entries: &Entries, block: u32) -> Piece {
     let whole = cut(run.len);
     if let Some(entry) = run.entry
         && whole > 0
-        && (whole >= DIRECT_MIN || count <= RUNS_MAX)
+        && (whole >= DIRECT_MIN || count <= runs_max)
     {
         return Piece { len: whole, place: Place::Direct { start: run.start, entry } };
     }
@@ -184,7 +196,7 @@ mod tests {
         let all = unsafe { Buffers::new(iovecs.as_ptr(), low32(iovecs.len() as u64), low32(total as u64)) };
         let (mut at, mut found) = (0, Vec::new());
         while at < total {
-            let piece = plan(&all.slice(at, total - at), entries, block);
+            let piece = plan(&all.slice(at, total - at), entries, block, RUNS_MAX);
             let name = match piece.place {
                 Place::Direct { .. } => "direct",
                 Place::Copy { scattered: true } => "scattered",
@@ -251,7 +263,7 @@ mod tests {
             let mut at = 0;
             while at < total {
                 let rest = all.slice(at, total - at);
-                let piece = plan(&rest, &entries, block);
+                let piece = plan(&rest, &entries, block, RUNS_MAX);
                 prop_assert!(piece.len > 0 && piece.len as usize <= total - at);
                 prop_assert!(piece.len.is_multiple_of(block));
                 match piece.place {

@@ -61,6 +61,8 @@ pub(crate) struct RdmaLimits {
     /// Segments of a send that the device takes, the command's own among them.
     pub(crate) segments_max: usize,
     pub(crate) policy: KeyPolicy,
+    /// Runs of memory that a request may be in to go in a command for each.
+    pub(crate) runs_max: usize,
     /// `None`: the target has switched SQ flow control off.
     pub(crate) flow: Option<SqFlow>,
 }
@@ -327,7 +329,7 @@ impl RdmaQueue {
             }
             Transfer::FromHost(buffers) | Transfer::ToHost(buffers) => {
                 let rest = buffers.slice(offset as usize, rest as usize);
-                Some(plan::plan(&rest, &self.entries, parent.block))
+                Some(plan::plan(&rest, &self.entries, parent.block, self.limits.runs_max))
             }
         };
         let chunk = match piece {

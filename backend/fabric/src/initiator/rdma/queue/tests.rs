@@ -20,7 +20,8 @@ fn lab(policy: KeyPolicy) -> Lab {
     let windows: Vec<_> = (1..=u32::from(DEPTH))
         .map(|index| (std::ptr::without_provenance_mut(index as usize), index << 8))
         .collect();
-    let limits = RdmaLimits { in_capsule_max: 0, segments_max: 9, policy, flow: None };
+    let limits =
+        RdmaLimits { in_capsule_max: 0, segments_max: 9, policy, runs_max: plan::RUNS_MAX, flow: None };
     let area =
         Area { start: memory.as_ptr(), region: std::ptr::null_mut(), keys: Keys { local: 1, remote: 2 } };
     let mut queue = RdmaQueue::new(layout, limits, area, &windows);
