@@ -81,6 +81,11 @@ pub(crate) unsafe extern "C" fn attributes(device: *mut Device, out: *mut Device
 }
 
 pub(crate) unsafe extern "C" fn domain_open(device: *mut Device, out: *mut *mut Domain) -> i32 {
+    // rdma_cm closes the context of a device that was removed when no id is on it any more; a domain, and what is registered in it, are
+    // of that context and live as long as the process. Asking for all devices holds on to their contexts until the list is freed, which
+    // it never is.
+    // SAFETY: no condition; the number is not asked for. The devices were opened by it before, or are now.
+    unsafe { rdma::rdma_get_devices(std::ptr::null_mut()) };
     // SAFETY: a context that is open, and room for the result.
     unsafe {
         let domain = rdma::ibv_alloc_pd(device.cast());

@@ -88,3 +88,19 @@ fn non_blocking(fd: i32) -> i32 {
     }
     0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_daemon_of_this_build_gets_the_table() {
+        let mut own = [0; 16];
+        // SAFETY: 16 bytes each.
+        let table = unsafe { hawser_verbs_entry(b"0123456789abcdef", &raw mut own) };
+        assert!(table.is_null() && own == BUILD.as_bytes()[..16]);
+        let ours = own;
+        // SAFETY: as above.
+        assert!(!unsafe { hawser_verbs_entry(&raw const ours, &raw mut own) }.is_null());
+    }
+}

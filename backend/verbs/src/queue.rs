@@ -6,8 +6,6 @@ use hawser_verbs_abi::{
 };
 use rdma_sys as rdma;
 
-/// Requests that are translated at once: a chain of them is one doorbell.
-const CHAIN: usize = 64;
 /// Completions that are translated at once.
 const POLLED: usize = 32;
 
@@ -23,6 +21,18 @@ struct Pair {
     armed: bool,
     /// By which flags a completion says that a key was made invalid.
     invalidated: u32,
+    /// Room to translate requests in, for as many as the queue has: a chain of them is one doorbell.
+    send_chain: Box<[rdma::ibv_send_wr]>,
+    receive_chain: Box<[rdma::ibv_recv_wr]>,
+}
+
+/// Room for a chain of `len` requests.
+///
+/// # Safety
+/// A `T` may be all zeroes.
+unsafe fn chain<T>(len: u32) -> Box<[T]> {
+    // SAFETY: the caller's promise.
+    (0..len.max(1)).map(|_| unsafe { std::mem::zeroed() }).collect()
 }
 
 /// Soft-RoCE's vendor id (`RXE_VENDOR_ID` in Linux).
@@ -70,8 +80,17 @@ pub(crate) unsafe extern "C" fn open(
     let QueueSize { sends, receives, segments } = unsafe { *size };
     let id = id.cast::<rdma::rdma_cm_id>();
     let null: *mut std::ffi::c_void = std::ptr::null_mut();
-    let mut pair =
-        Box::new(Pair { id, channel: null.cast(), completions: null.cast(), armed: false, invalidated: 0 });
+    let mut pair = Box::new(Pair {
+        id,
+        channel: null.cast(),
+        completions: null.cast(),
+        armed: false,
+        invalidated: 0,
+        // SAFETY: plain data, of which null pointers are a part.
+        send_chain: unsafe { chain(sends) },
+        // SAFETY: as above.
+        receive_chain: unsafe { chain(receives) },
+    });
     // SAFETY: the id has a device, as its caller has looked; everything that is made here is undone by `Pair`'s drop.
     unsafe {
         let context = (*id).verbs;
@@ -183,13 +202,14 @@ pub(crate) unsafe extern "C" fn post_send(
     posted: *mut u32,
 ) -> i32 {
     // SAFETY: from `open`; the caller gives `len` requests, whose segments stay in place until this returns, and room for a count.
-    // The array below is plain data; the chain leads through those of its entries that were filled.
+    // The queue is used by one thread at a time. The chain leads through those of its entries that were filled.
     unsafe {
-        let pair = &*queue.cast::<Pair>();
+        let pair = &mut *queue.cast::<Pair>();
         let requests = std::slice::from_raw_parts(requests, len as usize);
         *posted = 0;
-        let mut raw: [rdma::ibv_send_wr; CHAIN] = std::mem::zeroed();
-        for piece in requests.chunks(CHAIN) {
+        let raw = &mut pair.send_chain;
+        // More than the queue has room for is refused by the device.
+        for piece in requests.chunks(raw.len()) {
             for (index, request) in piece.iter().enumerate() {
                 translate(request, &mut raw[index]);
                 if index > 0 {
@@ -199,7 +219,7 @@ pub(crate) unsafe extern "C" fn post_send(
             }
             let mut bad: *mut rdma::ibv_send_wr = std::ptr::null_mut();
             let result = rdma::ibv_post_send((*pair.id).qp, raw.as_mut_ptr(), &raw mut bad);
-            *posted += taken(result, bad, &raw, piece.len());
+            *posted += taken(result, bad, raw, piece.len());
             if result != 0 {
                 return negated(result);
             }
@@ -220,11 +240,11 @@ pub(crate) unsafe extern "C" fn post_receive(
 ) -> i32 {
     // SAFETY: as in `post_send`.
     unsafe {
-        let pair = &*queue.cast::<Pair>();
+        let pair = &mut *queue.cast::<Pair>();
         let requests = std::slice::from_raw_parts(requests, len as usize);
         *posted = 0;
-        let mut raw: [rdma::ibv_recv_wr; CHAIN] = std::mem::zeroed();
-        for piece in requests.chunks(CHAIN) {
+        let raw = &mut pair.receive_chain;
+        for piece in requests.chunks(raw.len()) {
             for (index, request) in piece.iter().enumerate() {
                 raw[index] = rdma::ibv_recv_wr {
                     wr_id: request.user,
@@ -239,7 +259,7 @@ pub(crate) unsafe extern "C" fn post_receive(
             }
             let mut bad: *mut rdma::ibv_recv_wr = std::ptr::null_mut();
             let result = rdma::ibv_post_recv((*pair.id).qp, raw.as_mut_ptr(), &raw mut bad);
-            *posted += taken(result, bad, &raw, piece.len());
+            *posted += taken(result, bad, raw, piece.len());
             if result != 0 {
                 return negated(result);
             }
