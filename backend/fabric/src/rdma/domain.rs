@@ -8,7 +8,7 @@
 use super::{KeyPolicy, driver, pinned, words};
 use hawser_block::regions::{Listener, Regions, Span};
 use hawser_verbs_abi::{Device, DeviceAttributes, Keys, Region, Table, access};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Registered memory.
@@ -63,6 +63,8 @@ pub(crate) struct Domain {
     purpose: Purpose,
     entries: Mutex<Vec<Entry>>,
     generation: AtomicU64,
+    /// The device was removed.
+    gone: AtomicBool,
 }
 
 // SAFETY: a domain and its regions may be used by all threads ([`hawser_verbs_abi`]); what is ours is behind a mutex.
@@ -89,7 +91,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Looks whether all memory that devices have is still there.
 pub(crate) fn look_at_all() {
     let domains: Vec<_> = lock(&DOMAINS).iter().map(|(.., domain)| Arc::clone(domain)).collect();
-    domains.iter().for_each(|domain| domain.look());
+    let domains = domains.into_iter().filter(|domain| !domain.is_gone());
+    domains.for_each(|domain| domain.look());
 }
 
 impl Domain {
@@ -105,7 +108,9 @@ impl Domain {
     ) -> Result<Arc<Domain>, String> {
         // One thread makes it; others wait.
         let mut domains = lock(&DOMAINS);
-        let known = domains.iter().find(|(known, with, _)| *known == device as usize && *with == purpose);
+        let known = domains
+            .iter()
+            .find(|(known, with, domain)| *known == device as usize && *with == purpose && !domain.is_gone());
         if let Some((_, _, domain)) = known {
             return Ok(Arc::clone(domain));
         }
@@ -141,6 +146,7 @@ impl Domain {
             purpose,
             entries: Mutex::default(),
             generation: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
         });
         if matches!(purpose, Purpose::Initiator(_)) {
             let listener: Arc<dyn Listener> = Arc::clone(&domain) as _;
@@ -149,6 +155,15 @@ impl Domain {
         }
         domains.push((device as usize, purpose, Arc::clone(&domain)));
         Ok(domain)
+    }
+
+    /// The device was removed: nothing more is registered with it, and one that comes back is another.
+    pub(crate) fn device_is_gone(&self) {
+        self.gone.store(true, Ordering::Relaxed);
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
     }
 
     /// For the functions of the table.
@@ -224,6 +239,9 @@ impl Domain {
 
 impl Listener for Domain {
     fn added(&self, span: Span) {
+        if self.is_gone() {
+            return;
+        }
         match self.register(span.start, span.len) {
             Err(why) => log::error!("{why}; until then payload there is copied"),
             Ok((region, keys)) => {
@@ -244,7 +262,8 @@ impl Listener for Domain {
         // SAFETY: ours, once. Nobody uses it: the last request that could name it has ended, and its windows are not bound to it
         // any more.
         let result = unsafe { (self.table.deregister)(gone.region) };
-        if result < 0 {
+        // A device that was removed has nothing any more.
+        if result < 0 && !self.is_gone() {
             log::error!("RDMA device {}: memory stays registered: {}", self.name, words::errno(result));
         }
     }

@@ -128,4 +128,33 @@ mod tests {
         let error = open(Path::new("libc.so.6")).err().unwrap();
         assert!(error.contains("is no verbs driver of hawser's"), "{error}");
     }
+
+    /// A driver of another build, made on the spot: it says which, and gives no table.
+    const OTHER: &str = r#"
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn hawser_verbs_entry(_: *const [u8; 16], own: *mut [u8; 16]) -> *const u8 {
+            unsafe { *own = *b"0123456789abcdef" };
+            core::ptr::null()
+        }"#;
+
+    #[test]
+    fn a_driver_of_another_build_is_refused_and_named() {
+        let folder = std::env::temp_dir().join(format!("hawser-driver-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (source, library) = (folder.join("other.rs"), folder.join(FILE));
+        std::fs::write(&source, OTHER).unwrap();
+        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let built = std::process::Command::new(rustc)
+            .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=other", "-Cpanic=abort", "-o"])
+            .args([&library, &source])
+            .status()
+            .unwrap();
+        assert!(built.success());
+        let error = open(&library).err().unwrap();
+        std::fs::remove_dir_all(folder).unwrap();
+        let want = format!(
+            "is of build 0123456789abcdef, and this daemon is of build {BUILD}; install both from one"
+        );
+        assert!(error.contains(&want) && !error.contains('\n'), "{error}");
+    }
 }

@@ -14,9 +14,12 @@ use hawser_runtime::{ReactorHandle, Runtime};
 use hawser_verbs_abi::{CmEvent, Table, event};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Requests to connect that may wait.
 const BACKLOG: i32 = 1024;
+/// How often a device that was removed is looked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// A listening id. The first that accepts takes it.
 pub(super) struct RdmaListener {
@@ -55,31 +58,82 @@ impl RdmaListener {
         acceptor.run(move |runtime| {
             let own = runtime.clone();
             runtime.spawn(async move {
-                let ready = Readiness::new(&own, end.channel.fd());
-                loop {
-                    match end.channel.event() {
-                        Ok(Some(event)) if event.kind == event::CONNECT_REQUEST => {
-                            incoming(&own, &shared, &event, (index, address));
-                            continue;
-                        }
-                        Ok(Some(event)) => {
-                            log::warn!("target: at rdma://{address}: {}", words::event(&event));
-                            continue;
-                        }
-                        Ok(None) => {}
-                        Err(code) => {
-                            log::error!("target: at rdma://{address}: rdma_cm: {}", words::errno(code));
-                            break;
-                        }
-                    }
-                    if let Either::Second(()) = first(ready.fired(), self.stop.next()).await {
-                        break;
-                    }
+                while self.serve(&own, &shared, &mut end, (index, address)).await == Over::Removed {
+                    // The device waits until its ids are closed.
+                    dispose(&own, end);
+                    let Either::First(back) = first(listen_again(&own, address), self.stop.next()).await
+                    else {
+                        return;
+                    };
+                    log::info!("target: at rdma://{address}: listening again");
+                    end = back;
                 }
-                drop(ready);
                 dispose(&own, end);
             });
         });
+    }
+
+    /// Lets hosts in until it is stopped, or cannot go on.
+    async fn serve(
+        &self,
+        runtime: &Runtime,
+        shared: &Arc<Shared>,
+        end: &mut End,
+        (index, address): (usize, SocketAddr),
+    ) -> Over {
+        let ready = Readiness::new(runtime, end.channel.fd());
+        loop {
+            match end.channel.event() {
+                Ok(Some(event)) if event.kind == event::CONNECT_REQUEST => {
+                    incoming(runtime, shared, &event, (index, address));
+                    continue;
+                }
+                Ok(Some(event)) => {
+                    log::warn!("target: at rdma://{address}: {}", words::event(&event));
+                    if event.kind == event::DEVICE_REMOVAL {
+                        return Over::Removed;
+                    }
+                    continue;
+                }
+                Ok(None) => {}
+                Err(code) => {
+                    log::error!("target: at rdma://{address}: rdma_cm: {}", words::errno(code));
+                    return Over::Stopped;
+                }
+            }
+            if let Either::Second(()) = first(ready.fired(), self.stop.next()).await {
+                return Over::Stopped;
+            }
+        }
+    }
+}
+
+/// Why a listener lets nobody in any more.
+#[derive(PartialEq, Eq)]
+enum Over {
+    Stopped,
+    /// Its device was removed, and may come back.
+    Removed,
+}
+
+/// Listens at the address as soon as a device leads there again.
+async fn listen_again(runtime: &Runtime, address: SocketAddr) -> End {
+    loop {
+        runtime.sleep(LOOK_AGAIN).await;
+        let found = Arc::new(Mailbox::default());
+        let post = Arc::clone(&found);
+        let look = move || {
+            let listening = driver::table().ok().and_then(|table| {
+                let mut end = End::open(table).ok()?;
+                end.listen(&address, BACKLOG).ok().map(|_| end)
+            });
+            post.post(listening);
+        };
+        if runtime.on_thread("rdma-listen", look).is_ok()
+            && let Some(end) = found.next().await
+        {
+            return end;
+        }
     }
 }
 

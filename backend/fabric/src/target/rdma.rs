@@ -250,6 +250,10 @@ impl RdmaWire {
                 Ok(Some(event)) => match event.kind {
                     event::ESTABLISHED | event::TIMEWAIT_EXIT => {}
                     event::DISCONNECTED => return Err(String::new()),
+                    event::DEVICE_REMOVAL => {
+                        link.domain.device_is_gone();
+                        return Err(words::event(&event));
+                    }
                     _ => return Err(words::event(&event)),
                 },
             }

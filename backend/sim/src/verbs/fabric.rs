@@ -34,8 +34,8 @@ pub(super) const ACCESS: u32 = 10;
 pub(super) const RETRIES: u32 = 12;
 /// How long a device repeats a request that nobody acknowledges.
 pub(super) const RETRIES_FOR: Duration = Duration::from_secs(3);
-/// How long rdma_cm does.
-const CONNECT_FOR: Duration = Duration::from_secs(4);
+/// How long rdma_cm does: 15 times (CMA_MAX_CM_RETRIES), 4.3 s apart (CMA_CM_RESPONSE_TIMEOUT). Whoever has less patience gives up himself.
+const CONNECT_FOR: Duration = Duration::from_secs(64);
 /// What a step of a message takes at most.
 pub(super) const STEP_NS_MAX: u64 = 30_000;
 /// Descriptors of this world, which are none of the process's.
@@ -235,6 +235,9 @@ pub(super) struct Fabric {
     pub(super) due: Instant,
     pub(super) disturbance: Disturbance,
     pub(super) denied: Option<Denied>,
+    /// How often the device was replaced.
+    pub(super) replaced: usize,
+    pub(super) domains: usize,
     pub(super) counts: Counts,
 }
 
@@ -260,6 +263,8 @@ impl Fabric {
             due: Instant::NEVER,
             disturbance: Disturbance::default(),
             denied: None,
+            replaced: 0,
+            domains: 0,
             counts: Counts::default(),
         }
     }

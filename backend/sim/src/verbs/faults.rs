@@ -103,6 +103,17 @@ impl Fabric {
         self.changed = true;
     }
 
+    /// The device is removed: all that is on it ends, and its users hear of it. Another one comes.
+    pub(super) fn replace_device(&mut self) {
+        self.replaced += 1;
+        let queues: Vec<u64> = self.pairs.keys().copied().collect();
+        queues.into_iter().for_each(|queue| self.fail(queue));
+        let ends: Vec<u64> = self.ends.keys().copied().collect();
+        for id in ends {
+            self.tell(id, (event::DEVICE_REMOVAL, 0), None, None);
+        }
+    }
+
     /// A reactor waits for this descriptor: what is behind it is its process's.
     pub(super) fn own(&mut self, fd: i32, owner: usize) {
         if let Some(channel) = self.channels.values_mut().find(|channel| channel.fd == fd) {

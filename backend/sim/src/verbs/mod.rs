@@ -76,6 +76,17 @@ pub fn window_names() -> Vec<u32> {
     here().windows.values().map(|window| window.key).collect()
 }
 
+/// Removes the device, and puts another one in its place.
+pub fn replace_device() {
+    here().replace_device();
+}
+
+/// Domains that were ever opened.
+#[must_use]
+pub fn domains() -> usize {
+    here().domains
+}
+
 /// The verbs of a simulated world.
 #[derive(Clone, Copy)]
 pub(crate) struct Verbs(&'static Mutex<Fabric>);

@@ -277,20 +277,22 @@ unsafe extern "C" fn disconnect(id: *mut Id) -> i32 {
     0
 }
 
-/// One, or another that has no windows.
+/// One, or another that has no windows; each time that it is replaced, others.
 unsafe extern "C" fn device(_: *mut Id) -> *mut Device {
-    let number = if here().denied == Some(Denied::Windows) { 2 } else { 1 };
-    std::ptr::without_provenance_mut(number)
+    let world = here();
+    let number = if world.denied == Some(Denied::Windows) { 2 } else { 1 };
+    std::ptr::without_provenance_mut(number + 2 * world.replaced)
 }
 
 unsafe extern "C" fn device_attributes(device: *mut Device, out: *mut DeviceAttributes) -> i32 {
-    let attributes = DeviceAttributes { windows_2b: device.addr() == 1, ..attributes() };
+    let attributes = DeviceAttributes { windows_2b: device.addr() % 2 == 1, ..attributes() };
     // SAFETY: the caller's promise.
     unsafe { *out = attributes };
     0
 }
 
 unsafe extern "C" fn domain_open(_: *mut Device, out: *mut *mut Domain) -> i32 {
+    here().domains += 1;
     // SAFETY: the caller's promise.
     unsafe { *out = std::ptr::dangling_mut() };
     0

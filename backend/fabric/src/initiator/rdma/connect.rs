@@ -3,6 +3,7 @@
 //! Nothing here blocks a reactor: rdma_cm's events are awaited, and what takes a device its time is done on threads.
 
 use super::layout::Layout;
+use super::plan;
 use super::queue::{Area, CAPSULE_SEGMENTS_MAX, RdmaError, RdmaLimits, RdmaQueue, SENDS_PER_SLOT};
 use crate::initiator::queue::{SqFlow, Transfer};
 use crate::initiator::signal::{Mailbox, within};
@@ -32,11 +33,18 @@ const FABRICS_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A queue that takes commands.
 pub(crate) struct RdmaPair {
-    pub(super) link: Box<Link>,
-    pub(super) queue: Box<RdmaQueue>,
-    pub(super) depth: u16,
+    link: Held<Box<Link>>,
+    queue: Box<RdmaQueue>,
+    depth: u16,
     /// Of the memory that the queue knows.
-    pub(super) generation: u64,
+    generation: u64,
+}
+
+impl RdmaPair {
+    /// The connection, its queue, how many commands that takes, and the generation of the memory that it knows.
+    pub(super) fn into_parts(self) -> (Box<Link>, Box<RdmaQueue>, u16, u64) {
+        (self.link.take(), self.queue, self.depth, self.generation)
+    }
 }
 
 /// Drops what it has elsewhere than on its reactor, wherever the code that holds it is left.
@@ -120,6 +128,7 @@ pub(crate) async fn connect_queue(
         in_capsule_max: 0,
         segments_max: segments_of(link.get()),
         policy: request.rdma_keys,
+        runs_max: plan::runs_max(),
         flow: None,
     };
     let area = {
@@ -140,7 +149,6 @@ pub(crate) async fn connect_queue(
     queue.take_moved();
     let (generation, entries) = link.get().domain.entries();
     queue.set_entries(entries);
-    let link = link.take();
     Ok(Ok((RdmaPair { link, queue, depth: layout.depth, generation }, cntlid)))
 }
 
@@ -222,6 +230,9 @@ async fn establish(
     let connected = link.get().connect(&parameters);
     connected.map_err(|code| format!("the connection cannot be asked for: {}", words::errno(code)))?;
     let event = next_event(runtime, &mut link.get().end, &ready, ("no answer", ANSWER_TIMEOUT)).await?;
+    if event.kind == event::DEVICE_REMOVAL {
+        link.get().domain.device_is_gone();
+    }
     expect(&event, event::ESTABLISHED)?;
     let private = &event.private[..usize::from(event.private_len)];
     match Accept::from_bytes(private) {

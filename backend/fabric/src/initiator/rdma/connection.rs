@@ -70,7 +70,7 @@ impl<T: Copy> RdmaConnection<T> {
         first_key: u32,
         pair: RdmaPair,
     ) -> RdmaConnection<T> {
-        let RdmaPair { link, queue, depth, generation } = pair;
+        let (link, queue, depth, generation) = pair.into_parts();
         let (events, completions) = (Fd(link.end.channel.fd()), Fd(link.queue_fd()));
         let depth = u32::from(depth);
         let connection = RdmaConnection {
@@ -200,6 +200,10 @@ impl<T: Copy> RdmaConnection<T> {
                     event::DISCONNECTED => {
                         self.ended_by_target |= self.error.is_none();
                         self.fail(Loss::Closed, words::event(&event));
+                    }
+                    event::DEVICE_REMOVAL => {
+                        link.domain.device_is_gone();
+                        self.fail(Loss::Network, words::event(&event));
                     }
                     _ => self.fail(Loss::Network, words::event(&event)),
                 },

@@ -3,6 +3,7 @@
 
 mod bad_over_rdma;
 mod client;
+mod costs_over_rdma;
 mod counted;
 mod ghosts;
 mod lab;

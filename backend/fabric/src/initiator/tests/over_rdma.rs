@@ -23,13 +23,13 @@ pub(super) struct Lab {
     pub(super) client: Client,
     device: Arc<NvmeDevice>,
     target: Target,
-    _reactors: [ReactorThread; 2],
+    reactors: [ReactorThread; 2],
     _one: MutexGuard<'static, ()>,
 }
 
 pub(super) fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    driver::install(&verbs::TABLE);
+    driver::install(&super::costs_over_rdma::TABLE);
     verbs::disturb(verbs::Disturbance::default(), 1);
     let (host, of_target) = (reactor("host"), reactor("target"));
     let disk = Arc::new(MemDevice::new("m0", 16 << 20, BlockSize::B512).unwrap());
@@ -50,7 +50,7 @@ pub(super) fn lab(change: impl FnOnce(&mut NvmeConfig)) -> Lab {
     let device = NvmeDevice::open(config, &[host.handle().clone()]).unwrap();
     wait_ready(&device);
     let client = Client::open(&device, host.handle());
-    Lab { client, device, target, _reactors: [host, of_target], _one: one }
+    Lab { client, device, target, reactors: [host, of_target], _one: one }
 }
 
 pub(super) fn host_identity() -> HostIdentity {
@@ -60,6 +60,15 @@ pub(super) fn host_identity() -> HostIdentity {
 impl Lab {
     pub(super) fn address(&self) -> std::net::SocketAddr {
         self.target.addresses()[0].1[0]
+    }
+
+    pub(super) fn device(&self) -> &Arc<NvmeDevice> {
+        &self.device
+    }
+
+    /// The host's, and the target's.
+    pub(super) fn reactors(&self) -> &[ReactorThread; 2] {
+        &self.reactors
     }
 
     fn counter(&self, name: &str) -> u64 {
@@ -125,16 +134,20 @@ fn what_a_target_offers_is_discovered() {
 }
 
 /// Memory that is announced, as a front end's is.
-struct Announcement {
+pub(super) struct Announcement {
     _announced: Announced,
     memory: AlignedBuffer,
 }
 
 impl Announcement {
-    fn new(len: usize) -> Announcement {
+    pub(super) fn new(len: usize) -> Announcement {
         let memory = AlignedBuffer::new(len);
         let span = Span { start: memory.as_ptr() as usize, len };
         Announcement { _announced: Regions::of_process().announce(span), memory }
+    }
+
+    pub(super) fn start(&self) -> *mut u8 {
+        self.memory.as_ptr()
     }
 }
 
@@ -191,6 +204,29 @@ fn memory_that_was_taken_away_is_not_named_any_more() {
     lab.end();
 }
 
+/// What was known of a device that was removed was taken for that of the one that came in its place.
+#[test]
+fn a_device_that_is_removed_and_comes_back_is_another() {
+    let mut lab = lab(|_| {});
+    let announced = Announcement::new(1 << 20);
+    let write = |lab: &mut Lab| {
+        let place = (announced.memory.as_ptr(), 64 << 10);
+        lab.client.submit_at(hawser_block::Operation::Write { fua: false }, 0, place);
+        assert_eq!(lab.client.next().outcome, Ok(()));
+    };
+    write(&mut lab);
+    let before = verbs::domains();
+    verbs::replace_device();
+    // Sent again when the target listens at the new one, and both have registered what they need with it.
+    write(&mut lab);
+    wait_ready(&lab.device);
+    assert_eq!((lab.counter("rdma_unregistered"), verbs::domains() - before), (0, 2));
+    // Memory comes and goes, of which the old one has some.
+    drop(announced);
+    drop(Announcement::new(1 << 20));
+    lab.end();
+}
+
 /// A target need not invalidate keys, and may do so for some: then we do, before the command ends.
 #[test]
 fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
@@ -214,7 +250,7 @@ fn keys_that_the_target_leaves_alive_are_dead_when_their_command_ends() {
 #[test]
 fn a_target_that_is_not_there_is_waited_for_and_its_absence_explained() {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    driver::install(&verbs::TABLE);
+    driver::install(&super::costs_over_rdma::TABLE);
     let host = reactor("host");
     let uri: NvmeUri = format!("nvme+rdma://127.0.0.1:1/{NQN}?nsid=1").parse().unwrap();
     let device =
