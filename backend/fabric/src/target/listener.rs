@@ -150,9 +150,9 @@ fn incoming(runtime: &Runtime, shared: &Arc<Shared>, event: &CmEvent, (index, ad
     let Ok(table) = driver::table() else { return };
     let asked = Asked { table, event: *event };
     let admitted = shared.admit();
-    let shared = Arc::clone(shared);
+    let own = Arc::clone(shared);
     let take = move || {
-        let asked = asked;
+        let (asked, shared) = (asked, own);
         // SAFETY: the event is a request to connect, and this is the only place that takes it.
         let incoming = unsafe { Incoming::take(asked.table, &asked.event) };
         let Some((id, at)) = admitted else {
@@ -172,6 +172,10 @@ fn incoming(runtime: &Runtime, shared: &Arc<Shared>, event: &CmEvent, (index, ad
     };
     if let Err(error) = runtime.on_thread("rdma-accept", take) {
         // The id stays; its host gives up by itself.
-        log::warn!("target: a host cannot be let in: {error}");
+        let why = format!("a host cannot be let in: {error}");
+        match admitted {
+            Some((id, at)) => shared.expel(id, at, &why),
+            None => log::warn!("target: {why}"),
+        }
     }
 }
