@@ -41,7 +41,7 @@ pub(super) struct CreateArgs {
     /// Devices, by their names in the configuration; their order is that of the members, spares last
     #[arg(required = true, value_name = "DEVICE")]
     devices: Vec<String>,
-    /// linear, raid0, raid1 or raid10
+    /// linear, raid0, raid1 (2 to 4 members), raid10, raid5 (3 or more) or raid6 (4 or more)
     #[arg(long, value_name = "LEVEL")]
     raid: String,
     /// What of one member follows on what of another: 4KiB to 1MiB

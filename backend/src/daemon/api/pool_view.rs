@@ -14,7 +14,7 @@ pub struct PoolView {
     pub state: PoolState,
     /// What is wrong, each a line.
     pub troubles: Vec<String>,
-    /// `linear`, `raid0`, `raid1` or `raid10`.
+    /// `linear`, `raid0`, `raid1`, `raid10`, `raid5` or `raid6`.
     pub level: String,
     /// What of one member follows on what of another; `None`, as for all sizes, until it is open.
     pub strip_bytes: Option<u32>,
@@ -128,7 +128,7 @@ pub struct VolumeView {
 pub struct CreatePool {
     /// Its name.
     pub name: String,
-    /// `linear`, `raid0`, `raid1` or `raid10`.
+    /// `linear`, `raid0`, `raid1`, `raid10`, `raid5` or `raid6`.
     pub level: String,
     /// Names of devices, in the order of their places; spares last.
     pub devices: Vec<String>,

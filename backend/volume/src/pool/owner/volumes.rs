@@ -94,14 +94,15 @@ impl Owner {
         Ok(())
     }
 
-    fn check_size(&self, size_bytes: u64) -> Result<(), PoolError> {
+    fn check_size(&self, name: &str, size_bytes: u64) -> Result<(), PoolError> {
         let block_bytes = u64::from(self.book.borrow().block_bytes);
         let most = (u64::from(u32::MAX) / 2)
             .saturating_mul(self.view().thin.extent_bytes)
             .min(format::record::VOLUME_BYTES_MAX);
         if size_bytes == 0 || !size_bytes.is_multiple_of(block_bytes) || size_bytes > most {
             return Err(PoolError::Wrong(format!(
-                "a size of {size_bytes} bytes cannot be, want a multiple of {block_bytes} from {block_bytes} to {most}"
+                "volume {}/{name}: a size of {size_bytes} bytes cannot be, want a multiple of {block_bytes} from {block_bytes} to {most}",
+                self.shared.name
             )));
         }
         Ok(())
@@ -142,7 +143,7 @@ impl Owner {
         self.change(&what, || {
             let meta = self.meta.borrow();
             self.check_new_name(&name, &meta)?;
-            self.check_size(size_bytes)?;
+            self.check_size(&name, size_bytes)?;
             if !meta.has_room_for_metadata(1) {
                 return Err(self.no_room());
             }
@@ -166,7 +167,7 @@ impl Owner {
         let id = self.find(&name)?;
         let shown = lock(&self.shared.volumes).get(&id).cloned();
         self.change(&what, || {
-            self.check_size(size_bytes)?;
+            self.check_size(&name, size_bytes)?;
             let meta = self.meta.borrow();
             let volume =
                 meta.volume(id).ok_or_else(|| PoolError::Unknown(format!("volume {name} is gone")))?;
