@@ -7,7 +7,7 @@ mod edits;
 use edits::{Input, edit_some, seal};
 use hawser_volume::format::parity_log::HEADER_PAGES;
 use hawser_volume::format::{
-    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Replacement, Root, SetRecord, Superblock, decode_intents,
+    INTENTS_PER_PAGE, Layout, MemberRecord, PAGE_BYTES, PagePtr, Replacement, Root, ScrubRecord, SetRecord, Superblock, decode_intents,
     encode_intents, unit_bytes_for,
 };
 use hawser_volume::raid::{Array, Level, Set, SetConfig};
@@ -40,6 +40,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
             .collect(),
         spares: vec![[200; 16]],
         replacement: (total > 2).then_some(Replacement { uuid: [201; 16], copied_bytes: 1 << 20, member: 1 }),
+        scrub: (level.is_redundant() && total % 2 == 0).then_some(ScrubRecord { repair: true, volume: 2, index: 5, done: 9, mismatches: 1, failures: 1 }),
         this: [10; 16],
     }
 }

@@ -1,5 +1,7 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+#[path = "pool_cases/check.rs"]
+mod check;
 #[path = "pool_cases/members.rs"]
 mod members;
 #[path = "pool_cases/missing.rs"]
@@ -10,6 +12,8 @@ mod orders;
 mod owners;
 #[path = "pool_cases/replace.rs"]
 mod replace;
+#[path = "pool_cases/scrub.rs"]
+mod scrub;
 #[path = "pool_cases/space.rs"]
 mod space;
 

@@ -264,7 +264,9 @@ fn task_view(task: &pool::TaskView) -> TaskView {
         elapsed_seconds: task.elapsed.as_secs(),
         left_seconds: left(task).map(|left| left.as_secs()),
         mismatches: task.mismatches,
+        failures: task.failures,
         done: task.is_done,
+        cut_short: task.cut_short.clone(),
     }
 }
 
@@ -444,7 +446,9 @@ mod tests {
             total_bytes: 400,
             elapsed: Duration::from_secs(10),
             mismatches: 0,
+            failures: 0,
             is_done,
+            cut_short: None,
         };
         assert_eq!(left(&task(100, false)), Some(Duration::from_secs(30)));
         assert_eq!(left(&task(0, false)), None);

@@ -298,6 +298,23 @@ impl Offline {
         if away.is_empty() { what } else { format!("{what} ({})", away.join("; ")) }
     }
 
+    /// Of a pool that lacks members: the devices that may be they, and are not.
+    pub(super) fn and_others(&self, found: &Found, what: String) -> String {
+        let others = self.labels.iter().filter(|(_, label)| label.pool_uuid != found.label.pool_uuid);
+        let others = others.map(|(name, label)| format!("device {name} belongs to pool {}", label.pool));
+        let others: Vec<String> = self.away.iter().map(|(_, what)| what.clone()).chain(others).collect();
+        if others.is_empty() { what } else { format!("{what} ({})", others.join("; ")) }
+    }
+
+    /// Why something could not be done with a pool.
+    pub(super) fn explained(&self, found: &Found, error: PoolError) -> Failure {
+        match Failure::from(error) {
+            Failure::Failed(what) if found.missing().is_empty() => Failure::Failed(self.and_away(what)),
+            Failure::Failed(what) => Failure::Failed(self.and_others(found, what)),
+            usage @ Failure::Usage(_) => usage,
+        }
+    }
+
     /// Opens a pool, for what the command wants of it.
     pub(super) fn open(&self, name: &str) -> Result<OpenPool, Failure> {
         let found = self.find(name)?;
@@ -350,10 +367,7 @@ impl Offline {
             }
             Err(error) => {
                 self.leave(&reserved);
-                Err(match Failure::from(error) {
-                    Failure::Usage(what) => Failure::Usage(what),
-                    Failure::Failed(what) => Failure::Failed(self.and_away(what)),
-                })
+                Err(self.explained(found, error))
             }
         }
     }

@@ -6,7 +6,7 @@ use super::progress::{is_watched, watch};
 use super::table;
 use super::{Failure, print_json, say};
 use crate::assemble::pool as assemble;
-use crate::daemon::api::pool_view::{AddDevices, CreatePool, PoolState, PoolView, Replace, Scrub};
+use crate::daemon::api::pool_view::{AddDevices, CreatePool, PoolState, PoolView, Replace, Scrub, TaskView};
 use clap::{Args, Subcommand};
 use hawser_config::value::{ByteSize, Name};
 use hawser_volume::pool;
@@ -26,7 +26,7 @@ pub(super) enum PoolCommand {
     Check(CheckArgs),
     /// Put a device in the place of a member, which stays in service until that has all the data
     Replace(ReplaceArgs),
-    /// Compare the members of a pool
+    /// Compare the members of a pool; the next start goes on with what has not ended
     Scrub(ScrubArgs),
     /// Append another set of as many members
     Grow(GrowArgs),
@@ -115,7 +115,7 @@ pub(super) struct ScrubArgs {
     /// Rewrite what differs
     #[arg(long)]
     repair: bool,
-    /// Wait until it has ended; the exit code is 1 when members differ
+    /// Wait until it has ended; the exit code is 1 when members differ, or when something could not be compared or rewritten
     #[arg(long)]
     wait: bool,
     #[command(flatten)]
@@ -307,8 +307,10 @@ fn check(args: &CheckArgs) -> Result<(), Failure> {
 fn check_offline(at: &WhereArgs, file: &Path, name: &str) -> Result<pool::CheckReport, Failure> {
     let offline = Offline::begin(at, file, Purpose::Look)?;
     let checked = offline.find(name).and_then(|found| {
-        let mut report = pool::check(offline.reactor(), offline.members(&found)).wait()?;
-        report.faults.extend(found.missing_line());
+        let report = pool::check(offline.reactor(), offline.members(&found)).wait();
+        let mut report = report.map_err(|error| offline.explained(&found, error))?;
+        let missing = std::mem::take(&mut report.missing);
+        report.faults.splice(0..0, missing.into_iter().map(|what| offline.and_others(&found, what)));
         Ok(report)
     });
     Ok(offline.end(checked))
@@ -349,19 +351,46 @@ fn scrub(args: &ScrubArgs) -> Result<(), Failure> {
     })?;
     let task = pool.tasks.iter().rev().find(|task| task.kind == "scrub");
     let Some(task) = task.filter(|task| task.done) else { return show(&args.at, &pool, "is being scrubbed") };
-    let what = match (task.mismatches, args.repair) {
-        (0, _) => "scrubbed, members do not differ".to_owned(),
-        (count, true) => format!("scrubbed, {count} units differed and were rewritten"),
-        (count, false) => format!("scrubbed, {count} units differ"),
-    };
+    let (what, wrong) = outcome(task, args.repair);
     show(&args.at, &pool, &what)?;
-    match (task.mismatches, args.repair) {
-        (0, _) | (_, true) => Ok(()),
-        (count, false) => Err(Failure::Failed(format!(
-            "pool {}: {count} units differ, want --repair to rewrite them",
-            args.name
-        ))),
+    match wrong {
+        None => Ok(()),
+        Some(wrong) => Err(Failure::Failed(format!("pool {}: {wrong}", args.name))),
     }
+}
+
+/// What a scrub has come to, and what is wrong.
+fn outcome(task: &TaskView, repair: bool) -> (String, Option<String>) {
+    let mut found = Vec::new();
+    match (task.mismatches, task.failures) {
+        (0, 0) => {}
+        (count, 0) if repair => found.push(format!("{count} units differed and were rewritten")),
+        (count, _) if count > 0 => found.push(format!("{count} units differ")),
+        _ => {}
+    }
+    match (task.failures, repair) {
+        (0, _) => {}
+        (count, false) => found.push(format!("{count} units could not be compared")),
+        (count, true) => found.push(format!("{count} units could not be compared or rewritten")),
+    }
+    if let Some(why) = &task.cut_short {
+        let found =
+            if found.is_empty() { String::new() } else { format!("; until then {}", found.join(", ")) };
+        return (
+            "is not scrubbed to its end".to_owned(),
+            Some(format!("the scrub has ended early: {why}{found}")),
+        );
+    }
+    if found.is_empty() {
+        return ("scrubbed, members do not differ".to_owned(), None);
+    }
+    let what = format!("scrubbed, {}", found.join(", "));
+    let wrong = match (task.mismatches, task.failures, repair) {
+        (_, 0, true) => None,
+        (_, 0, false) => Some(format!("{}, want --repair to rewrite them", found.join(", "))),
+        _ => Some(found.join(", ")),
+    };
+    (what, wrong)
 }
 
 /// Changes a pool, through its daemon or without one, and waits for the work that follows where somebody looks, or asked for it.
@@ -402,4 +431,83 @@ fn show(at: &WhereArgs, pool: &PoolView, what: &str) -> Result<(), Failure> {
         pool.size_bytes.map_or_else(String::new, |size| format!(": {}, {}", pool.level, table::bytes(size)));
     say(&format!("pool {} {what}{size}\n", pool.name));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrub_that_missed_something_is_no_success() {
+        let task = |mismatches, failures, why: Option<&str>| TaskView {
+            kind: "scrub".to_owned(),
+            done_bytes: 4,
+            total_bytes: 4,
+            elapsed_seconds: 1,
+            left_seconds: None,
+            mismatches,
+            failures,
+            done: true,
+            cut_short: why.map(str::to_owned),
+        };
+        type Case<'a> = (u64, u64, Option<&'a str>, bool, &'a str, Option<&'a str>);
+        let lost = Some("another host has opened it");
+        let cases: [Case<'_>; 9] = [
+            (0, 0, None, false, "scrubbed, members do not differ", None),
+            (0, 0, None, true, "scrubbed, members do not differ", None),
+            (2, 0, None, true, "scrubbed, 2 units differed and were rewritten", None),
+            (
+                2,
+                0,
+                None,
+                false,
+                "scrubbed, 2 units differ",
+                Some("2 units differ, want --repair to rewrite them"),
+            ),
+            (
+                0,
+                3,
+                None,
+                false,
+                "scrubbed, 3 units could not be compared",
+                Some("3 units could not be compared"),
+            ),
+            (
+                2,
+                1,
+                None,
+                true,
+                "scrubbed, 2 units differ, 1 units could not be compared or rewritten",
+                Some("2 units differ, 1 units could not be compared or rewritten"),
+            ),
+            (
+                2,
+                3,
+                None,
+                false,
+                "scrubbed, 2 units differ, 3 units could not be compared",
+                Some("2 units differ, 3 units could not be compared"),
+            ),
+            (
+                0,
+                0,
+                lost,
+                true,
+                "is not scrubbed to its end",
+                Some("the scrub has ended early: another host has opened it"),
+            ),
+            (
+                1,
+                0,
+                lost,
+                false,
+                "is not scrubbed to its end",
+                Some("the scrub has ended early: another host has opened it; until then 1 units differ"),
+            ),
+        ];
+        for (mismatches, failures, why, repair, what, wrong) in cases {
+            let got = outcome(&task(mismatches, failures, why), repair);
+            assert_eq!((got.0.as_str(), got.1.as_deref()), (what, wrong));
+        }
+    }
 }

@@ -80,9 +80,17 @@ pub(super) fn text_of(pool: &PoolView) -> String {
                 table::duration_seconds(task.elapsed_seconds)
             ),
         };
-        let differ =
-            if task.mismatches > 0 { format!(", {} units differ", task.mismatches) } else { String::new() };
-        fact("work", Some(work + &differ));
+        let mut found = String::new();
+        if task.mismatches > 0 {
+            found.push_str(&format!(", {} units differ", task.mismatches));
+        }
+        if task.failures > 0 {
+            found.push_str(&format!(", {} could not be compared or rewritten", task.failures));
+        }
+        if let Some(why) = &task.cut_short {
+            found.push_str(&format!(", before it was through: {why}"));
+        }
+        fact("work", Some(work + &found));
     }
     // Without the header, which says nothing.
     text.extend(facts.text().lines().skip(1).map(|line| format!("{line}\n")));
@@ -145,7 +153,9 @@ mod tests {
                 elapsed_seconds: 3,
                 left_seconds: Some(307),
                 mismatches: 0,
+                failures: 0,
                 done: false,
+                cut_short: None,
             }],
         }
     }
@@ -156,6 +166,17 @@ mod tests {
                     p0    degraded  raid1  10 GiB  4 GiB   1 of 2       1  rebuild 34 %, 5 min 7 s left\n\
                     pool p0: member 1 is missing\n";
         assert_eq!(table_of(&[pool()]), want);
+    }
+
+    #[test]
+    fn a_status_says_what_a_scrub_has_found_and_that_it_is_not_through() {
+        let mut pool = pool();
+        let task = &mut pool.tasks[0];
+        (task.kind, task.done, task.mismatches, task.failures) = ("scrub".to_owned(), true, 2, 3);
+        task.cut_short = Some("another host has opened it".to_owned());
+        let want = "  work      scrub ended, 34 B in 3 s, 2 units differ, 3 could not be compared or rewritten, before it was through: \
+                    another host has opened it\n";
+        assert!(text_of(&pool).contains(want), "{}", text_of(&pool));
     }
 
     #[test]

@@ -105,6 +105,9 @@ fn hosts_that_take_a_pool_from_each_other_while_both_write_lose_no_acknowledged_
         expected = after;
         assert!(written.load(Ordering::Relaxed) >= WRITES, "round {round}: {}", hosts[here].log());
         until("it knows", || serving.status()["pools"][0]["state"] == "failed");
+        // Nobody would come to it, and who waits would wait for ever.
+        let line = hosts[here].fails(&["pool", "scrub", "p0", "--wait"], 1);
+        assert!(line.starts_with("pool p0: cannot be scrubbed: another host has "), "{line}");
         serving.kill();
         serving = next;
     }

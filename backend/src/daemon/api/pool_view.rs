@@ -83,7 +83,7 @@ pub struct MemberView {
 /// Long work on a pool.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TaskView {
-    /// `resync`, `rebuild` or `scrub`.
+    /// `resync`, `rebuild`, `replace` or `scrub`.
     pub kind: String,
     /// Bytes of members that are done.
     pub done_bytes: u64,
@@ -95,8 +95,12 @@ pub struct TaskView {
     pub left_seconds: Option<u64>,
     /// Units that differed between members, for a scrub.
     pub mismatches: u64,
+    /// Units that a scrub could not compare on all members that should have them, or not rewrite.
+    pub failures: u64,
     /// It has ended.
     pub done: bool,
+    /// Why a scrub has ended before it was through.
+    pub cut_short: Option<String>,
 }
 
 /// A volume, snapshot or clone.

@@ -120,6 +120,12 @@ impl ParityEntry {
         out
     }
 
+    /// Whether an entry of this opening begins with this page, torn or not.
+    #[must_use]
+    pub fn is_begun(page: &[u8], pool: &Uuid, key: &[u8; 16]) -> bool {
+        page.len() == PAGE_BYTES && page[..8] == *ENTRY_MAGIC && page[16..32] == *pool && page[32..48] == *key
+    }
+
     /// The entry that begins with this page, and the CRC of its payload; `None`: there is none, or it is torn, or of another opening.
     #[must_use]
     pub fn decode(page: &[u8], pool: &Uuid, key: &[u8; 16]) -> Option<(ParityEntry, u32)> {

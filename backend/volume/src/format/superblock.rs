@@ -10,7 +10,8 @@
 //!    272 8 spares of 16:   UUID
 //!    400 64 members of 32: UUID 16 │ data_bytes 8 │ flags 4: 1 in sync │ reserved 4
 //!   2448 replacement: UUID 16 │ copied_bytes 8 │ member 2 │ reserved 6; all zero: none
-//!   2480 reserved, to 4096
+//!   2480 scrub: flags 4: 1 under way, 2 repair │ volume 4 │ index 4 │ reserved 4 │ done 8 │ mismatches 8 │ failures 8; all zero: none
+//!   2520 reserved, to 4096
 //! ```
 //!
 //! All copies of one generation differ in `this` only.
@@ -46,8 +47,12 @@ pub const PARITY_LOG_PAGES_MAX: u32 = 1 << 16;
 const MAGIC: &[u8; 8] = b"HAWSERSB";
 /// Behind the members: 400 + 64 × 32.
 const REPLACEMENT_AT: usize = 2448;
+/// Behind the replacement.
+const SCRUB_AT: usize = 2480;
 const OPENED: u32 = 1;
 const IN_SYNC: u32 = 1;
+const SCRUBBING: u32 = 1;
+const REPAIRING: u32 = 2;
 
 /// A member, as the superblock has it. Its place in the list is its place in the array.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +74,23 @@ pub struct Replacement {
     pub copied_bytes: u64,
     /// The member's place in the list.
     pub member: u16,
+}
+
+/// A comparison of the members that has begun and not ended: where the next process goes on with it, and what it has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubRecord {
+    /// What differs is rewritten.
+    pub repair: bool,
+    /// The volume that it is at. All of those with lower numbers is compared.
+    pub volume: u32,
+    /// The first index of that volume that is not.
+    pub index: u32,
+    /// Mapped indices that are, of all volumes.
+    pub done: u64,
+    /// Units of them that differed.
+    pub mismatches: u64,
+    /// Units of them that could not be compared, or not be rewritten.
+    pub failures: u64,
 }
 
 /// A set of members: an array of the pool's level. Sets follow each other in the list of members, and in the pool's extents.
@@ -115,6 +137,8 @@ pub struct Superblock {
     pub spares: Vec<Uuid>,
     /// The one that is just replacing a member.
     pub replacement: Option<Replacement>,
+    /// The scrub that is under way.
+    pub scrub: Option<ScrubRecord>,
     /// The member, spare or replacement that this copy stands on.
     pub this: Uuid,
 }
@@ -178,6 +202,16 @@ impl Superblock {
             out.extend_from_slice(&replacement.uuid);
             put_u64(&mut out, replacement.copied_bytes);
             put_u16(&mut out, replacement.member);
+        }
+        out.resize(SCRUB_AT, 0);
+        if let Some(scrub) = self.scrub {
+            let repairing = if scrub.repair { REPAIRING } else { 0 };
+            for word in [SCRUBBING | repairing, scrub.volume, scrub.index, 0] {
+                put_u32(&mut out, word);
+            }
+            for long in [scrub.done, scrub.mismatches, scrub.failures] {
+                put_u64(&mut out, long);
+            }
         }
         fill_page(&mut out);
         seal(&mut out);
@@ -317,6 +351,9 @@ impl Superblock {
             return Err(wrong!("the sets have {sum} members, the list has {}", self.members.len()));
         }
         let is_redundant = redundancy(self.level, 2) > 0;
+        if self.scrub.is_some() && !is_redundant {
+            return Err(wrong!("a scrub is under way, and the level has nothing to compare"));
+        }
         let mut members = self.members.as_slice();
         for (index, set) in self.sets.iter().enumerate() {
             let (least, most) = member_counts(self.level);
@@ -396,6 +433,13 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
     members.truncate(members_len);
     let (uuid, copied_bytes, member) = (take_uuid(&mut b)?, take_u64(&mut b)?, take_u16(&mut b)?);
     let replacement = (uuid != [0; 16]).then_some(Replacement { uuid, copied_bytes, member });
+    take_reserved(&mut b, 6)?;
+    let (flags_of_scrub, volume, index) = (take_u32(&mut b)?, take_u32(&mut b)?, take_u32(&mut b)?);
+    take_reserved(&mut b, 4)?;
+    let (done, mismatches, failures) = (take_u64(&mut b)?, take_u64(&mut b)?, take_u64(&mut b)?);
+    let repair = flags_of_scrub & REPAIRING != 0;
+    let scrub = (flags_of_scrub & SCRUBBING != 0)
+        .then_some(ScrubRecord { repair, volume, index, done, mismatches, failures });
     Ok(Superblock {
         pool_uuid,
         name,
@@ -413,6 +457,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         members,
         spares,
         replacement,
+        scrub,
         this,
     })
 }

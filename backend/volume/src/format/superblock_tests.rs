@@ -34,7 +34,22 @@ fn superblocks_of_all_levels_round_trip() {
         block.replacement = Some(Replacement { uuid: uuid(102), copied_bytes: 9 << 30, member });
         block.this = uuid(102);
         assert_eq!(block.place(), None);
-        assert_eq!(Superblock::decode(&block.encode()), Ok(Some(block)));
+        assert_eq!(Superblock::decode(&block.encode()), Ok(Some(block.clone())));
+        for repair in [false, true] {
+            block.scrub = Some(ScrubRecord {
+                repair,
+                volume: 7,
+                index: 1 << 30,
+                done: 1 << 40,
+                mismatches: 3,
+                failures: u64::MAX,
+            });
+            let decoded = Superblock::decode(&block.encode());
+            match level.is_redundant() {
+                true => assert_eq!(decoded, Ok(Some(block.clone())), "{level:?}"),
+                false => assert!(decoded.unwrap_err().0.contains("a scrub is under way"), "{level:?}"),
+            }
+        }
     }
     let mut odd = superblock(Level::Raid10, &[3]);
     odd.extent_bytes = 1 << 20;
@@ -135,6 +150,12 @@ fn what_is_reserved_or_unknown_in_a_superblock_is_refused() {
         2448 + 16,
         2448 + 24,
         2448 + 26,
+        2480,
+        2480 + 4,
+        2480 + 12,
+        2480 + 16,
+        2480 + 39,
+        2480 + 40,
         3000,
         4095,
     ] {

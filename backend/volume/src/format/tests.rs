@@ -48,6 +48,7 @@ pub(super) fn superblock(level: Level, sets: &[u16]) -> Superblock {
             .collect(),
         spares: vec![uuid(100), uuid(101)],
         replacement: None,
+        scrub: None,
         this: uuid(0),
     }
 }

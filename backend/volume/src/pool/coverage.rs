@@ -26,9 +26,10 @@ pub(crate) enum Event {
     ParityMended,
     Replaced,
     Discarded,
+    ScrubResumed,
 }
 
-const NAMES: [&str; 21] = [
+const NAMES: [&str; 22] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -50,6 +51,7 @@ const NAMES: [&str; 21] = [
     "parity made right",
     "members replaced",
     "discards of members",
+    "scrubs of a process before",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

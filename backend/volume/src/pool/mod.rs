@@ -312,8 +312,12 @@ pub struct TaskView {
     pub elapsed: Duration,
     /// Units that differed between members, for a scrub.
     pub mismatches: u64,
+    /// Units that a scrub could not compare on all members that should have them, or not rewrite.
+    pub failures: u64,
     /// It has ended.
     pub is_done: bool,
+    /// Why a scrub has ended before it was through.
+    pub cut_short: Option<String>,
 }
 
 /// The whole pool, for people.
@@ -409,6 +413,8 @@ pub struct VolumeView {
 pub struct CheckReport {
     /// Each fault, with where it is.
     pub faults: Vec<String>,
+    /// Members, spares and a replacement that are not there, each a line.
+    pub missing: Vec<String>,
     /// What was looked at, for people.
     pub checked: Vec<(&'static str, u64)>,
 }
@@ -557,7 +563,8 @@ impl Pool {
         self.shared.control(move |owner| owner.grow(devices, force))
     }
 
-    /// Begins to compare the members, and with `repair` to rewrite what differs; how far it is: [`Pool::view`].
+    /// Begins to compare the members, and with `repair` to rewrite what differs; how far it is: [`Pool::view`]. The next opening goes on
+    /// with it, if it has not ended.
     #[must_use]
     pub fn scrub(&self, repair: bool) -> Ask<()> {
         self.shared.control(move |owner| owner.scrub(repair))

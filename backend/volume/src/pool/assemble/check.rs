@@ -2,6 +2,7 @@
 
 use super::found::Found;
 use super::leaves_of;
+use super::parity_log;
 use super::tables::{read_intents, read_tables};
 use crate::format::{Layout, PAGE_BYTES, Superblock};
 use crate::pool::lanes::Lanes;
@@ -24,7 +25,6 @@ pub(in crate::pool) fn check(reactor: &ReactorHandle, devices: Vec<Arc<dyn Devic
 async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckReport, PoolError> {
     let mut report = CheckReport::default();
     let leaves = leaves_of(devices.clone())?;
-    let mut lacking = Vec::new();
     for leaf in &leaves {
         for offset in Layout::SUPERBLOCKS {
             let what = match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
@@ -35,23 +35,28 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
                     Err(error) => error.0,
                 },
             };
-            lacking.push(format!("{}: superblock at {offset}: {what}", leaf.name()));
+            // After a crash too, which may leave one of the two copies: the next opening writes both.
+            report.faults.push(format!("{}: superblock at {offset}: {what}", leaf.name()));
         }
     }
     let found = Found::read(lanes, devices).await?;
     found.set_modes(true)?;
-    // A death between the two copies leaves one of them; the next opening writes both.
-    if found.book.opened_by.is_none() {
-        report.faults.append(&mut lacking);
-    }
     for (number, record) in found.book.members.iter().enumerate() {
         match &found.members[number] {
-            None => report.faults.push(format!("member {number} is missing")),
+            None => report.missing.push(format!("member {number} is missing")),
             Some((leaf, _)) if !record.in_sync => {
                 report.faults.push(format!("member {number} ({}) is stale", leaf.name()))
             }
             Some(_) => {}
         }
+    }
+    for (number, (_, leaf)) in found.spares.iter().enumerate() {
+        if leaf.is_none() {
+            report.missing.push(format!("spare {number} is missing"));
+        }
+    }
+    if let Some(replacement) = found.book.replacement.filter(|_| found.replacement.is_none()) {
+        report.missing.push(format!("the replacement of member {} is missing", replacement.member));
     }
     let mut best: BTreeMap<&'static str, u64> = BTreeMap::new();
     // Each by itself: a fault of one may be hidden by another.
@@ -95,6 +100,11 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
                     words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
             }
         }
+    }
+    if found.array.sets().iter().any(|set| set.parity().is_some()) {
+        let (faults, entries) = parity_log::check(lanes, &found).await;
+        report.faults.extend(faults);
+        best.insert("entries of parity logs", entries);
     }
     report.checked = best.into_iter().collect();
     Ok(report)

@@ -196,6 +196,7 @@ fn plan_pool(
         members,
         spares: spares.clone(),
         replacement: None,
+        scrub: None,
     };
     let (_, record) = new_set(&book, 0, count).map_err(|what| wrong(format!("pool {name}: {what}")))?;
     book.sets.push(record);

@@ -116,6 +116,9 @@ async fn start(
         }
         Replacing::new(it, found.replacement.clone(), now)
     });
+    let work = Work::default();
+    // Who only looks does not go on with it.
+    work.scrub.set(book.scrub.filter(|_| !is_read_only));
     let shared = Shared::new(
         PoolView::empty(&book),
         handle,
@@ -162,7 +165,7 @@ async fn start(
         frozen: RefCell::default(),
         bell: Bell::default(),
         space: Bell::default(),
-        work: Work::default(),
+        work,
         lost: RefCell::new(None),
         is_low: Cell::new(false),
         is_open: Cell::new(false),

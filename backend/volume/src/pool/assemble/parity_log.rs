@@ -62,7 +62,7 @@ pub(super) async fn read(
         if !was_closed {
             let mut readable = 0;
             for leaf in &headers {
-                let read = read_entries(lanes, leaf, &mut log, &found.book.pool_uuid).await;
+                let read = read_entries(lanes, leaf, &mut log, &found.book.pool_uuid, &mut Vec::new()).await;
                 readable += u16::from(read.is_ok());
             }
             let is_lacking = set.members() - readable > set.level().parities();
@@ -104,12 +104,52 @@ fn parity_of(set: &Set) -> &Parity {
     set.parity().expect("only of sets with parity")
 }
 
+/// What is wrong with the logs of all sets with parity, and how many entries they have that are needed.
+pub(super) async fn check(lanes: &Rc<Lanes>, found: &Found) -> (Vec<String>, u64) {
+    let (mut faults, mut needed) = (Vec::new(), 0);
+    let (pool, was_closed) = (&found.book.pool_uuid, found.book.opened_by.is_none());
+    for set in found.array.sets().iter().filter(|set| set.parity().is_some()) {
+        let mut log =
+            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: BTreeMap::new() };
+        for leaf in leaves_in_sync(found, set) {
+            for page in 0..u64::from(HEADER_PAGES) {
+                match read_header_page(lanes, &leaf, set, pool, page).await {
+                    Ok(header) => {
+                        log.header = [log.header, header]
+                            .into_iter()
+                            .max_by_key(|header| (header.number, header.released))
+                            .unwrap_or_default();
+                    }
+                    Err(what) => {
+                        faults.push(format!("{}: page {page} of its parity log's header {what}", leaf.name()));
+                    }
+                }
+            }
+        }
+        for leaf in leaves_in_sync(found, set) {
+            let mut wrong = Vec::new();
+            if let Err(status) = read_entries(lanes, &leaf, &mut log, pool, &mut wrong).await {
+                wrong.push(format!("cannot be read: {}", status.name()));
+            }
+            faults.extend(wrong.into_iter().map(|what| format!("{}: its parity log {what}", leaf.name())));
+        }
+        let (first, last) = (log.entries.keys().next(), log.entries.keys().next_back());
+        if let (true, Some(first), Some(last)) = (was_closed, first, last) {
+            faults.push(format!(
+                "the parity log of members {} to {} still needs entries {first} to {last}, though the pool was closed",
+                set.first_member(),
+                set.first_member() + set.members() - 1
+            ));
+        }
+        needed += log.entries.len() as u64;
+    }
+    (faults, needed)
+}
+
 async fn read_header(lanes: &Rc<Lanes>, leaf: &Leaf, set: &Set, pool: &Uuid) -> Option<ParityHeader> {
     let mut best: Option<ParityHeader> = None;
     for page in 0..u64::from(HEADER_PAGES) {
-        let offset = parity_of(set).log_offset + page * PAGE_BYTES as u64;
-        let Ok(bytes) = lanes.read_bytes(leaf, offset, PAGE_BYTES).await else { continue };
-        let found = ParityHeader::decode(bytes.bytes(0, PAGE_BYTES), pool);
+        let found = read_header_page(lanes, leaf, set, pool, page).await.ok();
         if best.map(|best| best.number) < found.map(|found| found.number) {
             best = found;
         }
@@ -117,8 +157,29 @@ async fn read_header(lanes: &Rc<Lanes>, leaf: &Leaf, set: &Set, pool: &Uuid) -> 
     best
 }
 
-/// Adds what one member has.
-async fn read_entries(lanes: &Rc<Lanes>, leaf: &Leaf, log: &mut SetLog, pool: &Uuid) -> Result<(), Status> {
+/// One of the two places of a header, or what is wrong with it.
+async fn read_header_page(
+    lanes: &Rc<Lanes>,
+    leaf: &Leaf,
+    set: &Set,
+    pool: &Uuid,
+    page: u64,
+) -> Result<ParityHeader, String> {
+    let offset = parity_of(set).log_offset + page * PAGE_BYTES as u64;
+    let bytes = lanes.read_bytes(leaf, offset, PAGE_BYTES).await;
+    let bytes = bytes.map_err(|status| format!("cannot be read: {}", status.name()))?;
+    let header = ParityHeader::decode(bytes.bytes(0, PAGE_BYTES), pool);
+    header.ok_or_else(|| "is torn, or none of this pool's".to_owned())
+}
+
+/// Adds what one member has; says what is wrong there.
+async fn read_entries(
+    lanes: &Rc<Lanes>,
+    leaf: &Leaf,
+    log: &mut SetLog,
+    pool: &Uuid,
+    wrong: &mut Vec<String>,
+) -> Result<(), Status> {
     let parity = parity_of(&log.set);
     let len = parity.ring().pages() as usize * PAGE_BYTES;
     let first = parity.log_offset + u64::from(HEADER_PAGES) * PAGE_BYTES as u64;
@@ -130,15 +191,22 @@ async fn read_entries(lanes: &Rc<Lanes>, leaf: &Leaf, log: &mut SetLog, pool: &U
     }
     for at in (0..len).step_by(PAGE_BYTES) {
         let page = &bytes[at..at + PAGE_BYTES];
-        let Some((entry, crc)) = ParityEntry::decode(page, pool, &log.header.key) else { continue };
+        let Some((entry, crc)) = ParityEntry::decode(page, pool, &log.header.key) else {
+            if ParityEntry::is_begun(page, pool, &log.header.key) {
+                wrong.push(format!("has an entry at page {} that is torn", at / PAGE_BYTES));
+            }
+            continue;
+        };
         if entry.number < log.header.released || log.entries.contains_key(&entry.number) {
             continue;
         }
         let payload = bytes.get(at + PAGE_BYTES..at + PAGE_BYTES + entry.payload_bytes());
-        if let Some(payload) = payload.filter(|payload| crc32c::crc32c(payload) == crc)
-            && is_possible(&log.set, &entry)
-        {
+        // One whose payload is torn was not begun in place.
+        let Some(payload) = payload.filter(|payload| crc32c::crc32c(payload) == crc) else { continue };
+        if is_possible(&log.set, &entry) {
             log.entries.insert(entry.number, (entry, payload.to_vec()));
+        } else {
+            wrong.push(format!("has entry {} of stripe {}, which cannot be", entry.number, entry.row));
         }
     }
     Ok(())

@@ -416,6 +416,7 @@ impl Owner {
         drop(members);
         book.spares = self.spares.borrow().iter().map(|(uuid, _)| *uuid).collect();
         book.replacement = self.replacement();
+        book.scrub = self.work.scrub.get();
         book.clone()
     }
 

@@ -5,6 +5,7 @@
 
 use super::Owner;
 use super::parity::stripe_window;
+use crate::format::ScrubRecord;
 use crate::pool::TaskView;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -42,7 +43,10 @@ pub(crate) struct Work {
     paused: Cell<Option<Progress>>,
     /// The last resync or rebuild, and the last scrub.
     pub(super) last: [Cell<Option<Progress>>; 2],
-    pub(super) scrub_wanted: RefCell<Option<bool>>,
+    /// The scrub that was asked for and has not ended, as superblocks say it: waiting, or under way.
+    pub(crate) scrub: Cell<Option<ScrubRecord>>,
+    /// Why the last scrub ended before it was through.
+    pub(super) cut_short: RefCell<Option<String>>,
     /// When what was copied last was due.
     due: Cell<Option<Instant>>,
 }
@@ -55,12 +59,18 @@ pub(super) struct Progress {
     began: Instant,
     ended: Option<Instant>,
     mismatches: u64,
+    failures: u64,
+}
+
+impl Progress {
+    fn new(kind: &'static str, total_bytes: u64, now: Instant) -> Progress {
+        Progress { kind, done_bytes: 0, total_bytes, began: now, ended: None, mismatches: 0, failures: 0 }
+    }
 }
 
 impl Work {
     pub(super) fn begin(&self, kind: &'static str, total_bytes: u64, now: Instant) {
-        let progress = Progress { kind, done_bytes: 0, total_bytes, began: now, ended: None, mismatches: 0 };
-        self.running.set(Some(progress));
+        self.running.set(Some(Progress::new(kind, total_bytes, now)));
     }
 
     pub(super) fn add(&self, bytes: u64, mismatches: u64) {
@@ -68,6 +78,14 @@ impl Work {
             progress.done_bytes += bytes;
             progress.mismatches += mismatches;
             self.running.set(Some(progress));
+        }
+    }
+
+    /// What a scrub has found so far, before this process too.
+    pub(super) fn found(&self, scrub: &ScrubRecord) {
+        if let Some(progress) = self.running.get() {
+            let ScrubRecord { mismatches, failures, .. } = *scrub;
+            self.running.set(Some(Progress { mismatches, failures, ..progress }));
         }
     }
 
@@ -102,14 +120,23 @@ impl Work {
         }
     }
 
+    /// The scrub ends, and is not through.
+    pub(super) fn cut_short(&self, why: String, now: Instant) {
+        let Some(scrub) = self.scrub.take() else { return };
+        let running = self.running.get().filter(|running| running.kind == SCRUB);
+        if running.is_none() {
+            self.begin(SCRUB, 0, now);
+        }
+        self.found(&scrub);
+        self.cut_short.replace(Some(why));
+        self.end(now);
+    }
+
     pub(crate) fn views(&self, now: Instant) -> Vec<TaskView> {
-        let waiting = self.scrub_wanted.borrow().map(|_| Progress {
-            kind: SCRUB,
-            done_bytes: 0,
-            total_bytes: 0,
-            began: now,
-            ended: None,
-            mismatches: 0,
+        let is_running = self.running.get().is_some_and(|running| running.kind == SCRUB);
+        let waiting = self.scrub.get().filter(|_| !is_running).map(|scrub| {
+            let ScrubRecord { mismatches, failures, .. } = scrub;
+            Progress { mismatches, failures, ..Progress::new(SCRUB, 0, now) }
         });
         let each = [self.running.get(), self.paused.get(), waiting, self.last[0].get(), self.last[1].get()]
             .into_iter()
@@ -120,7 +147,13 @@ impl Work {
             total_bytes: progress.total_bytes.max(progress.done_bytes),
             elapsed: progress.ended.unwrap_or(now) - progress.began,
             mismatches: progress.mismatches,
+            failures: progress.failures,
             is_done: progress.ended.is_some(),
+            cut_short: self
+                .cut_short
+                .borrow()
+                .clone()
+                .filter(|_| progress.kind == SCRUB && progress.ended.is_some()),
         })
         .collect()
     }
@@ -278,6 +311,7 @@ impl Owner {
     pub(crate) async fn resync(self: Rc<Self>) {
         while !self.is_closing.get() {
             if self.lost.borrow().is_some() || self.is_read_only {
+                self.give_up_scrub();
                 self.rest(LOOK).await;
                 continue;
             }
@@ -292,10 +326,7 @@ impl Owner {
             if !is_whole {
                 self.rest(AGAIN).await;
             }
-            let scrub = self.work.scrub_wanted.take();
-            if let Some(repair) = scrub {
-                self.scrub_all(repair).await;
-            }
+            self.go_on_scrubbing().await;
             self.rest(LOOK).await;
         }
     }

@@ -1,146 +1,301 @@
-//! Whether the copies of what somebody can read are the same.
+//! Whether the copies of what somebody can read are the same, and data and parity go together.
+//!
+//! A scrub is in the superblocks from its beginning to its end, with how far it is: the next opening goes on with it. What several volumes share is
+//! compared once by each process.
 
 use super::Owner;
 use super::resync::{SCRUB, window_of};
+use crate::format::{NONE, ScrubRecord};
 use crate::pool::PoolError;
+use crate::pool::coverage;
 use crate::pool::resolve::runs;
 use crate::pool::shared::View;
 use crate::pool::stripes::Row;
 use crate::raid::{Mode, Piece, Set};
-use crate::thin::Mapped;
-use std::collections::BTreeSet;
+use crate::thin::{Bits, Mapped};
+use hawser_block::Status;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
+
+/// How far it is is written down so often on its way: every 3 %.
+const STEPS: u64 = 32;
+
+/// What was found, in units.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    mismatches: u64,
+    /// Could not be compared, or not be rewritten.
+    failures: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Tally) {
+        self.mismatches += other.mismatches;
+        self.failures += other.failures;
+    }
+}
+
+/// Units of extents that were compared already: extents may be shared.
+#[derive(Default)]
+struct Seen {
+    whole: BTreeSet<u32>,
+    parts: BTreeMap<u32, Bits>,
+}
+
+impl Seen {
+    /// Adds units; gives those of the extent that were there before.
+    fn add(&mut self, extent: u32, bits: Bits, full: Bits) -> Bits {
+        if self.whole.contains(&extent) {
+            return full;
+        }
+        let before = self.parts.get(&extent).copied().unwrap_or_default();
+        let after: Bits = std::array::from_fn(|word| before[word] | bits[word]);
+        if after == full {
+            self.parts.remove(&extent);
+            self.whole.insert(extent);
+        } else {
+            self.parts.insert(extent, after);
+        }
+        before
+    }
+}
+
+fn without(bits: Bits, others: Bits) -> Bits {
+    std::array::from_fn(|word| bits[word] & !others[word])
+}
 
 impl Owner {
     pub(crate) async fn scrub(self: Rc<Self>, repair: bool) -> Result<(), PoolError> {
         if !self.view().is_redundant {
             return Err(PoolError::Wrong(format!("pool {} has nothing to compare", self.shared.name)));
         }
-        let mut wanted = self.work.scrub_wanted.borrow_mut();
-        if wanted.is_some() || self.work.running.get().is_some_and(|running| running.kind == SCRUB) {
+        let _turn = self.turns.superblock.take().await;
+        let cannot = |status| self.failed("cannot be scrubbed", status);
+        self.check_writable().map_err(cannot)?;
+        if self.work.scrub.get().is_some() {
             return Err(PoolError::Conflict(format!("pool {} is being scrubbed", self.shared.name)));
         }
-        *wanted = Some(repair);
+        self.work.scrub.set(Some(ScrubRecord { repair, ..ScrubRecord::default() }));
+        if let Err(status) = self.record_members().await {
+            self.work.scrub.set(None);
+            return Err(cannot(status));
+        }
         // What is told of the last one is not told of this one.
         self.work.last[1].set(None);
-        drop(wanted);
+        self.work.cut_short.replace(None);
         self.publish();
         Ok(())
     }
 
-    /// Compares the copies of everything that somebody can read.
-    pub(super) async fn scrub_all(self: &Rc<Self>, repair: bool) {
-        let view = self.view();
-        let extent_bytes = view.thin.extent_bytes;
-        let volumes: Vec<u32> = self.meta.borrow().volumes().map(|(id, _)| id).collect();
-        let total = self.meta.borrow().volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>()
-            * extent_bytes;
-        self.work.begin(SCRUB, total, self.runtime.now());
-        let mut seen = BTreeSet::new();
+    /// The pool cannot be scrubbed any more.
+    pub(super) fn give_up_scrub(&self) {
+        let why = self.lost.borrow().clone();
+        if let Some(why) = why.filter(|_| self.work.scrub.get().is_some()) {
+            log::error!("pool {}: the scrub ends early: {why}", self.shared.name);
+            self.work.cut_short(why, self.runtime.now());
+            self.publish();
+        }
+    }
+
+    /// Whether it does not go on here, and why is told.
+    fn is_scrub_over(&self) -> bool {
+        if self.is_closing.get() {
+            // The next opening goes on.
+            self.work.forget(SCRUB);
+            return true;
+        }
+        self.give_up_scrub();
+        self.work.scrub.get().is_none()
+    }
+
+    /// Compares the copies of everything that somebody can read, from where the scrub is that was asked for.
+    pub(super) async fn go_on_scrubbing(self: &Rc<Self>) {
+        if self.work.scrub.get().is_some() {
+            // Whoever asked for it may be writing that down.
+            drop(self.turns.superblock.take().await);
+        }
+        let Some(mut scrub) = self.work.scrub.get() else { return };
+        let extent_bytes = self.view().thin.extent_bytes;
+        let (volumes, total) = {
+            let meta = self.meta.borrow();
+            let volumes: Vec<u32> = meta.volumes().map(|(id, _)| id).filter(|id| *id >= scrub.volume).collect();
+            (volumes, meta.volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>())
+        };
+        self.work.begin(SCRUB, total.saturating_sub(scrub.done) * extent_bytes, self.runtime.now());
+        self.work.found(&scrub);
+        if scrub.done > 0 {
+            coverage::count(coverage::Event::ScrubResumed);
+        }
+        let step = (total / STEPS).max(1);
+        let mut seen = Seen::default();
         for id in volumes {
-            let mut at = Some(0);
+            let mut at = Some(if id == scrub.volume { scrub.index } else { 0 });
             while let Some(index) = at.and_then(|at| self.meta.borrow().next_mapped(id, at)) {
                 at = index.checked_add(1);
-                if self.is_closing.get() || self.lost.borrow().is_some() {
-                    break;
+                if self.is_scrub_over() {
+                    return;
                 }
                 let began = self.runtime.now();
-                let mismatches = self.scrub_extent(id, index, repair, &mut seen).await;
-                self.work.add(extent_bytes, mismatches);
+                let found = self.scrub_index(id, index, scrub.repair, &mut seen).await;
+                if self.is_scrub_over() {
+                    // It may not have been compared to its end.
+                    return;
+                }
+                (scrub.volume, scrub.index) = (id, index.saturating_add(1));
+                scrub.done = scrub.done.saturating_add(1);
+                scrub.mismatches = scrub.mismatches.saturating_add(found.mismatches);
+                scrub.failures = scrub.failures.saturating_add(found.failures);
+                self.work.scrub.set(Some(scrub));
+                self.work.add(extent_bytes, 0);
+                self.work.found(&scrub);
+                if scrub.done.is_multiple_of(step) {
+                    let _turn = self.turns.superblock.take().await;
+                    if !self.is_closing.get() {
+                        // Who cannot have it is found out by writes that matter.
+                        let _ = self.record_members().await;
+                    }
+                }
                 self.throttle(began, extent_bytes * 2).await;
             }
         }
-        if repair {
+        self.end_scrub(scrub.repair).await;
+    }
+
+    async fn end_scrub(self: &Rc<Self>, repair: bool) {
+        let mut tables = Ok(());
+        if repair && !self.is_closing.get() {
             // The tables too: all of them anew, on all who have them.
-            let _ = self.checkpoint(true).await;
+            tables = self.checkpoint(true).await;
         }
-        self.work.end(self.runtime.now());
+        let _turn = self.turns.superblock.take().await;
+        if self.is_scrub_over() {
+            return;
+        }
+        match tables {
+            Ok(()) => {
+                self.work.scrub.set(None);
+                self.work.end(self.runtime.now());
+            }
+            Err(status) => {
+                let why = format!("the tables cannot be written anew: {}", status.name());
+                self.work.cut_short(why, self.runtime.now());
+            }
+        }
+        if let Err(status) = self.record_members().await {
+            log::warn!(
+                "pool {}: members cannot be told that the scrub has ended, and it may begin where they know it: {}",
+                self.shared.name,
+                status.name()
+            );
+        }
         self.publish();
     }
 
-    async fn scrub_extent(
-        self: &Rc<Self>,
-        id: u32,
-        index: u32,
-        repair: bool,
-        seen: &mut BTreeSet<u32>,
-    ) -> u64 {
-        let mapped = self.meta.borrow().entry(id, index);
-        let (extent, bits) = match mapped {
-            Mapped::None => return 0,
-            Mapped::Full { extent, .. } => (extent, self.view().thin.full_bits()),
+    /// What one index of a volume shows: its own extent, and what shows where that has nothing.
+    async fn scrub_index(self: &Rc<Self>, id: u32, index: u32, repair: bool, seen: &mut Seen) -> Tally {
+        let full = self.view().thin.full_bits();
+        let own = match self.meta.borrow().entry(id, index) {
+            Mapped::None => return Tally::default(),
+            Mapped::Full { extent, .. } => (extent, full),
             Mapped::Partial { extent, bits, .. } => (extent, bits),
         };
-        if !seen.insert(extent) {
-            return 0;
+        let mut tally = self.scrub_extent(own, repair, seen).await;
+        // As it is now: it may have been let go of.
+        let fallback = match self.meta.borrow().entry(id, index) {
+            Mapped::Partial { fallback, bits, .. } if fallback != NONE => Some((fallback, without(full, bits))),
+            _ => None,
+        };
+        if let Some(fallback) = fallback {
+            tally += self.scrub_extent(fallback, repair, seen).await;
         }
+        tally
+    }
+
+    /// Units of an extent.
+    async fn scrub_extent(
+        self: &Rc<Self>,
+        (extent, bits): (u32, Bits),
+        repair: bool,
+        seen: &mut Seen,
+    ) -> Tally {
         let view = self.view();
+        let before = seen.add(extent, bits, view.thin.full_bits());
         let (set, address) = view.array.locate(extent);
         let set = Arc::clone(view.array.set(set));
-        let mut mismatches = 0;
+        let mut tally = Tally::default();
+        if without(bits, before) == Bits::default() {
+            return tally;
+        }
         if let Some(parity) = set.parity() {
             let stripe = parity.stripes.stripe_bytes();
             let strip = u64::from(set.strip_bytes());
             for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
                 let number = (address + first) / stripe;
-                let work = self.scrub_stripe(&view, &set, number, (first, bits), repair);
-                mismatches += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
+                let work = self.scrub_stripe(&view, &set, number, (first, bits, before), repair);
+                tally += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
             }
-            return mismatches;
+            return tally;
         }
-        let parts: Vec<_> = runs(bits, view.thin.unit_shift(), 0, view.thin.extent_bytes)
-            .filter(|(valid, ..)| *valid)
-            .collect();
+        let parts: Vec<_> =
+            runs(without(bits, before), view.thin.unit_shift(), 0, view.thin.extent_bytes)
+                .filter(|(valid, ..)| *valid)
+                .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 let work = self.compare(&set, &piece, repair);
-                mismatches += self.in_window(&set, window_of(&piece), work).await;
+                tally += self.in_window(&set, window_of(&piece), work).await;
             }
         }
-        mismatches
+        tally
     }
 
-    /// How many columns of a stripe do not go together, of those that somebody can read: what nobody has written has no parity. `first` is
-    /// where the stripe begins in its extent, whose valid units are `bits`.
+    /// Which columns of a stripe do not go together, of those that somebody can read: what nobody has written has no parity. `first` is
+    /// where the stripe begins in its extent, of which the units `bits` are looked at, and `before` were.
     async fn scrub_stripe(
         self: &Rc<Self>,
         view: &View,
         set: &Set,
         number: u64,
-        (first, bits): (u64, [u64; 4]),
+        (first, bits, before): (u64, Bits, Bits),
         repair: bool,
-    ) -> u64 {
+    ) -> Tally {
         let strip = u64::from(set.strip_bytes());
         let step = strip.min(u64::from(view.thin.unit_bytes));
         let unit_shift = view.thin.unit_shift();
-        let mut mismatches = 0;
+        let mut tally = Tally::default();
         for within in (0..strip).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
             let row = Row::new(view, set, number, within, usize::try_from(step).unwrap_or(0));
-            let is_valid = (0..row.data() as u64).any(|slot| {
-                let at = first + slot * strip + within;
-                runs(bits, unit_shift, at, step).any(|(valid, ..)| valid)
-            });
-            if !is_valid {
+            let has = |bits: Bits| {
+                (0..row.data() as u64).any(|slot| {
+                    let at = first + slot * strip + within;
+                    runs(bits, unit_shift, at, step).any(|(valid, ..)| valid)
+                })
+            };
+            if !has(bits) || has(before) {
                 continue;
             }
             match self.scrub_columns(&row, repair).await {
-                Ok(found) => mismatches += found,
+                Ok(found) => {
+                    tally.mismatches += found;
+                    // Who is out was not compared, or could not be written.
+                    tally.failures += u64::from(row.in_sync() != row.all_data() | row.all_parity());
+                }
                 Err(status) => {
                     log::error!(
-                        "pool {}: some bytes of stripe {number} cannot be read: {}",
+                        "pool {}: some bytes of stripe {number} cannot be read, or not be rewritten: {}",
                         self.shared.name,
                         status.name()
                     );
-                    mismatches += 1;
+                    tally.failures += 1;
                 }
             }
         }
-        mismatches
+        tally
     }
 
-    /// How many copies of a piece differ from the first.
-    async fn compare(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece, repair: bool) -> u64 {
+    /// Which copies of a piece differ from the first.
+    async fn compare(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece, repair: bool) -> Tally {
         let view = &self.view();
         let len = piece.len as usize;
         let first = Rc::new(self.place.spare.take(len));
@@ -152,21 +307,23 @@ impl Owner {
                     self.shared.name,
                     status.name()
                 );
-                return 1;
+                return Tally { failures: 1, ..Tally::default() };
             }
         };
-        let mut mismatches = 0;
-        let mut has_bad = false;
+        let is_in_sync = |member: u16| set.mode(member - set.first_member()) == Mode::InSync;
+        let mut tally = Tally::default();
+        let (mut wrong, mut bad) = (Vec::new(), Vec::new());
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != from.member) {
-            let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };
-            if set.mode(copy.member - set.first_member()) != Mode::InSync {
+            let leaf = view.leaves[usize::from(copy.member)].as_ref();
+            let Some(leaf) = leaf.filter(|_| is_in_sync(copy.member)) else {
+                tally.failures += 1;
                 continue;
-            }
+            };
             let other = Rc::new(self.place.spare.take(len));
             match self.lanes.read(leaf, view.data_offset + copy.offset, &other, 0, len).await {
                 Ok(()) if other.bytes(0, len) == first.bytes(0, len) => {}
                 Ok(()) => {
-                    mismatches += 1;
+                    wrong.push(copy.member);
                     let pairs = other.bytes(0, len).iter().zip(first.bytes(0, len));
                     let at = copy.offset + pairs.take_while(|(one, other)| one == other).count() as u64;
                     log::warn!(
@@ -176,16 +333,34 @@ impl Owner {
                         self.device_name(from.member)
                     );
                 }
-                Err(_) => has_bad = true,
+                Err(Status::Media) => bad.push(copy.member),
+                Err(status) => {
+                    log::warn!(
+                        "pool {}: {} cannot be compared at {} of its data: {}",
+                        self.shared.name,
+                        self.device_name(copy.member),
+                        copy.offset,
+                        status.name()
+                    );
+                    tally.failures += 1;
+                }
             }
         }
-        // A copy that could not be read counts where it is rewritten.
-        if has_bad || (repair && mismatches > 0) {
-            let _ = match repair && mismatches > 0 {
-                true => self.copy_piece(set, piece, None).await,
-                false => self.rewrite_bad(set, piece).await,
-            };
+        tally.mismatches += wrong.len() as u64;
+        let rewrites = repair && !wrong.is_empty();
+        if !rewrites && bad.is_empty() {
+            return tally;
         }
-        mismatches
+        // A copy that could not be read counts where it is rewritten.
+        let rewritten = match rewrites {
+            true => self.copy_piece(set, piece, None).await,
+            false => self.rewrite_bad(set, piece).await,
+        };
+        if rewrites {
+            bad.append(&mut wrong);
+        }
+        let failed = bad.iter().filter(|member| rewritten.is_err() || !is_in_sync(**member));
+        tally.failures += failed.count() as u64;
+        tally
     }
 }
