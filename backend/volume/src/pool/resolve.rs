@@ -14,6 +14,9 @@ use crate::raid::{self, Parity, Set};
 use crate::thin::VolumeMap;
 use hawser_block::{Operation, Request, Status};
 
+#[cfg(test)]
+mod tests;
+
 /// A request to one member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
