@@ -10,7 +10,7 @@ use super::bounce::{Bounce, zero_payload};
 use super::lanes::Leaf;
 use super::place::Place;
 use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve};
-use super::shared::{Class, Shared, View, VolumeShared, lock};
+use super::shared::{Class, Counted, Shared, View, VolumeShared, lock};
 use super::slow;
 use super::stripes::{Held, Ways};
 use crate::raid::{Mode, Parity};
@@ -316,7 +316,8 @@ impl VolumeChannel {
     fn take(&mut self, request: Request) {
         let core = &self.core;
         if request.operation == Operation::Flush {
-            self.slowly(request, None);
+            // There is no other way for it.
+            self.spawn_slow(request, Counted::default());
             return;
         }
         let turn = core.place.enter();
@@ -332,11 +333,11 @@ impl VolumeChannel {
             },
             Resolved::Plan => {
                 core.place.leave(turn);
-                self.slowly(request, None);
+                self.slowly(request, Class::Fua);
             }
             Resolved::Slow(class) => {
                 core.place.leave(turn);
-                self.slowly(request, Some(class));
+                self.slowly(request, class);
             }
             Resolved::Refused(status) => {
                 core.place.leave(turn);
@@ -345,11 +346,13 @@ impl VolumeChannel {
         }
     }
 
-    fn slowly(&mut self, request: Request, class: Option<Class>) {
-        if let Some(class) = class {
-            self.core.volume.count(class);
-        }
-        spawn(&self.core, request.token, slow::carry_out(Rc::clone(&self.core), request));
+    fn slowly(&mut self, request: Request, class: Class) {
+        self.core.volume.count(class);
+        self.spawn_slow(request, Counted::under(class));
+    }
+
+    fn spawn_slow(&mut self, request: Request, counted: Counted) {
+        spawn(&self.core, request.token, slow::carry_out(Rc::clone(&self.core), request, counted));
     }
 
     /// Carries out a plan that is one read of one member: most are.
@@ -357,7 +360,7 @@ impl VolumeChannel {
         let core = &self.core;
         let Some(lane) = self.lanes.get_mut(usize::from(step.member)).and_then(Option::as_mut) else {
             core.place.leave(turn);
-            self.slowly(request, Some(Class::Degraded));
+            self.slowly(request, Class::Degraded);
             return;
         };
         let members = 1 << step.member;
@@ -375,7 +378,7 @@ impl VolumeChannel {
         if !self.plan.steps.iter().all(|step| has_lane(step.member)) {
             // A member has come since we looked.
             core.place.leave(turn);
-            self.slowly(request, Some(Class::Degraded));
+            self.slowly(request, Class::Degraded);
             return;
         }
         let is_write = request.operation.is_write();
@@ -389,13 +392,13 @@ impl VolumeChannel {
         if is_write && self.view.is_copied {
             if !core.place.begin_copy(len) {
                 core.place.leave(turn);
-                self.slowly(request, None);
+                self.slowly(request, Class::CopyLimit);
                 return;
             }
             if !self.take_stripes() {
                 core.place.end_copy(len);
                 core.place.leave(turn);
-                self.slowly(request, Some(Class::PartialStripe));
+                self.slowly(request, Class::PartialStripe);
                 return;
             }
             if !self.plan.stripes.is_empty() {
@@ -464,8 +467,9 @@ impl VolumeChannel {
         }
     }
 
-    /// What the members' lanes have ended.
-    fn reap_lanes(&mut self, ended: &mut Vec<Completion>) {
+    /// What the members' lanes have ended; says which members were found to be given up, by bits.
+    fn reap_lanes(&mut self, ended: &mut Vec<Completion>) -> u64 {
+        let mut aborted = 0;
         let mut reaped = std::mem::take(&mut self.reaped);
         for member in 0..self.lanes.len() {
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
@@ -475,6 +479,7 @@ impl VolumeChannel {
             if given_up != lane.given_up {
                 lane.given_up = given_up;
                 lane.channel.abort();
+                aborted |= 1 << member;
             }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
@@ -483,6 +488,7 @@ impl VolumeChannel {
             }
         }
         self.reaped = reaped;
+        aborted
     }
 
     fn submit_lanes(&mut self) {
@@ -526,7 +532,7 @@ impl VolumeChannel {
             !slot.request.operation.is_write() && self.view.is_redundant && !self.are_in_sync(slot.members);
         self.core.place.leave(slot.turn());
         if is_old && !is_broken("stale_member_read") {
-            self.slowly(slot.request, Some(Class::Degraded));
+            self.slowly(slot.request, Class::Degraded);
         } else {
             let completion = Completion { token: slot.request.token, outcome: Ok(()) };
             Self::has_ended(&mut self.wholes, completion, ended);
@@ -548,14 +554,17 @@ impl VolumeChannel {
             core.end(request.token, Err(status));
             return;
         }
-        core.volume.count(Class::DeviceFailure);
+        // Of a request that went out in parts it is the first that counts.
+        if Whole::fails_first(&mut self.wholes, request.token) {
+            core.volume.count(Class::DeviceFailure);
+        }
         if !request.operation.is_write() {
             core.place.leave(turn);
             match status {
                 Status::Aborted if core.is_given_up.load(Ordering::Relaxed) => {
                     core.end(request.token, Err(status));
                 }
-                _ => self.slowly(request, None),
+                _ => self.spawn_slow(request, Counted::under(Class::DeviceFailure)),
             }
             return;
         }

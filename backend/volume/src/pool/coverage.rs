@@ -27,9 +27,10 @@ pub(crate) enum Event {
     Replaced,
     Discarded,
     ScrubResumed,
+    InParts,
 }
 
-const NAMES: [&str; 22] = [
+const NAMES: [&str; 23] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -52,6 +53,7 @@ const NAMES: [&str; 22] = [
     "members replaced",
     "discards of members",
     "scrubs of a process before",
+    "writes in parts",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

@@ -9,6 +9,7 @@ use crate::raid::Array;
 use crate::thin::{Table, Thin, VolumeMap};
 use hawser_block::{StatsSet, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
@@ -38,11 +39,15 @@ pub enum Class {
     Intent,
     /// A discard or write-zeroes.
     Discard,
+    /// A write with FUA while changes of the mapping are not durable yet: they become so with it.
+    Fua,
+    /// A write that would have to be copied while as much is copied as may be.
+    CopyLimit,
 }
 
 impl Class {
     /// All, in the order of their numbers.
-    pub const ALL: [Class; 10] = [
+    pub const ALL: [Class; 12] = [
         Class::ReadMiss,
         Class::WriteMiss,
         Class::CopyOnWrite,
@@ -53,6 +58,8 @@ impl Class {
         Class::NoSpace,
         Class::Intent,
         Class::Discard,
+        Class::Fua,
+        Class::CopyLimit,
     ];
 
     /// The name in metrics and status.
@@ -69,6 +76,30 @@ impl Class {
             Class::NoSpace => "no_space",
             Class::Intent => "intent",
             Class::Discard => "discard",
+            Class::Fua => "fua",
+            Class::CopyLimit => "copy_limit",
+        }
+    }
+}
+
+/// Which classes a request was counted under: once under each, however often it is tried and into however many parts it falls.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counted(Cell<u16>);
+
+const _: () = assert!(Class::ALL.len() <= u16::BITS as usize);
+
+impl Counted {
+    /// Under this one.
+    pub(crate) fn under(class: Class) -> Counted {
+        Counted(Cell::new(1 << class as u16))
+    }
+
+    /// Counts a request of this volume under one more, unless it was.
+    pub(crate) fn count(&self, volume: &VolumeShared, class: Class) {
+        let bit = 1 << class as u16;
+        if self.0.get() & bit == 0 {
+            self.0.set(self.0.get() | bit);
+            volume.count(class);
         }
     }
 }

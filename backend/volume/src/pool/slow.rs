@@ -8,7 +8,7 @@ use super::channel::Core;
 use super::owner::Owner;
 use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
-use super::shared::{Class, View};
+use super::shared::{Class, Counted, View};
 use super::stripes::{Change, Changed, Held, IsValid};
 use super::wait::all;
 use crate::format::NONE;
@@ -30,23 +30,23 @@ const LONGEST_WAIT: Duration = Duration::from_millis(5);
 /// How often a read is tried while members come and go.
 const READS_MAX: u32 = 1000;
 
-/// Carries a request out. While no copy is within reach it is tried again.
-pub(super) async fn carry_out(core: Rc<Core>, request: Request) -> Outcome {
+/// Carries a request out. While no copy is within reach it is tried again. `counted`: why it is slow, as far as that is known.
+pub(super) async fn carry_out(core: Rc<Core>, request: Request, counted: Counted) -> Outcome {
     loop {
-        match carry_out_once(&core, &request).await {
+        match carry_out_once(&core, &request, &counted).await {
             Err(status) if is_out_of_reach(&core, status) => core.runtime.sleep(OUT_OF_REACH).await,
             outcome => return outcome,
         };
     }
 }
 
-async fn carry_out_once(core: &Rc<Core>, request: &Request) -> Outcome {
+async fn carry_out_once(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome {
     match request.operation {
-        Operation::Read => read(core, request).await,
+        Operation::Read => read(core, request, counted).await,
         Operation::Flush => flush(core).await,
         Operation::Write { fua } => {
             let payload = Payload::Guest(request.buffers);
-            write(core, bounds(core, request)?, &payload).await?;
+            write(core, bounds(core, request)?, &payload, counted).await?;
             finish_fua(core, fua).await
         }
         Operation::Discard => {
@@ -62,7 +62,7 @@ async fn carry_out_once(core: &Rc<Core>, request: &Request) -> Outcome {
                 false => vec![range],
             };
             for range in left {
-                write_zeroes(core, range).await?;
+                write_zeroes(core, range, counted).await?;
             }
             finish_fua(core, fua).await
         }
@@ -112,7 +112,7 @@ pub(super) async fn after_failure(
     match report_failures(&core, members, (status, since), under_way).await {
         Err(status) if is_out_of_reach(&core, status) => {
             core.runtime.sleep(OUT_OF_REACH).await;
-            carry_out(core, request).await
+            carry_out(core, request, Counted::under(Class::DeviceFailure)).await
         }
         outcome => outcome,
     }
@@ -257,7 +257,7 @@ fn name_of(wanted: &Wanted) -> (usize, u16, u64, u32) {
 }
 
 /// Reads where it matters which copy, or after a copy could not be read.
-async fn read(core: &Rc<Core>, request: &Request) -> Outcome {
+async fn read(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome {
     let range = bounds(core, request)?;
     let mut settled = BTreeSet::new();
     for _ in 0..READS_MAX {
@@ -291,7 +291,7 @@ async fn read(core: &Rc<Core>, request: &Request) -> Outcome {
         }
         let reads = pieces.iter().map(|wanted| {
             let into = request.buffers.slice(usize_of(wanted.start), wanted.piece.len as usize);
-            read_piece(core, &view, wanted, into, None)
+            read_piece(core, &view, wanted, (into, None), counted)
         });
         let outcomes = all(reads).await;
         drop(under_way);
@@ -317,8 +317,8 @@ async fn read_piece(
     core: &Rc<Core>,
     view: &Arc<View>,
     wanted: &Wanted,
-    into: Buffers,
-    kept: Option<Rc<Bounce>>,
+    (into, kept): (Buffers, Option<Rc<Bounce>>),
+    counted: &Counted,
 ) -> Outcome {
     let set = view.array.set(wanted.set);
     let (mut tried, mut bad, mut last) = (0u64, false, Status::Path);
@@ -333,7 +333,7 @@ async fn read_piece(
             if set.parity().is_none() {
                 return Err(last);
             }
-            core.volume.count(Class::Degraded);
+            counted.count(&core.volume, Class::Degraded);
             let computed = core.ways().read_lost(view, set, &wanted.piece).await?;
             if bad {
                 let (set, piece) = (wanted.set, wanted.piece);
@@ -362,7 +362,7 @@ async fn read_piece(
             Ok(()) => {}
             Err(Status::Aborted) => return Err(Status::Aborted),
             Err(status) => {
-                core.volume.count(Class::DeviceFailure);
+                counted.count(&core.volume, Class::DeviceFailure);
                 bad |= status == Status::Media;
                 last = status;
             }
@@ -377,7 +377,12 @@ enum Payload {
 }
 
 /// Writes bytes of the volume, whatever is there before.
-async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload) -> Outcome {
+async fn write(
+    core: &Rc<Core>,
+    (first, len): (u64, u64),
+    payload: &Payload,
+    counted: &Counted,
+) -> Outcome {
     if core.volume.is_snapshot {
         return Err(Status::ReadOnly);
     }
@@ -388,13 +393,18 @@ async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload) -> 
             Payload::Guest(buffers) => Payload::Guest(buffers.slice(usize_of(start), usize_of(here))),
             Payload::Zeroes => Payload::Zeroes,
         };
-        write_extent(core, (first + start, here), &part).await?;
+        write_extent(core, (first + start, here), &part, counted).await?;
     }
     Ok(())
 }
 
 /// Writes within one extent.
-async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> Outcome {
+async fn write_extent(
+    core: &Rc<Core>,
+    range: (u64, u64),
+    payload: &Payload,
+    counted: &Counted,
+) -> Outcome {
     let id = core.volume.id;
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
     let mut wait = Duration::from_micros(50);
@@ -420,7 +430,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
             Ok(()) => None,
         };
         if let Some((class, status)) = class {
-            core.volume.count(class);
+            counted.count(&core.volume, class);
             return Err(status);
         }
         // Not before: who waits for space keeps nobody from copying.
@@ -428,7 +438,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload) -> 
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
         let written = match &copied {
-            Some(_) => write_prepared(core, part, is_alone, payload).await,
+            Some(_) => write_prepared(core, part, is_alone, payload, counted).await,
             None => Err(Status::Aborted),
         };
         let outcome = match written {
@@ -465,6 +475,7 @@ async fn write_prepared(
     part: Part,
     is_alone: bool,
     payload: &Payload,
+    counted: &Counted,
 ) -> Result<Option<[u64; 4]>, Status> {
     let (view, map) = (core.shared.view(), core.volume.map());
     let (index, within, _, len) = part;
@@ -494,7 +505,8 @@ async fn write_prepared(
     let bounce = Rc::new(core.place.spare.take(size));
     for (edge, edge_end) in [(from, within), (within + len, to)] {
         if edge < edge_end {
-            fill(core, &view, entry, (edge, edge_end - edge), usize_of(edge - from), &bounce).await?;
+            let into = (usize_of(edge - from), &bounce);
+            fill(core, &view, entry, (edge, edge_end - edge), into, counted).await?;
         }
     }
     let at = usize_of(within - from);
@@ -505,8 +517,10 @@ async fn write_prepared(
     core.volume.count_copied(usize_of(len));
     let extent = extent_of(&view, entry);
     let written = match view.array.sets()[view.array.locate(extent).0].parity() {
-        Some(_) => write_stripes(core, &view, (index, extent), (from, size), &bounce, is_alone).await?,
-        None => write_copies(core, &view, extent, from, &bounce, size).await?,
+        Some(_) => {
+            write_stripes(core, &view, (index, extent), (from, size, &bounce), is_alone, counted).await?
+        },
+        None => write_copies(core, &view, extent, (from, size, &bounce), counted).await?,
     };
     match written {
         true => Ok(Some(bits_of(&view, from, to))),
@@ -520,8 +534,8 @@ async fn fill(
     view: &Arc<View>,
     entry: Entry,
     (within, len): (u64, u64),
-    at: usize,
-    bounce: &Rc<Bounce>,
+    (at, bounce): (usize, &Rc<Bounce>),
+    counted: &Counted,
 ) -> Outcome {
     let (mut pieces, mut zeroes) = (Vec::new(), Vec::new());
     content(view, entry, (within, len), 0, &mut pieces, &mut zeroes);
@@ -532,7 +546,7 @@ async fn fill(
         // A shared extent is not written any more, but after a crash its copies may differ still. Who reads the first copy that is in
         // sync gets what a resync will make of all.
         let into = bounce.buffers(at + usize_of(wanted.start), wanted.piece.len as usize);
-        read_piece(core, view, wanted, into, Some(Rc::clone(bounce))).await?;
+        read_piece(core, view, wanted, (into, Some(Rc::clone(bounce))), counted).await?;
     }
     Ok(())
 }
@@ -542,9 +556,8 @@ async fn write_copies(
     core: &Rc<Core>,
     view: &Arc<View>,
     extent: u32,
-    within: u64,
-    bounce: &Rc<Bounce>,
-    len: usize,
+    (within, len, bounce): (u64, usize, &Rc<Bounce>),
+    counted: &Counted,
 ) -> Result<bool, Status> {
     let (set, address) = view.array.locate(extent);
     let set = view.array.set(set);
@@ -580,7 +593,7 @@ async fn write_copies(
     if !view.is_redundant {
         return Err(status);
     }
-    core.volume.count(Class::DeviceFailure);
+    counted.count(&core.volume, Class::DeviceFailure);
     core.shared.mark_unsynced();
     mark_extent(view, extent, within, len as u64);
     if status == Status::Aborted {
@@ -599,9 +612,9 @@ async fn write_stripes(
     core: &Rc<Core>,
     view: &Arc<View>,
     (index, extent): (u32, u32),
-    (within, len): (u64, usize),
-    bounce: &Rc<Bounce>,
+    (within, len, bounce): (u64, usize, &Rc<Bounce>),
     is_alone: bool,
+    counted: &Counted,
 ) -> Result<bool, Status> {
     let (set, address) = view.array.locate(extent);
     let set = view.array.set(set);
@@ -626,7 +639,7 @@ async fn write_stripes(
     let ways = core.ways();
     let changes = parity.stripes.touched(address + within, len as u64).map(|touched| {
         if !touched.is_whole() {
-            core.volume.count(Class::PartialStripe);
+            counted.count(&core.volume, Class::PartialStripe);
         }
         let change = Change {
             from: touched.from,
@@ -658,11 +671,11 @@ fn bits_of(view: &View, from: u64, to: u64) -> [u64; 4] {
 }
 
 /// Writes zeroes where something is mapped; what is not reads as zeroes.
-async fn write_zeroes(core: &Rc<Core>, (first, len): (u64, u64)) -> Outcome {
+async fn write_zeroes(core: &Rc<Core>, (first, len): (u64, u64), counted: &Counted) -> Outcome {
     let view = core.shared.view();
     for (index, _, start, here) in by_extent(view.thin.extent_bytes, (first, len)) {
         if view.table.lookup(&core.volume.map(), index).is_mapped() {
-            write_extent(core, (first + start, here), &Payload::Zeroes).await?;
+            write_extent(core, (first + start, here), &Payload::Zeroes, counted).await?;
         }
     }
     Ok(())

@@ -7,14 +7,20 @@
 //!
 //! Each part is a request of its own, with its copy and its stripes; the guest's ends with the last of them.
 //!
-//! Invariants: nothing is awaited between the parts, and nothing is looked at again: they are all of one plan.
+//! Invariants: nothing is awaited between the parts, and they are all of one plan. It is looked at again in one way: what would go to a
+//! member that was given up meanwhile, whose abort has been, takes the slow way as a last part.
 
 use super::{More, Slot, VolumeChannel, parity_of};
 use crate::pool::bounce::Bounce;
+use crate::pool::coverage;
 use crate::pool::resolve::{Plan, Step, Stripe};
+use crate::pool::shared::Class;
 use hawser_block::{BlockCount, Completion, Lba, Outcome, Request, Status, Token};
 use hawser_runtime::Slab;
 use std::ops::Range;
+
+#[cfg(test)]
+mod tests;
 
 /// What a part has, data and parity, unless it is one stripe: with its source, a half of a second-level cache of 512 KiB. As one part 1 MiB
 /// went to a RAID 5 at 0.43 times the speed of a RAID 0, in parts of 512 KiB at 0.43, of 256 KiB at 0.6. Requests of simulations are small.
@@ -27,6 +33,19 @@ pub(super) struct Whole {
     token: Token,
     left: u32,
     outcome: Outcome,
+    /// A member has failed a part of it.
+    has_failed: bool,
+}
+
+impl Whole {
+    /// Members have failed what has this token: whether it is the first of its request.
+    pub(super) fn fails_first(wholes: &mut Slab<Whole>, token: Token) -> bool {
+        if token.0 & PART_BIT == 0 {
+            return true;
+        }
+        let whole = wholes.get_mut(key_of(token)).expect("a part ends once");
+        !std::mem::replace(&mut whole.has_failed, true)
+    }
 }
 
 /// Stripes and steps of a plan, by their numbers.
@@ -59,12 +78,14 @@ impl VolumeChannel {
         let is_split = part.stripes.end < plan.stripes.len();
         let token = match is_split {
             // One more, so that it does not end before all are begun.
-            true => Token(
-                self.wholes.insert(Whole { token: request.token, left: 1, outcome: Ok(()) }) as u64
-                    | PART_BIT,
-            ),
+            true => {
+                coverage::count(coverage::Event::InParts);
+                let whole = Whole { token: request.token, left: 1, outcome: Ok(()), has_failed: false };
+                Token(self.wholes.insert(whole) as u64 | PART_BIT)
+            }
             false => request.token,
         };
+        let mut copied = request.buffers.len();
         loop {
             if is_split {
                 let whole = self.wholes.get_mut(key_of(token)).expect("one is left");
@@ -76,20 +97,46 @@ impl VolumeChannel {
             }
             self.submit_lanes();
             let mut ended = std::mem::take(&mut self.ended_early);
-            self.reap_lanes(&mut ended);
+            let given_up = self.reap_lanes(&mut ended);
             if !ended.is_empty() {
                 self.core.ended.borrow_mut().append(&mut ended);
                 self.core.runtime.wake(self.core.user);
             }
             self.ended_early = ended;
+            let members = plan.steps[part.steps.end..].iter().fold(0, |all, step| all | 1 << step.member);
+            if members & given_up != 0 || !self.are_in_sync(members) {
+                let rest = self.give_up(&plan, part.stripes.end, Request { token, ..request });
+                copied -= rest.buffers.len();
+                let whole = self.wholes.get_mut(key_of(token)).expect("one is left");
+                whole.left += 1;
+                self.slowly(rest, Class::Degraded);
+                break;
+            }
             part = self.part(&plan, part.stripes.end, part.steps.end);
         }
         if is_split {
             self.core.end(token, Ok(()));
         }
-        self.core.volume.count_copied(request.buffers.len());
+        self.core.volume.count_copied(copied);
         self.core.place.leave(turn);
         self.plan = plan;
+    }
+
+    /// Gives back what a request has taken for its stripes from this one on, which are not written by the plan: they are what is returned.
+    fn give_up(&mut self, plan: &Plan, from: usize, request: Request) -> Request {
+        let stripes = &plan.stripes[from..];
+        for stripe in stripes {
+            parity_of(&self.view, stripe).guards.give_back(stripe.row);
+        }
+        let (start, shift) = (stripes[0].start, self.view.block_shift);
+        let len = request.buffers.len() - start as usize;
+        self.core.place.end_copy(len);
+        Request {
+            lba: Lba(request.lba.0 + u64::from(start >> shift)),
+            blocks: BlockCount(request.blocks.0 - (start >> shift)),
+            buffers: request.buffers.slice(start as usize, len),
+            ..request
+        }
     }
 
     fn start_part(&mut self, plan: &Plan, part: &Part, request: Request, since: u64) {
