@@ -94,6 +94,13 @@ impl Client {
         (outcome, payload)
     }
 
+    /// Does not wait any longer: what is under way shall end soon, however it does.
+    pub fn abort(&self) {
+        if let Some(channel) = &mut self.0.borrow_mut().channel {
+            channel.abort();
+        }
+    }
+
     fn start(&self, operation: Operation, offset: u64, bytes: &[u8]) -> usize {
         let buffer = AlignedBuffer::new(bytes.len());
         // SAFETY: the buffer is at least as long, and nobody else knows of it yet.

@@ -2,6 +2,8 @@
 
 #[path = "pool_cases/check.rs"]
 mod check;
+#[path = "pool_cases/classes.rs"]
+mod classes;
 #[path = "pool_cases/members.rs"]
 mod members;
 #[path = "pool_cases/missing.rs"]
@@ -10,6 +12,10 @@ mod missing;
 mod orders;
 #[path = "pool_cases/owners.rs"]
 mod owners;
+#[path = "pool_cases/parts.rs"]
+mod parts;
+#[path = "pool_cases/promises.rs"]
+mod promises;
 #[path = "pool_cases/replace.rs"]
 mod replace;
 #[path = "pool_cases/scrub.rs"]

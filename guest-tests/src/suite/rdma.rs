@@ -204,15 +204,15 @@ pub(super) fn initiator(lab: &Lab) -> Result<Outcome> {
     bench.run("HAWSER_VERBS=/run/p/libhawser_verbs.so /mnt/rdma_keys $ADDRESS:4500", 20)?;
     // Windows are the rule, a region's own key only where the configuration says so, which is shown. And with two reactors, each of which
     // has a queue pair of its own: two I/O queues.
+    let region_keys = format!("reactors = [0, 1]\n{}", disk_section("rdma_keys = \"region\""));
     bench.run(
         &format!(
             "hawser device list --json | grep -q '\"rdma_keys\": \"window\"'
             end /run/h/pid
-            configure '{}'; : > /run/h/log; start
+            configure '{region_keys}'; : > /run/h/log; start
             wait_for 'd0: listening' /run/h/log
             client --rw=randrw --bs=64k --iodepth=8 --numjobs=2 --time_based --runtime=1
-            hawser device list --json | grep -q '\"rdma_keys\": \"region\"'",
-            format!("reactors = [0, 1]\n{}", disk_section("rdma_keys = \"region\""))
+            hawser device list --json | grep -q '\"rdma_keys\": \"region\"'"
         ),
         40,
     )?;
