@@ -271,6 +271,25 @@ fn reads_and_whole_stripes_with_parity_allocate_nothing() {
         }
         scene.allocations(2 * BATCH, Operation::Read, 4096, 1 << 20);
         assert_eq!(scene.allocations(BATCH, Operation::Read, 4096, 1 << 20), 0, "reads on {level}");
+        // In parts, several under way.
+        for round in 0..12 {
+            for number in 0..4 {
+                // SAFETY: as in `fill`.
+                let buffers = unsafe { Buffers::new(&raw const *scene.iovec, 1, 1 << 20) };
+                let (lba, blocks) = (Lba(number * 2048), BlockCount(2048));
+                scene.batch.push(Request { operation: WRITE, lba, blocks, buffers, token: Token(number) });
+            }
+            for member in &scene.members {
+                member.state().log.clear();
+            }
+            let mut is_hot = false;
+            let count = asked(|| is_hot = scene.carry_out());
+            assert!(
+                round < 4 || (is_hot && count == 0),
+                "{level}: 1 MiB, round {round}: {is_hot}, {count} allocations"
+            );
+            scene.finish(4);
+        }
         scene.channel = None;
         scene.ask(pool.close());
     }
