@@ -41,6 +41,7 @@ const SUITE: Suite = Suite {
     happen: |seed, scenario| history::happen(plan(seed, scenario)),
     shrink: None,
     totals: Vec::new,
+    wanted: &["requests", "connects", "broken", "flushed", "ghosts"],
     tell: |counts| {
         let count = |name| counts.get(name).copied().unwrap_or(0);
         let (requests, connects, hours) = (count("requests"), count("connects"), count("seconds") / 3600);

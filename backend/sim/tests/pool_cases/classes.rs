@@ -28,11 +28,7 @@ fn scene(level: Level, members: u8, change: impl FnOnce(&mut OpenOptions)) -> (S
 }
 
 /// What `work` adds.
-fn added(
-    scene: &mut Scene,
-    pool: &Pool,
-    work: impl FnOnce(&mut Scene, &Pool),
-) -> Vec<(&'static str, u64)> {
+fn added(scene: &mut Scene, pool: &Pool, work: impl FnOnce(&mut Scene, &Pool)) -> Vec<(&'static str, u64)> {
     let before = slow(pool, "v");
     work(scene, pool);
     let pairs = slow(pool, "v").into_iter().zip(before);

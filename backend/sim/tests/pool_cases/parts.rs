@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const WRITE: Operation = Operation::Write { fua: false };
 const LEN: usize = 1 << 20;
-const SHAPES: [(Level, u8); 4] =
-    [(Level::Raid5, 3), (Level::Raid5, 5), (Level::Raid6, 4), (Level::Raid6, 6)];
+const SHAPES: [(Level, u8); 4] = [(Level::Raid5, 3), (Level::Raid5, 5), (Level::Raid6, 4), (Level::Raid6, 6)];
 
 /// How a request ended, when it has.
 type Ended = Rc<Cell<Option<Outcome>>>;

@@ -61,7 +61,10 @@ fn assert_within(seen: &Seen, regions: &BTreeSet<u64>, (level, members): (Level,
         for member in 0..usize::from(members) {
             let of = seen.iter().filter(|(other, kind, ..)| (*other, *kind) == (member, is_write));
             let bytes = of.map(|(.., len)| len).sum::<u64>();
-            assert!(bytes <= all, "{what}: {bytes} bytes of member {member} {word}, at most {all} would be right");
+            assert!(
+                bytes <= all,
+                "{what}: {bytes} bytes of member {member} {word}, at most {all} would be right"
+            );
             total += bytes;
         }
         assert!(total > 0 || is_write, "{what}: nothing is {word}");

@@ -37,6 +37,31 @@ const NAMES: [&str; SCENARIOS.len()] = {
     names
 };
 
+/// What happens to pools from outside; what they do themselves is among the totals.
+const WANTED: [&str; 21] = [
+    "cuts",
+    "kills",
+    "crashes_at_steps",
+    "torn_writes",
+    "lost_blocks",
+    "tails_found",
+    "deaths",
+    "deaths_at_crashes",
+    "deaths_while_opening",
+    "errors",
+    "slow",
+    "media_errors",
+    "members_without_power",
+    "members_back",
+    "members_back_empty",
+    "new_disks",
+    "splits",
+    "grown",
+    "scrubs",
+    "checks",
+    "no_space",
+];
+
 /// Which of a history's events are left out.
 static LIMITS: Mutex<Limits> = Mutex::new(Limits { events: usize::MAX, skip: Vec::new() });
 
@@ -65,6 +90,7 @@ const SUITE: Suite = Suite {
         false => history::shrink(&plan(seed, scenario)),
     }),
     totals: hawser_volume::pool::coverage,
+    wanted: &WANTED,
     tell: |counts| {
         counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
     },

@@ -53,6 +53,8 @@ pub(crate) struct Suite {
     pub(crate) shrink: Option<fn(u64, Option<&str>) -> String>,
     /// What this process has counted so far besides, of all its histories.
     pub(crate) totals: fn() -> Vec<(&'static str, u64)>,
+    /// What a run of many histories of all scenarios has to have seen: none of these counts is 0 then, and none of `totals`.
+    pub(crate) wanted: &'static [&'static str],
     /// A line about all that was counted.
     pub(crate) tell: fn(&BTreeMap<String, u64>) -> String,
     pub(crate) mutations: &'static [Mutation],
@@ -249,6 +251,8 @@ pub(crate) fn main(suite: &Suite) -> ExitCode {
 
 /// A run ends when so many have failed.
 const ENOUGH: usize = 20;
+/// So many histories of all scenarios have to have seen everything.
+const MANY: u64 = 1000;
 /// Histories of one process: what dies in them is not cleaned up.
 const PART: u64 = 250;
 
@@ -380,6 +384,11 @@ fn all_seeds(suite: &Suite, options: &Options) -> (usize, usize) {
         count => Err(format!("{count} seeds")),
     };
     tell(suite.promise, result);
+    // Without what `cargo xtask sim` builds with, no request is long enough to go out in parts.
+    let is_all = options.mutation.is_none() && options.scenario.is_none() && cfg!(hawser_mutations);
+    if is_all && sums.histories >= MANY {
+        tell("everything_that_is_counted_was_seen", has_seen_all(suite, &sums.counts));
+    }
     if options.mutation.is_none() {
         (suite.break_promise)(None);
         let mut twice = options.from..options.from + options.seeds.min(20);
@@ -390,6 +399,15 @@ fn all_seeds(suite: &Suite, options: &Options) -> (usize, usize) {
         tell("a_seed_replays_exactly", replayed);
     }
     (passed, failed)
+}
+
+/// None of what many histories have to see is missing.
+fn has_seen_all(suite: &Suite, counts: &BTreeMap<String, u64>) -> Result<(), String> {
+    let totals = (suite.totals)();
+    let wanted = suite.wanted.iter().copied().chain(totals.iter().map(|(name, _)| *name));
+    let is_missing = |name: &&str| counts.get(&name.replace(' ', "_")).is_none_or(|count| *count == 0);
+    let missing: Vec<&str> = wanted.filter(is_missing).collect();
+    if missing.is_empty() { Ok(()) } else { Err(format!("none of: {}", missing.join(", "))) }
 }
 
 /// Two runs of a seed are the same.

@@ -377,12 +377,7 @@ enum Payload {
 }
 
 /// Writes bytes of the volume, whatever is there before.
-async fn write(
-    core: &Rc<Core>,
-    (first, len): (u64, u64),
-    payload: &Payload,
-    counted: &Counted,
-) -> Outcome {
+async fn write(core: &Rc<Core>, (first, len): (u64, u64), payload: &Payload, counted: &Counted) -> Outcome {
     if core.volume.is_snapshot {
         return Err(Status::ReadOnly);
     }
@@ -399,12 +394,7 @@ async fn write(
 }
 
 /// Writes within one extent.
-async fn write_extent(
-    core: &Rc<Core>,
-    range: (u64, u64),
-    payload: &Payload,
-    counted: &Counted,
-) -> Outcome {
+async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, counted: &Counted) -> Outcome {
     let id = core.volume.id;
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
     let mut wait = Duration::from_micros(50);
@@ -519,7 +509,7 @@ async fn write_prepared(
     let written = match view.array.sets()[view.array.locate(extent).0].parity() {
         Some(_) => {
             write_stripes(core, &view, (index, extent), (from, size, &bounce), is_alone, counted).await?
-        },
+        }
         None => write_copies(core, &view, extent, (from, size, &bounce), counted).await?,
     };
     match written {

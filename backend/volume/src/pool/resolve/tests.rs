@@ -170,8 +170,7 @@ impl Model {
     fn write(&self, first: u64, len: u64) -> Resolved {
         let end = first + len;
         for (index, entry) in (0..).zip(&self.entries) {
-            let (from, to) =
-                (first.max(index * self.extent_bytes), end.min((index + 1) * self.extent_bytes));
+            let (from, to) = (first.max(index * self.extent_bytes), end.min((index + 1) * self.extent_bytes));
             if from >= to {
                 continue;
             }
@@ -368,8 +367,7 @@ fn map(random: &mut Random, metadata: &mut Metadata, thin: Thin) -> Vec<ModelEnt
             let record =
                 Record::Map { volume: 1, index, birth, extent, fallback: fallback.unwrap_or(NONE), bits };
             metadata.apply(&record).expect("good");
-            entries[index as usize] =
-                ModelEntry { extent: Some(extent), fallback, valid, is_own: true };
+            entries[index as usize] = ModelEntry { extent: Some(extent), fallback, valid, is_own: true };
         }
         if birth == 1 {
             let item = NewSnapshot { origin: 1, id: 2, uuid: [2; 16], name: "s".to_owned() };
