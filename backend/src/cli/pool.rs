@@ -350,7 +350,14 @@ fn scrub(args: &ScrubArgs) -> Result<(), Failure> {
         Ok(pool.scrub(args.repair).wait()?)
     })?;
     let task = pool.tasks.iter().rev().find(|task| task.kind == "scrub");
-    let Some(task) = task.filter(|task| task.done) else { return show(&args.at, &pool, "is being scrubbed") };
+    let Some(task) = task.filter(|task| task.done) else {
+        show(&args.at, &pool, "is being scrubbed")?;
+        let state = pool.state.name();
+        return match args.wait {
+            true => Err(Failure::Failed(format!("pool {}: {state}, and the scrub has not ended", args.name))),
+            false => Ok(()),
+        };
+    };
     let (what, wrong) = outcome(task, args.repair);
     show(&args.at, &pool, &what)?;
     match wrong {
