@@ -47,7 +47,8 @@ fn a_damaged_header_of_a_parity_log_is_named() {
         scene.ask(pool.close()).unwrap();
         drop(pool);
         scene.check();
-        scene.disks[1].state().content.change(log + page * PAGE_BYTES + 50..log + page * PAGE_BYTES + 51)[0] ^= 1;
+        scene.disks[1].state().content.change(log + page * PAGE_BYTES + 50..log + page * PAGE_BYTES + 51)
+            [0] ^= 1;
         let want = format!("d1: page {page} of its parity log's header is torn, or none of this pool's");
         assert_eq!(faults(&mut scene), [want]);
         scene.disks[2].state().media_errors.insert((log + page * PAGE_BYTES) as u64 / 512);
@@ -73,13 +74,17 @@ fn entries_of_a_parity_log_are_looked_at() {
     assert!(entries(&whole) >= Some(4), "{whole:?}");
     // One of them on one member.
     let pool_uuid = book(&scene, 1).pool_uuid;
-    let headers = [0, 1].map(|page| ParityHeader::decode(&page_of(&scene, 1, log + page * PAGE_BYTES), &pool_uuid));
+    let headers =
+        [0, 1].map(|page| ParityHeader::decode(&page_of(&scene, 1, log + page * PAGE_BYTES), &pool_uuid));
     let key = headers.into_iter().flatten().max_by_key(|header| header.number).unwrap().key;
     let is_entry = |at: &usize| ParityEntry::decode(&page_of(&scene, 1, *at), &pool_uuid, &key).is_some();
     let at = (log + 2 * PAGE_BYTES..end).step_by(PAGE_BYTES).find(is_entry).unwrap();
     scene.disks[1].state().content.change(at + 60..at + 61)[0] ^= 1;
     let number = (at - log) / PAGE_BYTES - 2;
-    assert_eq!(faults(&mut scene), [format!("d1: its parity log has an entry at page {number} that is torn")]);
+    assert_eq!(
+        faults(&mut scene),
+        [format!("d1: its parity log has an entry at page {number} that is torn")]
+    );
     scene.disks[1].state().content.change(at + 60..at + 61)[0] ^= 1;
     scene.disks[1].state().media_errors.insert(at as u64 / 512);
     let found = faults(&mut scene);
@@ -94,7 +99,8 @@ fn entries_that_a_closed_pool_needs_are_named() {
     scene.ask(pool.close()).unwrap();
     drop(pool);
     let pool_uuid = book(&scene, 0).pool_uuid;
-    let headers = [0, 1].map(|page| ParityHeader::decode(&page_of(&scene, 0, log + page * PAGE_BYTES), &pool_uuid));
+    let headers =
+        [0, 1].map(|page| ParityHeader::decode(&page_of(&scene, 0, log + page * PAGE_BYTES), &pool_uuid));
     let last = headers.into_iter().flatten().max_by_key(|header| header.number).unwrap();
     let next = ParityHeader { number: last.number + 1, released: 0, ..last };
     let at = log + usize::try_from(next.number % 2).unwrap() * PAGE_BYTES;
@@ -121,7 +127,8 @@ fn spares_and_replacements_that_are_not_there_are_named() {
     assert_eq!(report(&mut scene, devices.clone()).missing, Vec::<String>::new());
     let found = report(&mut scene, devices[..2].to_vec());
     assert_eq!((found.missing, found.faults), (vec!["spare 0 is missing".to_owned()], Vec::new()));
-    let options = OpenOptions { sync_bytes_per_second: 4096, ..OpenOptions::new(HOST, Box::new(scene.tail.clone())) };
+    let options =
+        OpenOptions { sync_bytes_per_second: 4096, ..OpenOptions::new(HOST, Box::new(scene.tail.clone())) };
     let opened = Pool::open(&handle, devices.clone(), options);
     let pool = scene.ask(opened).unwrap();
     scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
@@ -130,7 +137,10 @@ fn spares_and_replacements_that_are_not_there_are_named() {
     drop(pool);
     scene.kill();
     let found = report(&mut scene, devices);
-    assert_eq!((found.missing, found.faults), (vec!["the replacement of member 1 is missing".to_owned()], Vec::new()));
+    assert_eq!(
+        (found.missing, found.faults),
+        (vec!["the replacement of member 1 is missing".to_owned()], Vec::new())
+    );
 }
 
 /// After a crash a copy that is damaged was passed over, whatever had damaged it.

@@ -42,9 +42,7 @@ fn find(scene: &Scene, bytes: &[u8]) -> (usize, usize) {
         let content = disk.state().snapshot();
         let label = Superblock::decode(&content[4096..8192]).unwrap().unwrap();
         let first = usize::try_from(label.layout.data_offset()).unwrap();
-        (first..content.len() - bytes.len())
-            .step_by(512)
-            .find(|at| content[*at..at + bytes.len()] == *bytes)
+        (first..content.len() - bytes.len()).step_by(512).find(|at| content[*at..at + bytes.len()] == *bytes)
     };
     let mut disks = scene.disks.iter().map(on).enumerate();
     disks.rfind(|(_, at)| at.is_some()).map(|(disk, at)| (disk, at.unwrap())).expect("it is there")

@@ -43,7 +43,8 @@ pub use log::{Batch, batch_len, decode_batch, encode_batch};
 pub use parity_log::{ParityEntry, ParityHeader};
 pub use record::{NewSnapshot, Record};
 pub use superblock::{
-    MemberRecord, Replacement, ScrubRecord, SetRecord, Superblock, metadata_members, parity_log_pages_min, unit_bytes_for,
+    MemberRecord, Replacement, ScrubRecord, SetRecord, Superblock, metadata_members, parity_log_pages_min,
+    unit_bytes_for,
 };
 pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header};
 pub use volumes::{VolumeRecord, VolumesDecoder, encode_volumes};

@@ -438,8 +438,14 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
     take_reserved(&mut b, 4)?;
     let (done, mismatches, failures) = (take_u64(&mut b)?, take_u64(&mut b)?, take_u64(&mut b)?);
     let repair = flags_of_scrub & REPAIRING != 0;
-    let scrub = (flags_of_scrub & SCRUBBING != 0)
-        .then_some(ScrubRecord { repair, volume, index, done, mismatches, failures });
+    let scrub = (flags_of_scrub & SCRUBBING != 0).then_some(ScrubRecord {
+        repair,
+        volume,
+        index,
+        done,
+        mismatches,
+        failures,
+    });
     Ok(Superblock {
         pool_uuid,
         name,

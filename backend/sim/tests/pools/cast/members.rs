@@ -45,7 +45,7 @@ impl Cast {
             discard: Some(DiscardLimits {
                 blocks_max: 1 << 12,
                 granularity_blocks: 1,
-                reads_zeroes: self.plan.has_parity() && self.plan.seed % 4 != 0,
+                reads_zeroes: self.plan.has_parity() && !self.plan.seed.is_multiple_of(4),
             }),
             ..Geometry::new(block_size, blocks)
         };

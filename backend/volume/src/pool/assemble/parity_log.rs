@@ -121,7 +121,8 @@ pub(super) async fn check(lanes: &Rc<Lanes>, found: &Found) -> (Vec<String>, u64
                             .unwrap_or_default();
                     }
                     Err(what) => {
-                        faults.push(format!("{}: page {page} of its parity log's header {what}", leaf.name()));
+                        faults
+                            .push(format!("{}: page {page} of its parity log's header {what}", leaf.name()));
                     }
                 }
             }

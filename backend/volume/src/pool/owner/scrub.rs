@@ -119,7 +119,8 @@ impl Owner {
         let extent_bytes = self.view().thin.extent_bytes;
         let (volumes, total) = {
             let meta = self.meta.borrow();
-            let volumes: Vec<u32> = meta.volumes().map(|(id, _)| id).filter(|id| *id >= scrub.volume).collect();
+            let volumes: Vec<u32> =
+                meta.volumes().map(|(id, _)| id).filter(|id| *id >= scrub.volume).collect();
             (volumes, meta.volumes().map(|(_, volume)| volume.mapped_extents()).sum::<u64>())
         };
         self.work.begin(SCRUB, total.saturating_sub(scrub.done) * extent_bytes, self.runtime.now());
@@ -203,7 +204,9 @@ impl Owner {
         let mut tally = self.scrub_extent(own, repair, seen).await;
         // As it is now: it may have been let go of.
         let fallback = match self.meta.borrow().entry(id, index) {
-            Mapped::Partial { fallback, bits, .. } if fallback != NONE => Some((fallback, without(full, bits))),
+            Mapped::Partial { fallback, bits, .. } if fallback != NONE => {
+                Some((fallback, without(full, bits)))
+            }
             _ => None,
         };
         if let Some(fallback) = fallback {
@@ -237,10 +240,9 @@ impl Owner {
             }
             return tally;
         }
-        let parts: Vec<_> =
-            runs(without(bits, before), view.thin.unit_shift(), 0, view.thin.extent_bytes)
-                .filter(|(valid, ..)| *valid)
-                .collect();
+        let parts: Vec<_> = runs(without(bits, before), view.thin.unit_shift(), 0, view.thin.extent_bytes)
+            .filter(|(valid, ..)| *valid)
+            .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 let work = self.compare(&set, &piece, repair);
