@@ -83,7 +83,7 @@ fn parts_of_stripes_are_counted_once_for_a_request() {
         let (mut scene, pool) = scene(level, members, |_| {});
         // Of two extents, and of more stripes.
         let more = added(&mut scene, &pool, |scene, pool| {
-            scene.write(pool, "v", EXTENT - 8192, &pattern(2, EXTENT as usize));
+            scene.write(pool, "v", EXTENT - 8192, &pattern(2, usize::try_from(EXTENT).expect("small")));
         });
         assert_eq!(more, [("partial_stripe", 1)], "{level}");
     }

@@ -63,7 +63,7 @@ impl Story {
     }
 
     /// All members are there and the same, and the same stripes can be written: on the hot path.
-    fn is_mended(mut self) {
+    fn into_mended(mut self) {
         let is_whole = |pool: &Pool| {
             let view = pool.view();
             view.unsynced_regions == 0 && view.members.iter().all(|it| it.state == MemberState::InSync)
@@ -116,7 +116,7 @@ fn a_part_that_one_member_fails_puts_it_out_and_the_write_ends_well() {
             assert_ne!(story.pool.view().members[member].state, MemberState::InSync, "{what}");
             assert!(story.scene.read(&story.pool, "v", 0, LEN) == pattern(4, LEN), "{what}");
             story.scene.disks[member].state().unwritable = 0..0;
-            story.is_mended();
+            story.into_mended();
         }
     }
 }
@@ -144,7 +144,7 @@ fn a_part_that_is_stuck_ends_with_the_abort_of_its_request() {
             story.scene.wait(Duration::from_secs(1));
             assert_eq!(ended.get(), Some(Err(Status::Aborted)), "{}", story.what);
             story.held[1].release();
-            story.is_mended();
+            story.into_mended();
         }
     }
 }
@@ -166,7 +166,7 @@ fn a_part_that_is_held_back_keeps_its_request_until_it_has_ended() {
         story.scene.wait(Duration::from_secs(1));
         assert_eq!(ended.get(), Some(Ok(())), "{}", story.what);
         assert!(story.scene.read(&story.pool, "v", 0, LEN) == pattern(6, LEN), "{}", story.what);
-        story.is_mended();
+        story.into_mended();
     }
 }
 
@@ -208,7 +208,7 @@ fn a_power_cut_between_the_parts_leaves_each_block_old_or_new() {
             }
             assert!(kinds[0] > 0 && kinds[1] > 0, "{what}: {kinds:?}");
             let client = Rc::new(Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap()));
-            Story { scene, pool, held, client, middle, what }.is_mended();
+            Story { scene, pool, held, client, middle, what }.into_mended();
         }
     }
 }
