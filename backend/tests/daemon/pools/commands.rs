@@ -323,7 +323,9 @@ fn a_member_of_a_mirror_whose_superblocks_are_both_bad_is_one_fault_with_its_dev
     // All that is known of an absent one.
     fs::remove_file(&path).unwrap();
     let found = faults(&rig, "p0");
-    assert!(found.len() == 1 && found[0].starts_with("member 1 is missing (device d1: "), "{found:?}");
+    let why = "/d1: cannot be opened: No such file or directory (os error 2))";
+    assert!(found.len() == 1 && found[0].starts_with("member 1 is missing ("), "{found:?}");
+    assert!(found[0].ends_with(why), "{found:?}");
 }
 
 #[test]
