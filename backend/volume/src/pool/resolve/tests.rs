@@ -284,7 +284,7 @@ impl Model {
 fn sets(random: &mut Random, level: Level, count: u16, (first, strip): (u16, u64)) -> (Set, ModelSet, u64) {
     let data = match level {
         Level::Linear | Level::Raid1 => 1,
-        Level::Raid10 if count % 2 == 0 => u64::from(count) / 2,
+        Level::Raid10 if count.is_multiple_of(2) => u64::from(count) / 2,
         Level::Raid10 => 1,
         _ => u64::from(count - level.parities()),
     };

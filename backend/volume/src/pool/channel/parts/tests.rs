@@ -32,8 +32,8 @@ struct Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
-        self.channel = self.channel.take().and_then(|channel| if_well(channel));
-        self.reactor = self.reactor.take().and_then(|reactor| if_well(reactor));
+        self.channel = self.channel.take().and_then(if_well);
+        self.reactor = self.reactor.take().and_then(if_well);
     }
 }
 
