@@ -58,6 +58,12 @@ pub(crate) fn strike(cast: &mut Cast, event: Event) -> Result<(), String> {
                 let repair = cast.random.chance(500);
                 // One may wait for its turn already.
                 cast.asks.push(("scrub".to_owned(), true, Box::pin(pool.scrub(repair))));
+                if cast.plan.scenario != "calm" && cast.random.chance(300) {
+                    // The next process goes on with it.
+                    cast.crash = if cast.random.chance(500) { Crash::Cut } else { Crash::Kill };
+                    let steps = 1 + cast.random.below(100);
+                    cast.shared.trap.set(steps);
+                }
             }
         }
         Event::Grow => grow(cast),
