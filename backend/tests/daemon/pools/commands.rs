@@ -174,9 +174,9 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
             "volume p0/w: a size of 0 bytes cannot be, want a multiple of 512 from 512 to 2251799812636672",
         ),
         (
-            "volume resize p0/v --size 1000",
+            "volume resize p0/v --size 0",
             2,
-            "volume p0/v: a size of 1000 bytes cannot be, want a multiple of 512 from 512 to 2251799812636672",
+            "volume p0/v: a size of 0 bytes cannot be, want a multiple of 512 from 512 to 2251799812636672",
         ),
         ("volume resize p0/x --size 1GiB", 1, "volume p0/x is not there"),
         ("volume snapshot p0/x s", 1, "volume p0/x is not there"),
