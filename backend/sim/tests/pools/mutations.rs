@@ -28,7 +28,6 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("degraded_read_without_lock", "parity", 4000),
     mutation("fresh_parity_trusted", "stripes", 4000),
     mutation("zeroes_not_written", "stripes", 4000),
-    mutation("taken_over_unflushed", "replace", 8000),
 ];
 
 /// From now on this thread's histories break this promise.
