@@ -120,6 +120,8 @@ impl Ways {
         len: usize,
     ) -> Result<(), Status> {
         loop {
+            // A member that has come since the row was looked at has to be put out when it fails: else it is tried for ever.
+            let row = &Row { since: self.shared.joins(), ..*row };
             let in_sync = row.in_sync();
             // As many as may be lost still, and one more.
             let count = (in_sync.count_ones() as usize + 1).saturating_sub(row.data());
