@@ -3,7 +3,8 @@
 //! `RUSTFLAGS="--cfg loom" cargo test -p hawser-volume --release --test loom`; without that flag there is nothing here.
 #![cfg(loom)]
 
-use hawser_volume::raid::{AtomicBits, Level, Mode, Set, SetConfig, Slow};
+use hawser_volume::raid::{AtomicBits, Guards, Level, Mode, Set, SetConfig, Slow};
+use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
@@ -101,5 +102,69 @@ fn touched_regions_are_seen_now_or_the_next_time() {
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         let later = [bits.take(0), bits.take(1)];
         assert!((now[0] ^ later[0]) && (now[1] ^ later[1]));
+    });
+}
+
+/// Two change a stripe, one of them without the log: never at once, and who comes second sees what the first has done.
+#[test]
+fn a_stripe_is_changed_by_one_at_a_time() {
+    loom::model(|| {
+        let guards = Arc::new(Guards::default());
+        let stripe = Arc::new(UnsafeCell::new(0_u64));
+        // SAFETY: whoever has the stripe is the only one; loom ends the test where that is not so.
+        let change = |stripe: &UnsafeCell<u64>| stripe.with_mut(|bytes| unsafe { *bytes += 1 });
+        let other = {
+            let (guards, stripe) = (Arc::clone(&guards), Arc::clone(&stripe));
+            thread::spawn(move || {
+                let is_ours = guards.take(1);
+                if is_ours {
+                    change(&stripe);
+                    guards.give_back(1);
+                }
+                u64::from(is_ours)
+            })
+        };
+        let is_ours = guards.take_unlogged(1);
+        if is_ours {
+            change(&stripe);
+            guards.give_back(1);
+        }
+        let changes = u64::from(is_ours) + other.join().unwrap();
+        assert!(changes > 0);
+        // SAFETY: the other thread has ended.
+        stripe.with(|bytes| assert_eq!(unsafe { *bytes }, changes));
+    });
+}
+
+/// While an entry about a stripe is in the log, nobody changes it without the log: who can take it so sees that the entry is released.
+#[test]
+fn who_takes_a_stripe_without_the_log_finds_nothing_in_it() {
+    loom::model(|| {
+        let guards = Arc::new(Guards::default());
+        // How many entries an opening would put in place.
+        let entries = Arc::new(UnsafeCell::new(0_u64));
+        let logger = {
+            let (guards, entries) = (Arc::clone(&guards), Arc::clone(&entries));
+            thread::spawn(move || {
+                if !guards.take(1) {
+                    return;
+                }
+                guards.is_to_be_logged(1);
+                // SAFETY: as long as the stripe is ours, or counted as logged, nobody else looks; loom watches.
+                entries.with_mut(|entries| unsafe { *entries = 1 });
+                guards.give_back(1);
+                // Flushed, and the members know.
+                // SAFETY: as above.
+                entries.with_mut(|entries| unsafe { *entries = 0 });
+                guards.is_released(1);
+            })
+        };
+        if guards.take_unlogged(1) {
+            // SAFETY: the stripe is ours, and nothing about it is in the log.
+            entries.with(|entries| assert_eq!(unsafe { *entries }, 0));
+            guards.give_back(1);
+        }
+        logger.join().unwrap();
+        assert!(guards.take_unlogged(1));
     });
 }

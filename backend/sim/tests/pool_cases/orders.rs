@@ -119,3 +119,42 @@ fn who_let_go_of_an_extent_does_not_get_it_back_with_what_another_has_written() 
         }
     });
 }
+
+/// A member says that it is full when an entry of the parity log is written to it; another has the entry. The write has failed, and what is read
+/// is what was there before: it is after the process has died too, though the next one puts in place what it finds in the log.
+#[test]
+fn a_write_that_has_failed_does_not_come_back_from_the_log() {
+    holds("parity_failed_entry_kept", |seed| {
+        let mut failures = 0;
+        for full in 0..3 {
+            let mut scene = Scene::new(seed, 3);
+            scene.shake(seed);
+            scene.create(Level::Raid5);
+            let pool = scene.open();
+            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+            let old = pattern(1, 64 << 10);
+            scene.write(&pool, "v", 0, &old);
+            scene.flush(&pool, "v");
+            let book =
+                Superblock::decode(&scene.disks[full].state().content.get(4096..8192)).unwrap().unwrap();
+            let (log, data) = (book.layout.parity_log_offset(), book.layout.data_offset());
+            {
+                let mut disk = scene.disks[full].state();
+                (disk.unwritable, disk.error) = (log / 512..data / 512, Status::NoSpace);
+            }
+            let written = scene.io(&pool, "v", Operation::Write { fua: false }, 4096, &pattern(2, 4096)).0;
+            let read = scene.read(&pool, "v", 0, old.len());
+            scene.disks[full].state().unwritable = 0..0;
+            failures += u32::from(written == Err(Status::NoSpace));
+            assert!(written.is_ok() || read == old);
+            drop(pool);
+            scene.kill();
+            let pool = scene.open();
+            if scene.read(&pool, "v", 0, old.len()) != read {
+                return Err(format!("what failed is there after all, with member {full} full"));
+            }
+        }
+        assert!(failures > 0, "no write has failed");
+        Ok(())
+    });
+}

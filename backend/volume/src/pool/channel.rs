@@ -224,6 +224,8 @@ struct VolumeChannel {
     more: Vec<More>,
     plan: Plan,
     rotor: u32,
+    /// The lane that is looked at first.
+    turn: usize,
     /// Requests that went out in parts.
     wholes: Slab<Whole>,
     reaped: Vec<Completion>,
@@ -263,6 +265,7 @@ impl VolumeChannel {
             more: Vec::with_capacity(256),
             plan: Plan::new(),
             rotor: 0,
+            turn: 0,
             wholes: Slab::with_capacity(64),
             reaped: Vec::with_capacity(64),
             ended_early: Vec::with_capacity(64),
@@ -468,13 +471,23 @@ impl VolumeChannel {
     }
 
     /// What the members' lanes have ended; says which members were found to be given up, by bits.
+    ///
+    /// Of members that do their work in this thread one has its turn, so that what it has done is shown while the others are at it: with all of
+    /// them the first of a batch was shown as late as two or three portions, and a RAID 0 in memory read 0.7 as fast as its bare member.
     fn reap_lanes(&mut self, ended: &mut Vec<Completion>) -> u64 {
         let mut aborted = 0;
         let mut reaped = std::mem::take(&mut self.reaped);
-        for member in 0..self.lanes.len() {
+        let (lanes, first) = (self.lanes.len(), self.turn);
+        let mut is_shown = false;
+        for step in 0..lanes {
+            let member = if first + step < lanes { first + step } else { first + step - lanes };
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
                 continue;
             };
+            if is_shown && lane.channel.is_working() {
+                self.core.runtime.wake(self.core.user);
+                continue;
+            }
             let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
             if given_up != lane.given_up {
                 lane.given_up = given_up;
@@ -483,6 +496,9 @@ impl VolumeChannel {
             }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
+            if !reaped.is_empty() && lane.channel.is_working() {
+                (is_shown, self.turn) = (true, member + 1);
+            }
             for completion in reaped.drain(..) {
                 self.ended(1 << member, completion, ended);
             }

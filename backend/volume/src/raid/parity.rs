@@ -136,7 +136,8 @@ impl Guards {
         self.word(row).fetch_add(1, Ordering::AcqRel);
     }
 
-    fn is_released(&self, row: u64) {
+    /// An entry about a stripe is not needed any more, and no opening will look at it.
+    pub fn is_released(&self, row: u64) {
         let before = self.word(row).fetch_sub(1, Ordering::AcqRel);
         assert!(before & !HELD != 0, "row {row} has nothing in the log");
     }
