@@ -142,6 +142,18 @@ impl Pooled {
         level: &str,
         disks: &[DiskOn],
     ) -> Result<Pooled> {
+        Pooled::create_on(lab, scratch, targets, uris, (level, uris.len()), disks)
+    }
+
+    /// The same, over the first `members` of the devices: the others are there for later.
+    fn create_on(
+        lab: &Lab,
+        scratch: Scratch,
+        targets: Vec<Daemon>,
+        uris: &[String],
+        (level, members): (&str, usize),
+        disks: &[DiskOn],
+    ) -> Result<Pooled> {
         let mut sections = host_section();
         for (number, uri) in uris.iter().enumerate() {
             // A member whose target is away is done without, soon.
@@ -158,7 +170,7 @@ impl Pooled {
         }
         let serve = Daemon::configure("serve", &lab.hawser, scratch.path(), &sections)?;
         let pooled = Pooled { serve, targets, scratch };
-        let members: Vec<String> = (0..uris.len()).map(|number| format!("m{number}")).collect();
+        let members: Vec<String> = (0..members).map(|number| format!("m{number}")).collect();
         let mut args = vec!["pool", "create", POOL, "--raid", level];
         args.extend(members.iter().map(String::as_str));
         pooled.serve.offline(&args)?;
@@ -171,13 +183,14 @@ impl Pooled {
         self.serve.offline(&["volume", "snapshot", GOLDEN, name_of(SNAPSHOT)]).map(drop)
     }
 
-    /// A pool of `level` over `members` targets of ours, with the image, and a VM's disk on a clone of it, which listens.
-    pub(crate) fn with_vm(lab: &Lab, level: &str, members: usize) -> Result<Pooled> {
+    /// A pool of `level` over `members` targets of ours, with the image, and a VM's disk on a clone of it, which listens. There are so many
+    /// targets `more`, whose devices are no members yet.
+    pub(crate) fn with_vm(lab: &Lab, level: &str, members: usize, more: usize) -> Result<Pooled> {
         let scratch = Scratch::new()?;
-        let targets = targets(lab, &scratch, members, MEMBER_BYTES)?;
+        let targets = targets(lab, &scratch, members + more, MEMBER_BYTES)?;
         let uris = targets.iter().enumerate().map(|(number, target)| uri_of_target(target, number));
         let uris = uris.collect::<Result<Vec<_>>>()?;
-        Pooled::create(lab, scratch, targets, &uris, level, &[the_disk()])?.serving(lab)
+        Pooled::create_on(lab, scratch, targets, &uris, (level, members), &[the_disk()])?.serving(lab)
     }
 
     /// Imports, clones, and starts the daemon; the VM's disk listens.

@@ -4,26 +4,24 @@
 //!   warm       one volume of 4 GiB, every entry in the cache: the program's own arithmetic
 //!   batches    32 requests at random addresses of 64 TiB, mapped in 1 MiB extents: the memory's latency, amortised
 //!   snapshot   of those 64 TiB, as the owner carries it out
-//!   load       of a checkpoint of them, by a process of its own, whose peak of memory is looked at
 //! ```
 //!
 //! Times are of the best of many rounds: whatever else the machine does only adds to them. The middle one is printed beside it.
 //!
 //! Invariants: asserts no time; nothing is measured that was not checked to have been planned.
 
+mod table;
+
 use hawser_block::{BlockCount, Buffers, Lba, Operation, Request, Token};
-use hawser_volume::format::{NONE, NewSnapshot, PAGE_BYTES, Record, Root};
+use hawser_volume::format::{NONE, NewSnapshot, Record};
 use hawser_volume::pool::View;
 use hawser_volume::pool::resolve::{Plan, Resolved, prefetch, resolve};
 use hawser_volume::raid::{Array, Level, Mode, Set, SetConfig};
-use hawser_volume::thin::{Loader, Metadata, Thin, VolumeMap};
-use std::fs::File;
+use hawser_volume::thin::{Metadata, Thin, VolumeMap};
 use std::hint::black_box;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use table::line;
 
 const EXTENT_BYTES: u64 = 1 << 20;
 const STRIP_BYTES: u32 = 64 << 10;
@@ -33,9 +31,6 @@ const DATA_OFFSET: u64 = 64 << 20;
 /// What one drain of a ring brings.
 const BATCH: usize = 32;
 const VOLUME: u32 = 1;
-const POOL: [u8; 16] = [7; 16];
-/// Says that this process is the one that loads.
-const LOADS: &str = "--loads";
 
 /// How much is done.
 struct Scale {
@@ -54,30 +49,12 @@ impl Scale {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if let Some(at) = arguments.iter().position(|argument| argument == LOADS) {
-        loads(Path::new(&arguments[at + 1]), &arguments[at + 2..]);
-        return;
-    }
     // `cargo bench` says so; `cargo test` does not.
     let scale =
         if arguments.iter().any(|argument| argument == "--bench") { Scale::FULL } else { Scale::TINY };
     println!("{:52}{:>14}{:>14}{:>14}", "", "best", "middle", "goal");
     warm(&scale);
     large(&scale);
-}
-
-/// A line of the table; `goal` is the most that is good.
-fn line(name: &str, best: f64, middle: Option<f64>, unit: &str, goal: Option<f64>) {
-    let number = |value: f64| match value {
-        10.0.. => format!("{value:.1} {unit}"),
-        _ => format!("{value:.3} {unit}"),
-    };
-    let verdict = match goal {
-        Some(goal) if best <= goal => format!("≤ {goal} {unit}, reached"),
-        Some(goal) => format!("≤ {goal} {unit}, MISSED"),
-        None => String::new(),
-    };
-    println!("{name:52}{:>14}{:>14}   {verdict}", number(best), middle.map(number).unwrap_or_default());
 }
 
 /// xorshift64*.
@@ -269,7 +246,6 @@ fn large(scale: &Scale) {
         }
     }
     snapshot(&mut metadata, &tib);
-    load(&mut metadata, thin, &tib);
 }
 
 fn snapshot(metadata: &mut Metadata, tib: &str) {
@@ -286,82 +262,4 @@ fn snapshot(metadata: &mut Metadata, tib: &str) {
         metadata.apply(&Record::Delete { id }).expect("good");
     }
     metadata.settle();
-}
-
-/// Removes a file when it goes.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-/// Writes a checkpoint to a file, which stays in the page cache, and has another process load it.
-fn load(metadata: &mut Metadata, thin: Thin, tib: &str) {
-    let scratch =
-        Scratch(Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("checkpoint-{}", std::process::id())));
-    let file = File::create(&scratch.0).expect("a scratch file");
-    let begin = Instant::now();
-    metadata.begin_checkpoint(true);
-    let mut pages = 0_u64;
-    loop {
-        let some = metadata.checkpoint_step(256).expect("there is room");
-        if some.is_empty() {
-            break;
-        }
-        for (page, bytes) in some {
-            file.write_all_at(&bytes, u64::from(page) * PAGE_BYTES as u64).expect("a scratch file");
-            pages += 1;
-        }
-    }
-    let root = metadata.checkpoint_root(POOL, 0, 0, 0);
-    file.write_all_at(&root.encode(), 0).expect("a scratch file");
-    metadata.end_checkpoint(true);
-    line(&format!("checkpoint of {tib}, {pages} pages"), begin.elapsed().as_secs_f64(), None, "s", None);
-    let numbers = [
-        u64::from(thin.extents),
-        u64::from(metadata.metadata_pages_used()),
-        metadata.volume(VOLUME).map_or(0, |v| v.mapped_extents()),
-    ];
-    let this = std::env::current_exe().expect("this program");
-    let child =
-        Command::new(this).arg(LOADS).arg(&scratch.0).args(numbers.map(|number| number.to_string())).output();
-    let child = child.expect("it starts");
-    let text = String::from_utf8_lossy(&child.stdout).into_owned();
-    let found: Vec<f64> = text.split_whitespace().filter_map(|number| number.parse().ok()).collect();
-    let [seconds, peak_mib] = found[..] else { panic!("{text} {}", String::from_utf8_lossy(&child.stderr)) };
-    line(&format!("load of a checkpoint of {tib}"), seconds, None, "s", Some(10.0));
-    line(&format!("load of a checkpoint of {tib}: peak of memory"), peak_mib, None, "MiB", Some(1024.0));
-}
-
-/// The process that loads: prints the time, and its peak of memory in MiB.
-fn loads(path: &Path, numbers: &[String]) {
-    let number = |at: usize| numbers[at].parse::<u64>().expect("a number");
-    let narrow = |number: u64| u32::try_from(number).expect("a u32");
-    let file = File::open(path).expect("the checkpoint");
-    let mut bytes = vec![0; PAGE_BYTES];
-    file.read_exact_at(&mut bytes, 0).expect("the root");
-    let root = Root::decode(&bytes, &POOL).expect("the root");
-    let thin = Thin { extents: narrow(number(0)), extent_bytes: EXTENT_BYTES, unit_bytes: 4096 };
-    let begin = Instant::now();
-    let mut loader = Loader::new(thin, narrow(number(1)) * 3, &root);
-    loop {
-        let wanted = loader.wanted(256);
-        if wanted.is_empty() {
-            break;
-        }
-        for page in wanted {
-            file.read_exact_at(&mut bytes, u64::from(page) * PAGE_BYTES as u64).expect("a page");
-            loader.give(page, &bytes).expect("it is whole");
-        }
-    }
-    let metadata = loader.finish().expect("it is whole");
-    let seconds = begin.elapsed().as_secs_f64();
-    assert_eq!(metadata.volume(VOLUME).map(|volume| volume.mapped_extents()), Some(number(2)));
-    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
-    println!("{seconds} {}", peak.expect("Linux says it") / 1024.0);
 }

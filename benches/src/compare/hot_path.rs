@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::sys;
 
 /// The benches.
-pub const BENCHES: [&str; 2] = ["resolve", "parity"];
+pub const BENCHES: [&str; 3] = ["resolve", "open", "parity"];
 /// How long one may take.
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -111,7 +111,7 @@ mod tests {
         );
         assert!(line.is_some_and(|line| !line.reached && line.numbers[1] == "0.38×"));
         let line = parse(
-            "load of a checkpoint of 65536 GiB                    2.813 s                  ≤ 10 s, reached",
+            "open of a pool with 65536 GiB mapped                 2.813 s                  ≤ 10 s, reached",
         );
         assert!(line.is_some_and(|line| line.reached && line.numbers == ["2.813 s", ""]));
         assert_eq!(

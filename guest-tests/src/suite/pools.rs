@@ -6,7 +6,7 @@ use super::Outcome;
 use super::pieces::{DISK, KernelTarget, boot, expect_no_trace, verify_options};
 use crate::image::{ROOT_BYTES, ROOT_START};
 use crate::lab::Lab;
-use crate::pools::{CLONE, MEMBER_BYTES, Pooled, View, target, the_disk, uri_of_target};
+use crate::pools::{CLONE, MEMBER_BYTES, POOL, Pooled, View, target, the_disk, uri_of_target};
 use crate::process::output;
 use crate::qemu::Firmware;
 use crate::scratch::Scratch;
@@ -32,13 +32,22 @@ pub(super) fn raid6(lab: &Lab) -> Result<Outcome> {
     survives(lab, "raid6", 4)
 }
 
-/// A member's target dies; a snapshot and a clone are made of the running disk; the target returns; the daemon is killed.
+/// A member's target dies, of RAID 6 two; a snapshot and a clone are made of the running disk; the targets return, last first; the daemon is
+/// killed. With parity another member is replaced then, one that has died (RAID 5) or serves on (RAID 6), and the daemon killed meanwhile.
 fn survives(lab: &Lab, level: &str, members: usize) -> Result<Outcome> {
-    let mut pooled = Pooled::with_vm(lab, level, members)?;
+    let (away, is_replaced): (&[usize], bool) = match level {
+        "raid6" => (&[1, 2], true),
+        "raid5" => (&[1], true),
+        _ => (&[1], false),
+    };
+    let mut pooled = Pooled::with_vm(lab, level, members, usize::from(is_replaced))?;
     let folder = pooled.scratch().path().to_path_buf();
     let mut guest = boot(lab, "reconnect.cfg", Firmware::SeaBios, &folder, &[])?;
     fio::begin(&mut guest, &verify_options(lab.accel, fio::UNTIL_ENDED))?;
-    strike(&mut pooled)?;
+    strike(&mut pooled, away)?;
+    if is_replaced {
+        replace(&mut pooled, members, level == "raid5")?;
+    }
     let report = fio::end(&mut guest).map_err(|e| pooled.serve.explain(&e))?;
     if report.latency_max > PAUSE_MAX {
         return Err(pooled.serve.explain(&format!("a request took {:.1} s", report.latency_max)));
@@ -52,26 +61,56 @@ fn survives(lab: &Lab, level: &str, members: usize) -> Result<Outcome> {
     is_sound(&pooled, "p0/vm1-copy")?;
     pooled.stop()?;
     Ok(Outcome::Passed(format!(
-        "member away and back, snapshot, clone, kill -9; {:.0} I/Os verified, 0 errors, longest pause {:.2} s, members alike",
-        report.ios, report.latency_max
+        "{} of {members} members away and back, snapshot, clone, kill -9{}; {:.0} I/Os verified, 0 errors, longest pause {:.2} s, members alike",
+        away.len(),
+        if is_replaced { ", one replaced, kill -9" } else { "" },
+        report.ios,
+        report.latency_max
     )))
 }
 
-fn strike(pooled: &mut Pooled) -> Result<()> {
+fn strike(pooled: &mut Pooled, away: &[usize]) -> Result<()> {
     pooled.serve.await_writes(DISK, 500)?;
-    pooled.targets[1].kill()?;
-    pooled.wait("without its member", |view| view.state == "degraded" && view.members[1] != "in_sync")?;
-    pooled.serve.await_writes(DISK, 300)?;
+    for &member in away {
+        pooled.targets[member].kill()?;
+        pooled.wait("without its member", |view| {
+            view.state == "degraded" && view.members[member] != "in_sync"
+        })?;
+        pooled.serve.await_writes(DISK, 300)?;
+    }
     pooled.serve.command(&["volume", "snapshot", CLONE, "vm1-then"])?;
     pooled.serve.command(&["volume", "clone", "p0/vm1-then", "p0/vm1-copy"])?;
     pooled.serve.await_writes(DISK, 300)?;
-    pooled.targets[1].launch()?;
-    pooled
-        .wait("given its member back", |view| ["syncing", "in_sync"].contains(&view.members[1].as_str()))?;
+    for &member in away.iter().rev() {
+        pooled.targets[member].launch()?;
+        pooled.wait("given its member back", |view| {
+            ["syncing", "in_sync"].contains(&view.members[member].as_str())
+        })?;
+    }
     pooled.serve.kill()?;
     pooled.serve.launch()?;
     pooled.serve.await_writes(DISK, 300)?;
     pooled.wait("whole", View::is_whole).map(drop)
+}
+
+/// Member 0 becomes the device behind the last one, and the daemon dies on the way.
+fn replace(pooled: &mut Pooled, members: usize, is_dead: bool) -> Result<()> {
+    if is_dead {
+        pooled.targets[0].kill()?;
+        pooled.wait("without its member", |view| view.state == "degraded" && view.members[0] != "in_sync")?;
+    }
+    pooled.serve.command(&["pool", "replace", POOL, "0", &format!("m{members}")])?;
+    pooled.serve.await_writes(DISK, 100)?;
+    pooled.serve.kill()?;
+    pooled.serve.launch()?;
+    pooled.serve.await_writes(DISK, 300)?;
+    pooled.wait("whole", View::is_whole)?;
+    // What it was is nothing that the pool needs.
+    if !is_dead {
+        pooled.targets[0].kill()?;
+        pooled.serve.await_writes(DISK, 300)?;
+    }
+    pooled.targets[0].launch()
 }
 
 /// A clone of a running VM's disk is what a power cut would have left: its file system mounts, and is sound.
