@@ -267,8 +267,24 @@ impl Ways {
     /// Writes slots, each until it is there or its member is out.
     async fn in_place(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<(), Status> {
         let writes = each(slots).map(|slot| {
-            let content = contents[slot].as_ref().expect("what is written is there");
-            self.write_surely(row, slot, (row.offset(), false), content, row.len)
+            let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
+            async move {
+                loop {
+                    if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
+                        return Ok(());
+                    }
+                    let written =
+                        self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
+                    let Err(status) = written else { return Ok(()) };
+                    if self.member_failed(row, slot, status, true).await.is_err() {
+                        // Nobody can be put out. It may come back: what is half written is not left so.
+                        self.runtime.sleep(Duration::from_millis(500)).await;
+                    }
+                    if !self.is_writable() {
+                        return Err(status);
+                    }
+                }
+            }
         });
         all(writes).await.into_iter().collect()
     }

@@ -64,12 +64,9 @@ impl Ways {
         if is_broken("parity_log_after_data") {
             return Ok(number);
         }
-        let mut done = 0;
-        let written = self.log_write(row, slots, offset, (&Rc::new(bounce), bytes), &mut done).await;
+        let written = self.log_write(row, slots, offset, &Rc::new(bounce), bytes).await;
         if written.is_err() {
-            // Nothing was changed in place, so nothing is waited for. But the write has failed, and what is read from now on is what was there
-            // before: the next process must not find it where some have it.
-            self.take_back(row, done, offset).await;
+            // Nothing was changed in place, so nothing is waited for.
             row.parity.ring().placed(number);
         }
         coverage::count(coverage::Event::StripeLogged);
@@ -119,8 +116,8 @@ impl Ways {
         row: &Row<'_>,
         slots: Slots,
         offset: u64,
-        (bounce, len): (&Rc<Bounce>, usize),
-        done: &mut Slots,
+        bounce: &Rc<Bounce>,
+        len: usize,
     ) -> Result<(), Status> {
         loop {
             // A member that has come since the row was looked at has to be put out when it fails: else it is tried for ever.
@@ -142,11 +139,8 @@ impl Ways {
                 row.parity.count_log_write(len);
                 (slot, self.write_unless_out(row, slot, (offset, true), bounce, len).await)
             });
-            let outcomes = all(writes).await;
-            let has = outcomes.iter().filter(|(_, outcome)| outcome.is_ok());
-            *done |= has.fold(0, |slots, (slot, _)| slots | 1 << slot);
             let mut is_whole = true;
-            for (slot, outcome) in outcomes {
+            for (slot, outcome) in all(writes).await {
                 let Err(status) = outcome else { continue };
                 is_whole = false;
                 self.member_failed(row, slot, status, false).await?;
@@ -160,46 +154,9 @@ impl Ways {
         }
     }
 
-    /// Has the entry at this offset count nowhere, or the pool takes no more writes.
-    async fn take_back(&self, row: &Row<'_>, slots: Slots, offset: u64) {
-        if is_broken("parity_failed_entry_kept") {
-            return;
-        }
-        let zeroes = Rc::new(Bounce::holding(&[0; PAGE_BYTES]));
-        let writes = each(slots).map(|slot| {
-            row.parity.count_log_write(PAGE_BYTES);
-            self.write_surely(row, slot, (offset, true), &zeroes, PAGE_BYTES)
-        });
-        all(writes).await;
-    }
-
-    /// Writes to a slot's member until it is there, or the member is out.
-    pub(super) async fn write_surely(
-        &self,
-        row: &Row<'_>,
-        slot: usize,
-        at: (u64, bool),
-        from: &Rc<Bounce>,
-        len: usize,
-    ) -> Outcome {
-        while row.set.mode(row.place(slot)) != Mode::Away {
-            // A member that is out and back meanwhile is put out again, and not tried for ever.
-            let row = &Row { since: self.shared.joins(), ..*row };
-            let Err(status) = self.write_unless_out(row, slot, at, from, len).await else { return Ok(()) };
-            if self.member_failed(row, slot, status, true).await.is_err() {
-                // Nobody can be put out. It may come back: what is half written is not left so.
-                self.runtime.sleep(Duration::from_millis(500)).await;
-            }
-            if !self.is_writable() {
-                return Err(status);
-            }
-        }
-        Ok(())
-    }
-
     /// Writes to a slot's member, and waits while that is not out. A write to a dead target whose outcome is unknown ends only when that
     /// must have forgotten it, which takes up to a minute: it is left to itself then, and the member is not brought back before it has ended.
-    async fn write_unless_out(
+    pub(super) async fn write_unless_out(
         &self,
         row: &Row<'_>,
         slot: usize,
@@ -226,7 +183,7 @@ impl Ways {
     }
 
     /// A member failed a write: it is out when this ends, or it can be tried again. `is_half_done`: others have done what it has not.
-    async fn member_failed(
+    pub(super) async fn member_failed(
         &self,
         row: &Row<'_>,
         slot: usize,
