@@ -52,6 +52,7 @@ const SUITE: Suite = Suite {
         )
     },
     mutations: mutations::ALL,
+    other_mutations: &[],
     break_promise: mutations::set,
     seeds: 200,
     option: |_, _| Ok(false),

@@ -95,6 +95,7 @@ const SUITE: Suite = Suite {
         counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
     },
     mutations: mutations::ALL,
+    other_mutations: mutations::OTHERS,
     break_promise: mutations::set,
     seeds: 100,
     option: |name, args| {

@@ -58,6 +58,8 @@ pub(crate) struct Suite {
     /// A line about all that was counted.
     pub(crate) tell: fn(&BTreeMap<String, u64>) -> String,
     pub(crate) mutations: &'static [Mutation],
+    /// Promises that histories of their own break, which are elsewhere: `--mutation` knows them too.
+    pub(crate) other_mutations: &'static [&'static str],
     pub(crate) break_promise: fn(Option<&str>),
     /// Seeds when nothing says how many.
     pub(crate) seeds: u64,
@@ -128,6 +130,7 @@ fn options(suite: &Suite) -> Result<Options, String> {
     }
     if let Some(name) = options.mutation.as_deref()
         && suite.mutations.iter().all(|mutation| mutation.name != name)
+        && !suite.other_mutations.contains(&name)
     {
         return Err(format!("there is no mutation {name}"));
     }

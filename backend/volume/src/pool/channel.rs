@@ -12,7 +12,7 @@ use super::place::Place;
 use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve};
 use super::shared::{Class, Counted, Shared, View, VolumeShared, lock};
 use super::slow;
-use super::stripes::{Held, Ways};
+use super::stripes::{Begun, Held, Ways};
 use crate::raid::{Mode, Parity};
 use crate::simulated::is_broken;
 use crate::thin::VolumeMap;
@@ -558,13 +558,8 @@ impl VolumeChannel {
     fn fail(&mut self, slot: Slot, more: More, status: Status) {
         let (request, turn) = (slot.request, slot.turn());
         let More { since, failed, aborted, copy, stripes, .. } = more;
-        // Kept until the failure is written down: who changes them before would take for right what the member does not have.
-        let held = |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
-        let held: Vec<Held> = stripes.iter().map(held).collect();
         let core = &self.core;
-        if copy.is_some() {
-            core.place.end_copy(request.buffers.len());
-        }
+        let copied = copy.as_ref().map(|_| core.place.copied(request.buffers.len()));
         if !self.view.is_redundant {
             core.place.leave(turn);
             core.end(request.token, Err(status));
@@ -587,14 +582,27 @@ impl VolumeChannel {
         // Its copies may differ; and it is under way until that is written down, so that nobody makes them the same before.
         slow::mark_unsynced(core, &request);
         let under_way = core.place.still_under_way(turn);
-        let failure = slow::after_failure(
-            Rc::clone(core),
-            request,
-            (failed, aborted),
-            (status, since),
-            (under_way, held),
-        );
-        spawn(core, request.token, failure);
+        let (core, members, token) = (Rc::clone(core), (failed, aborted), request.token);
+        let Some(copy) = copy.filter(|_| !stripes.is_empty()) else {
+            drop(copied);
+            let failure = slow::after_failure(core, request, members, (status, since), under_way);
+            return spawn(&self.core, token, failure);
+        };
+        // Kept until the failure is written down, or the stripes are whole: who changes them before would take for right what a member does
+        // not have.
+        let held = |stripe: &Stripe| Held::taken(self.view.array.set(stripe.set as usize), stripe.row);
+        let begun = Begun {
+            view: Arc::clone(&self.view),
+            _held: stripes.iter().map(held).collect(),
+            stripes,
+            copy,
+            data_bytes: request.buffers.len(),
+            since,
+            _copied: copied.expect("it is copied"),
+            _under_way: under_way,
+        };
+        let fua = matches!(request.operation, Operation::Write { fua: true });
+        spawn(&self.core, token, slow::after_stripes_failed(core, fua, members, status, begun));
     }
 
     fn are_in_sync(&self, members: u64) -> bool {

@@ -121,13 +121,18 @@ impl Place {
         self.bell.ring();
     }
 
+    /// What was begun with [`Place::begin_copy`] counts until the result is dropped.
+    pub(crate) fn copied(self: &Rc<Self>, bytes: usize) -> Copied {
+        Copied { place: Rc::clone(self), bytes }
+    }
+
     /// Waits until so much more may be copied; `None`: it is not waited for any more.
     pub(crate) async fn copy(self: &Rc<Self>, bytes: usize, is_over: impl Fn() -> bool) -> Option<Copied> {
         let look = || match is_over() {
             true => Some(false),
             false => self.begin_copy(bytes).then_some(true),
         };
-        self.bell.until(look).await.then(|| Copied { place: Rc::clone(self), bytes })
+        self.bell.until(look).await.then(|| self.copied(bytes))
     }
 
     /// The turn in which somebody gets under way now; given back to [`Place::leave`].

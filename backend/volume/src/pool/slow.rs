@@ -3,13 +3,14 @@
 //! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
 //! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
 
+use super::ask;
 use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
 use super::owner::Owner;
 use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, Counted, View};
-use super::stripes::{Change, Changed, Held, IsValid};
+use super::stripes::{Begun, Change, Changed, IsValid};
 use super::wait::all;
 use crate::format::NONE;
 use crate::raid::{Mode, Piece, Set};
@@ -107,9 +108,11 @@ pub(super) async fn after_failure(
     request: Request,
     members: (u64, u64),
     (status, since): (Status, u64),
-    under_way: (UnderWay, Vec<Held>),
+    under_way: UnderWay,
 ) -> Outcome {
-    match report_failures(&core, members, (status, since), under_way).await {
+    let reported = report_failures(&core, members, (status, since)).await;
+    drop(under_way);
+    match reported {
         Err(status) if is_out_of_reach(&core, status) => {
             core.runtime.sleep(OUT_OF_REACH).await;
             carry_out(core, request, Counted::under(Class::DeviceFailure)).await
@@ -118,12 +121,36 @@ pub(super) async fn after_failure(
     }
 }
 
+/// The same of one of whole stripes. What is to be done is done also where nobody waits for it any more.
+pub(super) async fn after_stripes_failed(
+    core: Rc<Core>,
+    fua: bool,
+    members: (u64, u64),
+    status: Status,
+    begun: Begun,
+) -> Outcome {
+    let reported = report_failures(&core, members, (status, begun.since)).await;
+    if reported.is_ok() || is_broken("stripe_left_half_written") {
+        return reported;
+    }
+    let (reply, answer) = ask::channel();
+    let ways = core.ways();
+    core.runtime.spawn(async move {
+        let outcome = ways.finish(&begun).await;
+        drop(begun);
+        reply.send(outcome);
+    });
+    let mut answer = Box::pin(answer);
+    let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed)).await;
+    ended.flatten().unwrap_or(Err(Status::Aborted))?;
+    finish_fua(&core, fua).await
+}
+
 /// Members have failed a part of a write that others have: it has ended when that is recorded.
 async fn report_failures(
     core: &Core,
     (failed, aborted): (u64, u64),
     (status, since): (Status, u64),
-    _until_recorded: (UnderWay, Vec<Held>),
 ) -> Outcome {
     let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
     let (members, status) = match (is_given_up, status) {

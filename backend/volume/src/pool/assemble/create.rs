@@ -7,6 +7,7 @@ use crate::pool::bounce::Bounce;
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::{Ask, CreateOptions, PoolError};
 use crate::raid::Level;
+use crate::simulated::is_broken;
 use crate::thin::{Metadata, Thin};
 use hawser_block::{Device, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
@@ -57,7 +58,7 @@ async fn make(
     }
     let thin =
         Thin { extents: array.extents(), extent_bytes: book.extent_bytes, unit_bytes: book.unit_bytes };
-    if options.force {
+    if options.force && !is_broken("old_superblocks_left") {
         // What they belonged to does not take them for whole any more.
         let nothing = Rc::new(Bounce::zeroed(PAGE_BYTES));
         for leaf in &leaves {
@@ -69,6 +70,9 @@ async fn make(
     }
     let count = usize::from(book.metadata_members());
     let (members, rest) = leaves.split_at(leaves.len() - spares.len());
+    if is_broken("superblocks_before_tables") {
+        write_superblocks(lanes, &book, members, (rest, &spares)).await?;
+    }
     for leaf in &members[..count] {
         write_empty_tables(lanes, leaf, &book, thin)
             .await
@@ -80,6 +84,15 @@ async fn make(
             .map_err(|status| failed(leaf, "cannot be written", status))?;
     }
     // Last: what has no superblock is no pool.
+    write_superblocks(lanes, &book, members, (rest, &spares)).await
+}
+
+async fn write_superblocks(
+    lanes: &Rc<Lanes>,
+    book: &Superblock,
+    members: &[Leaf],
+    (rest, spares): (&[Leaf], &[Uuid]),
+) -> Result<(), PoolError> {
     let named = members
         .iter()
         .zip(book.members.iter().map(|member| member.uuid))

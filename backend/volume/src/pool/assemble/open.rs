@@ -14,6 +14,7 @@ use crate::pool::shared::{Shared, View};
 use crate::pool::wait::Bell;
 use crate::pool::{Ask, MemoryTail, OpenOptions, Pool, PoolError, PoolView, coverage};
 use crate::raid::Mode;
+use crate::simulated::is_broken;
 use crate::thin::{Metadata, Thin};
 use hawser_block::{Device, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
@@ -181,8 +182,10 @@ async fn start(
     }
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
-        keep_tail(&owner, &caches, &entries);
-        {
+        if !is_broken("tail_not_kept") {
+            keep_tail(&owner, &caches, &entries);
+        }
+        if !is_broken("opened_unrecorded") {
             let _turn = owner.turns.superblock.take().await;
             let (_, failed) = owner.write_superblocks(&BTreeSet::new()).await;
             if !failed.is_empty() {
@@ -229,7 +232,9 @@ async fn start(
     if !is_read_only {
         let ready = async {
             // A page that was bad somewhere is written anew everywhere.
-            owner.checkpoint(tables.bad_pages > 0).await?;
+            if !is_broken("opened_without_checkpoint") {
+                owner.checkpoint(tables.bad_pages > 0).await?;
+            }
             owner.rewrite_intents().await
         };
         if let Err(status) = ready.await {
@@ -391,6 +396,11 @@ impl Owner {
     async fn make_whole(self: &Rc<Self>) -> Result<(), Status> {
         let _turn = self.turns.change.take().await;
         self.barrier().await;
+        if is_broken("closed_before_durable") {
+            let _turn = self.turns.superblock.take().await;
+            self.book.borrow_mut().opened_by = None;
+            self.record_members().await?;
+        }
         let copied = self.copied();
         self.flush().await?;
         self.release_all_stripes().await?;

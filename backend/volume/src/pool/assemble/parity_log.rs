@@ -73,7 +73,8 @@ pub(super) async fn read(
                 (false, true) => "whole stripes were being written, which are not in the log".to_owned(),
                 (false, false) => String::new(),
             };
-            if !why.is_empty() && !set.are_all_in_sync() && !accept_loss {
+            let is_right = !is_broken("half_written_opened");
+            if !why.is_empty() && !set.are_all_in_sync() && !accept_loss && is_right {
                 let lost: Vec<String> = (0..set.members())
                     .filter(|member| set.mode(*member) != Mode::InSync)
                     .map(|member| (set.first_member() + member).to_string())
@@ -227,11 +228,18 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
         let SetLog { set, header, entries } = log;
         // Until parity is right again. Before anybody can be put out: who is, is lacking from then on.
         let is_doubtful = header.unlogged && set.are_all_in_sync() && set.unsynced.any();
-        if is_doubtful {
+        if is_doubtful && !is_broken("doubts_forgotten") {
             set.unsynced.iter_set().for_each(|region| parity_of(&set).doubtful.set(region));
         }
-        let is_used = !entries.is_empty();
-        for (entry, payload) in entries.values() {
+        let is_used = !entries.is_empty() && !is_broken("parity_replayed_unflushed");
+        if is_broken("parity_log_ended_before_replay") {
+            begin_anew(owner, &set, &header, is_doubtful).await?;
+        }
+        let mut in_order: Vec<_> = entries.values().collect();
+        if is_broken("parity_log_replayed_backwards") {
+            in_order.reverse();
+        }
+        for (entry, payload) in in_order {
             if is_broken("parity_log_not_replayed") {
                 break;
             }
@@ -241,17 +249,27 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
         if is_used {
             owner.flush_members().await?;
         }
-        {
-            let mut ring = parity_of(&set).ring();
-            ring.key = random_uuid(&owner.runtime);
-            ring.header = (header.number, 0);
-            ring.is_unlogged_known = is_doubtful;
-        }
-        // In both places: nobody looks for the old ones again.
-        owner.write_parity_header(&set, 0).await?;
-        owner.write_parity_header(&set, 0).await?;
+        begin_anew(owner, &set, &header, is_doubtful).await?;
     }
     Ok(())
+}
+
+/// None of the entries that are there counts any more.
+async fn begin_anew(
+    owner: &Rc<Owner>,
+    set: &Arc<Set>,
+    header: &ParityHeader,
+    is_doubtful: bool,
+) -> Result<(), Status> {
+    {
+        let mut ring = parity_of(set).ring();
+        ring.key = random_uuid(&owner.runtime);
+        ring.header = (header.number, 0);
+        ring.is_unlogged_known = is_doubtful;
+    }
+    // In both places: nobody looks for the old ones again.
+    owner.write_parity_header(set, 0).await?;
+    owner.write_parity_header(set, 0).await
 }
 
 async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8]) -> Result<(), Status> {

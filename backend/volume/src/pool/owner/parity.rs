@@ -110,12 +110,18 @@ impl Owner {
         let set = set.ok_or(Status::Invalid)?;
         let parity = set.parity().expect("only of sets with parity");
         let _turn = self.turns.parity.take().await;
-        if !parity.is_unlogged() {
+        let is_careless = is_broken("unlogged_begun_without_all");
+        if !parity.is_unlogged() && (set.are_all_in_sync() || is_careless) {
             self.check_writable()?;
+            if is_broken("unlogged_not_told") {
+                parity.set_unlogged(true);
+                return Ok(());
+            }
             parity.ring().is_unlogged_known = true;
             let released = parity.ring().header.1;
             self.write_parity_header(&set, released).await?;
-            parity.set_unlogged(true);
+            // Who is found to be lost by just this ends it again: then it is not begun.
+            parity.set_unlogged(set.are_all_in_sync() || is_careless);
         }
         match set.are_all_in_sync() {
             true => Ok(()),
@@ -133,7 +139,9 @@ impl Owner {
         parity.set_unlogged(false);
         self.barrier().await;
         let _turn = self.turns.parity.take().await;
-        self.flush_members().await?;
+        if !is_broken("unlogged_ended_unflushed") {
+            self.flush_members().await?;
+        }
         if parity.is_unlogged() {
             // Somebody has begun again.
             return Ok(());
@@ -146,10 +154,10 @@ impl Owner {
         self.write_parity_header(set, released).await
     }
 
-    /// The same of all sets, where nobody has written so since this was called last; `all`: everywhere.
+    /// The same of all sets, where nobody has written so since this was called last, or nobody can; `all`: everywhere.
     pub(crate) async fn end_idle_unlogged(self: &Rc<Self>, all: bool) -> Outcome {
         for set in self.sets_with_parity() {
-            let is_idle = !set.intents.any() || all;
+            let is_idle = !set.intents.any() || all || !set.are_all_in_sync();
             if is_idle {
                 self.end_unlogged(&set).await?;
             }
@@ -306,6 +314,9 @@ impl Owner {
             }
         }
         self.check_ours()?;
+        if is_broken("parity_not_made_again") {
+            wrong &= !compared;
+        }
         for slot in each(wrong) {
             let leaf = row.leaf(slot).expect("who is written to is there");
             let content = contents[slot].as_ref().expect("made just now");

@@ -23,13 +23,17 @@ impl Owner {
         // Before it may be taken for the first copy that is in sync.
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
         let cache = leaf.device.cache_identity();
-        self.lanes.flush(&leaf).await?;
+        if !is_broken("joined_unflushed") {
+            self.lanes.flush(&leaf).await?;
+        }
         let turn = self.turns.superblock.take().await;
         let (is_ready, is_doubted) = {
             let members = self.members.borrow();
             let member = &members[usize::from(number)];
             let is_ready = !member.is_joining && !member.is_recorded;
-            (is_ready, is_ready && member.is_doubted.load(Ordering::Acquire))
+            let is_doubted =
+                member.is_doubted.load(Ordering::Acquire) && !is_broken("joined_with_lost_cache");
+            (is_ready, is_ready && is_doubted)
         };
         if is_doubted {
             // It has lost its cache on the way: what was not flushed is lacking again, of the tables too. It begins again.
@@ -65,7 +69,8 @@ impl Owner {
         }
         {
             let _one = lock(&self.shared.modes);
-            if self.members.borrow()[usize::from(number)].is_doubted.load(Ordering::Acquire) {
+            let is_doubted = self.members.borrow()[usize::from(number)].is_doubted.load(Ordering::Acquire);
+            if is_doubted && !is_broken("joined_with_lost_cache") {
                 // It is found out by whoever looks for doubts.
                 return Ok(());
             }
@@ -162,7 +167,10 @@ impl Owner {
         self.new_view();
         self.members.borrow_mut()[usize::from(number)].is_joining = true;
         // Before any of it is overwritten: from here on it is of no use alone, which it may not have been told yet.
-        let told = self.tell(number).await;
+        let told = match is_broken("not_told_before_overwritten") {
+            true => Ok(()),
+            false => self.tell(number).await,
+        };
         let joined = match told {
             Ok(()) => self.join(number, &set, index).await,
             Err(status) => Err(status),
@@ -210,7 +218,7 @@ impl Owner {
         if set.parity().is_some() && !is_broken("parity_log_kept_over_rejoin") {
             self.release_stripes(set).await?;
         }
-        if number < self.book.borrow().metadata_members() {
+        if number < self.book.borrow().metadata_members() && !is_broken("joined_without_tables") {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;
         }

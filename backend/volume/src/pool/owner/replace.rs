@@ -8,6 +8,7 @@ use crate::pool::assemble::new_set;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
+use crate::simulated::is_broken;
 use hawser_block::{Device, DeviceState, Outcome, Status};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -202,7 +203,9 @@ impl Owner {
         }
         let set_index = self.view().array.set_of_member(number).map_or(0, |(set, _)| set);
         // All of it is lacking: that is durable before anybody may take the new one for a member.
-        self.mark_from(set_index, has_bytes).await.map_err(|status| self.failed(&name, status))?;
+        if !is_broken("put_in_unmarked") {
+            self.mark_from(set_index, has_bytes).await.map_err(|status| self.failed(&name, status))?;
+        }
         {
             let _turn = self.turns.superblock.take().await;
             self.replacing.borrow_mut().take_if(|it| it.member == number);
@@ -336,10 +339,11 @@ impl Owner {
             let _turn = self.turns.superblock.take().await;
             // The new ones first, with a generation that counts for nothing: nobody is told of members that do not know that they are, and
             // nobody believes them before all of them know.
-            for leaf in &leaves {
+            for leaf in leaves.iter().filter(|_| !is_broken("grown_without_log")) {
                 self.begin_parity_log(&set, leaf).await.map_err(|status| self.failed(leaf.name(), status))?;
             }
-            for (leaf, record) in leaves.iter().zip(&book.members[first..]) {
+            let told = leaves.iter().zip(&book.members[first..]);
+            for (leaf, record) in told.filter(|_| !is_broken("new_members_told_last")) {
                 let own = Superblock { this: record.uuid, generation: 0, ..book.clone() };
                 let written = write_superblock(&self, leaf, &own).await;
                 written.map_err(|status| self.failed(leaf.name(), status))?;

@@ -459,6 +459,9 @@ impl Owner {
             |region: u32| (u64::from(region) * bytes)..((u64::from(region) + 1) * bytes).min(copied);
         let stale: Vec<_> =
             set.intents.iter_set().map(of_region).filter(|range| range.start < range.end).collect();
+        if is_broken("marked_not_copied_again") {
+            return;
+        }
         if let Some(it) = self.replacing.borrow_mut().as_mut() {
             it.stale = stale;
         }
@@ -504,10 +507,17 @@ impl Owner {
             self.hindered(format!("cannot be finished: {}; tried again", status.name()));
             return;
         }
+        if is_broken("old_member_erased_first")
+            && let Some(old) = Leaf::new(Arc::clone(&twin.old))
+        {
+            self.wipe(&old).await;
+        }
         if !self.swap(member, &leaf, &twin).await {
             return;
         }
         self.replacing.borrow_mut().take();
+        // It may have been paused since its last step.
+        self.work.go_on(REPLACE, 0, 0, self.runtime.now());
         self.work.end(self.runtime.now());
         let (set, _) = self.place_of(member);
         if !set.level().is_redundant() {
@@ -544,7 +554,7 @@ impl Owner {
             self.repeat_parity_header(&set, member).await?;
             self.release_stripes(&set).await?;
         }
-        if member < self.book.borrow().metadata_members() {
+        if member < self.book.borrow().metadata_members() && !is_broken("swapped_without_tables") {
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;
         }
@@ -556,7 +566,9 @@ impl Owner {
         }
         twin.set_phase(Phase::Strict);
         self.barrier().await;
-        self.lanes.flush(leaf).await.inspect_err(|_| twin.switch_off())?;
+        if !is_broken("swapped_unflushed") {
+            self.lanes.flush(leaf).await.inspect_err(|_| twin.switch_off())?;
+        }
         match twin.is_good() {
             true => Ok(()),
             false => Err(Status::Path),

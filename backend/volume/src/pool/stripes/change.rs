@@ -129,7 +129,8 @@ impl Ways {
         // Without it only where nothing that could be lost stands in these columns; and where all of it is overwritten on all members: then
         // parity is made again from whatever part of it has come there.
         let needs_no_log = lost == Lost::Zeroes || (is_whole && is_healthy && self.is_unlogged(row).await);
-        let is_logged = row.parity.guards.is_logged(row.row) || !needs_no_log;
+        let is_in_log = row.parity.guards.is_logged(row.row) && !is_broken("older_entry_forgotten");
+        let is_logged = is_in_log || !needs_no_log;
         let is_logged = is_logged && !is_broken("parity_write_unlogged");
         let entry = match is_logged {
             true => Some(self.log(row, &contents, slots).await?),
@@ -265,7 +266,12 @@ impl Ways {
     }
 
     /// Writes slots, each until it is there or its member is out.
-    async fn in_place(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<(), Status> {
+    pub(super) async fn in_place(
+        &self,
+        row: &Row<'_>,
+        contents: &Contents,
+        slots: Slots,
+    ) -> Result<(), Status> {
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {
@@ -276,6 +282,9 @@ impl Ways {
                     let written =
                         self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
                     let Err(status) = written else { return Ok(()) };
+                    if is_broken("left_half_written") {
+                        return Err(status);
+                    }
                     if self.member_failed(row, slot, status, true).await.is_err() {
                         // Nobody can be put out. It may come back: what is half written is not left so.
                         self.runtime.sleep(Duration::from_millis(500)).await;

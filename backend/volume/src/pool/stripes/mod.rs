@@ -12,9 +12,11 @@
 //! - What was begun in place is finished in place, or a member is put out, or the pool takes no more writes; whoever waits may leave before.
 
 mod change;
+mod finish;
 mod log;
 mod row;
 
+pub(crate) use finish::Begun;
 pub(crate) use row::{Lost, Row, Slots, each};
 
 use super::ask::{self, Reply};

@@ -1,0 +1,249 @@
+//! Making a pool, opening and closing it, growing: rules 0, 1, 9 and 12.
+
+use super::*;
+
+/// Makes a pool of all disks, which may have been another's, and the power goes after so many steps.
+fn create_and_cut(scene: &mut Scene, steps: u64, options: CreateOptions) {
+    let handle = scene.reactors[0].runtime().handle();
+    let created = pool::create(&handle, scene.devices(), options);
+    let _ = scene.trapped(steps, created);
+    scene.cut();
+    scene.untrap();
+}
+
+fn options(name: &str, uuid: u8) -> CreateOptions {
+    CreateOptions {
+        strip_bytes: 16 << 10,
+        extent_bytes: 64 << 10,
+        region_bytes: 256 << 10,
+        log_bytes: 64 << 10,
+        metadata_bytes: Some(256 << 10),
+        force: true,
+        ..CreateOptions::new(name, [uuid; 16], Level::Raid5)
+    }
+}
+
+/// The disks that say that they are of this pool.
+pub(super) fn labelled(scene: &mut Scene, name: &str) -> Vec<Arc<dyn Device>> {
+    let mut found = Vec::new();
+    for device in scene.devices() {
+        let handle = scene.reactors[0].runtime().handle();
+        let probed = pool::probe(&handle, Arc::clone(&device));
+        if scene.ask(probed).ok().flatten().is_some_and(|label| label.pool == name) {
+            found.push(device);
+        }
+    }
+    found
+}
+
+/// The power goes at any step while a pool is made of disks with junk: what says that it is one is one.
+#[test]
+fn a_pool_that_is_half_made_is_none() {
+    holds("superblocks_before_tables", |seed| {
+        for steps in (1 + seed..160).step_by(24) {
+            let mut scene = Scene::sized(seed, 3, 8 << 11);
+            scene.disks.iter().zip(seed..).for_each(|(disk, at)| disk.state().fill_with_junk(at));
+            create_and_cut(&mut scene, steps, options("p0", 9));
+            let devices = labelled(&mut scene, "p0");
+            let is_whole = devices.len() == 3;
+            match scene.try_open(devices, true) {
+                Err(why) if is_whole => return Err(format!("after {steps} steps: {why}")),
+                Err(_) => {}
+                Ok(pool) => {
+                    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+                    scene.write(&pool, "v", 0, &pattern(1, 4096));
+                    scene.ask(pool.close()).unwrap();
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A pool is made of another's disks by force, and the power goes at any step: the other is there with all its data, or it is not there.
+#[test]
+fn a_pool_that_was_overwritten_is_not_found_again() {
+    holds("old_superblocks_left", |seed| {
+        for steps in (1 + seed..160).step_by(24) {
+            let mut scene = Scene::sized(seed, 3, 8 << 11);
+            let handle = scene.reactors[0].runtime().handle();
+            let created = pool::create(&handle, scene.devices(), options("old", 8));
+            scene.ask(created).unwrap();
+            let pool = scene.open();
+            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+            let data = pattern(1, 64 << 10);
+            scene.write(&pool, "v", 0, &data);
+            scene.ask(pool.close()).unwrap();
+            drop(pool);
+            create_and_cut(&mut scene, steps, options("new", 9));
+            let devices = labelled(&mut scene, "old");
+            let is_whole = devices.len() == 3;
+            match scene.try_open(devices, true) {
+                Err(why) if is_whole => return Err(format!("after {steps} steps: {why}")),
+                Err(_) => {}
+                Ok(pool) => {
+                    let read = scene.is_one_of(&pool, 0, &[&data]);
+                    drop(pool);
+                    scene.kill();
+                    read?;
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A mirror is opened without a member, and written; then that is there again. It was not told of anything, so the others know.
+#[test]
+fn who_is_missing_when_a_pool_is_opened_is_out_before_anything_is_written() {
+    holds("opened_unrecorded", |seed| {
+        let mut scene = Scene::sized(seed, 2, 16 << 11);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 64 << 10));
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        scene.disks[0].fail_all(Some(Status::Path));
+        let devices = scene.living();
+        let pool = scene.open_quietly(devices, |options| options.degraded = true).unwrap();
+        let new = pattern(2, 64 << 10);
+        scene.write(&pool, "v", 0, &new);
+        scene.flush(&pool, "v");
+        drop(pool);
+        scene.cut();
+        scene.disks[0].fail_all(None);
+        let devices = scene.devices();
+        let pool = scene.try_open(devices, true).map_err(|why| why.to_string())?;
+        scene.is_one_of(&pool, 0, &[&new])
+    });
+}
+
+/// A process dies, and the next one while it opens the pool, at any step: what was acknowledged is there.
+#[test]
+fn what_a_dead_process_has_left_is_kept_until_it_is_durable() {
+    holds("tail_not_kept", |seed| {
+        for steps in (1 + seed..48).step_by(24) {
+            let mut scene = Scene::sized(seed, 2, 16 << 11);
+            scene.create(Level::Raid1);
+            let pool = scene.open();
+            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+            let data = pattern(1, 64 << 10);
+            scene.write(&pool, "v", 0, &data);
+            drop(pool);
+            scene.kill();
+            let options = OpenOptions::new(HOST, Box::new(scene.tail.clone()));
+            let handle = scene.reactors[0].runtime().handle();
+            let opened = Pool::open(&handle, scene.devices(), options);
+            drop(scene.trapped(steps, opened));
+            scene.kill();
+            scene.untrap();
+            let devices = scene.devices();
+            let pool = scene.try_open(devices, false).map_err(|why| why.to_string())?;
+            scene.is_one_of(&pool, 0, &[&data]).map_err(|why| format!("after {steps} steps: {why}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// After a power cut a pool is opened, and another power cut comes behind the first FLUSH: what that promised is there.
+#[test]
+fn what_was_done_again_is_in_a_checkpoint_before_the_first_answer() {
+    holds("opened_without_checkpoint", |seed| {
+        let mut scene = Scene::sized(seed, 2, 16 << 11);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        let old = pattern(1, 64 << 10);
+        scene.write(&pool, "v", 0, &old);
+        scene.flush(&pool, "v");
+        drop(pool);
+        scene.cut();
+        let devices = scene.devices();
+        let pool = scene.open_quietly(devices, |_| {}).unwrap();
+        let new = pattern(2, 64 << 10);
+        scene.write(&pool, "v", 64 << 10, &new);
+        scene.flush(&pool, "v");
+        drop(pool);
+        scene.cut();
+        let devices = scene.devices();
+        let pool = scene.try_open(devices, false).map_err(|why| why.to_string())?;
+        scene.is_one_of(&pool, 0, &[&old])?;
+        scene.is_one_of(&pool, 64 << 10, &[&new])
+    });
+}
+
+/// The power goes at any step while a pool is closed: while it does not say that it is closed, what may differ is made the same.
+#[test]
+fn a_pool_says_that_it_is_closed_when_everything_is_durable() {
+    holds("closed_before_durable", |seed| {
+        for (level, members) in [(Level::Raid1, 2), (Level::Raid5, 3)] {
+            for steps in (1 + seed..72).step_by(24) {
+                let mut scene = Scene::sized(seed, members, 16 << 11);
+                scene.create(level);
+                let pool = scene.open();
+                scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+                let (old, new) = (pattern(1, 64 << 10), pattern(2, 64 << 10));
+                scene.write(&pool, "v", 0, &old);
+                let pool = scene.reopen_quietly(pool, |_| {});
+                scene.write(&pool, "v", 0, &new[..40 << 10]);
+                let closed = pool.close();
+                drop(pool);
+                let closed = scene.trapped(steps, closed);
+                scene.cut();
+                scene.untrap();
+                let pool = scene.open();
+                let mut both = new.clone();
+                both[40 << 10..].copy_from_slice(&old[40 << 10..]);
+                let found = match closed {
+                    Some(_) => scene.is_one_of(&pool, 0, &[&both]),
+                    None => scene.is_one_of(&pool, 0, &[&old, &both]),
+                };
+                found
+                    .and_then(|()| scene.are_same(&pool))
+                    .map_err(|why| format!("{} after {steps} steps: {why}", level.name()))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A pool grows, and the power goes at any step: it is as it was, or larger, and in either case it can be opened and written.
+#[test]
+fn a_pool_that_grows_can_be_opened_at_any_time() {
+    for promise in ["new_members_told_last", "grown_without_log"] {
+        holds(promise, |seed| {
+            for steps in (1 + seed..72).step_by(24) {
+                let mut scene = Scene::sized(seed, 6, 8 << 11);
+                let handle = scene.reactors[0].runtime().handle();
+                let devices = scene.devices();
+                scene.disks[3..].iter().zip(seed..).for_each(|(disk, at)| disk.state().fill_with_junk(at));
+                let created = pool::create(&handle, devices[..3].to_vec(), options("p0", 9));
+                scene.ask(created).unwrap();
+                let pool = scene.open_quietly(devices[..3].to_vec(), |_| {}).unwrap();
+                scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+                let data = pattern(1, 64 << 10);
+                scene.write(&pool, "v", 0, &data);
+                scene.flush(&pool, "v");
+                let grown = pool.grow(devices[3..].to_vec(), true);
+                drop(pool);
+                let _ = scene.trapped(steps, grown);
+                scene.cut();
+                scene.untrap();
+                let what = |why: &dyn std::fmt::Display| format!("after {steps} steps: {why}");
+                let devices = labelled(&mut scene, "p0");
+                let report = pool::check(&scene.reactors[0].runtime().handle(), devices.clone());
+                let faults = scene.ask(report).map_err(|why| what(&why))?.faults;
+                let is_expected =
+                    |fault: &String| fault.contains("superblock at") || fault.contains("has an entry");
+                if let Some(fault) = faults.iter().find(|fault| !is_expected(fault)) {
+                    return Err(what(fault));
+                }
+                let pool = scene.try_open(devices, false).map_err(|why| what(&why))?;
+                scene.write(&pool, "v", 4096, &pattern(2, 4096));
+                scene.ask(pool.close()).map_err(|why| what(&why))?;
+            }
+            Ok(())
+        });
+    }
+}
