@@ -122,6 +122,7 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Dies => {
             disk.fail_all(Some([Status::Path, Status::Timeout, Status::Media][cast.random.index(3)]));
             cast.members[at].health = Health::Dead;
+            cast.lost_until = noticed(cast) + 3 * cast.plan.intent_idle + Duration::from_secs(3);
             let view = cast.pool.as_ref().map(Pool::view);
             // A spare may take a place without being asked. And who is out now may come back without it, and be alone with it later:
             // each of the two says that the other is out, and nobody who knows better is there.
@@ -545,6 +546,7 @@ pub(crate) fn lose_at_crash(cast: &mut Cast) {
     }
     cast.members[at].disk.fail_all(Some(Status::Path));
     cast.members[at].health = Health::Dead;
+    cast.may_be_half_written = true;
     cast.count("deaths_at_crashes");
 }
 
@@ -558,6 +560,15 @@ pub(crate) fn heal_unnoticed(cast: &mut Cast) {
         if cast.members[at].health != Health::Good && !cast.members[at].is_retired && !is_out {
             heal(cast, at);
         }
+    }
+}
+
+/// Disks that were dead are there again, and have kept what they had.
+pub(crate) fn return_lost(cast: &mut Cast) {
+    for member in cast.members.iter_mut().filter(|member| member.health == Health::Dead && !member.is_retired)
+    {
+        member.disk.fail_all(None);
+        member.health = Health::Good;
     }
 }
 

@@ -41,6 +41,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "discards_of_twins",
     "doubtful_members_lost",
     "doubts_forgotten",
+    "entry_left_in_log",
     "fresh_beside_others",
     "grown_without_log",
     "half_written_opened",

@@ -132,3 +132,31 @@ fn a_stripe_that_a_member_does_not_take_is_whole_without_it() {
         scene.is_one_of(&pool, 0, &[&old[..LEN], &other])
     });
 }
+
+/// One of the members that get an entry of the log is full. The other has it: the change is not given up as one that never was, or the next opening
+/// puts it in place, and over a parity that knows nothing of it.
+#[test]
+fn an_entry_that_one_member_has_is_not_given_up() {
+    holds("entry_left_in_log", |seed| {
+        let (mut scene, pool, old) = begin(seed, |_| {});
+        let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+        {
+            let mut state = scene.disks[1].state();
+            let log = book.layout.parity_log_offset() / 512..book.layout.data_offset() / 512;
+            (state.unwritable, state.error) = (log, Status::NoSpace);
+        }
+        let (first, second) = (noise(2, 4096), noise(3, 4096));
+        let _ = scene.io(&pool, "v", Operation::Write { fua: false }, 0, &first);
+        scene.disks[1].state().unwritable = 0..0;
+        scene.until(&pool, 1, MemberState::InSync);
+        scene.write(&pool, "v", 16 << 10, &second);
+        drop(pool);
+        scene.disks[1].fail_all(Some(Status::Path));
+        scene.cut();
+        let pool = scene.open_degraded();
+        let mut other = old[..LEN].to_vec();
+        other[..first.len()].copy_from_slice(&first);
+        other[16 << 10..20 << 10].copy_from_slice(&second);
+        scene.is_one_of(&pool, 0, &[&old[..LEN], &other])
+    });
+}

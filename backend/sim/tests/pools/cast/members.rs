@@ -81,6 +81,11 @@ impl Cast {
         }
     }
 
+    /// Some disk fails some requests, or some blocks of it cannot be read: it may be put out at any time.
+    pub(crate) fn has_faulty(&self) -> bool {
+        self.present().any(|member| member.health == Health::Faulty)
+    }
+
     /// Disks that are the pool's, as far as we know.
     pub(crate) fn present(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|member| !member.is_retired)

@@ -119,6 +119,7 @@ impl Ways {
         bounce: &Rc<Bounce>,
         len: usize,
     ) -> Result<(), Status> {
+        let mut is_begun = false;
         loop {
             // A member that has come since the row was looked at has to be put out when it fails: else it is tried for ever.
             let row = &Row { since: self.shared.joins(), ..*row };
@@ -126,7 +127,11 @@ impl Ways {
             // As many as may be lost still, and one more.
             let count = (in_sync.count_ones() as usize + 1).saturating_sub(row.data());
             if count == 0 {
-                return Err(Status::Path);
+                if !is_begun || !self.is_writable() {
+                    return Err(Status::Path);
+                }
+                self.runtime.sleep(Duration::from_millis(500)).await;
+                continue;
             }
             // Rather those that the change does not go to. And those that are being brought up to date: when they are, one more may be lost,
             // and what was logged before has to be on one member more.
@@ -140,10 +145,20 @@ impl Ways {
                 (slot, self.write_unless_out(row, slot, (offset, true), bounce, len).await)
             });
             let mut is_whole = true;
-            for (slot, outcome) in all(writes).await {
+            let outcomes = all(writes).await;
+            // Somebody has it, or may have: the next opening would put it in place, over what was answered since. So it does not fail any more.
+            is_begun |= outcomes.iter().any(|(_, outcome)| !outcome.is_err_and(is_without_effect));
+            is_begun &= !is_broken("entry_left_in_log");
+            for (slot, outcome) in outcomes {
                 let Err(status) = outcome else { continue };
                 is_whole = false;
-                self.member_failed(row, slot, status, false).await?;
+                match self.member_failed(row, slot, status, is_begun).await {
+                    Err(_) if is_begun && self.is_writable() => {
+                        // Nobody can be put out. It may come back.
+                        self.runtime.sleep(Duration::from_millis(500)).await;
+                    }
+                    outcome => outcome?,
+                }
             }
             if is_whole {
                 return Ok(());
@@ -211,4 +226,9 @@ impl Ways {
     pub(super) fn is_writable(&self) -> bool {
         self.shared.is_writable.load(Ordering::Acquire)
     }
+}
+
+/// A write that ended so has changed nothing.
+fn is_without_effect(status: Status) -> bool {
+    matches!(status, Status::NoSpace | Status::Invalid | Status::Unsupported | Status::ReadOnly)
 }
