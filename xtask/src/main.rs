@@ -161,7 +161,7 @@ fn sim(args: &[&str]) -> Result<()> {
     };
     if test == "pools" && args.contains(&"--mutations") {
         // Those that take a history of their own.
-        run("pool", &["orders", "a_stripe_that_is_given_up"])?;
+        run("pool", &["orders", "joined", "a_stripe_that_is_given_up"])?;
     }
     run(test, args)
 }

@@ -4,6 +4,8 @@
 mod check;
 #[path = "pool_cases/classes.rs"]
 mod classes;
+#[path = "pool_cases/joined.rs"]
+mod joined;
 #[path = "pool_cases/members.rs"]
 mod members;
 #[path = "pool_cases/missing.rs"]
@@ -20,6 +22,8 @@ mod promises;
 mod replace;
 #[path = "pool_cases/scrub.rs"]
 mod scrub;
+#[path = "pool_cases/shapes.rs"]
+mod shapes;
 #[path = "pool_cases/space.rs"]
 mod space;
 

@@ -50,7 +50,7 @@ impl Scene {
     }
 
     /// A member dies, and the pool knows.
-    fn lose(&mut self, pool: &Pool, member: usize) {
+    pub(crate) fn lose(&mut self, pool: &Pool, member: usize) {
         self.disks[member].fail_all(Some(Status::Path));
         while pool.view().members[member].state == MemberState::InSync {
             self.flush(pool, "v");
@@ -65,13 +65,13 @@ impl Scene {
         devices
     }
 
-    fn open_degraded(&mut self) -> Pool {
+    pub(crate) fn open_degraded(&mut self) -> Pool {
         let devices = self.living();
         self.try_open(devices, true).unwrap()
     }
 
     /// Opens with these devices, and nothing becomes durable by itself.
-    fn open_quietly(
+    pub(crate) fn open_quietly(
         &mut self,
         devices: Vec<Arc<dyn Device>>,
         change: impl FnOnce(&mut OpenOptions),
@@ -108,7 +108,7 @@ impl Scene {
     }
 
     /// How many units are not the same on the members, or do not go with their parity.
-    fn differing(&mut self, pool: &Pool) -> u64 {
+    pub(crate) fn differing(&mut self, pool: &Pool) -> u64 {
         self.until_it(pool, |pool| {
             let view = pool.view();
             let is_whole = view.members.iter().all(|member| member.state == MemberState::InSync);
@@ -129,7 +129,7 @@ impl Scene {
     }
 
     /// Disks of this size.
-    fn sized(seed: u64, members: u8, blocks: u64) -> Scene {
+    pub(crate) fn sized(seed: u64, members: u8, blocks: u64) -> Scene {
         let mut scene = Scene::new(seed, 0);
         scene.disks = (0..members).map(|number| disk(number, blocks)).collect();
         scene.shake(seed);
@@ -167,7 +167,7 @@ impl Scene {
     }
 
     /// Each block of what is read is that of one of these. Of several copies each is read.
-    fn is_one_of(&mut self, pool: &Pool, from: u64, contents: &[&[u8]]) -> Result<(), String> {
+    pub(crate) fn is_one_of(&mut self, pool: &Pool, from: u64, contents: &[&[u8]]) -> Result<(), String> {
         let len = contents[0].len();
         let device = pool.device("v").ok_or("there is no volume")?;
         let client = Rc::new(Client::new(self.reactors[0].runtime(), &device));
@@ -194,7 +194,7 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     words.take(len).collect()
 }
 
-fn disk(number: u8, blocks: u64) -> Arc<SimDisk> {
+pub(crate) fn disk(number: u8, blocks: u64) -> Arc<SimDisk> {
     let geometry = Geometry {
         volatile_cache: true,
         discard: Some(DiscardLimits { blocks_max: 1 << 12, granularity_blocks: 1, reads_zeroes: true }),

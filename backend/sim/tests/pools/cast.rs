@@ -91,10 +91,14 @@ pub(crate) struct Cast {
     pub(crate) freed_at: Instant,
     /// A member's power was lost, and the pool may not know yet.
     pub(crate) doubtful_until: Instant,
-    /// A member was lost when the process ended, or just before, so that it may be that nobody can say what it had: the pool may be refused.
-    pub(crate) may_be_half_written: bool,
+    /// A member was lost when the process ended: it may be that nobody can say what it had. The pool may be refused without it, and not with it.
+    pub(crate) is_lost_with_process: bool,
+    /// A member was put out just before the process ended, or may have been: the pool may be refused, with it too.
+    pub(crate) is_lost_before: bool,
     /// Until then a member that died may not be known to be out, or what was written without the log may not be durable.
     pub(crate) lost_until: Instant,
+    /// The pool was refused, rightly, and that is the end.
+    pub(crate) is_half_written: bool,
     /// All shall be well, and stay so.
     pub(crate) is_mended: bool,
 }
@@ -141,8 +145,10 @@ impl Cast {
             keeps_dead: false,
             freed_at: Instant::default(),
             doubtful_until: Instant::default(),
-            may_be_half_written: false,
+            is_lost_with_process: false,
+            is_lost_before: false,
             lost_until: Instant::default(),
+            is_half_written: false,
             is_mended: false,
             plan,
         };

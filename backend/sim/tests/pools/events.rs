@@ -1,6 +1,6 @@
 //! How things happen: each event, once.
 
-use crate::cast::{Cast, Crash, Health};
+use crate::cast::{Cast, Crash, Health, Member};
 use crate::model::Op;
 use crate::plan::Event;
 use hawser_block::{Device, Status};
@@ -546,7 +546,7 @@ pub(crate) fn lose_at_crash(cast: &mut Cast) {
     }
     cast.members[at].disk.fail_all(Some(Status::Path));
     cast.members[at].health = Health::Dead;
-    cast.may_be_half_written = true;
+    cast.is_lost_with_process = true;
     cast.count("deaths_at_crashes");
 }
 
@@ -563,13 +563,16 @@ pub(crate) fn heal_unnoticed(cast: &mut Cast) {
     }
 }
 
-/// Disks that were dead are there again, and have kept what they had.
-pub(crate) fn return_lost(cast: &mut Cast) {
-    for member in cast.members.iter_mut().filter(|member| member.health == Health::Dead && !member.is_retired)
-    {
+/// Disks that were dead are there again, and have kept what they had; whether there are any.
+pub(crate) fn return_lost(cast: &mut Cast) -> bool {
+    let is_lost = |member: &&mut Member| member.health == Health::Dead && !member.is_retired;
+    let mut lost = cast.members.iter_mut().filter(is_lost).peekable();
+    let is_any = lost.peek().is_some();
+    for member in lost {
         member.disk.fail_all(None);
         member.health = Health::Good;
     }
+    is_any
 }
 
 /// Disks that were dead are there again.

@@ -26,7 +26,10 @@ pub(crate) struct Limits {
 /// What was broken.
 pub(crate) fn happen(plan: Plan, limits: &Limits) -> Result<Seen, String> {
     let mut cast = Cast::new(plan);
-    let result = catch_unwind(AssertUnwindSafe(|| happen_to(&mut cast, limits)));
+    let result = catch_unwind(AssertUnwindSafe(|| match happen_to(&mut cast, limits) {
+        Err(_) if cast.is_half_written => Ok(Seen { trace: cast.world.trace(), counts: counts(&cast) }),
+        result => result,
+    }));
     let result = result.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));

@@ -69,6 +69,8 @@ pub(crate) const OTHERS: &[&str] = &[
     "swapped_unflushed",
     "tail_not_kept",
     "taken_over_unflushed",
+    "waiting_not_joined",
+    "whole_stripes_logged",
     "unlogged_begun_without_all",
     "unlogged_ended_unflushed",
     "unlogged_not_told",

@@ -55,10 +55,10 @@ impl Cast {
             self.count("tails_found");
         }
         if self.plan.has_parity() {
+            // Of who is out since a while what was written without the log has been made durable.
+            self.is_lost_before |= self.world.now() < self.lost_until || self.has_faulty();
             // A whole stripe that was being written when the process ends, and a member that is lost at the same moment, are one too many.
             crate::events::heal_unnoticed(self);
-            // Who is out since a while: what was written without the log has been made durable.
-            self.may_be_half_written |= self.world.now() < self.lost_until || self.has_faulty();
             if !self.is_mended && self.random.chance(300) {
                 // Of what is in the log there is one copy more than members may be lost.
                 crate::events::lose_at_crash(self);
@@ -243,13 +243,21 @@ impl Cast {
                     self.end_process();
                 }
                 Some(Err(PoolError::Conflict(why)))
-                    if self.may_be_half_written && why.contains("whole stripes were being written") =>
+                    if why.contains("whole stripes were being written")
+                        && (self.is_lost_with_process || self.is_lost_before) =>
                 {
-                    // A member and the power were lost at once, and nobody can say what is right: that is said. With the member nothing is lost.
+                    // A member and the power were lost at once, and nobody can say what is right: that is said.
                     self.count("refused_as_half_written");
-                    self.may_be_half_written = false;
                     self.end_process();
-                    crate::events::return_lost(self);
+                    if crate::events::return_lost(self) {
+                        // With the member nothing is lost.
+                        self.is_lost_with_process = false;
+                    } else if self.is_lost_before {
+                        self.is_half_written = true;
+                        return Err(why);
+                    } else {
+                        return Err(format!("refused with all that there is: {why}"));
+                    }
                 }
                 Some(Err(PoolError::Conflict(why))) if self.gives_up_outdated(&why) => {
                     degraded = true;
@@ -280,7 +288,7 @@ impl Cast {
     }
 
     fn started(&mut self, cut: bool) -> Result<(), String> {
-        self.may_be_half_written = false;
+        (self.is_lost_with_process, self.is_lost_before) = (false, false);
         let pool = self.pool.clone().ok_or("it is open")?;
         let shift = self.plan.block_size.shift();
         self.shared.models.borrow_mut().extent_blocks = pool.view().extent_bytes >> shift;

@@ -130,7 +130,7 @@ impl Ways {
         // parity is made again from whatever part of it has come there.
         let needs_no_log = lost == Lost::Zeroes || (is_whole && is_healthy && self.is_unlogged(row).await);
         let is_in_log = row.parity.guards.is_logged(row.row) && !is_broken("older_entry_forgotten");
-        let is_logged = is_in_log || !needs_no_log;
+        let is_logged = is_in_log || !needs_no_log || is_broken("whole_stripes_logged");
         let is_logged = is_logged && !is_broken("parity_write_unlogged");
         let entry = match is_logged {
             true => Some(self.log(row, &contents, slots).await?),

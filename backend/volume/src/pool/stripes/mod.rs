@@ -191,7 +191,10 @@ impl Ways {
                     queues.remove(&key);
                     return;
                 }
-                std::mem::take(queue)
+                match crate::simulated::is_broken("waiting_not_joined") {
+                    true => vec![queue.remove(0)],
+                    false => std::mem::take(queue),
+                }
             };
             let waiting: Vec<Waiting> =
                 waiting.into_iter().filter(|waiting| !waiting.is_left.get()).collect();
