@@ -40,7 +40,7 @@ fn real(level: Level, counts: &[u16]) -> Superblock {
             .collect(),
         spares: vec![[200; 16]],
         replacement: (total > 2).then_some(Replacement { uuid: [201; 16], copied_bytes: 1 << 20, member: 1 }),
-        scrub: (level.is_redundant() && total % 2 == 0).then_some(ScrubRecord { repair: true, volume: 2, index: 5, done: 9, mismatches: 1, failures: 1 }),
+        scrub: (level.is_redundant() && total % 2 == 0).then_some(ScrubRecord { repair: true, volume: 2, index: 5, done: 9, mismatches: 3, data_faults: 1, parity_faults: 2, failures: 1 }),
         this: [10; 16],
     }
 }

@@ -173,6 +173,7 @@ impl Found {
                 state: state.name().to_owned(),
                 why: None,
                 repaired: 0,
+                wrong: 0,
             }
         };
         let spare = |(name, _, uuid): &(Name, Option<u16>, [u8; 16])| {
@@ -187,6 +188,7 @@ impl Found {
                 state: state.name().to_owned(),
                 why: None,
                 repaired: 0,
+                wrong: 0,
             }
         };
         let spares = self.devices.iter().filter(|(_, place, _)| place.is_none()).map(spare);
@@ -253,6 +255,7 @@ fn member_view(member: &pool::MemberView) -> MemberView {
         state: member.state.name().to_owned(),
         why: Some(member.why.clone()).filter(|why| !why.is_empty()),
         repaired: member.repaired,
+        wrong: member.wrong,
     }
 }
 
@@ -264,6 +267,8 @@ fn task_view(task: &pool::TaskView) -> TaskView {
         elapsed_seconds: task.elapsed.as_secs(),
         left_seconds: left(task).map(|left| left.as_secs()),
         mismatches: task.mismatches,
+        data_faults: task.data_faults,
+        parity_faults: task.parity_faults,
         failures: task.failures,
         done: task.is_done,
         cut_short: task.cut_short.clone(),
@@ -446,6 +451,8 @@ mod tests {
             total_bytes: 400,
             elapsed: Duration::from_secs(10),
             mismatches: 0,
+            data_faults: 0,
+            parity_faults: 0,
             failures: 0,
             is_done,
             cut_short: None,

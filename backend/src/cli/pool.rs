@@ -1,7 +1,7 @@
 //! `hawser pool create|list|status|check|replace|scrub|grow|add-spare`
 
 use super::offline::{Offline, Purpose, WhereArgs};
-use super::pool_show::{table_of, text_of};
+use super::pool_show::{faults_of, table_of, text_of};
 use super::progress::{is_watched, watch};
 use super::table;
 use super::{Failure, print_json, say};
@@ -369,10 +369,11 @@ fn scrub(args: &ScrubArgs) -> Result<(), Failure> {
 /// What a scrub has come to, and what is wrong.
 fn outcome(task: &TaskView, repair: bool) -> (String, Option<String>) {
     let mut found = Vec::new();
+    let faults = faults_of(task);
     match (task.mismatches, task.failures) {
         (0, 0) => {}
-        (count, 0) if repair => found.push(format!("{count} units differed and were rewritten")),
-        (count, _) if count > 0 => found.push(format!("{count} units differ")),
+        (count, 0) if repair => found.push(format!("{count} units differed{faults} and were rewritten")),
+        (count, _) if count > 0 => found.push(format!("{count} units differ{faults}")),
         _ => {}
     }
     match (task.failures, repair) {
@@ -453,6 +454,9 @@ mod tests {
             elapsed_seconds: 1,
             left_seconds: None,
             mismatches,
+            // One of two is known.
+            data_faults: u64::from(mismatches == 2),
+            parity_faults: 0,
             failures,
             done: true,
             cut_short: why.map(str::to_owned),
@@ -462,14 +466,14 @@ mod tests {
         let cases: [Case<'_>; 9] = [
             (0, 0, None, false, "scrubbed, members do not differ", None),
             (0, 0, None, true, "scrubbed, members do not differ", None),
-            (2, 0, None, true, "scrubbed, 2 units differed and were rewritten", None),
+            (2, 0, None, true, "scrubbed, 2 units differed (1 in data) and were rewritten", None),
             (
                 2,
                 0,
                 None,
                 false,
-                "scrubbed, 2 units differ",
-                Some("2 units differ, want --repair to rewrite them"),
+                "scrubbed, 2 units differ (1 in data)",
+                Some("2 units differ (1 in data), want --repair to rewrite them"),
             ),
             (
                 0,
@@ -484,16 +488,16 @@ mod tests {
                 1,
                 None,
                 true,
-                "scrubbed, 2 units differ, 1 units could not be compared or rewritten",
-                Some("2 units differ, 1 units could not be compared or rewritten"),
+                "scrubbed, 2 units differ (1 in data), 1 units could not be compared or rewritten",
+                Some("2 units differ (1 in data), 1 units could not be compared or rewritten"),
             ),
             (
                 2,
                 3,
                 None,
                 false,
-                "scrubbed, 2 units differ, 3 units could not be compared",
-                Some("2 units differ, 3 units could not be compared"),
+                "scrubbed, 2 units differ (1 in data), 3 units could not be compared",
+                Some("2 units differ (1 in data), 3 units could not be compared"),
             ),
             (
                 0,

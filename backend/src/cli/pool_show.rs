@@ -1,7 +1,7 @@
 //! Pools as text for people: a line for each, or all that is known of one.
 
 use super::table::{self, Align, Table};
-use crate::daemon::api::pool_view::{PoolView, TaskView};
+use crate::daemon::api::pool_view::{MemberView, PoolView, TaskView};
 use hawser_volume::pool::MemberState;
 
 /// One line for each pool, and what is wrong.
@@ -82,7 +82,7 @@ pub(super) fn text_of(pool: &PoolView) -> String {
         };
         let mut found = String::new();
         if task.mismatches > 0 {
-            found.push_str(&format!(", {} units differ", task.mismatches));
+            found.push_str(&format!(", {} units differ{}", task.mismatches, faults_of(task)));
         }
         if task.failures > 0 {
             found.push_str(&format!(", {} could not be compared or rewritten", task.failures));
@@ -107,17 +107,34 @@ pub(super) fn text_of(pool: &PoolView) -> String {
             member.device.clone().unwrap_or("-".to_owned()),
             member.state.clone(),
             member.repaired.to_string(),
-            member.why.clone().unwrap_or_default(),
+            notes_of(member),
         ]);
     }
     text.push_str(&members.text());
     text
 }
 
+/// How many of the units that differ are wrong in data, and in parity, where that is known.
+pub(super) fn faults_of(task: &TaskView) -> String {
+    let kinds = [(task.data_faults, "data"), (task.parity_faults, "parity")];
+    let known: Vec<String> = kinds
+        .iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} in {what}"))
+        .collect();
+    if known.is_empty() { String::new() } else { format!(" ({})", known.join(", ")) }
+}
+
+/// What is wrong with a member.
+fn notes_of(member: &MemberView) -> String {
+    let wrong = (member.wrong > 0).then(|| format!("{} units of it were wrong", member.wrong));
+    member.why.clone().into_iter().chain(wrong).collect::<Vec<_>>().join("; ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::api::pool_view::{MemberView, PoolState};
+    use crate::daemon::api::pool_view::PoolState;
 
     fn pool() -> PoolView {
         let member = |place, device: Option<&str>, state: &str, why: Option<&str>| MemberView {
@@ -126,6 +143,7 @@ mod tests {
             state: state.to_owned(),
             why: why.map(str::to_owned),
             repaired: 0,
+            wrong: 0,
         };
         PoolView {
             name: "p0".to_owned(),
@@ -153,6 +171,8 @@ mod tests {
                 elapsed_seconds: 3,
                 left_seconds: Some(307),
                 mismatches: 0,
+                data_faults: 0,
+                parity_faults: 0,
                 failures: 0,
                 done: false,
                 cut_short: None,
@@ -172,9 +192,10 @@ mod tests {
     fn a_status_says_what_a_scrub_has_found_and_that_it_is_not_through() {
         let mut pool = pool();
         let task = &mut pool.tasks[0];
-        (task.kind, task.done, task.mismatches, task.failures) = ("scrub".to_owned(), true, 2, 3);
+        (task.kind, task.done, task.mismatches, task.failures) = ("scrub".to_owned(), true, 4, 3);
+        (task.data_faults, task.parity_faults) = (1, 2);
         task.cut_short = Some("another host has opened it".to_owned());
-        let want = "  work      scrub ended, 34 B in 3 s, 2 units differ, 3 could not be compared or rewritten, before it was through: \
+        let want = "  work      scrub ended, 34 B in 3 s, 4 units differ (1 in data, 2 in parity), 3 could not be compared or rewritten, before it was through: \
                     another host has opened it\n";
         assert!(text_of(&pool).contains(want), "{}", text_of(&pool));
     }

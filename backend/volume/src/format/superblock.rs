@@ -89,6 +89,10 @@ pub struct ScrubRecord {
     pub done: u64,
     /// Units of them that differed.
     pub mismatches: u64,
+    /// Of those, how many are known to be of data, and of parity.
+    pub data_faults: u64,
+    /// See there.
+    pub parity_faults: u64,
     /// Units of them that could not be compared, or not be rewritten.
     pub failures: u64,
 }
@@ -209,7 +213,8 @@ impl Superblock {
             for word in [SCRUBBING | repairing, scrub.volume, scrub.index, 0] {
                 put_u32(&mut out, word);
             }
-            for long in [scrub.done, scrub.mismatches, scrub.failures] {
+            for long in [scrub.done, scrub.mismatches, scrub.failures, scrub.data_faults, scrub.parity_faults]
+            {
                 put_u64(&mut out, long);
             }
         }
@@ -437,6 +442,7 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
     let (flags_of_scrub, volume, index) = (take_u32(&mut b)?, take_u32(&mut b)?, take_u32(&mut b)?);
     take_reserved(&mut b, 4)?;
     let (done, mismatches, failures) = (take_u64(&mut b)?, take_u64(&mut b)?, take_u64(&mut b)?);
+    let (data_faults, parity_faults) = (take_u64(&mut b)?, take_u64(&mut b)?);
     let repair = flags_of_scrub & REPAIRING != 0;
     let scrub = (flags_of_scrub & SCRUBBING != 0).then_some(ScrubRecord {
         repair,
@@ -444,6 +450,8 @@ fn parse(page: &[u8]) -> Result<Superblock, FormatError> {
         index,
         done,
         mismatches,
+        data_faults,
+        parity_faults,
         failures,
     });
     Ok(Superblock {

@@ -42,6 +42,8 @@ fn superblocks_of_all_levels_round_trip() {
                 index: 1 << 30,
                 done: 1 << 40,
                 mismatches: 3,
+                data_faults: 1,
+                parity_faults: 2,
                 failures: u64::MAX,
             });
             let decoded = Superblock::decode(&block.encode());

@@ -297,6 +297,8 @@ pub struct MemberView {
     pub why: String,
     /// Read errors that were repaired by rewriting.
     pub repaired: u64,
+    /// Units that were found to be wrong on this one by a scrub, where that can be told.
+    pub wrong: u64,
 }
 
 /// Long work on a pool.
@@ -312,6 +314,10 @@ pub struct TaskView {
     pub elapsed: Duration,
     /// Units that differed between members, for a scrub.
     pub mismatches: u64,
+    /// Of those, how many are known to be wrong on a member that has data, and on one that has parity. Of the others nobody can tell.
+    pub data_faults: u64,
+    /// See there.
+    pub parity_faults: u64,
     /// Units that a scrub could not compare on all members that should have them, or not rewrite.
     pub failures: u64,
     /// It has ended.

@@ -31,6 +31,8 @@ pub(crate) struct Member {
     pub(crate) why: String,
     /// Read errors that were repaired.
     pub(crate) repaired: u64,
+    /// Units that a scrub has found to be wrong on it.
+    pub(crate) wrong: u64,
     pub(crate) away_since: Option<Instant>,
     /// When it was last tried to bring it back.
     pub(crate) tried: Instant,
@@ -57,6 +59,7 @@ impl Member {
             is_recorded,
             why: String::new(),
             repaired: 0,
+            wrong: 0,
             away_since: (!is_recorded).then_some(now),
             tried: now,
             whole_cache: cache.filter(|_| is_recorded),
@@ -583,6 +586,7 @@ impl Owner {
                     _ => member.why.clone(),
                 },
                 repaired: member.repaired,
+                wrong: member.wrong,
             }
         });
         let mut views: Vec<MemberView> = views.collect();
@@ -592,6 +596,7 @@ impl Owner {
             state: MemberState::Replacing,
             why,
             repaired: 0,
+            wrong: 0,
         }));
         views.extend(self.spares.borrow().iter().map(|(_, leaf)| MemberView {
             place: None,
@@ -599,6 +604,7 @@ impl Owner {
             state: MemberState::Spare,
             why: String::new(),
             repaired: 0,
+            wrong: 0,
         }));
         views
     }

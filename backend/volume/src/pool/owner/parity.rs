@@ -360,22 +360,23 @@ impl Owner {
         Ok(gathered.ok_or(Status::Media)?[slot].take().expect("asked for"))
     }
 
-    /// Whether the strips of these columns go together; mends them if that is wanted. The window is the caller's.
-    pub(super) async fn scrub_columns(self: &Rc<Self>, row: &Row<'_>, repair: bool) -> Result<u64, Status> {
+    /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. The window is the
+    /// caller's.
+    pub(super) async fn scrub_columns(self: &Rc<Self>, row: &Row<'_>, repair: bool) -> Result<Fault, Status> {
         let all_slots = row.all_data() | row.all_parity();
         let mut bad: Slots = 0;
         let lost = computed_unless_doubtful(row);
         let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, lost).await?;
         let contents = gathered.ok_or(Status::Media)?;
         let mut rewritten = bad & row.in_sync();
-        let mut wrong = 0;
+        let (mut wrong, mut found) = (0, Fault::None);
         if row.in_sync() == all_slots && bad == 0 {
-            wrong = differing(row, &contents);
+            (wrong, found) = differing(row, &contents);
+            self.tell_fault(row, wrong, found);
             if repair {
                 rewritten |= wrong;
             }
         }
-        let found = u64::from(wrong != 0);
         if rewritten == 0 {
             return Ok(found);
         }
@@ -407,6 +408,42 @@ impl Owner {
         }
         Ok(found)
     }
+
+    fn tell_fault(&self, row: &Row<'_>, wrong: Slots, fault: Fault) {
+        let at = row.offset() - row.view.data_offset;
+        let (pool, last) = (&self.shared.name, at + row.len as u64 - 1);
+        let who = match fault {
+            Fault::None => return,
+            Fault::Unknown => {
+                log::warn!(
+                    "pool {pool}: {SCRUB}: data and parity do not go together in bytes {at} to {last} of the members' data"
+                );
+                return;
+            }
+            Fault::Data => "data",
+            Fault::Parity => "parity",
+        };
+        for slot in each(wrong) {
+            let member = row.member(slot);
+            self.members.borrow_mut()[usize::from(member)].wrong += 1;
+            let name = self.device_name(member);
+            log::warn!(
+                "pool {pool}: {SCRUB}: {name} (member {member}) has wrong {who} in bytes {at} to {last} of its data"
+            );
+        }
+    }
+}
+
+/// What does not go with the rest of a stripe's columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    None,
+    /// A strip of data.
+    Data,
+    /// One of two parities.
+    Parity,
+    /// With one parity nobody can tell, nor where more than one strip is wrong.
+    Unknown,
 }
 
 /// What is lost, or cannot be read, is not made of parity that a crash left unknown: it would count as right from then on.
@@ -418,7 +455,7 @@ fn computed_unless_doubtful(row: &Row<'_>) -> Lost {
 }
 
 /// The strips that are wrong, given all of them: the parities where that cannot be told.
-fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> Slots {
+fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> (Slots, Fault) {
     let bytes = |slot: usize| contents[slot].as_ref().expect("all of them are there").bytes(0, row.len);
     let data: Vec<&[u8]> = (0..row.data()).map(bytes).collect();
     let (p, q) = (row.data(), row.data() + 1);
@@ -430,13 +467,13 @@ fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> Slots {
     }
     crate::parity::xor_into(bytes(p), &mut sum);
     if !has_q {
-        return if sum.iter().any(|byte| *byte != 0) { 1 << p } else { 0 };
+        return if sum.iter().any(|byte| *byte != 0) { (1 << p, Fault::Unknown) } else { (0, Fault::None) };
     }
     crate::parity::xor_into(bytes(q), &mut weighted);
     match (sum.iter().any(|byte| *byte != 0), weighted.iter().any(|byte| *byte != 0)) {
-        (false, false) => 0,
-        (true, false) => 1 << p,
-        (false, true) => 1 << q,
+        (false, false) => (0, Fault::None),
+        (true, false) => (1 << p, Fault::Parity),
+        (false, true) => (1 << q, Fault::Parity),
         (true, true) => {
             // One strip of data is wrong by `sum` if Q is wrong by its multiple of it.
             let is_it = |slot: &usize| {
@@ -446,8 +483,8 @@ fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> Slots {
             };
             let mut fitting = (0..row.data()).filter(is_it);
             match (fitting.next(), fitting.next()) {
-                (Some(slot), None) => 1 << slot,
-                _ => 1 << p | 1 << q,
+                (Some(slot), None) => (1 << slot, Fault::Data),
+                _ => (1 << p | 1 << q, Fault::Unknown),
             }
         }
     }

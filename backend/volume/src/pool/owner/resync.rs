@@ -59,12 +59,29 @@ pub(super) struct Progress {
     began: Instant,
     ended: Option<Instant>,
     mismatches: u64,
+    /// Of data, and of parity.
+    faults: (u64, u64),
     failures: u64,
 }
 
 impl Progress {
     fn new(kind: &'static str, total_bytes: u64, now: Instant) -> Progress {
-        Progress { kind, done_bytes: 0, total_bytes, began: now, ended: None, mismatches: 0, failures: 0 }
+        Progress {
+            kind,
+            done_bytes: 0,
+            total_bytes,
+            began: now,
+            ended: None,
+            mismatches: 0,
+            faults: (0, 0),
+            failures: 0,
+        }
+    }
+
+    /// With what a scrub has found.
+    fn of(self, scrub: &ScrubRecord) -> Progress {
+        let ScrubRecord { mismatches, failures, data_faults, parity_faults, .. } = *scrub;
+        Progress { mismatches, failures, faults: (data_faults, parity_faults), ..self }
     }
 }
 
@@ -84,8 +101,7 @@ impl Work {
     /// What a scrub has found so far, before this process too.
     pub(super) fn found(&self, scrub: &ScrubRecord) {
         if let Some(progress) = self.running.get() {
-            let ScrubRecord { mismatches, failures, .. } = *scrub;
-            self.running.set(Some(Progress { mismatches, failures, ..progress }));
+            self.running.set(Some(progress.of(scrub)));
         }
     }
 
@@ -134,10 +150,8 @@ impl Work {
 
     pub(crate) fn views(&self, now: Instant) -> Vec<TaskView> {
         let is_running = self.running.get().is_some_and(|running| running.kind == SCRUB);
-        let waiting = self.scrub.get().filter(|_| !is_running).map(|scrub| {
-            let ScrubRecord { mismatches, failures, .. } = scrub;
-            Progress { mismatches, failures, ..Progress::new(SCRUB, 0, now) }
-        });
+        let waiting = self.scrub.get().filter(|_| !is_running);
+        let waiting = waiting.map(|scrub| Progress::new(SCRUB, 0, now).of(&scrub));
         let each = [self.running.get(), self.paused.get(), waiting, self.last[0].get(), self.last[1].get()]
             .into_iter()
             .flatten();
@@ -147,6 +161,8 @@ impl Work {
             total_bytes: progress.total_bytes.max(progress.done_bytes),
             elapsed: progress.ended.unwrap_or(now) - progress.began,
             mismatches: progress.mismatches,
+            data_faults: progress.faults.0,
+            parity_faults: progress.faults.1,
             failures: progress.failures,
             is_done: progress.ended.is_some(),
             cut_short: self

@@ -4,6 +4,7 @@
 //! compared once by each process.
 
 use super::Owner;
+use super::parity::Fault;
 use super::resync::{SCRUB, window_of};
 use crate::format::{NONE, ScrubRecord};
 use crate::pool::PoolError;
@@ -25,6 +26,9 @@ const STEPS: u64 = 32;
 #[derive(Clone, Copy, Default)]
 struct Tally {
     mismatches: u64,
+    /// Of those, what is known to be of data, and of parity.
+    data_faults: u64,
+    parity_faults: u64,
     /// Could not be compared, or not be rewritten.
     failures: u64,
 }
@@ -32,6 +36,8 @@ struct Tally {
 impl std::ops::AddAssign for Tally {
     fn add_assign(&mut self, other: Tally) {
         self.mismatches += other.mismatches;
+        self.data_faults += other.data_faults;
+        self.parity_faults += other.parity_faults;
         self.failures += other.failures;
     }
 }
@@ -146,6 +152,8 @@ impl Owner {
                 (scrub.volume, scrub.index) = (id, index.saturating_add(1));
                 scrub.done = scrub.done.saturating_add(1);
                 scrub.mismatches = scrub.mismatches.saturating_add(found.mismatches);
+                scrub.data_faults = scrub.data_faults.saturating_add(found.data_faults);
+                scrub.parity_faults = scrub.parity_faults.saturating_add(found.parity_faults);
                 scrub.failures = scrub.failures.saturating_add(found.failures);
                 self.work.scrub.set(Some(scrub));
                 self.work.add(extent_bytes, 0);
@@ -279,7 +287,9 @@ impl Owner {
             }
             match self.scrub_columns(&row, repair).await {
                 Ok(found) => {
-                    tally.mismatches += found;
+                    tally.mismatches += u64::from(found != Fault::None);
+                    tally.data_faults += u64::from(found == Fault::Data);
+                    tally.parity_faults += u64::from(found == Fault::Parity);
                     // Who is out was not compared, or could not be written.
                     tally.failures += u64::from(row.in_sync() != row.all_data() | row.all_parity());
                 }
