@@ -122,7 +122,7 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Dies => {
             disk.fail_all(Some([Status::Path, Status::Timeout, Status::Media][cast.random.index(3)]));
             cast.members[at].health = Health::Dead;
-            cast.lost_until = noticed(cast) + 3 * cast.plan.intent_idle + Duration::from_secs(3);
+            cast.lost_until = lost(cast);
             let view = cast.pool.as_ref().map(Pool::view);
             // A spare may take a place without being asked. And who is out now may come back without it, and be alone with it later:
             // each of the two says that the other is out, and nobody who knows better is there.
@@ -149,6 +149,7 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Power => {
             disk.lose_power();
             cast.doubtful_until = noticed(cast);
+            cast.lost_until = lost(cast);
             cast.count("members_without_power");
         }
         _ => {
@@ -188,6 +189,8 @@ fn heal(cast: &mut Cast, at: usize) {
         state.media_errors.clear();
         if was_dead && is_missed && cast.random.chance(500) {
             state.lose_cache();
+            // With what it had of whole stripes that nobody has flushed.
+            cast.is_lost_before |= cast.pool.is_none();
         }
     }
     if was_dead {
@@ -205,6 +208,11 @@ fn noticed(cast: &Cast) -> Instant {
     };
     let slow = cast.members.iter().map(|member| slowest(&member.disk)).max().unwrap_or(0);
     cast.world.now() + Duration::from_millis(20) + Duration::from_nanos(slow)
+}
+
+/// When a disk that is lost now is out for certain, and what was written without the log is durable.
+fn lost(cast: &Cast) -> Instant {
+    noticed(cast) + 3 * cast.plan.intent_idle + Duration::from_secs(3)
 }
 
 /// The pool has this disk in sync, or is at it.

@@ -53,6 +53,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "left_half_written",
     "stripe_left_half_written",
     "marked_not_copied_again",
+    "mixed_columns_computed",
     "new_members_told_last",
     "not_told_before_overwritten",
     "old_member_erased_first",

@@ -67,26 +67,37 @@ impl Ways {
             })
             .collect();
         let is_valid = |within, len| changes.iter().any(|change| (change.is_valid)(number, within, len));
-        let is_fresh: Vec<bool> = rows.iter().map(|row| !is_valid(row.within, row.len as u64)).collect();
+        let is_fresh = |row: &Row<'_>| !is_valid(row.within, row.len as u64);
         // Of what nobody has written parity is not right, though it may be beside.
         let unit = u64::from(view.thin.unit_bytes);
-        let is_known = |row: &Row<'_>| {
-            steps(row.within..row.within + row.len as u64, unit).all(|(within, len)| is_valid(within, len))
-        };
+        let units = |row: &Row<'_>| steps(row.within..row.within + row.len as u64, unit);
+        let is_known = |row: &Row<'_>| units(row).all(|(within, len)| is_valid(within, len));
         let is_alone = changes.iter().all(|change| change.is_alone) || is_broken("fresh_beside_others");
-        if !is_healthy && is_fresh.contains(&true) && !is_alone {
+        if !is_healthy && rows.iter().any(is_fresh) && !is_alone {
             // What others have just written, and not noted yet, would count as zeroes.
             return Ok(Changed::NotNow);
         }
-        let lost = |is_fresh: &bool| match (is_fresh, is_alone) {
-            (false, _) => Lost::Computed,
+        let lost = |row: &Row<'_>| match (is_fresh(row), is_alone) {
+            (false, _) if is_known(row) || is_broken("mixed_columns_computed") => Lost::Computed,
             (true, true) => Lost::Zeroes,
-            (true, false) => Lost::Unknown,
+            // Of columns that are not alike valid what cannot be read is no one thing.
+            _ => Lost::Unknown,
         };
-        let each_row = rows
-            .iter()
-            .zip(&is_fresh)
-            .map(|(row, is_fresh)| self.columns(row, changes, lost(is_fresh), is_known(row)));
+        let each_row = rows.iter().map(|row| async {
+            let changed = self.columns(row, changes, lost(row), is_known(row)).await?;
+            if changed == Changed::Done || !is_alone || is_fresh(row) || is_known(row) {
+                return Ok(changed);
+            }
+            // Unit by unit, each of which is.
+            let narrow = |len: u64| usize::try_from(len).expect("a strip is small");
+            for (within, len) in units(row) {
+                let part = Row { within, len: narrow(len), ..*row };
+                if self.columns(&part, changes, lost(&part), is_known(&part)).await? == Changed::NotNow {
+                    return Ok(Changed::NotNow);
+                }
+            }
+            Ok(Changed::Done)
+        });
         let outcomes = all(each_row).await.into_iter().collect::<Result<Vec<Changed>, Status>>()?;
         Ok(outcomes.into_iter().find(|outcome| *outcome == Changed::NotNow).unwrap_or(Changed::Done))
     }
