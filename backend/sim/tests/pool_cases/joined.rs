@@ -124,8 +124,8 @@ fn a_new_extent_that_is_written_sequentially_costs_full_stripes_only() {
         for each in [STRIPE, 4 * STRIPE, 32 * STRIPE] {
             let mut story = Story::new(seed);
             let data = noise(4, 1 << 20);
-            for (part, at) in data.chunks(each).zip((0..).step_by(each)) {
-                story.scene.write(&story.pool, "v", at as u64, part);
+            for (part, at) in data.chunks(each).zip((0u64..).step_by(each)) {
+                story.scene.write(&story.pool, "v", at, part);
             }
             let cost = story.take();
             story.scene.is_one_of(&story.pool, 0, &[&data])?;

@@ -194,6 +194,11 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     words.take(len).collect()
 }
 
+/// One of three.
+fn third(seed: u64) -> usize {
+    usize::try_from(seed % 3).unwrap()
+}
+
 pub(crate) fn disk(number: u8, blocks: u64) -> Arc<SimDisk> {
     let geometry = Geometry {
         volatile_cache: true,

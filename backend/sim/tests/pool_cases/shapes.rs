@@ -36,8 +36,8 @@ impl Story {
     }
 
     fn reads(&mut self, when: &str) {
-        for (part, from) in self.want.clone().chunks(2 << 20).zip((0..).step_by(2 << 20)) {
-            let found = self.scene.read(&self.pool, "v", from as u64, part.len());
+        for (part, from) in self.want.clone().chunks(2 << 20).zip((0u64..).step_by(2 << 20)) {
+            let found = self.scene.read(&self.pool, "v", from, part.len());
             let differs = found.iter().zip(part).position(|(found, want)| found != want);
             assert_eq!(differs, None, "{} {when}, from {from} on", self.what);
         }

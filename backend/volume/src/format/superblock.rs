@@ -11,7 +11,7 @@
 //!    400 64 members of 32: UUID 16 │ data_bytes 8 │ flags 4: 1 in sync │ reserved 4
 //!   2448 replacement: UUID 16 │ copied_bytes 8 │ member 2 │ reserved 6; all zero: none
 //!   2480 scrub: flags 4: 1 under way, 2 repair │ volume 4 │ index 4 │ reserved 4 │ done 8 │ mismatches 8 │ failures 8; all zero: none
-//!   2520 reserved, to 4096
+//!   2520 data faults 8 │ parity faults 8 │ 2536 reserved, to 4096
 //! ```
 //!
 //! All copies of one generation differ in `this` only.

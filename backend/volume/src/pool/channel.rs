@@ -7,6 +7,7 @@
 mod parts;
 
 use super::bounce::{Bounce, zero_payload};
+use super::failure;
 use super::lanes::Leaf;
 use super::place::Place;
 use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve};
@@ -585,8 +586,8 @@ impl VolumeChannel {
         let (core, members, token) = (Rc::clone(core), (failed, aborted), request.token);
         let Some(copy) = copy.filter(|_| !stripes.is_empty()) else {
             drop(copied);
-            let failure = slow::after_failure(core, request, members, (status, since), under_way);
-            return spawn(&self.core, token, failure);
+            let ended = failure::after_failure(core, request, members, (status, since), under_way);
+            return spawn(&self.core, token, ended);
         };
         // Kept until the failure is written down, or the stripes are whole: who changes them before would take for right what a member does
         // not have.
@@ -602,7 +603,7 @@ impl VolumeChannel {
             _under_way: under_way,
         };
         let fua = matches!(request.operation, Operation::Write { fua: true });
-        spawn(&self.core, token, slow::after_stripes_failed(core, fua, members, status, begun));
+        spawn(&self.core, token, failure::after_stripes_failed(core, fua, members, status, begun));
     }
 
     fn are_in_sync(&self, members: u64) -> bool {

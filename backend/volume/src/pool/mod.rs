@@ -18,6 +18,7 @@ mod assemble;
 mod bounce;
 mod channel;
 mod coverage;
+mod failure;
 mod lanes;
 mod owner;
 mod place;

@@ -3,14 +3,13 @@
 //! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
 //! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
 
-use super::ask;
 use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
+use super::failure::{OUT_OF_REACH, is_out_of_reach};
 use super::owner::Owner;
-use super::place::UnderWay;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, Counted, View};
-use super::stripes::{Begun, Change, Changed, IsValid};
+use super::stripes::{Change, Changed, IsValid};
 use super::wait::all;
 use crate::format::NONE;
 use crate::raid::{Mode, Piece, Set};
@@ -86,88 +85,11 @@ async fn flush(core: &Core) -> Outcome {
 }
 
 /// Data and mapping are durable when it ends.
-async fn finish_fua(core: &Core, fua: bool) -> Outcome {
+pub(super) async fn finish_fua(core: &Core, fua: bool) -> Outcome {
     match fua {
         true => flush(core).await,
         false => Ok(()),
     }
-}
-
-/// How long it waits before it tries again while no copy is within reach.
-const OUT_OF_REACH: Duration = Duration::from_millis(500);
-
-/// No copy is within reach, which may end: as where there is one copy only, requests wait until somebody gives up.
-fn is_out_of_reach(core: &Core, status: Status) -> bool {
-    let is_waited_for = matches!(status, Status::Path | Status::Timeout) && core.shared.view().is_redundant;
-    is_waited_for && !core.is_given_up.load(Ordering::Relaxed)
-}
-
-/// What becomes of a write that members have failed.
-pub(super) async fn after_failure(
-    core: Rc<Core>,
-    request: Request,
-    members: (u64, u64),
-    (status, since): (Status, u64),
-    under_way: UnderWay,
-) -> Outcome {
-    let reported = report_failures(&core, members, (status, since)).await;
-    drop(under_way);
-    match reported {
-        Err(status) if is_out_of_reach(&core, status) => {
-            core.runtime.sleep(OUT_OF_REACH).await;
-            carry_out(core, request, Counted::under(Class::DeviceFailure)).await
-        }
-        outcome => outcome,
-    }
-}
-
-/// The same of one of whole stripes. What is to be done is done also where nobody waits for it any more.
-pub(super) async fn after_stripes_failed(
-    core: Rc<Core>,
-    fua: bool,
-    members: (u64, u64),
-    status: Status,
-    begun: Begun,
-) -> Outcome {
-    let reported = report_failures(&core, members, (status, begun.since)).await;
-    if reported.is_ok() || is_broken("stripe_left_half_written") {
-        return reported;
-    }
-    let (reply, answer) = ask::channel();
-    let ways = core.ways();
-    core.runtime.spawn(async move {
-        let outcome = ways.finish(&begun).await;
-        drop(begun);
-        reply.send(outcome);
-    });
-    let mut answer = Box::pin(answer);
-    let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed)).await;
-    ended.flatten().unwrap_or(Err(Status::Aborted))?;
-    finish_fua(&core, fua).await
-}
-
-/// Members have failed a part of a write that others have: it has ended when that is recorded.
-async fn report_failures(
-    core: &Core,
-    (failed, aborted): (u64, u64),
-    (status, since): (Status, u64),
-) -> Outcome {
-    let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
-    let (members, status) = match (is_given_up, status) {
-        // By who asked: they have not failed. What was marked is made the same again.
-        (true, _) if failed == 0 => return Err(Status::Aborted),
-        (true, status) => (failed, status),
-        // By the pool, which does not wait for a member any more.
-        (false, Status::Aborted) => (aborted, Status::Timeout),
-        (false, status) => (failed | aborted, status),
-    };
-    if is_broken("ack_before_stale_recorded") {
-        drop(core.shared.ask(move |owner| async move { owner.report(members, status, since).await }));
-        return Ok(());
-    }
-    let reported =
-        core.shared.request(move |owner| async move { owner.report(members, status, since).await }).await;
-    if is_given_up { Err(Status::Aborted) } else { reported }
 }
 
 /// The regions that a write goes to are not the same on all members, or may not be.

@@ -73,7 +73,7 @@ fn a_pool_that_cannot_tell_what_a_lost_member_had_is_refused() {
             begin_large(&mut scene, &pool, &new);
             scene.wait(Duration::from_micros(10 + seed));
             drop(pool);
-            scene.disks[seed as usize % 3].fail_all(Some(Status::Path));
+            scene.disks[third(seed)].fail_all(Some(Status::Path));
             scene.cut();
             let devices = scene.living();
             match scene.try_open(devices, true) {
@@ -98,7 +98,7 @@ fn what_was_written_without_the_log_is_durable_soon_after_a_member_is_lost() {
         let new = noise(2, LARGE);
         scene.write(&pool, "v", 0, &new);
         // By that alone: nobody writes, or flushes.
-        let lost = seed as usize % 3;
+        let lost = third(seed);
         scene.disks[lost].lose_power();
         scene.disks[lost].fail_all(Some(Status::Path));
         scene.wait(Duration::from_millis(200));

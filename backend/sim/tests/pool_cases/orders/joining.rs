@@ -120,6 +120,6 @@ fn a_member_that_loses_its_cache_on_the_way_begins_again() {
         scene.disks[0].lose_power();
         scene.until(&pool, 0, MemberState::InSync);
         // Both are read, in turns.
-        (0..8).try_for_each(|at| scene.is_one_of(&pool, at % 4 << 20, &[&new]))
+        (0..8).try_for_each(|at| scene.is_one_of(&pool, (at % 4) << 20, &[&new]))
     });
 }

@@ -88,7 +88,7 @@ fn nobody_is_put_out_while_parity_is_unknown() {
         let devices = scene.living();
         // What is marked stays so.
         let pool = scene.open_quietly(devices, |options| options.sync_bytes_per_second = 1).unwrap();
-        let silent = seed as usize % 3;
+        let silent = third(seed);
         scene.disks[silent].fail_all(Some(Status::Path));
         // Somebody notices.
         let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
@@ -110,7 +110,7 @@ fn nobody_is_put_out_while_parity_is_unknown() {
 fn a_pool_that_finds_a_member_lost_by_a_whole_stripe_is_opened_without_it() {
     holds("unlogged_begun_without_all", |seed| {
         let (mut scene, pool, old) = begin(seed);
-        let away = seed as usize % 3;
+        let away = third(seed);
         scene.disks[away].fail_all(Some(Status::Path));
         let new = noise(2, LEN);
         scene.write(&pool, "v", 0, &new);
