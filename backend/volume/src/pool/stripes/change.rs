@@ -290,6 +290,8 @@ impl Ways {
                     if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
                         return Ok(());
                     }
+                    // A member that is out and back meanwhile is put out again when it fails, and not tried for ever.
+                    let row = &Row { since: self.shared.joins(), ..*row };
                     let written =
                         self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
                     let Err(status) = written else { return Ok(()) };
