@@ -160,6 +160,11 @@ impl Place {
         UnderWay { place: Rc::clone(self), turn: self.enter() }
     }
 
+    /// Whether somebody is under way now.
+    pub(crate) fn is_anybody_under_way(&self) -> bool {
+        self.under_way.iter().any(|count| count.get() > 0)
+    }
+
     /// Answers when all have ended that are under way now. One barrier at a time.
     pub(crate) fn barrier(&self, reply: Reply<()>) {
         let before = self.turn.get();

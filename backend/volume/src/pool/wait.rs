@@ -91,6 +91,11 @@ impl Turn {
     pub(crate) fn is_taken(&self) -> bool {
         self.0.is_taken.get()
     }
+
+    /// Whether somebody waits for it.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.0.waiting.borrow().iter().any(|waiting| !waiting.is_gone.get())
+    }
 }
 
 impl TurnState {
@@ -173,6 +178,72 @@ pub(crate) async fn all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<
     })
     .await;
     running.into_iter().map(|(_, result)| result.expect("all have ended")).collect()
+}
+
+/// Futures that go on beside each other while more of them come.
+pub(crate) struct Crowd<'a, T> {
+    running: Vec<Option<Pin<Box<dyn Future<Output = T> + 'a>>>>,
+    wakers: Vec<Waker>,
+    free: Vec<usize>,
+    ready: Arc<Ready>,
+}
+
+impl<'a, T> Crowd<'a, T> {
+    pub(crate) fn new() -> Crowd<'a, T> {
+        let ready = Arc::new(Ready { numbers: Mutex::default(), parent: Mutex::default() });
+        Crowd { running: Vec::new(), wakers: Vec::new(), free: Vec::new(), ready }
+    }
+
+    /// One more. It is looked at for the first time with the next [`Crowd::next_or`].
+    pub(crate) fn push(&mut self, future: impl Future<Output = T> + 'a) {
+        let number = self.free.pop().unwrap_or_else(|| {
+            let number = self.running.len();
+            self.running.push(None);
+            self.wakers.push(Waker::from(Arc::new(One { number, ready: Arc::clone(&self.ready) })));
+            number
+        });
+        self.running[number] = Some(Box::pin(future));
+        lock(&self.ready.numbers).push(number);
+    }
+
+    /// How many have not ended.
+    pub(crate) fn len(&self) -> usize {
+        self.running.len() - self.free.len()
+    }
+
+    /// What one of them has come to, or `None` when `or` is over before.
+    pub(crate) async fn next_or<F: Future + Unpin>(&mut self, or: &mut F) -> Option<T> {
+        std::future::poll_fn(|cx| {
+            *lock(&self.ready.parent) = Some(cx.waker().clone());
+            let mut numbers = std::mem::take(&mut *lock(&self.ready.numbers)).into_iter();
+            while let Some(number) = numbers.next() {
+                // Who was woken twice may have ended in between.
+                let Some(future) = &mut self.running[number] else { continue };
+                let Poll::Ready(done) = future.as_mut().poll(&mut Context::from_waker(&self.wakers[number]))
+                else {
+                    continue;
+                };
+                self.running[number] = None;
+                self.free.push(number);
+                lock(&self.ready.numbers).extend(numbers);
+                return Poll::Ready(Some(done));
+            }
+            Pin::new(&mut *or).poll(cx).map(|_| None)
+        })
+        .await
+    }
+}
+
+/// Over when the reactor has made another pass: whoever has something to do on it has had his turn.
+pub(crate) fn next_pass() -> impl Future<Output = ()> + Unpin {
+    let mut has_waited = false;
+    std::future::poll_fn(move |cx| {
+        if std::mem::replace(&mut has_waited, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
 }
 
 /// Which of several have something to tell, and whom it is told.

@@ -394,6 +394,8 @@ impl Owner {
     }
 
     async fn make_whole(self: &Rc<Self>) -> Result<(), Status> {
+        // What is just being copied.
+        drop(self.turns.window.take().await);
         let _turn = self.turns.change.take().await;
         self.barrier().await;
         if is_broken("closed_before_durable") {

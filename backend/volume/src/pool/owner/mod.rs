@@ -7,6 +7,7 @@
 //!   members    who has the data: superblocks
 //!   volumes    what people ask for
 //!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
+//!   slide      copying along the members, from a window that moves with it
 //!   parity     stripes: their log, what makes them whole again
 //!   replacing  a member that is copied to another device while it stays in service
 //! ```
@@ -29,6 +30,7 @@ mod replace;
 mod replacing;
 mod resync;
 mod scrub;
+mod slide;
 mod tick;
 mod volumes;
 

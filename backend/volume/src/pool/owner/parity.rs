@@ -18,6 +18,8 @@ use std::sync::Arc;
 
 /// The most of each strip that is made right at a time.
 const COLUMNS_MAX: u64 = 256 << 10;
+/// So many of these at a time.
+const BESIDE: usize = 16;
 
 impl Owner {
     pub(crate) fn ways(&self) -> Ways {
@@ -257,17 +259,18 @@ impl Owner {
     ) -> Result<u64, Status> {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
-        let mut wrong = 0;
-        let len = COLUMNS_MAX.min(strip);
+        let (mut wrong, mut at) = (0, rows.start);
         let mut parts = Vec::new();
-        for number in rows.start / strip..rows.end.div_ceil(strip) {
-            parts.extend((0..strip / len).map(|part| (number, part * len)));
+        while at < rows.end {
+            let (number, within) = (at / strip, at % strip);
+            let len = COLUMNS_MAX.min(strip - within).min(rows.end - at);
+            parts.push((number, within, usize::try_from(len).expect("a strip is small")));
+            at += len;
         }
-        let at_once = usize::try_from(COLUMNS_MAX / len).expect("strips have a least size");
-        let len = usize::try_from(len).expect("a strip is small");
-        for parts in parts.chunks(at_once) {
+        // Beside each other, or the way to the members and back is all that it does where strips are small.
+        for parts in parts.chunks(BESIDE) {
             let since = self.shared.joins();
-            let row = |&(number, within)| Row { since, ..Row::new(&view, set, number, within, len) };
+            let row = |&(number, within, len)| Row { since, ..Row::new(&view, set, number, within, len) };
             let rows: Vec<Row<'_>> = parts.iter().map(row).collect();
             for mended in all(rows.iter().map(|row| self.mend_columns(row))).await {
                 wrong += mended?;
@@ -335,12 +338,10 @@ impl Owner {
     pub(super) async fn rewrite_bad_strips(self: &Rc<Self>, set: &Arc<Set>, rows: Range<u64>) -> Outcome {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
-        for number in rows.start / strip..rows.end.div_ceil(strip) {
-            for within in (0..strip).step_by(4096) {
-                let since = self.shared.joins();
-                let row = Row { since, ..Row::new(&view, set, number, within, 4096) };
-                self.scrub_columns(&row, false).await?;
-            }
+        for at in (rows.start / 4096..rows.end.div_ceil(4096)).map(|block| block * 4096) {
+            let since = self.shared.joins();
+            let row = Row { since, ..Row::new(&view, set, at / strip, at % strip, 4096) };
+            self.scrub_columns(&row, false).await?;
         }
         Ok(())
     }

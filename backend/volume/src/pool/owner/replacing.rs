@@ -14,6 +14,7 @@
 
 use super::Owner;
 use super::members::write_superblock;
+use super::slide::Slices;
 use crate::format::{Layout, PAGE_BYTES, Replacement, Superblock, Uuid};
 use crate::pool::PoolError;
 use crate::pool::bounce::Bounce;
@@ -30,8 +31,11 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What is copied while writers keep out.
-const WINDOW_BYTES: u64 = 1 << 20;
+/// What is copied before it is looked at what is next: so much, or more when that takes no longer than [`STEP_MS`].
+const STEP_BYTES: Range<u64> = 1 << 20..8 << 20;
+const STEP_MS: u64 = 100;
+/// What is copied in one piece.
+const SLICE_BYTES: u64 = 128 << 10;
 /// How long it copies before whatever else is due has its turn.
 const SHIFT: Duration = Duration::from_secs(2);
 /// How long it leaves a device alone that failed.
@@ -254,13 +258,21 @@ impl Owner {
             return Step::Begin;
         }
         if let Some(range) = it.stale.last() {
-            return Step::Copy(range.start..range.end.min(range.start + WINDOW_BYTES));
+            return Step::Copy(range.start..range.end.min(range.start + STEP_BYTES.start));
         }
         let total = self.needed_bytes(it.member);
         match it.done < total {
-            true => Step::Copy(it.done..total.min(it.done + WINDOW_BYTES)),
+            true => Step::Copy(it.done..total.min(it.done + self.step_bytes(total))),
             false => Step::Finish,
         }
+    }
+
+    fn step_bytes(&self, total: u64) -> u64 {
+        let in_time = match self.options.sync_bytes_per_second {
+            0 => STEP_BYTES.end,
+            rate => rate / 1000 * STEP_MS,
+        };
+        in_time.min(total / RECORDS).clamp(STEP_BYTES.start, STEP_BYTES.end)
     }
 
     fn hindered(&self, why: String) {
@@ -326,8 +338,8 @@ impl Owner {
     }
 
     async fn copy_range(self: &Rc<Self>, range: Range<u64>) {
-        let Some((member, total)) =
-            self.replacing.borrow().as_ref().map(|it| (it.member, self.needed_bytes(it.member)))
+        let Some((member, uuid, total)) =
+            self.replacing.borrow().as_ref().map(|it| (it.member, it.uuid, self.needed_bytes(it.member)))
         else {
             return;
         };
@@ -335,22 +347,28 @@ impl Owner {
         let Some(twin) = self.twin_of(member) else { return };
         let done = self.replacing.borrow().as_ref().map_or(0, |it| it.done);
         self.work.go_on(REPLACE, done, total, self.runtime.now());
-        let (began, len) = (self.runtime.now(), range.end - range.start);
+        let len = range.end - range.start;
         // With parity what nobody has written counts too: parity may be made of it later.
         let counts = set.parity().is_some() || self.is_in_use(&set, range.start, len);
         let copied = match counts {
             true => {
-                self.in_window(&set, range.clone(), self.copy_to_new(&set, index, &twin, range.clone())).await
+                // What cannot be read is written again, copies of it too, which may be a strip before or behind.
+                let slices = Slices { len: SLICE_BYTES, cost: 2, margin: u64::from(set.strip_bytes()) };
+                let copy = |part: Range<u64>| self.copy_to_new(&set, (index, uuid), &twin, part);
+                self.slide(&set, range.clone(), slices, copy).await
             }
-            false => Ok(()),
+            false => Ok(range.end),
         };
-        if let Err(why) = copied {
-            self.hindered(why);
-            return;
+        match copied {
+            Ok(end) if end == range.end => {}
+            // It is being closed.
+            Ok(_) => return,
+            Err(why) => return self.hindered(why),
         }
         let is_due = {
             let mut replacing = self.replacing.borrow_mut();
-            let Some(it) = replacing.as_mut() else { return };
+            // Another may have begun while this one had to wait.
+            let Some(it) = replacing.as_mut().filter(|it| it.uuid == uuid) else { return };
             it.why.clear();
             match it.stale.last_mut() {
                 Some(stale) => {
@@ -362,25 +380,25 @@ impl Owner {
                     self.work.add(len, 0);
                 }
             }
-            it.stale.is_empty() && it.done >= it.safe + (total / RECORDS).max(WINDOW_BYTES)
+            it.stale.is_empty() && it.done >= it.safe + (total / RECORDS).max(STEP_BYTES.start)
         };
         if is_due {
             self.record_copied().await;
         }
-        self.throttle(began, len * 2).await;
     }
 
     /// Copies bytes of a member's data area from the old device, or from who else has them, to the new one. The window is the caller's.
     async fn copy_to_new(
         self: &Rc<Self>,
         set: &Arc<Set>,
-        index: u16,
+        (index, uuid): (u16, Uuid),
         twin: &Arc<Twin>,
         range: Range<u64>,
     ) -> Result<(), String> {
         let view = self.view();
         let leaf = self.members.borrow()[usize::from(set.first_member() + index)].leaf.clone();
-        let new = self.replacing.borrow().as_ref().and_then(|it| it.leaf.clone());
+        let new =
+            self.replacing.borrow().as_ref().filter(|it| it.uuid == uuid).and_then(|it| it.leaf.clone());
         let (Some(leaf), Some(new)) = (leaf, new) else { return Err(String::new()) };
         let (at, len) = (view.data_offset + range.start, range.end - range.start);
         let size = usize::try_from(len).expect("a window is small");

@@ -5,12 +5,14 @@
 
 use super::Owner;
 use super::parity::stripe_window;
+use super::slide::Slices;
 use crate::format::ScrubRecord;
 use crate::pool::TaskView;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::manners::{Pace, slice_bytes};
 use crate::pool::shared::View;
-use crate::pool::wait::all;
+use crate::pool::wait::{Turn, all};
 use crate::raid::{Copy, Mode, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
@@ -26,12 +28,10 @@ use std::time::Duration;
 const LOOK: Duration = Duration::from_millis(200);
 /// How long it leaves a set alone of which something could not be copied.
 const AGAIN: Duration = Duration::from_secs(1);
-/// What is copied while writers keep out.
-const WINDOW_BYTES: u64 = 1 << 20;
-/// So many pieces of it at a time.
-const BESIDE: usize = 16;
-/// How much of a delay is caught up with, where a rate was asked for: timers and others at work make each pause a little longer.
-const CATCH_UP: Duration = Duration::from_millis(10);
+/// So much of each member is looked at at a time, whether it is in use.
+const BLOCK_BYTES: u64 = 1 << 20;
+/// The most of it that is copied before what follows is looked at.
+const RUN_BYTES: u64 = 16 << 20;
 
 pub(super) const SCRUB: &str = "scrub";
 
@@ -47,8 +47,9 @@ pub(crate) struct Work {
     pub(crate) scrub: Cell<Option<ScrubRecord>>,
     /// Why the last scrub ended before it was through.
     pub(super) cut_short: RefCell<Option<String>>,
-    /// When what was copied last was due.
-    due: Cell<Option<Instant>>,
+    pub(super) pace: Pace,
+    /// Pieces whose copies are in different rows: they are copied once for each, and not beside each other.
+    across_rows: Turn,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -394,23 +395,17 @@ impl Owner {
         // A write that fails meanwhile marks it again.
         let mut at = first;
         let marks = self.shared.unsynced_marks();
+        let strip = u64::from(set.strip_bytes());
+        let members = set.members();
+        // Copies may be a strip before or behind.
+        let slices = Slices { len: slice_bytes(members), cost: u64::from(members), margin: strip };
         while at < end {
-            if self.is_closing.get() {
-                return false;
+            let run = self.used_run(set, at..end);
+            let work = |rows: Range<u64>| self.resync_slice(set, rows);
+            match self.slide(set, run.clone(), slices, work).await {
+                Ok(done) if done == run.end => at = run.end,
+                Ok(_) | Err(_) => return false,
             }
-            let len = WINDOW_BYTES.min(end - at);
-            let began = self.runtime.now();
-            let copied = match self.is_in_use(set, at, len) {
-                true => {
-                    self.in_window(set, wide_window(set, at, len), self.resync_window(set, at, len)).await
-                }
-                false => Ok(()),
-            };
-            if copied.is_err() {
-                return false;
-            }
-            self.throttle(began, len * u64::from(set.members())).await;
-            at += len;
         }
         set.unsynced.clear(region);
         if self.shared.unsynced_marks() != marks {
@@ -424,20 +419,44 @@ impl Owner {
         true
     }
 
-    async fn resync_window(self: &Rc<Self>, set: &Arc<Set>, offset: u64, len: u64) -> Outcome {
+    /// The first rows of these that are in use, and those behind it, for a while; none: an empty run at the end.
+    fn used_run(&self, set: &Set, rows: Range<u64>) -> Range<u64> {
+        let is_used = |at: &u64| self.is_in_use(set, *at, BLOCK_BYTES.min(rows.end - at));
+        let mut blocks = rows.clone().step_by(1 << BLOCK_BYTES.ilog2());
+        let Some(start) = blocks.find(is_used) else { return rows.end..rows.end };
+        let behind = blocks.take_while(|at| at - start < RUN_BYTES && is_used(at)).count() as u64;
+        start..rows.end.min(start + (behind + 1) * BLOCK_BYTES)
+    }
+
+    /// The window is the caller's.
+    async fn resync_slice(self: &Rc<Self>, set: &Arc<Set>, rows: Range<u64>) -> Outcome {
         if set.parity().is_some() {
-            return self.mend_stripes(set, offset..offset + len).await.map(drop);
+            return self.mend_stripes(set, rows).await.map(drop);
         }
+        let len = rows.end - rows.start;
         for member in (0..set.members()).filter(|member| set.mode(*member) != Mode::Away) {
-            let pieces: Vec<Piece> = set.pieces_of_member(member, offset, len).collect();
+            let pieces = set.pieces_of_member(member, rows.start, len).collect::<Vec<_>>();
             // Beside each other, or the way to the members and back is all that it does.
-            for some in pieces.chunks(BESIDE) {
-                for copied in all(some.iter().map(|piece| self.copy_piece(set, piece, Some(member)))).await {
-                    copied?;
-                }
+            for copied in all(pieces.iter().map(|piece| self.copy_for(set, piece, member))).await {
+                copied?;
             }
         }
         Ok(())
+    }
+
+    /// Makes a member's copy of a piece that of the first.
+    async fn copy_for(self: &Rc<Self>, set: &Set, piece: &Piece, member: u16) -> Outcome {
+        let copies = piece.copies.as_slice();
+        if copies.iter().any(|copy| copy.offset != copies[0].offset) {
+            let _turn = self.work.across_rows.take().await;
+            return self.copy_piece(set, piece, Some(member)).await;
+        }
+        let first = copies.iter().find(|copy| set.mode(copy.member - set.first_member()) == Mode::InSync);
+        if first.is_some_and(|first| first.member - set.first_member() == member) {
+            // It is read when the others' turn comes, which is in the same slice.
+            return Ok(());
+        }
+        self.copy_piece(set, piece, Some(member)).await
     }
 
     /// Whether some extent that lies there is in use: what was never written need not be the same.
@@ -456,18 +475,6 @@ impl Owner {
         let (first, last) = (data.start / extent_bytes, data.end.div_ceil(extent_bytes));
         (first..last).any(|extent| u32::try_from(before + extent).is_ok_and(|extent| !meta.is_free(extent)))
     }
-
-    /// Keeps within the rate that was asked for, with what began then.
-    pub(super) async fn throttle(&self, began: Instant, bytes: u64) {
-        let rate = self.options.sync_bytes_per_second;
-        if rate == 0 {
-            return;
-        }
-        let from = self.work.due.get().filter(|due| *due + CATCH_UP >= began).unwrap_or(began);
-        let due = from + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
-        self.work.due.set(Some(due));
-        self.runtime.sleep_until(due).await;
-    }
 }
 
 /// Nothing can be made right: what is lost is not there to be brought up to date, and what is left cannot be told from it.
@@ -481,10 +488,4 @@ pub(super) fn window_of(piece: &Piece) -> Range<u64> {
     let starts = piece.copies.as_slice().iter().map(|copy| copy.offset);
     let start = starts.clone().min().unwrap_or(0);
     start..starts.max().unwrap_or(0) + u64::from(piece.len)
-}
-
-/// The window of rows that are copied: copies of them may be a strip before or behind.
-fn wide_window(set: &Set, offset: u64, len: u64) -> Range<u64> {
-    let strip = u64::from(set.strip_bytes());
-    offset.saturating_sub(strip)..offset + len + strip
 }

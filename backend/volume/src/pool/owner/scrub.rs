@@ -143,7 +143,6 @@ impl Owner {
                 if self.is_scrub_over() {
                     return;
                 }
-                let began = self.runtime.now();
                 let found = self.scrub_index(id, index, scrub.repair, &mut seen).await;
                 if self.is_scrub_over() {
                     // It may not have been compared to its end.
@@ -165,7 +164,7 @@ impl Owner {
                         let _ = self.record_members().await;
                     }
                 }
-                self.throttle(began, extent_bytes * 2).await;
+                self.take_time(extent_bytes * 2).await;
             }
         }
         self.end_scrub(scrub.repair).await;
@@ -242,6 +241,7 @@ impl Owner {
             let stripe = parity.stripes.stripe_bytes();
             let strip = u64::from(set.strip_bytes());
             for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
+                self.give_way().await;
                 let number = (address + first) / stripe;
                 let work = self.scrub_stripe(&view, &set, number, (first, bits, before), repair);
                 tally += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
@@ -253,6 +253,7 @@ impl Owner {
             .collect();
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
+                self.give_way().await;
                 let work = self.compare(&set, &piece, repair);
                 tally += self.in_window(&set, window_of(&piece), work).await;
             }
