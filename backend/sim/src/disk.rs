@@ -46,6 +46,8 @@ pub struct SimDiskState {
     pub error: Status,
     /// Flushes that have ended.
     pub flushes: u64,
+    /// Bytes that it has been written.
+    pub written_bytes: u64,
     /// What names its cache; a loss of power makes it another one.
     pub cache_identity: Option<[u8; 16]>,
     /// Reads of these blocks end as `Media` until they are written again.
@@ -329,6 +331,7 @@ impl SimDisk {
             errors_permille: 0,
             error: Status::Media,
             flushes: 0,
+            written_bytes: 0,
             cache_identity: None,
             media_errors: BTreeSet::new(),
             unwritable: 0..0,
@@ -632,6 +635,7 @@ fn execute(state: &mut SimDiskState, request: &Request) -> Outcome {
                 return Err(Status::Invalid);
             }
             state.writes(from, to, fua);
+            state.written_bytes += (to - from) as u64;
             let mut at = 0;
             state.content.write_with(from..to, |piece| {
                 // SAFETY: the request has not ended and has our length; our content is apart from its buffers.

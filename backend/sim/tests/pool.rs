@@ -8,6 +8,8 @@ mod classes;
 mod faults;
 #[path = "pool_cases/joined.rs"]
 mod joined;
+#[path = "pool_cases/manners.rs"]
+mod manners;
 #[path = "pool_cases/members.rs"]
 mod members;
 #[path = "pool_cases/missing.rs"]

@@ -13,20 +13,23 @@ use std::cell::Cell;
 use std::time::Duration;
 
 /// What a slice reads and writes at most. Members in memory are read and written by our own CPU, at 5 to 10 GB/s: a step of a slice takes
-/// 10 to 30 µs, and whoever comes meanwhile waits for it.
+/// 20 to 30 µs, and whoever comes meanwhile waits for it.
 const SLICE_BYTES: u64 = 256 << 10;
-/// What it reads of a member, or writes to it, at most.
+/// Of each member.
 const SLICE_OF_MEMBER_MAX: u64 = 64 << 10;
-/// The least that is worth a request.
-const SLICE_OF_MEMBER_MIN: u64 = 4 << 10;
+/// The least that is worth a request: what is around it takes half as long as its bytes, at the speed of memory.
+const SLICE_OF_MEMBER_MIN: u64 = 16 << 10;
 /// How much of a delay is caught up with, where a rate was asked for: timers and others at work make each pause a little longer.
 const CATCH_UP: Duration = Duration::from_millis(10);
 /// So many passes of the reactor a slice waits at most for requests that are under way.
 const PATIENCE: u32 = 4;
 
-/// What of one member a slice covers, when it goes to so many: divides a strip, or is a multiple of it.
-pub(crate) fn slice_bytes(members: u16) -> u64 {
-    let share = SLICE_BYTES / u64::from(members.max(1));
+/// What of one member a slice covers, when it goes to so many: divides a strip, or is a multiple of it. At a rate, half of what goes without:
+/// who asks for one cares for what is beside. RAID 5 on three members in memory, at half of what goes (AMD EPYC): 4k reads at depth 1 have
+/// 1.0 to 1.3 times their p99 with 32 KiB, 1.3 to 1.5 times with 64 KiB; with 16 KiB the CPU is full.
+pub(crate) fn slice_bytes(members: u16, rate: u64) -> u64 {
+    let all = if rate == 0 { SLICE_BYTES } else { SLICE_BYTES / 2 };
+    let share = all / u64::from(members.max(1));
     (1 << share.max(1).ilog2()).clamp(SLICE_OF_MEMBER_MIN, SLICE_OF_MEMBER_MAX)
 }
 
@@ -42,11 +45,6 @@ impl Pace {
         self.due.get().unwrap_or(now)
     }
 
-    /// Whether so much has been waited for that the rate would not be kept.
-    pub(crate) fn is_late(&self, now: Instant) -> bool {
-        self.due.get().is_some_and(|due| due + CATCH_UP / 2 < now)
-    }
-
     /// A slice of so many bytes begins; `rate` is of a second, 0: as many as can be.
     pub(crate) fn begin(&self, now: Instant, bytes: u64, rate: u64) {
         let Some(nanoseconds) = bytes.saturating_mul(1_000_000_000).checked_div(rate) else {
@@ -59,6 +57,7 @@ impl Pace {
 }
 
 /// Lets requests go first that are under way on this reactor, as far as they only wait for it. Those that wait for members are not waited for.
+/// While all of the work that there is waits for our own CPU that costs nothing, and else next to nothing.
 #[derive(Default)]
 pub(crate) struct Courtesy {
     waited: u32,
@@ -66,8 +65,8 @@ pub(crate) struct Courtesy {
 
 impl Courtesy {
     /// Whether a slice that is due waits for another pass.
-    pub(crate) fn waits(&mut self, place: &Place, is_late: bool) -> bool {
-        let waits = !is_late && self.waited < PATIENCE && place.is_anybody_under_way();
+    pub(crate) fn waits(&mut self, place: &Place) -> bool {
+        let waits = self.waited < PATIENCE && place.is_anybody_under_way();
         self.waited = if waits { self.waited + 1 } else { 0 };
         waits
     }

@@ -20,6 +20,7 @@ use crate::pool::PoolError;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
+use crate::pool::manners::slice_bytes;
 use crate::pool::twin::{Phase, Twin};
 use crate::raid::{Level, Mode, Set};
 use crate::simulated::is_broken;
@@ -34,8 +35,6 @@ use std::time::Duration;
 /// What is copied before it is looked at what is next: so much, or more when that takes no longer than [`STEP_MS`].
 const STEP_BYTES: Range<u64> = 1 << 20..8 << 20;
 const STEP_MS: u64 = 100;
-/// What is copied in one piece.
-const SLICE_BYTES: u64 = 128 << 10;
 /// How long it copies before whatever else is due has its turn.
 const SHIFT: Duration = Duration::from_secs(2);
 /// How long it leaves a device alone that failed.
@@ -353,7 +352,8 @@ impl Owner {
         let copied = match counts {
             true => {
                 // What cannot be read is written again, copies of it too, which may be a strip before or behind.
-                let slices = Slices { len: SLICE_BYTES, cost: 2, margin: u64::from(set.strip_bytes()) };
+                let len = slice_bytes(2, self.options.sync_bytes_per_second);
+                let slices = Slices { len, cost: 2, margin: u64::from(set.strip_bytes()) };
                 let copy = |part: Range<u64>| self.copy_to_new(&set, (index, uuid), &twin, part);
                 self.slide(&set, range.clone(), slices, copy).await
             }

@@ -398,7 +398,8 @@ impl Owner {
         let strip = u64::from(set.strip_bytes());
         let members = set.members();
         // Copies may be a strip before or behind.
-        let slices = Slices { len: slice_bytes(members), cost: u64::from(members), margin: strip };
+        let len = slice_bytes(members, self.options.sync_bytes_per_second);
+        let slices = Slices { len, cost: u64::from(members), margin: strip };
         while at < end {
             let run = self.used_run(set, at..end);
             let work = |rows: Range<u64>| self.resync_slice(set, rows);

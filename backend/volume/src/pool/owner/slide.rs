@@ -117,7 +117,7 @@ impl Owner {
     /// Lets those go first who are under way here. Not with a window.
     pub(super) async fn give_way(&self) {
         let mut courtesy = Courtesy::default();
-        while courtesy.waits(&self.place, self.work.pace.is_late(self.runtime.now())) {
+        while courtesy.waits(&self.place) {
             next_pass().await;
         }
     }
@@ -195,7 +195,7 @@ impl Owner {
                 let until = if is_soon { due } else { Instant(due.0 - LINGER_NS) };
                 crowd.next_or(&mut self.runtime.sleep_until(until)).await
             } else if has_room && end <= window.held {
-                if !courtesy.waits(&self.place, self.work.pace.is_late(now)) {
+                if !courtesy.waits(&self.place) {
                     let start = window.next;
                     self.work.pace.begin(now, (end - start) * cost, rate);
                     let slice = work(start..end);
