@@ -263,7 +263,7 @@ pub(super) fn head(folder: &Path, name: &str, poll_us: u32, cpus: &[usize]) -> S
 }
 
 /// The subsystem's name where there is one.
-const NQN: &str = "nqn.2026-11.io.hawser:bench";
+pub(super) const NQN: &str = "nqn.2026-11.io.hawser:bench";
 
 fn target(size: &str, port: u16) -> String {
     memory(size) + &subsystem(NQN, &[port])
@@ -295,7 +295,7 @@ fn free_port() -> Result<u16, String> {
 }
 
 /// Asks a daemon which address its subsystem listens on, until it does.
-fn bound_address(program: &Path, api: &Path, child: &mut Child) -> Result<String, String> {
+pub(super) fn bound_address(program: &Path, api: &Path, child: &mut Child) -> Result<String, String> {
     let start = Instant::now();
     loop {
         child.still_runs().map_err(|e| e.to_string())?;

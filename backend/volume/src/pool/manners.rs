@@ -71,3 +71,32 @@ impl Courtesy {
         waits
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Delays do not add up, and a long one is not made good by a burst.
+    #[test]
+    fn what_is_late_is_caught_up_with_for_a_while() {
+        let pace = Pace::default();
+        let at = |ms: u64| Instant(ms * 1_000_000);
+        assert_eq!(pace.due(at(5)), at(5), "the first at once");
+        // A slice takes 4 ms.
+        pace.begin(at(5), 4000, 1_000_000);
+        assert_eq!(pace.due(at(6)), at(9));
+        pace.begin(at(12), 4000, 1_000_000);
+        assert_eq!(pace.due(at(12)), at(13), "3 ms late");
+        pace.begin(at(60), 4000, 1_000_000);
+        assert_eq!(pace.due(at(60)), at(64), "47 ms late");
+        pace.begin(at(64), 4000, 0);
+        assert_eq!(pace.due(at(64)), at(64), "as fast as it goes");
+    }
+
+    #[test]
+    fn slices_fit_into_strips_and_strips_into_slices() {
+        let sizes = |rate| [2, 3, 4, 8, 16, 32].map(|members| slice_bytes(members, rate) >> 10);
+        assert_eq!(sizes(0), [64, 64, 64, 32, 16, 16]);
+        assert_eq!(sizes(1 << 30), [64, 32, 32, 16, 16, 16]);
+    }
+}

@@ -14,6 +14,8 @@
 //!
 //! Owns: these cases and their goals. Must not know: how a sample of a load is taken.
 
+mod far;
+mod link;
 mod prober;
 mod rebuild;
 mod run;
@@ -90,7 +92,9 @@ pub enum Case {
     AfterSnapshot,
     /// A member made anew as fast as it goes, and what the devices can do.
     Rebuild,
-    /// The same at half of that rate, as configured: is it kept?
+    /// The same where members are slower than our CPU.
+    RebuildFar,
+    /// At half of what goes, as configured: is it kept?
     RebuildRate,
     /// Reads meanwhile, and reads of the healthy pool.
     ReadsDuringRebuild,
@@ -98,7 +102,7 @@ pub enum Case {
 
 impl Case {
     /// All of them, in the order of the table.
-    pub const ALL: [Case; 19] = [
+    pub const ALL: [Case; 20] = [
         Case::Random(Pool::Raid0, Mix::RandRead),
         Case::Random(Pool::Raid0, Mix::RandWrite),
         Case::Random(Pool::Raid1, Mix::RandRead),
@@ -117,6 +121,7 @@ impl Case {
         Case::Counts(Pool::Raid6),
         Case::Counts(Pool::Wide6),
         Case::Rebuild,
+        Case::RebuildFar,
         Case::RebuildRate,
         Case::ReadsDuringRebuild,
     ];
@@ -138,6 +143,7 @@ impl Case {
             Case::FirstWrite => "pool/first-write/qd1".to_owned(),
             Case::AfterSnapshot => "pool/after-snapshot/qd1".to_owned(),
             Case::Rebuild => "pool/rebuild/rate-max".to_owned(),
+            Case::RebuildFar => "pool/rebuild/slow-members".to_owned(),
             Case::RebuildRate => "pool/rebuild/rate-half".to_owned(),
             Case::ReadsDuringRebuild => "pool/rebuild/randread-4k/qd1".to_owned(),
         }
@@ -166,7 +172,7 @@ impl Case {
             Case::Counts(_) => Some((6.0, false)),
             Case::FirstWrite => Some((1.5, false)),
             Case::AfterSnapshot => Some((1.0, false)),
-            Case::Rebuild => Some((0.9, true)),
+            Case::Rebuild | Case::RebuildFar => Some((0.9, true)),
             Case::RebuildRate => Some((0.95, true)),
             Case::ReadsDuringRebuild => Some((2.0, false)),
             Case::Random(..) | Case::Sequential(_) => None,
@@ -299,7 +305,7 @@ impl Outcome {
                 format!("{:.2} reads, {:.2} writes", counts.reads, counts.writes),
                 "member I/Os for a write".to_owned(),
             ],
-            (Found::Rate { rebuild, most }, Case::Rebuild) => [
+            (Found::Rate { rebuild, most }, Case::Rebuild | Case::RebuildFar) => [
                 format!("devices {}", rate(*most)),
                 format!("rebuild {}", rate(*rebuild)),
                 "bytes read and written".to_owned(),

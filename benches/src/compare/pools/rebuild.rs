@@ -3,17 +3,17 @@
 //! ```text
 //!   p ── RAID 5 ── m0  m1  m2        healthy: reads, one at a time; and what a device of the kind can do by itself
 //!               └─ m0  m1  ·   n0    m2 is gone, n0 takes its place, at any rate
-//!               └─ m0  m1  ·   n1    n0 is gone, n1 takes its place, at half of that rate, while reads go on
+//!               └─ m0  m1  ·   n1    n0 is gone, n1 takes its place, …; at last at half of that rate, while reads go on
 //! ```
 //!
-//! Members are files on a tmpfs, which outlive the daemon: between the three it is stopped, and started with other devices.
+//! Members are files on a tmpfs, which outlive the daemon: in between it is stopped, and started with other devices.
 //!
 //! Owns: this one story. Must not know: how a table looks.
 //! Invariant: what a rebuild moves is told from what reads move by the new member, which nobody reads: for each of its bytes one is written,
 //! and one read of each of the two others.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,9 @@ const BYTES_MIN: u64 = 64 << 20;
 const LOOK: Duration = Duration::from_millis(5);
 /// What a load takes besides its time: its process, its connection.
 const AROUND_LOAD: Duration = Duration::from_millis(200);
+
+/// So much of a file has superblocks in it.
+const SUPERBLOCKS_BYTES: usize = 4 << 20;
 
 /// What each case has found, and what makes it doubtful.
 pub(super) type All = Vec<(Case, Found, Vec<String>)>;
@@ -103,21 +106,31 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>, guard: &mut Guard) -> Resu
     let [read, write] = own.map(|rates| Spread::of(rates.into_iter()).median);
     let devices = if read > 0.0 && write > 0.0 { MEMBERS / (2.0 / read + 1.0 / write) } else { 0.0 };
 
-    let fast = launch(healthy.stop()?, ["m0", "m1", "n0"], 0.0)?;
-    begin(&fast, "n0").map_err(failed(&fast))?;
-    let (started, ended) = (await_written(&fast, "n0", rows * 0.1)?, await_written(&fast, "n0", rows * 0.9)?);
-    let most = MEMBERS * rate(ended.1 - started.1, ended.0 - started.0);
-    let mut doubts = Vec::new();
-    if ended.0 - started.0 < LOOK * 10 {
-        doubts.push("the rebuild was too short to be looked at".to_owned());
+    let (mut most, mut doubts) = (Vec::new(), Vec::new());
+    let mut folder = healthy.stop()?;
+    let mut news = ["n0", "n1"].into_iter().cycle();
+    for new in news.by_ref().take(plan.rounds as usize) {
+        forget(&folder, new)?;
+        let fast = launch(folder, ["m0", "m1", new], 0.0)?;
+        begin(&fast, new).map_err(failed(&fast))?;
+        let (started, ended) =
+            (await_written(&fast, new, rows * 0.1)?, await_written(&fast, new, rows * 0.9)?);
+        most.push(MEMBERS * rate(ended.1 - started.1, ended.0 - started.0));
+        if ended.0 - started.0 < LOOK * 10 {
+            doubts.push("the rebuild was too short to be looked at".to_owned());
+        }
+        await_ready(&fast).map_err(failed(&fast))?;
+        folder = fast.stop()?;
     }
+    let most = Spread::of(most.into_iter()).median;
     let mut all: All = vec![(Case::Rebuild, Found::Rate { rebuild: most, most: devices }, doubts)];
-    await_ready(&fast).map_err(failed(&fast))?;
 
     let half = (most / 2.0).max(1e6);
-    let slow = launch(fast.stop()?, ["m0", "m1", "n1"], half)?;
-    let volume = begin(&slow, "n1").map_err(failed(&slow))?;
-    let started = await_written(&slow, "n1", rows * 0.05)?;
+    let new = news.next().ok_or("no device")?;
+    forget(&folder, new)?;
+    let slow = launch(folder, ["m0", "m1", new], half)?;
+    let volume = begin(&slow, new).map_err(failed(&slow))?;
+    let started = await_written(&slow, new, rows * 0.05)?;
     // A quarter is kept for what takes longer than it should.
     let time = Duration::from_secs_f64(rows * 0.95 * MEMBERS / half * 0.75) / plan.rounds;
     let runtime =
@@ -128,7 +141,7 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>, guard: &mut Guard) -> Resu
         let load = Load { socket: volume.clone(), runtime, ramp: plan.ramp / 4, ..load };
         meanwhile.samples.push(plan.maker.run(&load).map_err(failed(&slow))?);
     }
-    let ended = written(&slow, "n1")?;
+    let ended = written(&slow, new)?;
     let mut doubts = before.disturbed.clone();
     if ended.1 >= rows {
         doubts.push("the rebuild ended before the reads did".to_owned());
@@ -139,12 +152,20 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>, guard: &mut Guard) -> Resu
     Ok(all)
 }
 
-fn candidate(server: &PoolServer, shape: Shape) -> Candidate<'_> {
+/// A device was a member once, and does not say so any more.
+fn forget(folder: &TempDir, device: &str) -> Result<(), String> {
+    let path = folder.path().join(format!("{device}.raw"));
+    let file = File::options().write(true).open(&path);
+    file.and_then(|mut file| file.write_all(&vec![0; SUPERBLOCKS_BYTES]))
+        .map_err(|e| format!("{}: {e}", path.display()))
+}
+
+pub(super) fn candidate(server: &PoolServer, shape: Shape) -> Candidate<'_> {
     Candidate { server: &server.server, batch: shape.depth, configuration: String::new() }
 }
 
 /// Has a device take the place of the member that is gone; the socket of the volume, which is served meanwhile.
-fn begin(server: &PoolServer, new: &str) -> Result<PathBuf, String> {
+pub(super) fn begin(server: &PoolServer, new: &str) -> Result<PathBuf, String> {
     let socket = server.server.folder.path().join("p-v");
     let _ = std::fs::remove_file(&socket);
     wait(|| Ok(server.numbers()?.sum("hawser_pool_state{pool=\"p\",state=\"degraded\"}") > 0.0))?;
@@ -165,7 +186,7 @@ fn written(server: &PoolServer, device: &str) -> Result<(Instant, f64), String> 
 }
 
 /// The same as soon as it is so many.
-fn await_written(server: &PoolServer, device: &str, bytes: f64) -> Result<(Instant, f64), String> {
+pub(super) fn await_written(server: &PoolServer, device: &str, bytes: f64) -> Result<(Instant, f64), String> {
     let mut now = (Instant::now(), 0.0);
     wait(|| {
         now = written(server, device)?;

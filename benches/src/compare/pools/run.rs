@@ -5,9 +5,9 @@
 use std::time::{Duration, Instant};
 
 use super::prober::Prober;
-use super::rebuild;
 use super::server::{Numbers, PoolServer};
 use super::{Case, Counts, Found, Outcome, Pool};
+use super::{far, rebuild};
 use crate::compare::load::Load;
 use crate::compare::quiet::Guard;
 use crate::compare::results::{Results, Series};
@@ -35,8 +35,9 @@ impl Plan {
                 Case::Random(Pool::Raid0 | Pool::Raid1, _) | Case::FirstWrite | Case::AfterSnapshot
             )
         });
-        let rebuilding =
-            of(|case| matches!(case, Case::Rebuild | Case::RebuildRate | Case::ReadsDuringRebuild));
+        let rebuilding = of(|case| {
+            matches!(case, Case::Rebuild | Case::RebuildFar | Case::RebuildRate | Case::ReadsDuringRebuild)
+        });
         let parity: Vec<Case> = cases
             .iter()
             .copied()
@@ -55,13 +56,19 @@ impl Plan {
             note(self.run_parity(&parity, place, guard, results));
         }
         if !rebuilding.is_empty() {
-            note(rebuild::measure(self, place, guard).map(|found| {
-                for (case, found, disturbed) in found {
-                    if rebuilding.contains(&case) {
-                        say(results, Outcome { case, found, repeated: 0, disturbed });
+            let near = rebuilding.iter().any(|case| *case != Case::RebuildFar);
+            let far = rebuilding.contains(&Case::RebuildFar);
+            let all =
+                [near.then(|| rebuild::measure(self, place, guard)), far.then(|| far::measure(self, place))];
+            for found in all.into_iter().flatten() {
+                note(found.map(|found| {
+                    for (case, found, disturbed) in found {
+                        if rebuilding.contains(&case) {
+                            say(results, Outcome { case, found, repeated: 0, disturbed });
+                        }
                     }
-                }
-            }));
+                }));
+            }
         }
         first_failure
     }

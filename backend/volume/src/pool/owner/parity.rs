@@ -302,6 +302,8 @@ impl Owner {
         for slot in each(made) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
         }
+        // Computing and writing take as long again as reading has.
+        self.give_way().await;
         // What could not be read has been computed.
         row.recover(&mut contents, from, made)?;
         // What is right already is not written again.

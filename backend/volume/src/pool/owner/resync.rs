@@ -30,8 +30,6 @@ const LOOK: Duration = Duration::from_millis(200);
 const AGAIN: Duration = Duration::from_secs(1);
 /// So much of each member is looked at at a time, whether it is in use.
 const BLOCK_BYTES: u64 = 1 << 20;
-/// The most of it that is copied before what follows is looked at.
-const RUN_BYTES: u64 = 16 << 20;
 
 pub(super) const SCRUB: &str = "scrub";
 
@@ -420,12 +418,12 @@ impl Owner {
         true
     }
 
-    /// The first rows of these that are in use, and those behind it, for a while; none: an empty run at the end.
+    /// The first rows of these that are in use, and those behind them that are; none: an empty run at the end.
     fn used_run(&self, set: &Set, rows: Range<u64>) -> Range<u64> {
         let is_used = |at: &u64| self.is_in_use(set, *at, BLOCK_BYTES.min(rows.end - at));
         let mut blocks = rows.clone().step_by(1 << BLOCK_BYTES.ilog2());
         let Some(start) = blocks.find(is_used) else { return rows.end..rows.end };
-        let behind = blocks.take_while(|at| at - start < RUN_BYTES && is_used(at)).count() as u64;
+        let behind = blocks.take_while(is_used).count() as u64;
         start..rows.end.min(start + (behind + 1) * BLOCK_BYTES)
     }
 

@@ -114,7 +114,7 @@ impl Owner {
         self.until_due().await;
     }
 
-    /// Lets those go first who are under way here. Not with a window.
+    /// Lets those go first who are under way here. For a few passes at most: who has a window may be what they wait for.
     pub(super) async fn give_way(&self) {
         let mut courtesy = Courtesy::default();
         while courtesy.waits(&self.place) {
