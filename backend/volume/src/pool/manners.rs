@@ -12,11 +12,11 @@ use hawser_runtime::Instant;
 use std::cell::Cell;
 use std::time::Duration;
 
-/// What a slice reads and writes at most. Members in memory are read and written by our own CPU, at 5 to 10 GB/s: a step of a slice takes
-/// 20 to 30 µs, and whoever comes meanwhile waits for it.
-const SLICE_BYTES: u64 = 256 << 10;
+/// What a slice reads and writes at most, without a rate and with one. Members in memory are read and written by our own CPU, at 5 to 10 GB/s:
+/// a step of a slice takes 40 to 60 µs, or 10 to 15, and whoever comes meanwhile waits for it.
+const SLICE_BYTES: (u64, u64) = (512 << 10, 128 << 10);
 /// Of each member.
-const SLICE_OF_MEMBER_MAX: u64 = 64 << 10;
+const SLICE_OF_MEMBER_MAX: u64 = 128 << 10;
 /// The least that is worth a request: what is around it takes half as long as its bytes, at the speed of memory.
 const SLICE_OF_MEMBER_MIN: u64 = 16 << 10;
 /// How much of a delay is caught up with, where a rate was asked for: timers and others at work make each pause a little longer.
@@ -24,11 +24,11 @@ const CATCH_UP: Duration = Duration::from_millis(10);
 /// So many passes of the reactor a slice waits at most for requests that are under way.
 const PATIENCE: u32 = 4;
 
-/// What of one member a slice covers, when it goes to so many: divides a strip, or is a multiple of it. At a rate, half of what goes without:
-/// who asks for one cares for what is beside. RAID 5 on three members in memory, at half of what goes (AMD EPYC): 4k reads at depth 1 have
-/// 1.0 to 1.3 times their p99 with 32 KiB, 1.3 to 1.5 times with 64 KiB; with 16 KiB the CPU is full.
+/// What of one member a slice covers, when it goes to so many: divides a strip, or is a multiple of it. Small at a rate: who asks for one cares
+/// for what is beside. RAID 5 on three members in memory, at half of what goes (AMD EPYC): 4k reads at depth 1 have 1.0 to 1.3 times their p99
+/// with 32 KiB, 1.3 to 1.5 times with 64 KiB; with 16 KiB the CPU is full.
 pub(crate) fn slice_bytes(members: u16, rate: u64) -> u64 {
-    let all = if rate == 0 { SLICE_BYTES } else { SLICE_BYTES / 2 };
+    let all = if rate == 0 { SLICE_BYTES.0 } else { SLICE_BYTES.1 };
     let share = all / u64::from(members.max(1));
     (1 << share.max(1).ilog2()).clamp(SLICE_OF_MEMBER_MIN, SLICE_OF_MEMBER_MAX)
 }
@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn slices_fit_into_strips_and_strips_into_slices() {
         let sizes = |rate| [2, 3, 4, 8, 16, 32].map(|members| slice_bytes(members, rate) >> 10);
-        assert_eq!(sizes(0), [64, 64, 64, 32, 16, 16]);
+        assert_eq!(sizes(0), [128, 128, 128, 64, 32, 16]);
         assert_eq!(sizes(1 << 30), [64, 32, 32, 16, 16, 16]);
     }
 }

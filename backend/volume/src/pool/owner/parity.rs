@@ -9,7 +9,7 @@ use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
 use crate::pool::wait::all;
-use crate::raid::{Parity, Piece, Set};
+use crate::raid::{Level, Mode, Parity, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
 use std::ops::Range;
@@ -257,6 +257,9 @@ impl Owner {
         set: &Arc<Set>,
         rows: Range<u64>,
     ) -> Result<u64, Status> {
+        if self.mend_only(set, &rows).await? {
+            return Ok(0);
+        }
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
         let (mut wrong, mut at) = (0, rows.start);
@@ -277,6 +280,48 @@ impl Owner {
             }
         }
         Ok(wrong)
+    }
+
+    /// The same where one member of a RAID 5 lacks what it should have and all others have it: that is their sum, whichever of the strips are
+    /// parity, so that no row is looked at alone. Whether it was done.
+    async fn mend_only(self: &Rc<Self>, set: &Arc<Set>, rows: &Range<u64>) -> Result<bool, Status> {
+        let lacking = || (0..set.members()).filter(|place| set.mode(*place) != Mode::InSync);
+        let parity = set.parity().expect("only of sets with parity");
+        let mut regions = set.region_of(rows.start)..=set.region_of(rows.end - 1);
+        let (first, since, view) = (set.first_member(), self.shared.joins(), self.view());
+        let leaf = |place: u16| view.leaves[usize::from(first + place)].as_ref();
+        let (Some(only), 1) = (lacking().next(), lacking().count()) else { return Ok(false) };
+        if set.level() != Level::Raid5
+            || set.mode(only) != Mode::Syncing
+            || regions.any(|region| parity.doubtful.get(region))
+            || (0..set.members()).any(|place| leaf(place).is_none())
+        {
+            return Ok(false);
+        }
+        let (at, len) = (view.data_offset + rows.start, usize::try_from(rows.end - rows.start));
+        let len = len.expect("a window is small");
+        let others: Vec<(u16, Rc<Bounce>)> = (0..set.members())
+            .filter(|place| *place != only)
+            .map(|place| (place, Rc::new(self.place.spare.take(len))))
+            .collect();
+        let reads = others.iter().map(|(place, into)| {
+            let leaf = leaf(*place).expect("looked at just now");
+            self.lanes.read(leaf, at, into, 0, len)
+        });
+        let is_read = all(reads).await.iter().all(Result::is_ok);
+        // What was read from a member that has been found to lack something meanwhile may be old.
+        if !is_read || !lacking().eq([only]) {
+            return Ok(false);
+        }
+        let mut sum = self.place.spare.take(len);
+        let strips: Vec<&[u8]> = others.iter().map(|(_, bounce)| bounce.bytes(0, len)).collect();
+        crate::parity::xor(&strips, sum.bytes_mut(0, len));
+        self.check_ours()?;
+        let new = leaf(only).expect("looked at just now");
+        if let Err(status) = self.lanes.write(new, at, &Rc::new(sum), 0, len, false).await {
+            self.report(1 << (first + only), status, since).await?;
+        }
+        Ok(true)
     }
 
     async fn mend_columns(self: &Rc<Self>, row: &Row<'_>) -> Result<u64, Status> {
@@ -302,8 +347,6 @@ impl Owner {
         for slot in each(made) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
         }
-        // Computing and writing take as long again as reading has.
-        self.give_way().await;
         // What could not be read has been computed.
         row.recover(&mut contents, from, made)?;
         // What is right already is not written again.
