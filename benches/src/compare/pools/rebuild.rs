@@ -126,27 +126,28 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>, guard: &mut Guard) -> Resu
     let mut all: All = vec![(Case::Rebuild, Found::Rate { rebuild: most, most: devices }, doubts)];
 
     let half = (most / 2.0).max(1e6);
-    let new = news.next().ok_or("no device")?;
-    forget(&folder, new)?;
-    let slow = launch(folder, ["m0", "m1", new], half)?;
-    let volume = begin(&slow, new).map_err(failed(&slow))?;
-    let started = await_written(&slow, new, rows * 0.05)?;
     // A quarter is kept for what takes longer than it should.
-    let time = Duration::from_secs_f64(rows * 0.95 * MEMBERS / half * 0.75) / plan.rounds;
+    let time = Duration::from_secs_f64(rows * 0.95 * MEMBERS / half * 0.75);
     let runtime =
         time.saturating_sub(AROUND_LOAD + plan.ramp / 4).clamp(Duration::from_millis(50), plan.runtime);
-    let mut meanwhile = Series::default();
-    for _ in 0..plan.rounds {
+    let (mut meanwhile, mut kept, mut doubts) = (Series::default(), Vec::new(), before.disturbed.clone());
+    for new in news.by_ref().take(plan.rounds as usize) {
+        forget(&folder, new)?;
+        let slow = launch(folder, ["m0", "m1", new], half)?;
+        let volume = begin(&slow, new).map_err(failed(&slow))?;
+        let started = await_written(&slow, new, rows * 0.05)?;
         let load = plan.load(reads, &candidate(&slow, reads));
-        let load = Load { socket: volume.clone(), runtime, ramp: plan.ramp / 4, ..load };
+        let load = Load { socket: volume, runtime, ramp: plan.ramp / 4, ..load };
         meanwhile.samples.push(plan.maker.run(&load).map_err(failed(&slow))?);
+        let ended = written(&slow, new)?;
+        if ended.1 >= rows {
+            doubts.push("the rebuild ended before the reads did".to_owned());
+        }
+        kept.push(MEMBERS * rate(ended.1 - started.1, ended.0 - started.0));
+        await_ready(&slow).map_err(failed(&slow))?;
+        folder = slow.stop()?;
     }
-    let ended = written(&slow, new)?;
-    let mut doubts = before.disturbed.clone();
-    if ended.1 >= rows {
-        doubts.push("the rebuild ended before the reads did".to_owned());
-    }
-    let rebuild = MEMBERS * rate(ended.1 - started.1, ended.0 - started.0);
+    let rebuild = Spread::of(kept.into_iter()).median;
     all.push((Case::RebuildRate, Found::Rate { rebuild, most: half }, doubts.clone()));
     all.push((Case::ReadsDuringRebuild, Found::Loads { beside: before, volume: meanwhile }, doubts));
     Ok(all)
