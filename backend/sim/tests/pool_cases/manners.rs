@@ -96,5 +96,4 @@ fn a_write_beside_a_slow_rebuild_does_not_wait_for_the_next_slice() {
     assert!(longest < Duration::from_millis(50), "{longest:?}");
     assert_eq!(pool.view().members[2].state, MemberState::Syncing);
     scene.ask(pool.close()).unwrap();
-    scene.check();
 }
