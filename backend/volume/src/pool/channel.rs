@@ -602,8 +602,8 @@ impl VolumeChannel {
             _copied: copied.expect("it is copied"),
             _under_way: under_way,
         };
-        let fua = matches!(request.operation, Operation::Write { fua: true });
-        spawn(&self.core, token, failure::after_stripes_failed(core, fua, members, status, begun));
+        let token = request.token;
+        spawn(&self.core, token, failure::after_stripes_failed(core, request, members, status, begun));
     }
 
     fn are_in_sync(&self, members: u64) -> bool {

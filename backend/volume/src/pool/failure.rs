@@ -2,12 +2,13 @@
 
 use super::ask;
 use super::channel::Core;
+use super::owner::Owner;
 use super::place::UnderWay;
 use super::shared::{Class, Counted};
 use super::slow::{carry_out, finish_fua};
 use super::stripes::Begun;
 use crate::simulated::is_broken;
-use hawser_block::{Outcome, Request, Status};
+use hawser_block::{Operation, Outcome, Request, Status};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -29,7 +30,7 @@ pub(super) async fn after_failure(
     (status, since): (Status, u64),
     under_way: UnderWay,
 ) -> Outcome {
-    let reported = report_failures(&core, members, (status, since)).await;
+    let reported = report_failures(&core, members, (status, since), false).await;
     drop(under_way);
     match reported {
         Err(status) if is_out_of_reach(&core, status) => {
@@ -43,12 +44,12 @@ pub(super) async fn after_failure(
 /// The same of one of whole stripes. What is to be done is done also where nobody waits for it any more.
 pub(super) async fn after_stripes_failed(
     core: Rc<Core>,
-    fua: bool,
+    request: Request,
     members: (u64, u64),
     status: Status,
     begun: Begun,
 ) -> Outcome {
-    let reported = report_failures(&core, members, (status, begun.since)).await;
+    let reported = report_failures(&core, members, (status, begun.since), true).await;
     if reported.is_ok() || is_broken("stripe_left_half_written") {
         return reported;
     }
@@ -61,15 +62,22 @@ pub(super) async fn after_stripes_failed(
     });
     let mut answer = Box::pin(answer);
     let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed)).await;
-    ended.flatten().unwrap_or(Err(Status::Aborted))?;
-    finish_fua(&core, fua).await
+    match ended.flatten().unwrap_or(Err(Status::Aborted)) {
+        Ok(()) => finish_fua(&core, matches!(request.operation, Operation::Write { fua: true })).await,
+        Err(status) if is_out_of_reach(&core, status) => {
+            core.runtime.sleep(OUT_OF_REACH).await;
+            carry_out(core, request, Counted::under(Class::DeviceFailure)).await
+        }
+        error => error,
+    }
 }
 
-/// Members have failed a part of a write that others have: it has ended when that is recorded.
+/// Members have failed a part of a write that others have: it has ended when that is recorded. `together`: of all of them, or none.
 async fn report_failures(
     core: &Core,
     (failed, aborted): (u64, u64),
     (status, since): (Status, u64),
+    together: bool,
 ) -> Outcome {
     let is_given_up = aborted != 0 && core.is_given_up.load(Ordering::Relaxed);
     let (members, status) = match (is_given_up, status) {
@@ -80,11 +88,16 @@ async fn report_failures(
         (false, Status::Aborted) => (aborted, Status::Timeout),
         (false, status) => (failed | aborted, status),
     };
+    let report = move |owner: Rc<Owner>| async move {
+        match together {
+            true => owner.report_together(members, status, since).await,
+            false => owner.report(members, status, since).await,
+        }
+    };
     if is_broken("ack_before_stale_recorded") {
-        drop(core.shared.ask(move |owner| async move { owner.report(members, status, since).await }));
+        drop(core.shared.ask(report));
         return Ok(());
     }
-    let reported =
-        core.shared.request(move |owner| async move { owner.report(members, status, since).await }).await;
+    let reported = core.shared.request(report).await;
     if is_given_up { Err(Status::Aborted) } else { reported }
 }

@@ -217,6 +217,19 @@ impl Owner {
         Ok(())
     }
 
+    /// The same of members that have failed at once: all of them are out, or none is.
+    pub(crate) async fn report_together(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
+        let view = self.view();
+        let can_go = |set: &Arc<Set>| {
+            let of_set = (0..set.members()).filter(|place| failed & 1 << (set.first_member() + place) != 0);
+            survives(set, of_set.fold(0, |bits, place| bits | 1 << place))
+        };
+        match status == Status::Conflict || view.array.sets().iter().all(can_go) {
+            true => self.report_whatever(failed, status, since).await,
+            false => Err(status),
+        }
+    }
+
     /// Members that have everything, and what names their caches.
     pub(crate) fn whole_caches(&self) -> Vec<(Uuid, [u8; 16])> {
         let members = self.members.borrow();

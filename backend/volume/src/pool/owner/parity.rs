@@ -144,8 +144,8 @@ impl Owner {
         if !is_broken("unlogged_ended_unflushed") {
             self.flush_members().await?;
         }
-        if parity.is_unlogged() {
-            // Somebody has begun again.
+        if parity.is_unlogged() || parity.doubtful.any() {
+            // Somebody has begun again, or has not ended what he began.
             return Ok(());
         }
         let released = {
@@ -237,6 +237,8 @@ impl Owner {
         header: &ParityHeader,
         targets: &[(u16, Leaf)],
     ) -> Outcome {
+        // Another host's counts as well, and the higher number wins.
+        self.check_ours()?;
         let bounce = Rc::new(Bounce::holding(&header.encode(&self.shared.uuid)));
         targets.iter().for_each(|_| parity.count_log_write(PAGE_BYTES));
         let offset = parity.log_offset + header.number % 2 * PAGE_BYTES as u64;
@@ -386,7 +388,7 @@ impl Owner {
         for at in (rows.start / 4096..rows.end.div_ceil(4096)).map(|block| block * 4096) {
             let since = self.shared.joins();
             let row = Row { since, ..Row::new(&view, set, at / strip, at % strip, 4096) };
-            self.scrub_columns(&row, false).await?;
+            self.scrub_columns(&row, Wanted::Readable).await?;
         }
         Ok(())
     }
@@ -406,9 +408,13 @@ impl Owner {
         Ok(gathered.ok_or(Status::Media)?[slot].take().expect("asked for"))
     }
 
-    /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. The window is the
-    /// caller's.
-    pub(super) async fn scrub_columns(self: &Rc<Self>, row: &Row<'_>, repair: bool) -> Result<Fault, Status> {
+    /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. What cannot be read
+    /// is written again. The window is the caller's.
+    pub(super) async fn scrub_columns(
+        self: &Rc<Self>,
+        row: &Row<'_>,
+        wanted: Wanted,
+    ) -> Result<Fault, Status> {
         let all_slots = row.all_data() | row.all_parity();
         let mut bad: Slots = 0;
         let lost = computed_unless_doubtful(row);
@@ -416,10 +422,14 @@ impl Owner {
         let contents = gathered.ok_or(Status::Media)?;
         let mut rewritten = bad & row.in_sync();
         let (mut wrong, mut found) = (0, Fault::None);
-        if row.in_sync() == all_slots && bad == 0 {
+        if row.in_sync() == all_slots && bad == 0 && wanted != Wanted::Readable {
             (wrong, found) = differing(row, &contents);
+            if found != Fault::None && row.is_unsynced() {
+                // Nobody's fault: a crash has left it so, and parity is about to be made again.
+                (wrong, found) = (row.all_parity(), Fault::Unknown);
+            }
             self.tell_fault(row, wrong, found);
-            if repair {
+            if wanted == Wanted::Repaired {
                 rewritten |= wrong;
             }
         }
@@ -478,6 +488,17 @@ impl Owner {
             );
         }
     }
+}
+
+/// What a scrub is to do with columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Only what cannot be read is written again: parity need not be right, of what nobody has written.
+    Readable,
+    /// They are compared, too.
+    Compared,
+    /// And what is wrong is written again.
+    Repaired,
 }
 
 /// What does not go with the rest of a stripe's columns.

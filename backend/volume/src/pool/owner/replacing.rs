@@ -271,7 +271,8 @@ impl Owner {
             0 => STEP_BYTES.end,
             rate => rate / 1000 * STEP_MS,
         };
-        in_time.min(total / RECORDS).clamp(STEP_BYTES.start, STEP_BYTES.end)
+        let bytes = in_time.min(total / RECORDS).clamp(STEP_BYTES.start, STEP_BYTES.end);
+        bytes - bytes % STEP_BYTES.start
     }
 
     fn hindered(&self, why: String) {

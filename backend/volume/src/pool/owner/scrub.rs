@@ -4,7 +4,7 @@
 //! compared once by each process.
 
 use super::Owner;
-use super::parity::Fault;
+use super::parity::{Fault, Wanted};
 use super::resync::{SCRUB, window_of};
 use crate::format::{NONE, ScrubRecord};
 use crate::pool::PoolError;
@@ -286,7 +286,8 @@ impl Owner {
             if !has(bits) || has(before) {
                 continue;
             }
-            match self.scrub_columns(&row, repair).await {
+            let wanted = if repair { Wanted::Repaired } else { Wanted::Compared };
+            match self.scrub_columns(&row, wanted).await {
                 Ok(found) => {
                     tally.mismatches += u64::from(found != Fault::None);
                     tally.data_faults += u64::from(found == Fault::Data);

@@ -163,6 +163,7 @@ impl Owner {
             _ => (rate / 1000 * REACH_TIME_MS / cost).clamp(len, REACH_MAX).next_multiple_of(len),
         };
         let at = rows.start;
+        debug_assert!(at.is_multiple_of(512) && rows.end.is_multiple_of(512), "{rows:?} is not whole blocks");
         let mut window =
             Window { owner: self, set, margin, begun: VecDeque::new(), next: at, held: at, announced: at };
         let mut crowd: Crowd<'_, Ended<E>> = Crowd::new();
@@ -173,7 +174,8 @@ impl Owner {
             let is_soon = due <= now + LINGER;
             is_over |= failed.is_some()
                 || self.is_closing.get()
-                || self.turns.window.is_wanted()
+                // Not before it has come forward: those who want it may never end, as guests that read what is being made the same.
+                || (self.turns.window.is_wanted() && window.next >= rows.end.min(at + reach))
                 || (!is_soon && window.begun.is_empty());
             let is_left = window.next < rows.end && !is_over;
             let has_moved_on = window.held == window.announced

@@ -152,6 +152,9 @@ impl Ways {
         if let Some(number) = entry.filter(|_| outcome.is_ok()) {
             row.parity.ring().placed(number);
         }
+        if outcome.is_err() && entry.is_none() && lost != Lost::Zeroes {
+            row.doubt();
+        }
         outcome.map(|()| Changed::Done)
     }
 

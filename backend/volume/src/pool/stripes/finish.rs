@@ -5,12 +5,17 @@ use super::row::{Contents, Row, Slots, each};
 use super::{Held, Ways};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::owner::Owner;
 use crate::pool::place::{Copied, UnderWay};
 use crate::pool::resolve::Stripe;
 use crate::pool::shared::View;
-use hawser_block::Outcome;
+use crate::pool::wait::all;
+use crate::raid::Mode;
+use crate::simulated::is_broken;
+use hawser_block::{Outcome, Status};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Stripes that a failed write has begun. They are nobody else's until this is dropped.
 pub(crate) struct Begun {
@@ -45,19 +50,65 @@ impl Begun {
 }
 
 impl Ways {
-    /// Ends what was begun: each strip is written, or its member is out.
+    /// Ends what was begun: each strip is written, or its member is out. Where members have failed of which not all can go, and none has gone, the
+    /// stripe stays as it is, and is doubtful.
+    ///
+    /// # Errors
+    /// Why it stays.
     pub(crate) async fn finish(&self, begun: &Begun) -> Outcome {
         coverage::count(coverage::Event::StripesFinished);
-        for stripe in &begun.stripes {
-            let set = begun.view.array.set(stripe.set as usize);
-            let strip = usize::try_from(set.strip_bytes()).expect("a strip is small");
-            let row = Row { since: begun.since, ..Row::new(&begun.view, set, stripe.row, 0, strip) };
-            let contents = begun.contents(stripe, &row, self);
-            let slots: Slots = each(row.all_data() | row.all_parity())
-                .filter(|slot| row.leaf(*slot).is_some())
-                .fold(0, |slots, slot| slots | 1 << slot);
-            self.in_place(&row, &contents, slots).await?;
+        let stripes = begun.stripes.iter().map(|stripe| self.finish_stripe(begun, stripe));
+        all(stripes).await.into_iter().collect()
+    }
+
+    async fn finish_stripe(&self, begun: &Begun, stripe: &Stripe) -> Outcome {
+        let set = begun.view.array.set(stripe.set as usize);
+        let strip = usize::try_from(set.strip_bytes()).expect("a strip is small");
+        let row = Row { since: begun.since, ..Row::new(&begun.view, set, stripe.row, 0, strip) };
+        let contents = begun.contents(stripe, &row, self);
+        let mut missing: Slots = each(row.all_data() | row.all_parity())
+            .filter(|slot| row.leaf(*slot).is_some())
+            .fold(0, |slots, slot| slots | 1 << slot);
+        loop {
+            let row = &Row { since: self.shared.joins(), ..row };
+            let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
+            let writes = each(missing).filter(is_there).map(|slot| {
+                let content = contents[slot].as_ref().expect("all of them are there");
+                async move {
+                    (slot, self.write_unless_out(row, slot, (row.offset(), false), content, row.len).await)
+                }
+            });
+            let outcomes = all(writes).await;
+            let failed = outcomes.into_iter().filter_map(|(slot, outcome)| Some((slot, outcome.err()?)));
+            let failed: Vec<(usize, Status)> = failed.filter(|(slot, _)| is_there(slot)).collect();
+            missing = failed.iter().fold(0, |slots, (slot, _)| slots | 1 << slot);
+            let mut by_members = failed.iter().filter(|(_, status)| *status != Status::Aborted);
+            let status = by_members.clone().next().map(|(_, status)| *status);
+            let members = by_members.by_ref().fold(0, |bits, (slot, _)| bits | 1 << row.member(*slot));
+            match status {
+                None if missing == 0 => return Ok(()),
+                // By somebody who does not know of us.
+                None => {
+                    self.runtime.sleep(Duration::from_millis(10)).await;
+                }
+                Some(status) => {
+                    let since = row.since;
+                    let report = move |owner: Rc<Owner>| async move {
+                        owner.report_together(members, status, since).await
+                    };
+                    let is_recorded = self.shared.request(report).await.is_ok();
+                    if !is_recorded && (set.are_all_in_sync() || !self.is_writable()) {
+                        if !is_broken("left_undoubted") {
+                            row.doubt();
+                        }
+                        return Err(status);
+                    }
+                    if !is_recorded {
+                        // Somebody has gone, and what he had of it can be computed when the others have it all. They may come back.
+                        self.runtime.sleep(Duration::from_millis(500)).await;
+                    }
+                }
+            }
         }
-        Ok(())
     }
 }

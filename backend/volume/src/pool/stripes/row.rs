@@ -97,11 +97,28 @@ impl<'a> Row<'a> {
         self.view.data_offset + self.row * u64::from(self.set.strip_bytes()) + self.within
     }
 
-    /// What is lost cannot be computed: a crash came between data and parity, and nothing has put that right.
-    pub(crate) fn is_doubtful(&self) -> bool {
+    fn regions(&self) -> impl Iterator<Item = u32> + use<> {
         let first = self.row * u64::from(self.set.strip_bytes()) + self.within;
-        let mut regions = self.set.region_of(first)..=self.set.region_of(first + self.len.max(1) as u64 - 1);
-        regions.any(|region| self.parity.doubtful.get(region))
+        self.set.region_of(first)..=self.set.region_of(first + self.len.max(1) as u64 - 1)
+    }
+
+    /// What is lost cannot be computed: something came between data and parity, and nothing has put that right.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.regions().any(|region| self.parity.doubtful.get(region))
+    }
+
+    /// It is half written, and stays so, though not in the log. Parity is made again of what there is; until then nobody is put out, and the next
+    /// opening is told. Whoever says so is under way: who makes members the same, or tells them that there is no such stripe, waits for that.
+    pub(crate) fn doubt(&self) {
+        self.regions().for_each(|region| {
+            self.set.unsynced.set(region);
+            self.parity.doubtful.set(region);
+        });
+    }
+
+    /// Whether its parity may be wrong for a reason that is known.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        self.regions().any(|region| self.set.unsynced.get(region))
     }
 
     fn slots_that(&self, is: impl Fn(usize) -> bool) -> Slots {
