@@ -54,6 +54,15 @@ struct Scene {
     tail: MemoryTail,
 }
 
+/// As a process that dies: what is under way has no end.
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.reactors.drain(..).for_each(|reactor| self.world.kill(reactor));
+        }
+    }
+}
+
 impl Scene {
     fn new(seed: u64, members: u8) -> Scene {
         let world = World::new(WorldConfig::new(seed));

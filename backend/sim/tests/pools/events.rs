@@ -196,6 +196,10 @@ fn heal(cast: &mut Cast, at: usize) {
     if was_dead {
         disk.fail_all(None);
     }
+    if cast.members[at].health == Health::Faulty {
+        // It may be out just now, by one of its failures.
+        cast.lost_until = lost(cast);
+    }
     cast.members[at].health = Health::Good;
     cast.doubtful_until = noticed(cast);
 }

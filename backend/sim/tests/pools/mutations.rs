@@ -51,6 +51,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "joined_without_tables",
     "late_failure_counts",
     "left_half_written",
+    "left_undoubted",
     "stripe_left_half_written",
     "marked_not_copied_again",
     "mixed_columns_computed",

@@ -189,3 +189,53 @@ fn what_cannot_be_read_is_not_computed_where_parity_is_not_right() {
         scene.is_one_of(&pool, 0, &[&new])
     });
 }
+
+/// Two members are full when whole stripes are written: neither can be done without, so the write fails, and the stripes have strips of before and
+/// after. The next opening lacks a member, and must not compute from them what that had, though the pool was closed.
+#[test]
+fn a_stripe_that_stays_half_written_is_told_to_the_next_opening() {
+    holds("left_undoubted", |seed| {
+        let (mut scene, pool, old) = begin(seed);
+        scene.write(&pool, "v", 0, &old);
+        scene.flush(&pool, "v");
+        let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+        let data = book.layout.data_offset() / 512;
+        for full in [1, 2] {
+            let mut disk = scene.disks[full].state();
+            (disk.unwritable, disk.error) = (data..u64::MAX, Status::NoSpace);
+        }
+        let new = noise(2, LEN);
+        let written = scene.io(&pool, "v", Operation::Write { fua: false }, 0, &new).0;
+        assert_eq!(written, Err(Status::NoSpace));
+        // Both serve on, and what each has is read.
+        scene.is_one_of(&pool, 0, &[&old, &new])?;
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        for full in [1, 2] {
+            scene.disks[full].state().unwritable = 0..0;
+        }
+        scene.disks[1].fail_all(Some(Status::Path));
+        scene.cut();
+        let devices = scene.living();
+        match scene.try_open(devices, true) {
+            Err(_) => Ok(()),
+            Ok(pool) => scene.is_one_of(&pool, 0, &[&old, &new]),
+        }
+    });
+}
+
+/// A member that is full alone is done without, and the stripe has all that the write said.
+#[test]
+fn a_member_that_is_full_alone_is_put_out() {
+    let (mut scene, pool, old) = begin(1);
+    scene.write(&pool, "v", 0, &old);
+    let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+    {
+        let mut disk = scene.disks[1].state();
+        (disk.unwritable, disk.error) = (book.layout.data_offset() / 512..u64::MAX, Status::NoSpace);
+    }
+    let new = noise(2, LEN);
+    scene.write(&pool, "v", 0, &new);
+    assert_ne!(pool.view().members[1].state, MemberState::InSync);
+    assert_eq!(scene.read(&pool, "v", 0, LEN), new);
+}

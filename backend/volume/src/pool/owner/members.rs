@@ -217,6 +217,14 @@ impl Owner {
         Ok(())
     }
 
+    /// A member does not take what would make it the same as the others: who has no room for it is not.
+    pub(crate) async fn report_lacking(self: &Rc<Self>, member: u16, status: Status, since: u64) -> Outcome {
+        match status {
+            Status::NoSpace => self.report_whatever(1 << member, status, since).await,
+            _ => self.report(1 << member, status, since).await,
+        }
+    }
+
     /// The same of members that have failed at once: all of them are out, or none is.
     pub(crate) async fn report_together(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
         let view = self.view();

@@ -321,7 +321,7 @@ impl Owner {
         self.check_ours()?;
         let new = leaf(only).expect("looked at just now");
         if let Err(status) = self.lanes.write(new, at, &Rc::new(sum), 0, len, false).await {
-            self.report(1 << (first + only), status, since).await?;
+            self.report_lacking(first + only, status, since).await?;
         }
         Ok(true)
     }
@@ -371,7 +371,7 @@ impl Owner {
             let leaf = row.leaf(slot).expect("who is written to is there");
             let content = contents[slot].as_ref().expect("made just now");
             if let Err(status) = self.lanes.write(leaf, row.offset(), content, 0, row.len, false).await {
-                self.report(1 << row.member(slot), status, row.since).await?;
+                self.report_lacking(row.member(slot), status, row.since).await?;
             }
         }
         let mended = u64::from((wrong & compared).count_ones());

@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What is copied before it is looked at what is next: so much, or more when that takes no longer than [`STEP_MS`].
-const STEP_BYTES: Range<u64> = 1 << 20..8 << 20;
+const STEP_BYTES: Range<u64> = 256 << 10..8 << 20;
 const STEP_MS: u64 = 100;
 /// How long it copies before whatever else is due has its turn.
 const SHIFT: Duration = Duration::from_secs(2);
@@ -41,6 +41,8 @@ const SHIFT: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_secs(2);
 /// How often at least the superblocks say how far it is, in parts of the whole.
 const RECORDS: u64 = 64;
+/// And not for less.
+const RECORD_BYTES_MIN: u64 = 1 << 20;
 
 const REPLACE: &str = "replace";
 
@@ -381,7 +383,7 @@ impl Owner {
                     self.work.add(len, 0);
                 }
             }
-            it.stale.is_empty() && it.done >= it.safe + (total / RECORDS).max(STEP_BYTES.start)
+            it.stale.is_empty() && it.done >= it.safe + (total / RECORDS).max(RECORD_BYTES_MIN)
         };
         if is_due {
             self.record_copied().await;
