@@ -50,8 +50,8 @@ impl Begun {
 }
 
 impl Ways {
-    /// Ends what was begun: each strip is written, or its member is out. Where members have failed of which not all can go, and none has gone, the
-    /// stripe stays as it is, and is doubtful.
+    /// Ends what was begun: each strip is written, or its member is out. Where not all members can go that do not take it, and none has gone, the
+    /// stripe stays as it is, and is doubtful; as it does when the pool takes no more writes.
     ///
     /// # Errors
     /// Why it stays.
@@ -97,14 +97,15 @@ impl Ways {
                         owner.report_together(members, status, since).await
                     };
                     let is_recorded = self.shared.request(report).await.is_ok();
-                    if !is_recorded && (set.are_all_in_sync() || !self.is_writable()) {
+                    // Who is out of reach may come back, and then the others can go.
+                    let is_final = set.are_all_in_sync() && !matches!(status, Status::Path | Status::Timeout);
+                    if !is_recorded && (is_final || !self.is_writable()) {
                         if !is_broken("left_undoubted") {
                             row.doubt();
                         }
                         return Err(status);
                     }
                     if !is_recorded {
-                        // Somebody has gone, and what he had of it can be computed when the others have it all. They may come back.
                         self.runtime.sleep(Duration::from_millis(500)).await;
                     }
                 }
