@@ -497,11 +497,12 @@ impl VolumeChannel {
             }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
-            if !reaped.is_empty() && lane.channel.is_working() {
-                (is_shown, self.turn) = (true, member + 1);
-            }
+            let (is_working, before) = (lane.channel.is_working(), ended.len());
             for completion in reaped.drain(..) {
                 self.ended(1 << member, completion, ended);
+            }
+            if is_working && ended.len() > before {
+                (is_shown, self.turn) = (true, member + 1);
             }
         }
         self.reaped = reaped;

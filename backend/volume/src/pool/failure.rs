@@ -90,8 +90,9 @@ async fn report_failures(
     };
     let report = move |owner: Rc<Owner>| async move {
         match together {
-            true => owner.report_together(members, status, since).await,
-            false => owner.report(members, status, since).await,
+            // Who is full is asked once more before it is out.
+            true if status != Status::NoSpace => owner.report_together(members, status, since).await,
+            _ => owner.report(members, status, since).await,
         }
     };
     if is_broken("ack_before_stale_recorded") {
