@@ -28,10 +28,9 @@ pub(crate) enum Event {
     Discarded,
     ScrubResumed,
     InParts,
-    StripesFinished,
 }
 
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 23] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -55,7 +54,6 @@ const NAMES: [&str; 24] = [
     "discards of members",
     "scrubs of a process before",
     "writes in parts",
-    "failed stripes ended",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

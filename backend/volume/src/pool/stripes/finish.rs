@@ -4,7 +4,6 @@
 use super::row::{Contents, Row, Slots, each};
 use super::{Held, Ways};
 use crate::pool::bounce::Bounce;
-use crate::pool::coverage;
 use crate::pool::owner::Owner;
 use crate::pool::place::{Copied, UnderWay};
 use crate::pool::resolve::Stripe;
@@ -56,7 +55,6 @@ impl Ways {
     /// # Errors
     /// Why it stays.
     pub(crate) async fn finish(&self, begun: &Begun) -> Outcome {
-        coverage::count(coverage::Event::StripesFinished);
         let stripes = begun.stripes.iter().map(|stripe| self.finish_stripe(begun, stripe));
         all(stripes).await.into_iter().collect()
     }
