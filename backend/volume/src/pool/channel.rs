@@ -603,7 +603,6 @@ impl VolumeChannel {
             _copied: copied.expect("it is copied"),
             _under_way: under_way,
         };
-        let token = request.token;
         spawn(&self.core, token, failure::after_stripes_failed(core, request, members, status, begun));
     }
 

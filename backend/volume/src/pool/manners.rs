@@ -24,7 +24,7 @@ const CATCH_UP: Duration = Duration::from_millis(10);
 /// So many passes of the reactor a slice waits at most for requests that are under way.
 const PATIENCE: u32 = 4;
 
-/// The most slices that begin in a second, at a rate: what is around a slice takes some 15 µs.
+/// The most slices that begin in a second, at a rate: with 34,000 of them the CPU was full, with 17,000 it was not.
 const SLICES_MAX: u64 = 20_000;
 
 /// What of one member a slice covers, when it goes to so many: divides a strip, or is a multiple of it. Small at a rate: who asks for one cares

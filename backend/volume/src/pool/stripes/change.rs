@@ -280,12 +280,7 @@ impl Ways {
     }
 
     /// Writes slots, each until it is there or its member is out.
-    pub(super) async fn in_place(
-        &self,
-        row: &Row<'_>,
-        contents: &Contents,
-        slots: Slots,
-    ) -> Result<(), Status> {
+    async fn in_place(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<(), Status> {
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {

@@ -68,6 +68,11 @@ impl Ways {
             .filter(|slot| row.leaf(*slot).is_some())
             .fold(0, |slots, slot| slots | 1 << slot);
         loop {
+            if !self.is_writable() {
+                // It may be another host's by now.
+                row.doubt();
+                return Err(Status::ReadOnly);
+            }
             let row = &Row { since: self.shared.joins(), ..row };
             let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
             let writes = each(missing).filter(is_there).map(|slot| {
@@ -80,9 +85,9 @@ impl Ways {
             let failed = outcomes.into_iter().filter_map(|(slot, outcome)| Some((slot, outcome.err()?)));
             let failed: Vec<(usize, Status)> = failed.filter(|(slot, _)| is_there(slot)).collect();
             missing = failed.iter().fold(0, |slots, (slot, _)| slots | 1 << slot);
-            let mut by_members = failed.iter().filter(|(_, status)| *status != Status::Aborted);
+            let by_members = failed.iter().filter(|(_, status)| *status != Status::Aborted);
             let status = by_members.clone().next().map(|(_, status)| *status);
-            let members = by_members.by_ref().fold(0, |bits, (slot, _)| bits | 1 << row.member(*slot));
+            let members = by_members.fold(0, |bits, (slot, _)| bits | 1 << row.member(*slot));
             match status {
                 None if missing == 0 => return Ok(()),
                 // By somebody who does not know of us.
@@ -97,7 +102,7 @@ impl Ways {
                     let is_recorded = self.shared.request(report).await.is_ok();
                     // Who is out of reach may come back, and then the others can go.
                     let is_final = set.are_all_in_sync() && !matches!(status, Status::Path | Status::Timeout);
-                    if !is_recorded && (is_final || !self.is_writable()) {
+                    if !is_recorded && is_final {
                         if !is_broken("left_undoubted") {
                             row.doubt();
                         }
