@@ -38,6 +38,7 @@ pub(crate) const ALL: &[Mutation] = &[
 pub(crate) const OTHERS: &[&str] = &[
     "clear_intent_without_flush",
     "closed_before_durable",
+    "discards_of_logged",
     "discards_of_twins",
     "doubtful_members_lost",
     "doubts_forgotten",

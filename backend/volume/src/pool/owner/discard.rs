@@ -2,17 +2,19 @@
 //!
 //! When: the record that freed them is durable, and everybody who could name them has ended; before anybody gets them again. A discard
 //! that failed may still be carried out, as a write may: the member is out, or they wait. Not, because parity is made of what stands where
-//! nobody has written: of a member with parity that is being replaced, since two devices need not hold the same after it; and of a device
-//! that does not promise zeroes, since it need not read the same twice.
+//! nobody has written: of a member with parity that is being replaced, since two devices need not hold the same after it; of a device
+//! that does not promise zeroes, since it need not read the same twice; and of stripes of which something is in the parity log, since an opening
+//! would put that back, beside parity that was made of zeroes.
 
 use super::Owner;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
+use crate::pool::shared::View;
 use crate::pool::wait::all;
 use crate::raid::Mode;
 use crate::simulated::is_broken;
 use hawser_block::{Outcome, Status};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -26,6 +28,9 @@ impl Owner {
         let mut wanted: BTreeMap<u16, Vec<Range<u64>>> = BTreeMap::new();
         let mut extents: Vec<u32> = extents.copied().collect();
         extents.sort_unstable();
+        if !is_broken("discards_of_logged") {
+            self.take_out_of_log(&view, &mut extents).await?;
+        }
         for extent in extents {
             let (set, pieces) = view.array.pieces(extent, 0, view.thin.extent_bytes);
             for piece in pieces {
@@ -53,6 +58,28 @@ impl Owner {
                 self.report(1 << member, status, since).await?;
             }
         }
+        Ok(())
+    }
+
+    /// Has the parity log forget what it has of these extents, which nobody writes to any more. Those of which it still has something are not
+    /// among them when it ends: others are still at work at what came before, or at stripes that are not told apart.
+    async fn take_out_of_log(self: &Rc<Self>, view: &View, extents: &mut Vec<u32>) -> Outcome {
+        let is_logged = |extent: u32| {
+            let (set, address) = view.array.locate(extent);
+            view.array.set(set).parity().is_some_and(|parity| {
+                let mut stripes = parity.stripes.touched(address, view.thin.extent_bytes);
+                stripes.any(|stripe| parity.guards.is_logged(stripe.row))
+            })
+        };
+        let sets: BTreeSet<usize> = extents
+            .iter()
+            .filter(|extent| is_logged(**extent))
+            .map(|extent| view.array.locate(*extent).0)
+            .collect();
+        for set in sets {
+            self.release_stripes(view.array.set(set)).await?;
+        }
+        extents.retain(|extent| !is_logged(*extent));
         Ok(())
     }
 
