@@ -28,6 +28,14 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// From now on the calling thread runs only when nobody else wants its CPU, and keeps that awake.
+pub fn yield_to_all() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the pointer describes `parameters`, which lives through the call; 0 is the calling thread.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// TCP's congestion control, as the kernel names it, of connections that are made from here.
 pub fn congestion_control() -> String {
     std::fs::read_to_string(CONGESTION_CONTROL)

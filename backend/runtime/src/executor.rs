@@ -15,7 +15,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+struct Task {
+    future: Pin<Box<dyn Future<Output = ()>>>,
+    /// Made with the first turn.
+    waker: Option<Waker>,
+}
 
 #[derive(Default)]
 pub(crate) struct Executor {
@@ -44,17 +48,18 @@ impl Wake for TaskWaker {
 
 impl Executor {
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + 'static) -> usize {
-        self.tasks.borrow_mut().insert(Some(Box::pin(future)))
+        self.tasks.borrow_mut().insert(Some(Task { future: Box::pin(future), waker: None }))
     }
 
     /// Polls one task. A wake-up for a task that has ended, or is being polled, is harmless.
     pub(crate) fn run(&self, task: usize, reactor: &Arc<dyn WakeTask>) {
-        let Some(mut future) = self.tasks.borrow_mut().get_mut(task).and_then(Option::take) else { return };
-        let waker = Waker::from(Arc::new(TaskWaker { task, reactor: Arc::clone(reactor) }));
-        if future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+        let Some(mut turn) = self.tasks.borrow_mut().get_mut(task).and_then(Option::take) else { return };
+        let new = || Waker::from(Arc::new(TaskWaker { task, reactor: Arc::clone(reactor) }));
+        let waker = turn.waker.get_or_insert_with(new);
+        if turn.future.as_mut().poll(&mut Context::from_waker(waker)).is_ready() {
             self.tasks.borrow_mut().remove(task);
         } else if let Some(place) = self.tasks.borrow_mut().get_mut(task) {
-            *place = Some(future);
+            *place = Some(turn);
         }
     }
 

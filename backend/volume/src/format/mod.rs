@@ -46,7 +46,7 @@ pub use superblock::{
     MemberRecord, Replacement, ScrubRecord, SetRecord, Superblock, metadata_members, parity_log_pages_min,
     unit_bytes_for,
 };
-pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header};
+pub use tail::{TailContent, decode_tail, encode_tail_entry, encode_tail_header, record_of_tail_entry};
 pub use volumes::{VolumeRecord, VolumesDecoder, encode_volumes};
 
 use std::fmt;

@@ -19,6 +19,10 @@ use super::{FormatError, Record, Uuid};
 const MAGIC: &[u8; 8] = b"HAWSERTL";
 const HEADER_BYTES: usize = 48;
 const CACHE_BYTES: usize = 32;
+/// What stands before the record in an entry.
+const ENTRY_HEADER_BYTES: usize = 16;
+/// The most that an entry of a mapping has; volumes and snapshots have more.
+const ENTRY_BYTES: usize = 80;
 
 /// What a tail says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +55,20 @@ pub fn encode_tail_header(pool: &Uuid, epoch: u64, caches: &[(Uuid, [u8; 16])]) 
 /// Adds the entry of a record to `out`.
 pub fn encode_tail_entry(seq: u64, record: &Record, out: &mut Vec<u8>) {
     let start = out.len();
+    out.reserve(ENTRY_BYTES);
     put_u64(out, 0);
     put_u64(out, seq);
     record.encode(out);
-    let len = u32::try_from(out.len() - start - 16).expect("records are small").to_le_bytes();
+    let len = u32::try_from(out.len() - start - ENTRY_HEADER_BYTES).expect("records are small").to_le_bytes();
     let crc = entry_crc(len, &out[start + 8..]).to_le_bytes();
     out[start..start + 4].copy_from_slice(&len);
     out[start + 4..start + 8].copy_from_slice(&crc);
+}
+
+/// The record of one entry, as it is in the log.
+#[must_use]
+pub fn record_of_tail_entry(entry: &[u8]) -> &[u8] {
+    &entry[ENTRY_HEADER_BYTES..]
 }
 
 /// What a tail says; `None`: it is no tail of this pool.

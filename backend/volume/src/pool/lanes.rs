@@ -220,7 +220,8 @@ impl Lanes {
         Ok(into)
     }
 
-    pub(crate) async fn write(
+    /// The write goes on whether it is awaited or not: several are begun, and then awaited one after the other.
+    pub(crate) fn write(
         self: &Rc<Self>,
         leaf: &Leaf,
         offset: u64,
@@ -228,9 +229,9 @@ impl Lanes {
         at: usize,
         len: usize,
         fua: bool,
-    ) -> Outcome {
+    ) -> Io {
         let buffers = from.buffers(at, len);
-        self.start(leaf, Operation::Write { fua }, offset, buffers, Some(Rc::clone(from))).await
+        self.start(leaf, Operation::Write { fua }, offset, buffers, Some(Rc::clone(from)))
     }
 
     pub(crate) async fn discard(self: &Rc<Self>, leaf: &Leaf, offset: u64, len: u64) -> Outcome {

@@ -42,8 +42,9 @@ pub(super) async fn carry_out(core: Rc<Core>, request: Request, counted: Counted
 
 async fn carry_out_once(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome {
     match request.operation {
-        Operation::Read => read(core, request, counted).await,
-        Operation::Flush => flush(core).await,
+        // A task is as large as the largest of these ways, and is moved when it is made: all but that of writes are apart.
+        Operation::Read => Box::pin(read(core, request, counted)).await,
+        Operation::Flush => Box::pin(flush(core)).await,
         Operation::Write { fua } => {
             let payload = Payload::Guest(request.buffers);
             write(core, bounds(core, request)?, &payload, counted).await?;
@@ -52,17 +53,17 @@ async fn carry_out_once(core: &Rc<Core>, request: &Request, counted: &Counted) -
         Operation::Discard => {
             let range = bounds(core, request)?;
             core.shared.request(check_writable).await?;
-            discard(core, range).await.map(drop)
+            Box::pin(discard(core, range)).await.map(drop)
         }
         Operation::WriteZeroes { unmap, fua } => {
             let range = bounds(core, request)?;
             core.shared.request(check_writable).await?;
             let left = match unmap {
-                true => discard(core, range).await?,
+                true => Box::pin(discard(core, range)).await?,
                 false => vec![range],
             };
             for range in left {
-                write_zeroes(core, range, counted).await?;
+                Box::pin(write_zeroes(core, range, counted)).await?;
             }
             finish_fua(core, fua).await
         }
@@ -87,7 +88,7 @@ async fn flush(core: &Core) -> Outcome {
 /// Data and mapping are durable when it ends.
 pub(super) async fn finish_fua(core: &Core, fua: bool) -> Outcome {
     match fua {
-        true => flush(core).await,
+        true => Box::pin(flush(core)).await,
         false => Ok(()),
     }
 }
@@ -445,7 +446,7 @@ async fn write_prepared(
     for (edge, edge_end) in [(from, within), (within + len, to)] {
         if edge < edge_end {
             let into = (usize_of(edge - from), &bounce);
-            fill(core, &view, entry, (edge, edge_end - edge), into, counted).await?;
+            Box::pin(fill(core, &view, entry, (edge, edge_end - edge), into, counted)).await?;
         }
     }
     let at = usize_of(within - from);
@@ -457,7 +458,9 @@ async fn write_prepared(
     let extent = extent_of(&view, entry);
     let written = match view.array.sets()[view.array.locate(extent).0].parity() {
         Some(_) => {
-            write_stripes(core, &view, (index, extent), (from, size, &bounce), is_alone, counted).await?
+            let written =
+                write_stripes(core, &view, (index, extent), (from, size, &bounce), is_alone, counted);
+            Box::pin(written).await?
         }
         None => write_copies(core, &view, extent, (from, size, &bounce), counted).await?,
     };
@@ -500,27 +503,28 @@ async fn write_copies(
 ) -> Result<bool, Status> {
     let (set, address) = view.array.locate(extent);
     let set = view.array.set(set);
-    let mut writes = Vec::new();
+    let mut copies = Vec::with_capacity(set.members().into());
     for piece in set.pieces(address + within, len as u64) {
-        let copies = match set.writable(&piece) {
-            Ok(copies) => copies,
+        let here = match set.writable(&piece) {
+            Ok(here) => here,
             Err(crate::raid::Slow::Degraded) => return Err(Status::Path),
             Err(_) => return Ok(false),
         };
-        writes.extend(
-            copies
-                .as_slice()
-                .iter()
-                .map(|copy| (copy.member, copy.offset, usize_of(piece.start), piece.len as usize)),
-        );
+        copies.extend(here.as_slice().iter().map(|copy| (*copy, usize_of(piece.start), piece.len as usize)));
     }
     let (lanes, since) = (&core.place.lanes, core.shared.joins());
-    let requests = writes.iter().map(|(member, offset, start, len)| async move {
-        let Some(leaf) = &view.leaves[usize::from(*member)] else { return (*member, Err(Status::Path)) };
-        (*member, lanes.write(leaf, view.data_offset + offset, bounce, *start, *len, false).await)
-    });
+    let mut writes = Vec::with_capacity(copies.len());
+    writes.extend(copies.into_iter().map(|(copy, start, len)| {
+        let leaf = view.leaves[usize::from(copy.member)].as_ref();
+        let at = view.data_offset + copy.offset;
+        (copy.member, leaf.map(|leaf| lanes.write(leaf, at, bounce, start, len, false)))
+    }));
     let (mut failed, mut status) = (0u64, None);
-    for (member, outcome) in all(requests).await {
+    for (member, write) in writes {
+        let outcome = match write {
+            Some(write) => write.await,
+            None => Err(Status::Path),
+        };
         if let Err(why) = outcome {
             failed |= 1 << member;
             if matches!(status, None | Some(Status::Aborted)) {
@@ -542,7 +546,8 @@ async fn write_copies(
             false => Ok(false),
         };
     }
-    core.shared.request(move |owner| async move { owner.report(failed, status, since).await }).await?;
+    Box::pin(core.shared.request(move |owner| async move { owner.report(failed, status, since).await }))
+        .await?;
     Ok(true)
 }
 

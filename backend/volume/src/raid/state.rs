@@ -125,6 +125,14 @@ impl Set {
         })
     }
 
+    /// Whether writes of `piece` may be different on its members after a crash, because the marks of all its regions are durable. Where there
+    /// is no redundancy they always may.
+    #[must_use]
+    #[inline]
+    pub fn is_marked(&self, piece: &Piece) -> bool {
+        !self.level.is_redundant() || !self.any_region(piece, |region| !self.intents.get(region))
+    }
+
     /// The copy that a read of `piece` takes: of those in sync, another one with each `rotor`.
     ///
     /// # Errors
@@ -169,7 +177,7 @@ impl Set {
         }
         let is_redundant = self.level.is_redundant();
         // First: who finds a mark sees the members as they were when it was set, or later.
-        let is_marked = !is_redundant || !self.any_region(piece, |region| !self.intents.get(region));
+        let is_marked = self.is_marked(piece);
         let (mut copies, mut is_readable) = (Copies::default(), false);
         for copy in piece.copies.as_slice() {
             let mode = self.mode_of(copy);

@@ -227,6 +227,8 @@ pub struct Latencies {
     pub read: f64,
     /// Of a write to an extent that a snapshot has too.
     pub after_snapshot: f64,
+    /// The first two, as a client sees them that polls: without what it takes to wake it.
+    pub polled: (f64, f64),
 }
 
 /// One case with what it has found.
@@ -318,7 +320,11 @@ impl Outcome {
             (Found::Latencies(_), Case::FirstWrite) => [
                 format!("overwrite {}", time(|l| l.overwrite)),
                 format!("first write {}", time(|l| l.first_write)),
-                "median latency".to_owned(),
+                format!(
+                    "median latency (polled: {:.1} and {:.1} µs)",
+                    self.spread(|l| l.polled.0).median,
+                    self.spread(|l| l.polled.1).median
+                ),
             ],
             (Found::Latencies(_), _) => [
                 format!("read {} and first write {}", time(|l| l.read), time(|l| l.first_write)),
@@ -353,7 +359,13 @@ mod tests {
         assert_eq!(reads.reached(), Some(false));
         let writes = outcome(Case::Random(Pool::Raid0, Mix::RandWrite), loads(1.0, 0.1));
         assert_eq!(writes.reached(), None);
-        let round = Latencies { overwrite: 20.0, first_write: 32.0, read: 18.0, after_snapshot: 40.0 };
+        let round = Latencies {
+            overwrite: 20.0,
+            first_write: 32.0,
+            read: 18.0,
+            after_snapshot: 40.0,
+            polled: (2.0, 4.0),
+        };
         let first = outcome(Case::FirstWrite, Found::Latencies(vec![round]));
         assert!((first.value() - 1.6).abs() < 1e-9 && first.reached() == Some(false), "{:?}", first.words());
         let after = outcome(Case::AfterSnapshot, Found::Latencies(vec![round]));

@@ -82,8 +82,13 @@ impl Plan {
     ) -> Result<(), String> {
         // Each attempt to take latencies has extents of its own, of the full volume and of the empty one.
         let extents = (place.bytes >> 20).min(512);
-        let pools =
-            PoolServer::start(&self.hawser, self.poll_us, place, &[Pool::Raid0, Pool::Raid1], extents << 21)?;
+        let pools = PoolServer::start(
+            &self.hawser,
+            self.poll_us,
+            place,
+            &[Pool::Raid0, Pool::Raid1],
+            (3 * extents) << 20,
+        )?;
         let failed = |e: String| format!("{e}: {}", pools.server.complaint());
         let bare = pools.server.socket().to_owned();
         let (r0, r1) = (pools.add_volume("r0", "v", place.bytes)?, pools.add_volume("r1", "v", place.bytes)?);
@@ -112,11 +117,11 @@ impl Plan {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        let empty = pools.add_volume("r1", "w", extents << 20)?;
+        let empty = pools.add_volume("r1", "w", (2 * extents) << 20)?;
         pools.snapshot("r1", "v", "s")?;
         let mut prober = Prober::new(&empty, &r1, extents, self.cpus[1])?;
         let attempts = u64::from(self.rounds) * (u64::from(self.retries) + 1);
-        let count = ((extents - 1) / attempts).clamp(1, 100);
+        let count = (extents / attempts).clamp(1, 100);
         let (mut rounds, mut repeated, mut disturbed) = (Vec::new(), 0, Vec::new());
         for _ in 0..self.rounds {
             let sample = guard.run(&pools.server.pids(), || prober.probe(count), |_| None).map_err(failed)?;

@@ -348,11 +348,8 @@ impl Owner {
 
     fn replay_one(&self, seq: u64, record: &Record) -> Result<(), String> {
         self.meta.borrow_mut().apply(record)?;
-        let (mut bytes, mut entry) = (Vec::new(), Vec::new());
-        record.encode(&mut bytes);
-        format::encode_tail_entry(seq, record, &mut entry);
         self.seq.set(seq + 1);
-        self.pending.borrow_mut().push_back(Pending { seq, record: bytes, entry });
+        self.pending.borrow_mut().push_back(Pending::new(seq, record));
         self.take_freed();
         Ok(())
     }

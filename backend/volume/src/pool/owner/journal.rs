@@ -42,7 +42,7 @@ impl Owner {
             if self.tail_used.get() + self.tail_margin() <= self.tail.borrow().capacity() {
                 return Ok(());
             }
-            self.flush().await?;
+            Box::pin(self.flush()).await?;
         }
         Err(Status::NoSpace)
     }
@@ -50,13 +50,11 @@ impl Owner {
     /// Makes a change: in the tail, then in the tables. Whoever asks has checked that it can be, and that there is room.
     pub(crate) fn make(&self, record: &Record) {
         let seq = self.seq.get();
-        let (mut bytes, mut entry) = (Vec::new(), Vec::new());
-        record.encode(&mut bytes);
-        format::encode_tail_entry(seq, record, &mut entry);
+        let pending = Pending::new(seq, record);
         if !is_broken("tail_skipped") {
-            self.tail.borrow_mut().append(&entry);
+            self.tail.borrow_mut().append(&pending.entry);
         }
-        self.tail_used.set(self.tail_used.get() + entry.len());
+        self.tail_used.set(self.tail_used.get() + pending.entry.len());
         // Before anybody can see it: who finds none pending takes all that he sees for durable.
         self.shared.pending.store(self.pending.borrow().len() as u64 + 1, Ordering::Release);
         self.note_letting_go(seq, record);
@@ -64,7 +62,7 @@ impl Owner {
             panic!("pool {}: a change of our own does not go: {record:?}: {what}", self.shared.name);
         }
         self.seq.set(seq + 1);
-        self.pending.borrow_mut().push_back(Pending { seq, record: bytes, entry });
+        self.pending.borrow_mut().push_back(pending);
         self.count_pending();
         self.take_freed();
     }
@@ -113,13 +111,13 @@ impl Owner {
                 BATCH_BYTES_MAX.min(usize::try_from(layout.log_bytes / 4).unwrap_or(BATCH_BYTES_MAX));
             let (mut records, mut count, mut first, mut next) = (Vec::new(), 0u32, upto, upto);
             for pending in self.pending.borrow().iter().take_while(|pending| pending.seq < upto) {
-                if count > 0 && records.len() + pending.record.len() > batch_bytes_max {
+                if count > 0 && records.len() + pending.record().len() > batch_bytes_max {
                     break;
                 }
                 if count == 0 {
                     first = pending.seq;
                 }
-                records.extend_from_slice(&pending.record);
+                records.extend_from_slice(pending.record());
                 count += 1;
                 next = pending.seq + 1;
             }

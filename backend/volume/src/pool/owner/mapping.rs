@@ -9,7 +9,7 @@ use crate::pool::resolve::runs;
 use crate::pool::shared::{Class, View, lock};
 use crate::pool::stripes::{Change, Changed, IsValid};
 use crate::pool::wait::{Bell, all};
-use crate::raid::{Mode, Parity, Set, Slow};
+use crate::raid::{Mode, Parity, Piece, Set, Slow};
 use crate::simulated::is_broken;
 use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
@@ -186,7 +186,7 @@ impl Owner {
                 // A power cut must not give it back to who held it too, with what is written to it from now on. Once is enough: it was let go of
                 // before we looked.
                 if self.durable.get() < self.let_go.get() && !is_broken("rebirth_before_durable") {
-                    self.flush().await?;
+                    Box::pin(self.flush()).await?;
                 }
                 // Whoever held it too may still be reading it.
                 self.barrier().await;
@@ -214,14 +214,14 @@ impl Owner {
             }
             let Some(new) = self.meta.borrow_mut().allocate() else {
                 drop(mapping);
-                self.make_space().await?;
+                Box::pin(self.make_space()).await?;
                 continue;
             };
             let fallback = match mapped {
                 Mapped::None => NONE,
                 Mapped::Full { extent, .. } => extent,
                 Mapped::Partial { extent, fallback, bits, .. } => {
-                    let copied = self.copy_partial(new, (extent, fallback, bits)).await;
+                    let copied = Box::pin(self.copy_partial(new, (extent, fallback, bits))).await;
                     let copied = match copied {
                         Ok(()) => self.changeable(volume).await,
                         error => error,
@@ -407,9 +407,13 @@ impl Owner {
         }
         let (set_index, address) = view.array.locate(extent);
         let set = view.array.set(set_index);
+        if set.pieces(address + within, len).all(|piece| set.is_marked(&piece)) {
+            return Ok(());
+        }
         let regions: BTreeSet<u32> =
             set.pieces(address + within, len).flat_map(|piece| regions_of(set, &piece)).collect();
-        self.mark(set_index, &regions).await
+        // Most are marked, and the tasks of all writes are as large as this one's way.
+        Box::pin(self.mark(set_index, &regions)).await
     }
 
     /// Waits while some of an extent's bytes are being resynchronised.
@@ -418,11 +422,11 @@ impl Owner {
         let (set, address) = view.array.locate(extent);
         let set = view.array.set(set);
         let is_out = || {
-            let mut copies = set.pieces(address + within, len).flat_map(|piece| {
-                let len = u64::from(piece.len);
-                piece.copies.as_slice().iter().map(|copy| (copy.offset, len)).collect::<Vec<_>>()
-            });
-            (!copies.any(|(offset, len)| set.in_window(offset, len))).then_some(())
+            let is_in = |piece: Piece| {
+                let copies = piece.copies.as_slice();
+                copies.iter().any(|copy| set.in_window(copy.offset, u64::from(piece.len)))
+            };
+            (!set.pieces(address + within, len).any(is_in)).then_some(())
         };
         self.bell.until(is_out).await;
     }
@@ -588,7 +592,7 @@ impl Owner {
 }
 
 /// The regions of all copies of a piece.
-pub(crate) fn regions_of(set: &Set, piece: &crate::raid::Piece) -> BTreeSet<u32> {
+pub(crate) fn regions_of(set: &Set, piece: &Piece) -> BTreeSet<u32> {
     let each = piece.copies.as_slice().iter().flat_map(|copy| {
         let last = copy.offset + u64::from(piece.len) - 1;
         set.region_of(copy.offset)..=set.region_of(last)

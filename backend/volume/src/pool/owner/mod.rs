@@ -48,7 +48,7 @@ use super::place::Place;
 use super::shared::{Shared, View};
 use super::wait::{Bell, Turn, all};
 use super::{OpenOptions, PoolError, Tail};
-use crate::format::{Superblock, Uuid};
+use crate::format::{self, Record, Superblock, Uuid};
 use crate::thin::{Freed, Metadata};
 use hawser_block::{Outcome, Status};
 use hawser_runtime::Runtime;
@@ -72,10 +72,21 @@ pub(crate) fn find(runtime: &Runtime, number: u64) -> Option<Rc<Owner>> {
 /// A change of the mapping that is not durable on the members.
 pub(crate) struct Pending {
     pub(crate) seq: u64,
-    /// As in the log.
-    pub(crate) record: Vec<u8>,
     /// As in the tail.
-    pub(crate) entry: Vec<u8>,
+    entry: Vec<u8>,
+}
+
+impl Pending {
+    pub(crate) fn new(seq: u64, record: &Record) -> Pending {
+        let mut entry = Vec::new();
+        format::encode_tail_entry(seq, record, &mut entry);
+        Pending { seq, entry }
+    }
+
+    /// As in the log.
+    fn record(&self) -> &[u8] {
+        format::record_of_tail_entry(&self.entry)
+    }
 }
 
 /// The turns, each for one at a time.
