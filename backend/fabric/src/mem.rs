@@ -29,6 +29,10 @@ const PASS_BYTES: usize = 16 << 10;
 /// How much of the next request is fetched while this one is copied: without it the copy waits for memory half of its time.
 const PREFETCH_BYTES: usize = 4096;
 
+/// Writes of as many bytes pass the caches by: nobody reads them soon, and memory that is overwritten need not be fetched for it. 1 MiB goes 1.2
+/// times as fast, and 1.6 times from a copy that the cache has, as those of stripes are.
+const STREAM_BYTES: usize = 32 << 10;
+
 const PAGE: usize = 4096;
 const CACHE_LINE: usize = 64;
 
@@ -260,7 +264,20 @@ impl MemChannel {
             // and writable while the request lives, which it does until its completion is reaped.
             Operation::Read => unsafe { request.buffers.copy_from(self.memory.at(offset, bytes)) },
             // SAFETY: as above.
-            Operation::Write { .. } => unsafe { request.buffers.copy_to(self.memory.at(offset, bytes)) },
+            Operation::Write { .. } if bytes < STREAM_BYTES => unsafe {
+                request.buffers.copy_to(self.memory.at(offset, bytes));
+            },
+            Operation::Write { .. } => {
+                let mut to = self.memory.at(offset, bytes);
+                for segment in request.buffers.segments() {
+                    // SAFETY: as above; the segments are as long together as the range.
+                    unsafe {
+                        stream(segment.start, to, segment.len);
+                        to = to.add(segment.len);
+                    }
+                }
+                end_of_streams();
+            }
             Operation::Discard | Operation::WriteZeroes { .. } => self.memory.zero(offset, bytes),
             Operation::Flush => {}
         }
@@ -295,6 +312,48 @@ impl Channel for MemChannel {
             self.ended.push(Completion { token: request.token, outcome });
         }
         self.runtime.wake(self.user);
+    }
+}
+
+/// Copies, and leaves no trace of `to` in the caches. What was copied is seen by others in order only after [`end_of_streams`].
+///
+/// # Safety
+/// As of [`ptr::copy_nonoverlapping`]; others may write to `from` meanwhile.
+unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        const WORD: usize = 16;
+        let head = to.align_offset(CACHE_LINE).min(len);
+        let lines = (len - head) / CACHE_LINE * CACHE_LINE;
+        #[expect(clippy::cast_ptr_alignment, reason = "loads need none, and stores have it")]
+        // SAFETY: all offsets are below `len`, of which the caller vouches for both sides; what is streamed to begins at a cache line, and so
+        // each word of it is aligned. SSE2 is part of x86-64.
+        unsafe {
+            ptr::copy_nonoverlapping(from, to, head);
+            for line in (head..head + lines).step_by(CACHE_LINE) {
+                for at in (line..line + CACHE_LINE).step_by(WORD) {
+                    let word = _mm_loadu_si128(from.add(at).cast::<__m128i>());
+                    _mm_stream_si128(to.add(at).cast::<__m128i>(), word);
+                }
+            }
+            let rest = head + lines;
+            ptr::copy_nonoverlapping(from.add(rest), to.add(rest), len - rest);
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller vouches for both sides.
+    unsafe {
+        ptr::copy_nonoverlapping(from, to, len);
+    }
+}
+
+/// What was streamed is there for others before whatever is stored from here on.
+fn end_of_streams() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence; SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
     }
 }
 

@@ -6,6 +6,7 @@
 use hawser_block::Buffers;
 use hawser_runtime::buffers::AlignedBuffer;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Page-aligned memory, named by an iovec. Shared by the requests that read from it or write to it: it goes back when the last of
@@ -99,27 +100,34 @@ impl Bounce {
         unsafe { std::slice::from_raw_parts_mut(buffer.as_ptr().add(offset), len) }
     }
 
-    /// The parities of a stripe, all in this buffer: `data` strips from `at` on, one behind the other; P, and perhaps Q, come where they are
-    /// wanted. Before the first request with it.
-    pub(crate) fn sums(&mut self, at: usize, strip: usize, data: usize, p_at: usize, q_at: Option<usize>) {
+    /// The parities of columns of a stripe, all in this buffer: `data` strips from `at` on, one behind the other; P, and perhaps Q, come where they
+    /// are wanted. Before the first request with it.
+    pub(crate) fn sums(
+        &mut self,
+        (at, strip, data): (usize, usize, usize),
+        columns: Range<usize>,
+        p_at: usize,
+        q_at: Option<usize>,
+    ) {
         let end = p_at.min(q_at.unwrap_or(p_at));
         assert!(
-            at + data * strip <= end && data <= crate::parity::DATA_MAX,
+            at + data * strip <= end && data <= crate::parity::DATA_MAX && columns.end <= strip,
             "parities stand behind their data"
         );
         let all = self.memory().buffer.len();
         let (before, behind) = self.bytes_mut(0, all).split_at_mut(end);
         let mut strips: [&[u8]; crate::parity::DATA_MAX] = [&[]; crate::parity::DATA_MAX];
         for (index, place) in strips[..data].iter_mut().enumerate() {
-            *place = &before[at + index * strip..at + (index + 1) * strip];
+            let first = at + index * strip;
+            *place = &before[first + columns.start..first + columns.end];
         }
         let strips = &strips[..data];
         match q_at {
-            None => crate::parity::xor(strips, &mut behind[..strip]),
+            None => crate::parity::xor(strips, &mut behind[columns]),
             Some(q_at) => {
                 assert!(q_at == p_at + strip, "Q stands behind P");
                 let (p, q) = behind[..2 * strip].split_at_mut(strip);
-                crate::parity::pq(strips, p, q);
+                crate::parity::pq(strips, &mut p[columns.clone()], &mut q[columns]);
             }
         }
     }

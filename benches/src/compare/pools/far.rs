@@ -1,4 +1,4 @@
-//! A member of a RAID 5 made anew where members are slower than our CPU: all of them are behind links.
+//! Pools whose members are slower than our CPU: all of them are behind links.
 //!
 //! ```text
 //!   p ── RAID 5 ── m0  m1  ·   n0        each by NVMe/TCP, behind a link of its own
@@ -7,18 +7,20 @@
 //!                  └─ link ─────────────┴─ target: mem:, on the other CPU
 //! ```
 //!
-//! While two members are read, and what was read of them before is computed and written to the third, each link is as busy as it can be.
+//! A member made anew: while two are read, and what was read of them before is computed and written to the third, each link is as busy as it can be.
+//! Writes of whole stripes: data goes to as many members as those of a RAID 0 get it, at the same time, and the parities go beside it.
 //!
-//! Owns: this one story. Must not know: how a table looks.
+//! Owns: these stories. Must not know: how a table looks.
 
 use std::path::PathBuf;
 
 use super::rebuild::{All, await_written, begin, candidate};
-use super::server::{PoolServer, TABLES_BYTES, rate};
-use super::{Case, Found, link};
+use super::server::{PoolServer, TABLES_BYTES, members, rate};
+use super::{Case, Found, Outcome, Pool, link};
 use crate::client::options::Mix;
 use crate::compare::cases::Shape;
 use crate::compare::load::Load;
+use crate::compare::quiet::Guard;
 use crate::compare::results::Spread;
 use crate::compare::runner::Plan;
 use crate::compare::servers::{NQN, Place, Server, bound_address, head, serve, size, write};
@@ -29,22 +31,32 @@ const MEMBERS: f64 = 3.0;
 /// Of each link, each way: little enough for both CPUs.
 const LINK_BYTES_PER_SECOND: u64 = 60_000_000;
 const VOLUME_BYTES: u64 = 128 << 20;
-/// By namespace, from 1 on.
-const DEVICES: [&str; 5] = ["b", "m0", "m1", "m2", "n0"];
+/// A device that is no member, and the daemon's first disk.
+const BARE: &str = "b";
+
+/// Devices of one target.
+struct Far {
+    target: Server,
+    /// Their names, and how they are reached.
+    uris: Vec<(String, String)>,
+}
 
 /// What a rebuild does, and what its devices do by themselves.
-pub(super) fn measure(plan: &Plan, place: &Place<'_>) -> Result<All, String> {
-    let (target, address) = target(plan)?;
-    let uris = (1..).zip(DEVICES).map(|(nsid, name)| {
-        let near = link::open(address, LINK_BYTES_PER_SECOND).map_err(|e| format!("a link: {e}"))?;
-        Ok((name.to_owned(), format!("nvme+tcp://{near}/{NQN}?nsid={nsid}")))
-    });
-    let uris = uris.collect::<Result<Vec<_>, String>>()?;
+pub(super) fn rebuild(plan: &Plan, place: &Place<'_>) -> Result<All, String> {
+    let members = ["m0", "m1", "m2", "n0"].map(str::to_owned);
+    let Far { target, uris } = Far::start(plan, &members)?;
     let launch = |folder: TempDir, gone: &str| {
         let there: Vec<_> = uris.iter().filter(|(name, _)| name != gone).cloned().collect();
         let more = "[[pool]]\nname = \"p\"\nassemble_timeout = 1\nsync_rate = \"0\"\n\n";
-        let bare = [("b", "device = \"b\"")];
-        PoolServer::launch(&plan.hawser, plan.poll_us, place, folder, &there, more, &bare)
+        PoolServer::launch(
+            &plan.hawser,
+            plan.poll_us,
+            place,
+            folder,
+            &there,
+            more,
+            &[(BARE, "device = \"b\"")],
+        )
     };
     let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
     let healthy = launch(folder, "n0")?;
@@ -78,25 +90,66 @@ pub(super) fn measure(plan: &Plan, place: &Place<'_>) -> Result<All, String> {
     Ok(vec![(Case::RebuildFar, Found::Rate { rebuild, most: MEMBERS * slowest }, Vec::new())])
 }
 
-/// Starts a target with all devices; where it listens.
-fn target(plan: &Plan) -> Result<(Server, std::net::SocketAddr), String> {
+/// Writes of whole stripes to pools with parity, and to a RAID 0, in turns.
+pub(super) fn writes(
+    plan: &Plan,
+    cases: &[Case],
+    place: &Place<'_>,
+    guard: &mut Guard,
+) -> Result<Vec<Outcome>, String> {
+    let of = |case: &Case| match case {
+        Case::SequentialFar(pool) => Some((*case, *pool)),
+        _ => None,
+    };
+    let cases: Vec<(Case, Pool)> = cases.iter().filter_map(of).collect();
+    let pools: Vec<Pool> = std::iter::once(Pool::Raid0).chain(cases.iter().map(|(_, pool)| *pool)).collect();
+    let all: Vec<String> = pools.iter().flat_map(|pool| members(*pool)).collect();
+    let Far { target, uris } = Far::start(plan, &all)?;
     let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
-    let socket = folder.path().join("none");
-    let mut target = Server { children: Vec::new(), socket, folder };
-    let mut text = head(target.folder.path(), "t", 0, &[plan.cpus[1]]);
-    for name in DEVICES {
-        let bytes = VOLUME_BYTES / 2 + if name == "b" { 0 } else { TABLES_BYTES };
-        text += &format!("[[device]]\nname = \"{name}\"\nuri = \"mem:?size={}\"\n\n", size(bytes));
+    let bare = [(BARE, "device = \"b\"")];
+    let server = PoolServer::launch(&plan.hawser, plan.poll_us, place, folder, &uris, "", &bare)?;
+    let mut volumes = Vec::new();
+    for pool in pools {
+        server.create(pool)?;
+        let socket = server.add_volume(pool.name(), "v", VOLUME_BYTES)?;
+        plan.fill_socket(&server.server, &socket)
+            .map_err(|e| format!("{e}: {}", server.server.complaint()))?;
+        volumes.push(socket);
     }
-    text += &format!("[[subsystem]]\nnqn = \"{NQN}\"\nlisten = [\"tcp://127.0.0.1:0\"]\n\n");
-    for (nsid, name) in (1..).zip(DEVICES) {
-        text += &format!("[[subsystem.namespace]]\nnsid = {nsid}\ndevice = \"{name}\"\n\n");
+    let beside = &volumes[0];
+    let loads = cases.iter().zip(&volumes[1..]);
+    let found =
+        loads.map(|((case, _), volume)| plan.loads(*case, &server, [beside, volume], guard)).collect();
+    drop(server);
+    drop(target);
+    found
+}
+
+impl Far {
+    /// Starts a target with a bare device and these members, and opens a link for each.
+    fn start(plan: &Plan, members: &[String]) -> Result<Far, String> {
+        let folder = TempDir::new(None).map_err(|e| format!("a temporary folder: {e}"))?;
+        let socket = folder.path().join("none");
+        let mut target = Server { children: Vec::new(), socket, folder };
+        let mut text = head(target.folder.path(), "t", 0, &[plan.cpus[1]]);
+        text += &format!("[[subsystem]]\nnqn = \"{NQN}\"\nlisten = [\"tcp://127.0.0.1:0\"]\n\n");
+        let devices = || (1..).zip(std::iter::once(BARE).chain(members.iter().map(String::as_str)));
+        for (nsid, name) in devices() {
+            let bytes = if name == BARE { VOLUME_BYTES / 2 } else { VOLUME_BYTES / 2 + TABLES_BYTES };
+            text += &format!("[[device]]\nname = \"{name}\"\nuri = \"mem:?size={}\"\n\n", size(bytes));
+            text += &format!("[[subsystem.namespace]]\nnsid = {nsid}\ndevice = \"{name}\"\n\n");
+        }
+        let config = write(target.folder.path(), "target.toml", &text)?;
+        target.start_child(serve(&plan.hawser, &config), Some(plan.cpus[1]))?;
+        let api = target.folder.path().join("t.api");
+        let address = bound_address(&plan.hawser, &api, &mut target.children[0])
+            .map_err(|e| format!("{e}: {}", target.complaint()))?;
+        let address = address.parse().map_err(|e| format!("{address}: {e}"))?;
+        let uris = devices().map(|(nsid, name)| {
+            let near = link::open(address, LINK_BYTES_PER_SECOND).map_err(|e| format!("a link: {e}"))?;
+            Ok((name.to_owned(), format!("nvme+tcp://{near}/{NQN}?nsid={nsid}")))
+        });
+        let uris = uris.collect::<Result<Vec<_>, String>>()?;
+        Ok(Far { target, uris })
     }
-    let config = write(target.folder.path(), "target.toml", &text)?;
-    target.start_child(serve(&plan.hawser, &config), Some(plan.cpus[1]))?;
-    let api = target.folder.path().join("t.api");
-    let address = bound_address(&plan.hawser, &api, &mut target.children[0])
-        .map_err(|e| format!("{e}: {}", target.complaint()))?;
-    let address = address.parse().map_err(|e| format!("{address}: {e}"))?;
-    Ok((target, address))
 }

@@ -84,6 +84,8 @@ pub enum Case {
     Random(Pool, Mix),
     /// 1 MiB after the other written to a volume, and to one on RAID 0.
     Sequential(Pool),
+    /// The same where members are slower than our CPU.
+    SequentialFar(Pool),
     /// What members get for a write of 4 KiB.
     Counts(Pool),
     /// A write to a new extent, and an overwrite.
@@ -102,7 +104,7 @@ pub enum Case {
 
 impl Case {
     /// All of them, in the order of the table.
-    pub const ALL: [Case; 20] = [
+    pub const ALL: [Case; 22] = [
         Case::Random(Pool::Raid0, Mix::RandRead),
         Case::Random(Pool::Raid0, Mix::RandWrite),
         Case::Random(Pool::Raid1, Mix::RandRead),
@@ -114,6 +116,8 @@ impl Case {
         // Before any small write: what is in the log of those, is written through the log until that is released.
         Case::Sequential(Pool::Raid5),
         Case::Sequential(Pool::Raid6),
+        Case::SequentialFar(Pool::Raid5),
+        Case::SequentialFar(Pool::Raid6),
         Case::Random(Pool::Raid5, Mix::RandWrite),
         Case::Random(Pool::Raid6, Mix::RandWrite),
         Case::Counts(Pool::Raid5),
@@ -139,6 +143,7 @@ impl Case {
             Case::Random(pool, Mix::RandRead) => of(pool, "randread-4k/qd32"),
             Case::Random(pool, _) => of(pool, "randwrite-4k/qd32"),
             Case::Sequential(pool) => of(pool, "write-1024k/qd4"),
+            Case::SequentialFar(pool) => of(pool, "write-1024k/qd4/slow-members"),
             Case::Counts(pool) => of(pool, "small-writes"),
             Case::FirstWrite => "pool/first-write/qd1".to_owned(),
             Case::AfterSnapshot => "pool/after-snapshot/qd1".to_owned(),
@@ -153,7 +158,9 @@ impl Case {
     pub fn shape(self) -> Option<Shape> {
         match self {
             Case::Random(_, mix) => Some(Shape { mix, kib: 4, depth: 32 }),
-            Case::Sequential(_) => Some(Shape { mix: Mix::Write, kib: 1024, depth: 4 }),
+            Case::Sequential(_) | Case::SequentialFar(_) => {
+                Some(Shape { mix: Mix::Write, kib: 1024, depth: 4 })
+            }
             Case::Counts(_) => Some(Shape { mix: Mix::RandWrite, kib: 4, depth: 32 }),
             Case::ReadsDuringRebuild => Some(Shape { mix: Mix::RandRead, kib: 4, depth: 1 }),
             _ => None,
@@ -166,8 +173,8 @@ impl Case {
             Case::Random(Pool::Raid0, Mix::RandRead) => Some((0.9, true)),
             Case::Random(Pool::Raid1 | Pool::Raid5, Mix::RandRead) => Some((0.85, true)),
             Case::Random(Pool::Raid1, _) => Some((0.45, true)),
-            Case::Sequential(Pool::Raid5) => Some((0.6, true)),
-            Case::Sequential(Pool::Raid6) => Some((0.5, true)),
+            Case::Sequential(Pool::Raid5) | Case::SequentialFar(Pool::Raid5) => Some((0.6, true)),
+            Case::Sequential(Pool::Raid6) | Case::SequentialFar(Pool::Raid6) => Some((0.5, true)),
             Case::Counts(Pool::Raid5 | Pool::Wide5) => Some((4.0, false)),
             Case::Counts(_) => Some((6.0, false)),
             Case::FirstWrite => Some((1.5, false)),
@@ -175,7 +182,7 @@ impl Case {
             Case::Rebuild | Case::RebuildFar => Some((0.9, true)),
             Case::RebuildRate => Some((0.95, true)),
             Case::ReadsDuringRebuild => Some((2.0, false)),
-            Case::Random(..) | Case::Sequential(_) => None,
+            Case::Random(..) | Case::Sequential(_) | Case::SequentialFar(_) => None,
         }
     }
 }
@@ -296,7 +303,7 @@ impl Outcome {
                 format!("meanwhile {:.1} µs ±{:.0}%", p99(volume).median, p99(volume).percent()),
                 "p99 of the latency".to_owned(),
             ],
-            (Found::Loads { beside, volume }, Case::Sequential(_)) => {
+            (Found::Loads { beside, volume }, Case::Sequential(_) | Case::SequentialFar(_)) => {
                 [format!("RAID 0 {}", iops(beside)), format!("volume {}", iops(volume)), "IOPS".to_owned()]
             }
             (Found::Loads { beside, volume }, _) => {

@@ -38,10 +38,11 @@ impl Plan {
         let rebuilding = of(|case| {
             matches!(case, Case::Rebuild | Case::RebuildFar | Case::RebuildRate | Case::ReadsDuringRebuild)
         });
+        let far = of(|case| matches!(case, Case::SequentialFar(_)));
         let parity: Vec<Case> = cases
             .iter()
             .copied()
-            .filter(|case| !plain.contains(case) && !rebuilding.contains(case))
+            .filter(|case| ![&plain, &rebuilding, &far].into_iter().any(|others| others.contains(case)))
             .collect();
         let mut first_failure = Ok(());
         let mut note = |outcome: Result<(), String>| {
@@ -55,11 +56,16 @@ impl Plan {
         if !parity.is_empty() {
             note(self.run_parity(&parity, place, guard, results));
         }
+        if !far.is_empty() {
+            note(far::writes(self, &far, place, guard).map(|found| {
+                found.into_iter().for_each(|outcome| say(results, outcome));
+            }));
+        }
         if !rebuilding.is_empty() {
             let near = rebuilding.iter().any(|case| *case != Case::RebuildFar);
             let far = rebuilding.contains(&Case::RebuildFar);
             let all =
-                [near.then(|| rebuild::measure(self, place, guard)), far.then(|| far::measure(self, place))];
+                [near.then(|| rebuild::measure(self, place, guard)), far.then(|| far::rebuild(self, place))];
             for found in all.into_iter().flatten() {
                 note(found.map(|found| {
                     for (case, found, disturbed) in found {
@@ -209,7 +215,7 @@ impl Plan {
     }
 
     /// A load on what it is compared with and on a volume, in turns.
-    fn loads(
+    pub(super) fn loads(
         &self,
         case: Case,
         pools: &PoolServer,

@@ -67,12 +67,17 @@ impl PoolServer {
         let started =
             Self::launch(program, poll_us, place, folder, &devices, "", &[("d", "device = \"d\"")])?;
         for pool in pools {
-            let members = members(*pool);
-            let mut create = vec!["pool", "create", pool.name(), "--raid", pool.level()];
-            create.extend(members.iter().map(String::as_str));
-            started.ask(&create)?;
+            started.create(*pool)?;
         }
         Ok(started)
+    }
+
+    /// Makes a pool of its members.
+    pub(super) fn create(&self, pool: Pool) -> Result<(), String> {
+        let members = members(pool);
+        let mut create = vec!["pool", "create", pool.name(), "--raid", pool.level()];
+        create.extend(members.iter().map(String::as_str));
+        self.ask(&create).map(drop)
     }
 
     /// Starts `hawser` with devices, more of a configuration, and disks: their names, and what is behind them.
@@ -184,7 +189,7 @@ impl Numbers {
 }
 
 /// The names of a pool's devices.
-fn members(pool: Pool) -> Vec<String> {
+pub(super) fn members(pool: Pool) -> Vec<String> {
     (0..pool.members()).map(|member| format!("{}m{member}", pool.name())).collect()
 }
 

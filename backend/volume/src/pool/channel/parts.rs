@@ -15,7 +15,7 @@ use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::{Plan, Step, Stripe};
 use crate::pool::shared::Class;
-use hawser_block::{BlockCount, Completion, Lba, Outcome, Request, Status, Token};
+use hawser_block::{BlockCount, Buffers, Completion, Lba, Outcome, Request, Status, Token};
 use hawser_runtime::Slab;
 use std::ops::Range;
 
@@ -25,6 +25,9 @@ mod tests;
 /// What a part has, data and parity, unless it is one stripe: with its source, a half of a second-level cache of 512 KiB. As one part 1 MiB
 /// went to a RAID 5 at 0.43 times the speed of a RAID 0, in parts of 512 KiB at 0.43, of 256 KiB at 0.6. Requests of simulations are small.
 const PART_BYTES: usize = if cfg!(hawser_mutations) { 32 << 10 } else { 256 << 10 };
+/// What is copied of each strip before its parity is computed: with few strips the first-level cache has it still. Strips of 64 KiB as a whole took
+/// 1.1 times as long, with their way to members in memory.
+const COLUMNS_BYTES: usize = 4 << 10;
 /// Marks the tokens of parts.
 const PART_BIT: u64 = 1 << 62;
 
@@ -196,8 +199,18 @@ impl VolumeChannel {
         let stripes = &parity_of(&self.view, stripe).stripes;
         let strip = usize::try_from(stripes.strip_bytes()).expect("a strip is small");
         let data = usize::from(stripes.data_strips());
-        copy.copy_payload(at, &request.buffers.slice(at, data * strip));
-        copy.sums(at, strip, data, p_at, (stripes.parities() == 2).then_some(p_at + strip));
+        let q_at = (stripes.parities() == 2).then_some(p_at + strip);
+        let payload: [Buffers; crate::parity::DATA_MAX] = std::array::from_fn(|index| match index < data {
+            true => request.buffers.slice(at + index * strip, strip),
+            false => Buffers::EMPTY,
+        });
+        for from in (0..strip).step_by(COLUMNS_BYTES) {
+            let columns = from..strip.min(from + COLUMNS_BYTES);
+            for (index, payload) in payload[..data].iter().enumerate() {
+                copy.copy_payload(at + index * strip + from, &payload.slice(from, columns.len()));
+            }
+            copy.sums((at, strip, data), columns, p_at, q_at);
+        }
     }
 
     /// A request has ended: it is among `ended`, unless it is a part of one that has not.
