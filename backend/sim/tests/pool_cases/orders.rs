@@ -128,6 +128,12 @@ impl Scene {
         }
     }
 
+    /// The first block of the members' data.
+    fn pool_data(&self) -> u64 {
+        let book = Superblock::decode(&self.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+        book.layout.data_offset() / 512
+    }
+
     /// Disks of this size.
     pub(crate) fn sized(seed: u64, members: u8, blocks: u64) -> Scene {
         let mut scene = Scene::new(seed, 0);

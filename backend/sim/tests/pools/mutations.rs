@@ -38,8 +38,10 @@ pub(crate) const ALL: &[Mutation] = &[
 pub(crate) const OTHERS: &[&str] = &[
     "clear_intent_without_flush",
     "closed_before_durable",
+    "closed_with_entries",
     "discards_of_logged",
     "discards_of_twins",
+    "discards_outlive_close",
     "doubtful_members_lost",
     "doubts_forgotten",
     "entry_left_in_log",
@@ -67,6 +69,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "parity_log_not_on_joining",
     "parity_replayed_unflushed",
     "put_in_unmarked",
+    "read_only_not_doubted",
     "rebirth_before_durable",
     "superblocks_before_tables",
     "swapped_unflushed",

@@ -8,7 +8,7 @@
 //! An entry lies in one piece; numbers grow with each. One is *placed* when what it says stands on the members, and can be released when all
 //! members have been flushed since, those before it too.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// The parity log of one set.
 #[derive(Debug, Default)]
@@ -114,6 +114,24 @@ impl Ring {
             self.entries.pop_front();
         }
         rows
+    }
+
+    /// The rows that entries are about.
+    #[must_use]
+    pub fn rows(&self) -> BTreeSet<u64> {
+        self.entries.iter().map(|entry| entry.row).collect()
+    }
+
+    /// The number of the oldest entry, or that of the next where there is none.
+    #[must_use]
+    pub fn oldest(&self) -> u64 {
+        self.entries.front().map_or(self.next, |entry| entry.number)
+    }
+
+    /// The number of the next entry.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.next
     }
 
     /// How many entries there are.

@@ -247,3 +247,47 @@ fn a_pool_that_grows_can_be_opened_at_any_time() {
         });
     }
 }
+
+/// Extents that nobody has are being discarded when the pool is closed. Whoever opens it next may give them to somebody, so that no discard comes after.
+#[test]
+fn nothing_is_discarded_after_the_pool_is_closed() {
+    holds("discards_outlive_close", |seed| {
+        let mut scene = Scene::sized(seed, 2, 16 << 11);
+        scene.create(Level::Raid1);
+        let devices = scene.devices();
+        let pool = scene.open_quietly(devices, |options| options.discard = true).unwrap();
+        for name in ["v", "w"] {
+            scene.ask(pool.create_volume(name, 8 << 20)).unwrap();
+        }
+        // Extents of the one have those of the other between them.
+        let (ours, others) = (noise(1, 4096), noise(2, 4096));
+        for extent in 0..64 {
+            scene.write(&pool, "v", extent << 16, &ours);
+            scene.write(&pool, "w", extent << 16, &others);
+        }
+        scene.flush(&pool, "v");
+        scene.disks.iter().for_each(|disk| disk.state().set_latency(Duration::from_millis(40)));
+        let gone = scene.io(&pool, "v", Operation::Discard, 0, &vec![0; 4 << 20]);
+        assert_eq!(gone.0, Ok(()));
+        let content = |scene: &Scene| -> Vec<Vec<u8>> {
+            scene.disks.iter().map(|disk| disk.state().snapshot()).collect()
+        };
+        // The first one goes first.
+        let first = content(&scene)[0].chunks(4096).position(|block| block == ours).unwrap() * 4096;
+        let is_there = |scene: &Scene| scene.disks[0].state().content.get(first..first + 4096) == ours;
+        for _ in 0..1000 {
+            if !is_there(&scene) {
+                break;
+            }
+            scene.wait(Duration::from_millis(20));
+        }
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        let closed = content(&scene);
+        scene.wait(Duration::from_secs(10));
+        match content(&scene) == closed {
+            true => Ok(()),
+            false => Err("members were changed after the pool was closed".to_owned()),
+        }
+    });
+}

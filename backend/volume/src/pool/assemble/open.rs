@@ -217,6 +217,9 @@ async fn start(
     let pages = read_intents(lanes, &found).await;
     owner.take_over(tables.meta, tables.seq, tables.log);
     owner.begin_intents(pages, was_closed);
+    if is_read_only && !was_closed && !is_broken("read_only_not_doubted") {
+        owner.doubt_what_is_marked();
+    }
     if !is_read_only {
         let in_place = parity_log::put_in_place(&owner, logs).await;
         in_place
@@ -394,6 +397,11 @@ impl Owner {
         // What is just being copied.
         drop(self.turns.window.take().await);
         let _turn = self.turns.change.take().await;
+        // What is just being discarded: who has the pool next may give that to somebody.
+        let _discards = match is_broken("discards_outlive_close") {
+            true => None,
+            false => Some(self.turns.reclaim.take().await),
+        };
         self.barrier().await;
         if is_broken("closed_before_durable") {
             let _turn = self.turns.superblock.take().await;
@@ -403,6 +411,10 @@ impl Owner {
         let copied = self.copied();
         self.flush().await?;
         self.release_all_stripes().await?;
+        if self.has_stripes_half_written() && !is_broken("closed_with_entries") {
+            // The next opening does them again, and does not look for them in a pool that was closed.
+            return Err(Status::Path);
+        }
         self.end_idle_unlogged(true).await?;
         self.copied_is_durable(copied);
         self.clear_idle_intents(true).await?;

@@ -15,6 +15,7 @@ use hawser_block::{Outcome, Status};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The most of each strip that is made right at a time.
 const COLUMNS_MAX: u64 = 256 << 10;
@@ -104,6 +105,34 @@ impl Owner {
         parity.release(released);
         coverage::count(coverage::Event::ParityReleased);
         Ok(())
+    }
+
+    /// The same of one set, until no entry is left that was made before this one. Those that are at work at them end, or fail with the pool.
+    pub(super) async fn release_stripes_before(self: &Rc<Self>, set: &Arc<Set>, number: u64) -> Outcome {
+        let parity = set.parity().expect("only of sets with parity");
+        loop {
+            self.release_stripes(set).await?;
+            if parity.ring().oldest() >= number {
+                return Ok(());
+            }
+            self.check_writable()?;
+            self.runtime.sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Whether something in the log may not stand in place on all members.
+    pub(crate) fn has_stripes_half_written(&self) -> bool {
+        let mut sets = self.sets_with_parity().into_iter();
+        sets.any(|set| set.parity().is_some_and(|parity| !parity.ring().is_empty()))
+    }
+
+    /// Nobody puts right what a crash has left half written, since the pool is only looked at: what is lost there is not computed. (A set that
+    /// lacks members already is not opened so.)
+    pub(crate) fn doubt_what_is_marked(&self) {
+        for set in self.sets_with_parity().into_iter().filter(|set| set.are_all_in_sync()) {
+            let parity = set.parity().expect("only of sets with parity");
+            set.unsynced.iter_set().for_each(|region| parity.doubtful.set(region));
+        }
     }
 
     /// Lets whole stripes of a set be written without the log, once its members know.
@@ -318,7 +347,7 @@ impl Owner {
         let mut sum = self.place.spare.take(len);
         let strips: Vec<&[u8]> = others.iter().map(|(_, bounce)| bounce.bytes(0, len)).collect();
         crate::parity::xor(&strips, sum.bytes_mut(0, len));
-        self.check_ours()?;
+        self.may_mend()?;
         let new = leaf(only).expect("looked at just now");
         if let Err(status) = self.lanes.write(new, at, &Rc::new(sum), 0, len, false).await {
             self.report_lacking(first + only, status, since).await?;
@@ -363,7 +392,7 @@ impl Owner {
                 wrong |= 1 << slot;
             }
         }
-        self.check_ours()?;
+        self.may_mend()?;
         if is_broken("parity_not_made_again") {
             wrong &= !compared;
         }
@@ -436,7 +465,7 @@ impl Owner {
         if rewritten == 0 {
             return Ok(found);
         }
-        self.check_ours()?;
+        self.may_mend()?;
         let mut contents = contents;
         for slot in each(wrong) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));

@@ -212,11 +212,12 @@ impl Owner {
         // Who is under way may take long.
         self.publish();
         self.barrier().await;
+        let logged = set.parity().map(|parity| parity.ring().next());
         self.mark_lacking(set);
         self.repeat_parity_header(set, number).await?;
         // What was logged without it does not say what it has to have: that is not done again once it has been brought up to date.
-        if set.parity().is_some() && !is_broken("parity_log_kept_over_rejoin") {
-            self.release_stripes(set).await?;
+        if let Some(logged) = logged.filter(|_| !is_broken("parity_log_kept_over_rejoin")) {
+            self.release_stripes_before(set, logged).await?;
         }
         if number < self.book.borrow().metadata_members() && !is_broken("joined_without_tables") {
             self.checkpoint(true).await?;

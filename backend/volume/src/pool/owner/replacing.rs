@@ -208,7 +208,7 @@ impl Owner {
     /// Waits until nobody is at work any more who may have taken a device for a member's that is not.
     async fn all_have_ended(&self) {
         let Self { turns, .. } = self;
-        for turn in [&turns.flush, &turns.checkpoint, &turns.commit, &turns.intents, &turns.superblock] {
+        for turn in [&turns.reclaim, &turns.flush, &turns.checkpoint, &turns.commit, &turns.intents, &turns.superblock] {
             drop(turn.take().await);
         }
         drop(turns.window.take().await);

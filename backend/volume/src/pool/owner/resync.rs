@@ -213,7 +213,7 @@ impl Owner {
         let first = self.read_first(view, set, piece, &bounce, 0).await?;
         // Who was copied before got it from the first: when that cannot be read this time, all get what there is instead, or they would differ.
         let only = only.filter(|_| set.parity().is_some() || wanted == Some(first.member));
-        self.check_ours()?;
+        self.may_mend()?;
         for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != first.member) {
             let index = copy.member - set.first_member();
             if only.is_some_and(|only| only != index) || set.mode(index) == Mode::Away {
@@ -233,6 +233,14 @@ impl Owner {
         match self.lost.borrow().is_some() {
             true => Err(Status::ReadOnly),
             false => Ok(()),
+        }
+    }
+
+    /// The same of what is copied or mended: a pool that is being closed is about to be another's.
+    pub(super) fn may_mend(&self) -> Outcome {
+        match self.is_closing.get() {
+            true => Err(Status::ReadOnly),
+            false => self.check_ours(),
         }
     }
 
@@ -300,7 +308,7 @@ impl Owner {
                 good
             }
         };
-        self.check_ours()?;
+        self.may_mend()?;
         for copy in piece.copies.as_slice() {
             let index = copy.member - set.first_member();
             let Some(leaf) = &view.leaves[usize::from(copy.member)] else { continue };

@@ -242,6 +242,9 @@ impl Owner {
             let strip = u64::from(set.strip_bytes());
             for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
                 self.give_way().await;
+                if self.may_mend().is_err() {
+                    break;
+                }
                 let number = (address + first) / stripe;
                 let work = self.scrub_stripe(&view, &set, number, (first, bits, before), repair);
                 tally += self.in_window(&set, number * strip..(number + 1) * strip, work).await;
@@ -254,6 +257,9 @@ impl Owner {
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 self.give_way().await;
+                if self.may_mend().is_err() {
+                    return tally;
+                }
                 let work = self.compare(&set, &piece, repair);
                 tally += self.in_window(&set, window_of(&piece), work).await;
             }
