@@ -281,7 +281,10 @@ impl Models {
         let uid = name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff);
         let id = if is_zero { 0 } else { self.next_id | uid << 32 };
         let (extent_blocks, piece_blocks) = (self.extent_blocks, self.piece_blocks);
+        // Where the volume ends is not known while that may be changing, or be refused.
+        let ends = !self.is_pending;
         let volume = self.volume(name);
+        let size_blocks = if ends { volume.size_blocks } else { u64::MAX };
         if !is_zero {
             volume.written.extend(lba / piece_blocks..=(lba + count - 1) / piece_blocks);
         }
@@ -289,7 +292,7 @@ impl Models {
         let mut captures = std::mem::take(&mut volume.captures);
         for at in lba..lba + count {
             let from = at / extent_blocks * extent_blocks;
-            let is_whole = from >= lba && (from + extent_blocks).min(volume.size_blocks) <= lba + count;
+            let is_whole = from >= lba && (from + extent_blocks).min(size_blocks) <= lba + count;
             let is_weak = is_discard && (!is_whole || may_be_kept);
             volume.blocks.change(at, |block| {
                 let block = block.busy();

@@ -151,6 +151,8 @@ pub(crate) struct VolumeShared {
     pub(crate) slow: [AtomicU64; Class::ALL.len()],
     /// Payload of writes that was copied, because it went to several members.
     pub(crate) copied_bytes: AtomicU64,
+    /// [`Shared::losses`] that its users have been told of.
+    pub(crate) told_losses: AtomicU64,
     /// Channels that are open.
     pub(crate) users: AtomicUsize,
     pub(crate) stats: Arc<StatsSet>,
@@ -200,6 +202,8 @@ pub(crate) struct Shared {
     pub(crate) is_writable: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
+    /// How often what was written and not flushed was lost for good: with a cache that no other member makes good.
+    losses: AtomicU64,
     /// How often a member has come back. What began before tells nothing of a member that came back after it.
     joins: AtomicU64,
     /// How often each member was given up while it was out of reach: what is under way at it is ended.
@@ -239,6 +243,7 @@ impl Shared {
             is_writable: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
+            losses: AtomicU64::new(0),
             joins: AtomicU64::new(0),
             given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             left_behind: [const { AtomicU64::new(0) }; MEMBERS_MAX],
@@ -256,6 +261,16 @@ impl Shared {
     /// A region is about to be marked as not the same everywhere.
     pub(crate) fn mark_unsynced(&self) {
         self.unsynced_marks.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often something was lost that may be any volume's.
+    pub(crate) fn losses(&self) -> u64 {
+        self.losses.load(Ordering::Acquire)
+    }
+
+    /// Something was. A device tells it once, to whoever flushes it next; here it is told to the users of each volume.
+    pub(crate) fn has_lost(&self) {
+        self.losses.fetch_add(1, Ordering::AcqRel);
     }
 
     /// To be asked when it is known who is written to, and told with what they fail.

@@ -79,7 +79,24 @@ fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
 }
 
 /// Makes everything durable. Who has waited long enough does not wait for the round's end.
+///
+/// It fails, too, where something was lost before that may be the volume's and that none of its users has been told of: another volume's FLUSH may
+/// have met with it, or one of the pool's own.
 async fn flush(core: &Core) -> Outcome {
+    let told = core.volume.told_losses.load(Ordering::Acquire);
+    let outcome = flush_pool(core).await;
+    let losses = core.shared.losses();
+    let outcome = match outcome {
+        Ok(()) if told < losses && !is_broken("loss_told_to_one") => Err(Status::Media),
+        outcome => outcome,
+    };
+    if outcome == Err(Status::Media) {
+        core.volume.told_losses.fetch_max(losses, Ordering::AcqRel);
+    }
+    outcome
+}
+
+async fn flush_pool(core: &Core) -> Outcome {
     let mut answer = core.shared.ask(|owner| async move { owner.flush().await });
     let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed));
     ended.await.flatten().unwrap_or(Err(Status::Aborted))
@@ -284,7 +301,7 @@ async fn read_piece(
                 return Err(last);
             }
             counted.count(&core.volume, Class::Degraded);
-            let computed = core.ways().read_lost(view, set, &wanted.piece).await?;
+            let computed = core.ways().read_lost(set, &wanted.piece).await?;
             if bad {
                 let (set, piece) = (wanted.set, wanted.piece);
                 // It goes on by itself.
@@ -377,6 +394,13 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
         let copied = core.place.copy(usize_of(range.1), is_given_up).await;
         // Until the units are noted: a snapshot waits for that too.
         let under_way = core.place.under_way();
+        if !core.shared.is_writable.load(Ordering::Acquire) {
+            // It is being closed, and who closes it waits for those only who were under way before.
+            let released =
+                core.shared.request(move |owner| async move { owner.finish(id, index, is_alone, [0; 4]).await });
+            let _ = released.await;
+            return Err(Status::ReadOnly);
+        }
         let written = match &copied {
             Some(_) => write_prepared(core, part, is_alone, payload, counted).await,
             None => Err(Status::Aborted),
@@ -663,7 +687,7 @@ async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, 
     left.retain(|(_, len)| *len > 0);
     if let Some((index, count)) = whole {
         let kept =
-            core.shared.request(move |owner| async move { owner.unmap(id, index, count).await }).await?;
+            core.shared.request(move |owner| async move { owner.unmap(id, (index, count), size).await }).await?;
         let bytes = |index: u32| (u64::from(index) * view.thin.extent_bytes).clamp(first, first + len);
         left.extend(kept.into_iter().map(|(from, to)| (bytes(from), bytes(to) - bytes(from))));
     }

@@ -291,3 +291,115 @@ fn nothing_is_discarded_after_the_pool_is_closed() {
         }
     });
 }
+
+/// A batch of the log comes to one member and not to the other, which is full for a moment. It is tried again with what has come meanwhile, does not fit
+/// any more behind the one before, and goes to the beginning. Its first try is still there: the next opening must not take it for the batch.
+#[test]
+fn a_batch_that_was_tried_again_is_read_where_it_went() {
+    holds("stale_batch_preferred", |seed| {
+        // One of these comes to the log's end.
+        for commits in (96 + seed % 2..144).step_by(2) {
+            let mut scene = Scene::sized(seed, 2, 32 << 11);
+            scene.create(Level::Raid1);
+            let devices = scene.devices();
+            let pool = scene.open_quietly(devices, |_| {}).unwrap();
+            scene.ask(pool.create_volume("v", 16 << 20)).unwrap();
+            for extent in 0..commits {
+                scene.write(&pool, "v", extent << 16, &noise(extent, 512));
+                scene.flush(&pool, "v");
+            }
+            let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+            let log = book.layout.log_offset() / 512..(book.layout.log_offset() + book.layout.log_bytes) / 512;
+            {
+                let mut disk = scene.disks[1].state();
+                (disk.unwritable, disk.error) = (log, Status::NoSpace);
+            }
+            scene.write(&pool, "v", commits << 16, &noise(commits, 512));
+            let _ = scene.io(&pool, "v", Operation::Flush, 0, &[]);
+            scene.disks[1].state().unwritable = 0..0;
+            let end = commits + 12;
+            for extent in commits + 1..end {
+                scene.write(&pool, "v", extent << 16, &noise(extent, 512));
+            }
+            scene.flush(&pool, "v");
+            drop(pool);
+            scene.cut();
+            let pool = scene.open();
+            for extent in commits..end {
+                scene
+                    .is_one_of(&pool, extent << 16, &[&noise(extent, 512)])
+                    .map_err(|why| format!("after {commits} commits: {why}"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A mirror's halves were used without each other, and one is given up: it takes the other's content. What it has of its own life, roots with higher
+/// numbers too, is nobody's from then on.
+#[test]
+fn a_half_that_is_given_up_has_no_tables_of_its_own() {
+    holds("old_tables_kept", |seed| {
+        let mut scene = Scene::sized(seed, 2, 16 << 11);
+        scene.create(Level::Raid1);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &noise(1, 4096));
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        let devices = scene.devices();
+        for life in 0..8 {
+            let pool = scene.try_open(vec![Arc::clone(&devices[1])], true).unwrap();
+            scene.write(&pool, "v", 0, &noise(2, 4096));
+            scene.ask(pool.create_volume(&format!("w{life}"), 1 << 20)).unwrap();
+            scene.ask(pool.close()).unwrap();
+        }
+        let pool = scene.try_open(vec![Arc::clone(&devices[0])], true).unwrap();
+        let ours = noise(3, 4096);
+        scene.write(&pool, "v", 1 << 16, &ours);
+        scene.flush(&pool, "v");
+        scene.ask(pool.replace("1", Arc::clone(&devices[1]), true)).unwrap();
+        scene.until(&pool, 1, MemberState::InSync);
+        drop(pool);
+        scene.cut();
+        let pool = scene.try_open(devices, false).map_err(|why| format!("{why:?}"))?;
+        scene.is_one_of(&pool, 1 << 16, &[&ours])
+    });
+}
+
+/// The last copy has lost its cache, which is told once, to whoever flushes it next, the pool itself as a rule: everybody is told, each volume's users
+/// at their next FLUSH.
+#[test]
+fn a_lost_cache_is_told_to_the_users_of_each_volume() {
+    holds("loss_told_to_one", |seed| {
+        for wait in [0, 20] {
+            let mut scene = Scene::sized(seed, 2, 16 << 11);
+            scene.disks.iter().zip(1..).for_each(|(disk, it)| disk.state().cache_identity = Some([it; 16]));
+            scene.create(Level::Raid1);
+            let pool = scene.open();
+            for name in ["v", "w"] {
+                scene.ask(pool.create_volume(name, 1 << 20)).unwrap();
+            }
+            scene.lose(&pool, 1);
+            for name in ["v", "w"] {
+                scene.write(&pool, name, 0, &noise(1, 4096));
+                scene.flush(&pool, name);
+                scene.write(&pool, name, 1 << 16, &noise(2, 4096));
+            }
+            scene.disks[0].lose_power();
+            scene.wait(Duration::from_secs(wait));
+            for name in ["v", "w"] {
+                let outcome = scene.io(&pool, name, Operation::Flush, 0, &[]).0;
+                if outcome != Err(Status::Media) {
+                    return Err(format!("{name} was not told after {wait} s: {outcome:?}"));
+                }
+            }
+            for name in ["w", "v"] {
+                assert_eq!(scene.io(&pool, name, Operation::Flush, 0, &[]).0, Ok(()), "it is told once");
+            }
+            scene.ask(pool.create_volume("x", 1 << 20)).unwrap();
+            scene.flush(&pool, "x");
+        }
+        Ok(())
+    });
+}

@@ -171,6 +171,7 @@ async fn start(
         is_low: Cell::new(false),
         is_open: Cell::new(false),
         is_closing: Cell::new(false),
+        is_over: Cell::new(false),
         is_read_only,
     });
     for member in 0..owner.members.borrow().len() {
@@ -267,7 +268,8 @@ fn tail_of(book: &Superblock, options: &OpenOptions) -> Option<TailContent> {
     let tail = format::decode_tail(&options.tail.content(), &book.pool_uuid)?;
     let is_last = tail.epoch == book.epoch && book.opened_by == Some(options.host);
     // A process that died while it opened the pool.
-    let is_next = count_of(tail.epoch) == count_of(book.epoch) + 1;
+    // Of a pool that was closed it has nothing: what is in it then was made on other members, without these.
+    let is_next = count_of(tail.epoch) == count_of(book.epoch) + 1 && book.opened_by == Some(options.host);
     if !(is_last || is_next || tail.records.is_empty()) {
         log::warn!(
             "pool {}: {} changes that a process of this host left in its run folder are of an earlier opening: the pool was opened \
@@ -388,7 +390,8 @@ impl Owner {
             (false, true) => Err(Status::ReadOnly),
             (false, false) => self.make_whole().await,
         };
-        // Tasks that sleep still name it.
+        // Tasks that sleep still name it, or wait for a turn.
+        self.is_over.set(true);
         self.unregister();
         closed.map_err(|status| self.failed("is closed as after a crash", status))
     }
@@ -411,11 +414,11 @@ impl Owner {
         let copied = self.copied();
         self.flush().await?;
         self.release_all_stripes().await?;
+        self.end_idle_unlogged(true).await?;
         if self.has_stripes_half_written() && !is_broken("closed_with_entries") {
             // The next opening does them again, and does not look for them in a pool that was closed.
             return Err(Status::Path);
         }
-        self.end_idle_unlogged(true).await?;
         self.copied_is_durable(copied);
         self.clear_idle_intents(true).await?;
         self.checkpoint(false).await?;

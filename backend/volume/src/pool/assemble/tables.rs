@@ -8,6 +8,7 @@ use crate::pool::owner::Log;
 use crate::pool::wait::all;
 use crate::pool::{PoolError, coverage};
 use crate::raid::Array;
+use crate::simulated::is_broken;
 use crate::thin::{Loader, Metadata, Thin};
 use std::rc::Rc;
 
@@ -138,14 +139,19 @@ impl LogReader {
     }
 }
 
-/// The batch of this number, from whoever has it whole: at `position`, or at the beginning when it did not fit there.
+/// The batch of this number, from whoever has it whole: at `position`, or at the beginning when it did not fit there. One that failed is tried again
+/// with what has come meanwhile, and may not fit any more where it was tried: of several it is the one that goes furthest.
 async fn next_batch(
     lanes: &Rc<Lanes>,
     book: &Superblock,
     readers: &mut Vec<LogReader>,
     log: Log,
 ) -> Option<(u64, Result<format::Batch, format::FormatError>)> {
-    for place in [log.position, 0] {
+    let mut best: Option<(u64, Result<format::Batch, format::FormatError>)> = None;
+    // The beginning is looked at only where the longest does not fit.
+    let may_wrap = log.position + BATCH_BYTES_MAX > book.layout.log_bytes;
+    let places = if may_wrap && log.position > 0 { vec![log.position, 0] } else { vec![log.position] };
+    for place in places {
         let mut at = 0;
         while at < readers.len() {
             let Some(bytes) = readers[at].at(lanes, book.layout, place).await else {
@@ -153,12 +159,22 @@ async fn next_batch(
                 continue;
             };
             if let Some(batch) = format::decode_batch(bytes, &book.pool_uuid, log.batch) {
-                return Some((place, batch));
+                let reach = |batch: &Result<format::Batch, format::FormatError>| match batch {
+                    Ok(batch) => batch.first_seq + batch.records.len() as u64,
+                    // It makes no sense, and is told.
+                    Err(_) => u64::MAX,
+                };
+                if best.as_ref().is_none_or(|(_, so_far)| reach(so_far) < reach(&batch)) {
+                    best = Some((place, batch));
+                }
+                if is_broken("stale_batch_preferred") {
+                    return best;
+                }
             }
             at += 1;
         }
     }
-    None
+    best
 }
 
 /// A pool grows after its superblocks: what says otherwise is none of ours, and would name places that are not there.

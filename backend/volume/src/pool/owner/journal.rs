@@ -191,6 +191,10 @@ impl Owner {
         if !self.turns.checkpoint.is_taken() {
             let owner = Rc::clone(self);
             self.runtime.spawn(async move {
+                // Closing makes its own.
+                if owner.is_closing.get() {
+                    return;
+                }
                 if let Err(status) = owner.checkpoint(false).await {
                     log::warn!("pool {}: a checkpoint failed: {}", owner.shared.name, status.name());
                 }

@@ -272,6 +272,7 @@ impl Owner {
             let (view, under_way) = loop {
                 self.mark_extent(to, at, len).await?;
                 let under_way = self.place.under_way();
+                self.check_writable()?;
                 // As it is now: members may have come since the last part.
                 let view = self.view();
                 let (set, address) = view.array.locate(to);
@@ -496,12 +497,12 @@ impl Owner {
         done
     }
 
-    /// Gives extents back; those that there is no room for, because a snapshot has them too, are left as they are, and told: from, to.
+    /// Gives extents back of a volume of which the asker takes the last one for whole, because it ends there at this `size`; those that there is no room for, because a snapshot has them too, are left as they are, and told: from, to.
     pub(crate) async fn unmap(
         self: Rc<Self>,
         volume: u32,
-        index: u32,
-        count: u32,
+        (index, count): (u32, u32),
+        size: u64,
     ) -> Result<Vec<(u32, u32)>, Status> {
         let mut left = Vec::new();
         let end = index.saturating_add(count);
@@ -511,7 +512,7 @@ impl Owner {
             for index in at..upto {
                 self.locks.take((volume, index), true).await;
             }
-            let outcome = self.unmap_held(volume, at, upto).await;
+            let outcome = self.unmap_held(volume, (at, upto), size).await;
             for index in at..upto {
                 self.locks.release((volume, index), true);
             }
@@ -523,8 +524,19 @@ impl Owner {
         Ok(left)
     }
 
-    async fn unmap_held(self: &Rc<Self>, volume: u32, from: u32, to: u32) -> Result<bool, Status> {
+    async fn unmap_held(
+        self: &Rc<Self>,
+        volume: u32,
+        (from, to): (u32, u32),
+        size: u64,
+    ) -> Result<bool, Status> {
         self.changeable(volume).await?;
+        let is_past_end = u64::from(to) * self.view().thin.extent_bytes > size;
+        let is_as_asked = self.meta.borrow().volume(volume).is_some_and(|it| it.size_bytes() == size);
+        if is_past_end && !is_as_asked {
+            // It has grown since, and something may have been written behind where it ended.
+            return Ok(false);
+        }
         let is_mapped = |index: &u32| self.meta.borrow().entry(volume, *index) != Mapped::None;
         if (from..to).any(|index| is_mapped(&index)) {
             if !self.meta.borrow().has_room_to_unmap(volume, from, to) {
@@ -548,7 +560,8 @@ impl Owner {
     }
 
     pub(crate) fn has_garbage(&self) -> bool {
-        !self.freed.borrow().is_empty() || self.meta.borrow().quarantined_extents() > 0
+        let meta = self.meta.borrow();
+        !self.freed.borrow().is_empty() || meta.quarantined_extents() > 0 || meta.has_more_to_release()
     }
 
     /// Makes what nobody needs any more free again: its records are durable, and all who could name it have ended.

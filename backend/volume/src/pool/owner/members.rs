@@ -137,9 +137,7 @@ impl Owner {
         len: usize,
         fua: bool,
     ) -> Outcome {
-        if self.is_read_only || self.lost.borrow().is_some() {
-            return Err(Status::ReadOnly);
-        }
+        self.check_ours()?;
         let (targets, since) = (self.metadata_targets(), self.shared.joins());
         let results = self.lanes.write_to_all(&targets, offset, bounce, len, fua).await;
         self.all_or_failed(results, since).await
@@ -181,7 +179,12 @@ impl Owner {
             failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
         for (member, status) in failed {
             // What it had not made durable may be lost: it has not got all the data any more.
-            self.report(1 << member, status, since).await?;
+            if let Err(why) = self.report(1 << member, status, since).await {
+                if status == Status::Media {
+                    self.shared.has_lost();
+                }
+                return Err(why);
+            }
         }
         // A flush of another cache than the one that was written to is no flush.
         self.put_out_doubted().await?;
@@ -281,6 +284,7 @@ impl Owner {
                     twin.switch_off();
                 }
                 set.set_mode(index, Mode::InSync);
+                self.shared.has_lost();
                 return Err(Status::Media);
             }
             if !self.put_out(member, "lost its volatile cache").await {
@@ -470,7 +474,7 @@ impl Owner {
         if self.is_open.get() {
             self.check_owner().await;
         }
-        if self.lost.borrow().is_some() {
+        if self.check_ours().is_err() {
             return (Vec::new(), self.targets().into_iter().map(|(member, _)| member).collect());
         }
         let book = self.next_superblock();

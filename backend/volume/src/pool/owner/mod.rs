@@ -156,6 +156,8 @@ pub(crate) struct Owner {
     /// The superblocks say that we have it.
     pub(crate) is_open: Cell<bool>,
     pub(crate) is_closing: Cell<bool>,
+    /// It was closed: whoever waits for a turn still comes too late.
+    pub(crate) is_over: Cell<bool>,
     pub(crate) is_read_only: bool,
 }
 

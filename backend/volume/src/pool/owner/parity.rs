@@ -8,10 +8,10 @@ use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
-use crate::pool::wait::all;
+use crate::pool::wait::{all, next_pass};
 use crate::raid::{Level, Mode, Parity, Piece, Set};
 use crate::simulated::is_broken;
-use hawser_block::{Outcome, Status};
+use hawser_block::{Operation, Outcome, Status};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -335,11 +335,18 @@ impl Owner {
             .filter(|place| *place != only)
             .map(|place| (place, Rc::new(self.place.spare.take(len))))
             .collect();
-        let reads = others.iter().map(|(place, into)| {
+        let mut reads = Vec::with_capacity(others.len());
+        for (place, into) in &others {
             let leaf = leaf(*place).expect("looked at just now");
-            self.lanes.read(leaf, at, into, 0, len)
-        });
-        let is_read = all(reads).await.iter().all(Result::is_ok);
+            let (into, kept) = (into.buffers(0, len), Some(Rc::clone(into)));
+            reads.push(self.lanes.start(leaf, Operation::Read, at, into, kept));
+            // Where our own CPU reads, a request that has come meanwhile does not wait for all of them.
+            next_pass().await;
+        }
+        let mut is_read = true;
+        for read in reads {
+            is_read &= read.await.is_ok();
+        }
         // What was read from a member that has been found to lack something meanwhile may be old.
         if !is_read || !lacking().eq([only]) {
             return Ok(false);

@@ -1,7 +1,8 @@
 //! Members that come back: from the first write that they get again to the superblocks that say that they have everything.
 
 use super::Owner;
-use crate::format::Superblock;
+use crate::format::{PAGE_BYTES, Superblock};
+use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::lock;
@@ -12,6 +13,9 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// What is zeroed at a time.
+const ZEROES_BYTES: usize = 1 << 20;
 
 impl Owner {
     /// A member has everything: that is written down, and it is read from again.
@@ -172,7 +176,7 @@ impl Owner {
             false => self.tell(number).await,
         };
         let joined = match told {
-            Ok(()) => self.join(number, &set, index).await,
+            Ok(()) => self.join(number, &set, index, label.is_none()).await,
             Err(status) => Err(status),
         };
         // Who was just leaving a write behind when this began has done so by now: a barrier has passed.
@@ -204,7 +208,11 @@ impl Owner {
     }
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
-    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16, is_new: bool) -> Outcome {
+        let leaf = self.members.borrow()[usize::from(number)].leaf.clone().filter(|_| is_new);
+        if let Some(leaf) = leaf.filter(|_| number < self.book.borrow().metadata_members()) {
+            self.forget_tables(&leaf).await?;
+        }
         self.members.borrow_mut()[usize::from(number)].joined = self.shared.joins_now();
         // Before the first write that goes to it, for those that did not; and after the last that did not know of it.
         self.mark_lacking(set);
@@ -224,6 +232,25 @@ impl Owner {
             self.rewrite_intents().await?;
         }
         Ok(())
+    }
+
+    /// A device that is to be a member has no tables: it may have been this pool's in another life, with roots of higher numbers, and batches in its
+    /// log that would fit behind ours. What is written there next is all that counts.
+    pub(super) async fn forget_tables(self: &Rc<Self>, leaf: &Leaf) -> Outcome {
+        if is_broken("old_tables_kept") {
+            return Ok(());
+        }
+        let layout = self.book.borrow().layout;
+        let log = layout.log_offset()..layout.log_offset() + layout.log_bytes;
+        let roots = [0, 1].map(|page| layout.page_offset(page)..layout.page_offset(page) + PAGE_BYTES as u64);
+        for range in roots.into_iter().chain([log]) {
+            for at in (range.start..range.end).step_by(ZEROES_BYTES) {
+                let len = usize::try_from((range.end - at).min(ZEROES_BYTES as u64)).expect("at most that");
+                let nothing = Rc::new(Bounce::zeroed(len));
+                self.lanes.write(leaf, at, &nothing, 0, len, false).await?;
+            }
+        }
+        self.lanes.flush(leaf).await
     }
 
     /// Regions that are marked may lack something on a member that was away.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 impl Owner {
     pub(crate) async fn add_member(self: Rc<Self>, device: Arc<dyn Device>) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
+        self.check_ours().map_err(|status| self.failed("cannot be changed", status))?;
         let leaf = self.leaf_of(device)?;
         let name = leaf.name().to_owned();
         let label = self.label_of(&leaf).await.map_err(|status| self.failed(&name, status))?;
@@ -172,6 +173,7 @@ impl Owner {
             let member = &members[usize::from(number)];
             (member.uuid, member.leaf.clone().ok_or(Status::Path)?)
         };
+        self.check_ours()?;
         let own = Superblock { this: uuid, ..self.book.borrow().clone() };
         write_superblock(self, &leaf, &own).await?;
         self.members.borrow_mut()[usize::from(number)].is_unlabelled = false;
@@ -255,6 +257,9 @@ impl Owner {
             return;
         }
         let _turn = self.turns.change.take().await;
+        if self.is_closing.get() {
+            return;
+        }
         let now = self.runtime.now();
         let chosen = {
             let (members, spares, book) = (self.members.borrow(), self.spares.borrow(), self.book.borrow());

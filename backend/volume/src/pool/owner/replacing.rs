@@ -414,14 +414,21 @@ impl Owner {
                 return Err(cannot(status));
             }
             match set.parity() {
-                Some(_) => self.rewrite_bad_strips(set, range.clone()).await.map_err(cannot)?,
+                Some(_) => {
+                    self.rewrite_bad_strips(set, range.clone()).await.map_err(cannot)?;
+                    self.lanes.read(&leaf, at, &bounce, 0, size).await.map_err(cannot)?;
+                }
                 None => {
+                    // What has no data may stay as it is: nobody has a copy of it, nor needs one.
+                    bounce.zero(0, size);
                     for piece in set.pieces_of_member(index, range.start, len).collect::<Vec<_>>() {
                         self.rewrite_bad(set, &piece).await.map_err(cannot)?;
+                        let (within, len) = (usize::try_from(piece.start), piece.len as usize);
+                        let within = within.expect("a window is small");
+                        self.lanes.read(&leaf, at + piece.start, &bounce, within, len).await.map_err(cannot)?;
                     }
                 }
             }
-            self.lanes.read(&leaf, at, &bounce, 0, size).await.map_err(cannot)?;
         }
         if self.lost.borrow().is_some() {
             return Err(String::new());
@@ -576,6 +583,7 @@ impl Owner {
             self.release_stripes(&set).await?;
         }
         if member < self.book.borrow().metadata_members() && !is_broken("swapped_without_tables") {
+            self.forget_tables(leaf).await?;
             self.checkpoint(true).await?;
             self.rewrite_intents().await?;
         }

@@ -230,7 +230,7 @@ impl Owner {
 
     /// Whether it is still ours to write.
     pub(super) fn check_ours(&self) -> Outcome {
-        match self.lost.borrow().is_some() {
+        match self.is_read_only || self.is_over.get() || self.lost.borrow().is_some() {
             true => Err(Status::ReadOnly),
             false => Ok(()),
         }

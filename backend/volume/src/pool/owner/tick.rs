@@ -67,6 +67,9 @@ impl Owner {
         let _ = self.put_out_doubted().await;
         // A replacement may be under way.
         let turn = self.turns.change.take().await;
+        if self.is_closing.get() {
+            return;
+        }
         let count = self.members.borrow().len();
         for member in 0..u16::try_from(count).unwrap_or(0) {
             let (leaf, is_recorded, tried) = {

@@ -35,6 +35,7 @@ impl Owner {
                 map: Mutex::new(map),
                 slow: [const { AtomicU64::new(0) }; super::super::shared::Class::ALL.len()],
                 copied_bytes: AtomicU64::new(0),
+                told_losses: AtomicU64::new(self.shared.losses()),
                 users: AtomicUsize::new(0),
                 stats: Arc::default(),
                 listeners: Mutex::default(),

@@ -153,6 +153,7 @@ impl Ways {
             row.parity.ring().placed(number);
         }
         if outcome.is_err() && entry.is_none() && lost != Lost::Zeroes {
+            self.shared.mark_unsynced();
             row.doubt();
         }
         outcome.map(|()| Changed::Done)
@@ -300,7 +301,8 @@ impl Ways {
                         // Nobody can be put out. It may come back: what is half written is not left so.
                         self.runtime.sleep(Duration::from_millis(500)).await;
                     }
-                    if !self.is_writable() {
+                    // Who is out does not lack it.
+                    if !self.is_writable() && row.set.mode(row.place(slot)) != crate::raid::Mode::Away {
                         return Err(status);
                     }
                 }

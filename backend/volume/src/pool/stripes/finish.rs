@@ -68,14 +68,19 @@ impl Ways {
             .filter(|slot| row.leaf(*slot).is_some())
             .fold(0, |slots, slot| slots | 1 << slot);
         loop {
+            let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
+            missing = each(missing).filter(is_there).fold(0, |slots, slot| slots | 1 << slot);
+            if missing == 0 {
+                return Ok(());
+            }
             if !self.is_writable() {
                 // It may be another host's by now.
+                self.shared.mark_unsynced();
                 row.doubt();
                 return Err(Status::ReadOnly);
             }
             let row = &Row { since: self.shared.joins(), ..row };
-            let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
-            let writes = each(missing).filter(is_there).map(|slot| {
+            let writes = each(missing).map(|slot| {
                 let content = contents[slot].as_ref().expect("all of them are there");
                 async move {
                     (slot, self.write_unless_out(row, slot, (row.offset(), false), content, row.len).await)
@@ -104,7 +109,8 @@ impl Ways {
                     let is_final = set.are_all_in_sync() && !matches!(status, Status::Path | Status::Timeout);
                     if !is_recorded && is_final {
                         if !is_broken("left_undoubted") {
-                            row.doubt();
+                            self.shared.mark_unsynced();
+                row.doubt();
                         }
                         return Err(status);
                     }

@@ -24,7 +24,7 @@ use super::bounce::Bounce;
 use super::coverage;
 use super::lanes::Lanes;
 use super::place::Place;
-use super::shared::{Shared, View};
+use super::shared::Shared;
 use crate::raid::{Piece, Set};
 use hawser_block::Status;
 use hawser_runtime::Runtime;
@@ -125,7 +125,6 @@ impl Ways {
     /// Computes a piece whose member cannot be read.
     pub(crate) async fn read_lost(
         &self,
-        view: &View,
         set: &Arc<Set>,
         piece: &Piece,
     ) -> Result<Rc<Bounce>, Status> {
@@ -136,6 +135,8 @@ impl Ways {
             true => None,
             false => Some(self.hold(set, number).await),
         };
+        // As it is now that nobody changes the stripe: a member may have got another device since the caller looked, and writes go there.
+        let view = &self.shared.view();
         let row = Row::new(view, set, number, within, piece.len as usize);
         if row.is_doubtful() {
             return Err(Status::Media);
