@@ -396,8 +396,9 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
         let under_way = core.place.under_way();
         if !core.shared.is_writable.load(Ordering::Acquire) {
             // It is being closed, and who closes it waits for those only who were under way before.
-            let released =
-                core.shared.request(move |owner| async move { owner.finish(id, index, is_alone, [0; 4]).await });
+            let released = core
+                .shared
+                .request(move |owner| async move { owner.finish(id, index, is_alone, [0; 4]).await });
             let _ = released.await;
             return Err(Status::ReadOnly);
         }
@@ -686,8 +687,10 @@ async fn discard(core: &Rc<Core>, (first, len): (u64, u64)) -> Result<Vec<(u64, 
     }
     left.retain(|(_, len)| *len > 0);
     if let Some((index, count)) = whole {
-        let kept =
-            core.shared.request(move |owner| async move { owner.unmap(id, (index, count), size).await }).await?;
+        let kept = core
+            .shared
+            .request(move |owner| async move { owner.unmap(id, (index, count), size).await })
+            .await?;
         let bytes = |index: u32| (u64::from(index) * view.thin.extent_bytes).clamp(first, first + len);
         left.extend(kept.into_iter().map(|(from, to)| (bytes(from), bytes(to) - bytes(from))));
     }

@@ -309,7 +309,8 @@ fn a_batch_that_was_tried_again_is_read_where_it_went() {
                 scene.flush(&pool, "v");
             }
             let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
-            let log = book.layout.log_offset() / 512..(book.layout.log_offset() + book.layout.log_bytes) / 512;
+            let log =
+                book.layout.log_offset() / 512..(book.layout.log_offset() + book.layout.log_bytes) / 512;
             {
                 let mut disk = scene.disks[1].state();
                 (disk.unwritable, disk.error) = (log, Status::NoSpace);

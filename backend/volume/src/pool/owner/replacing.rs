@@ -208,7 +208,14 @@ impl Owner {
     /// Waits until nobody is at work any more who may have taken a device for a member's that is not.
     async fn all_have_ended(&self) {
         let Self { turns, .. } = self;
-        for turn in [&turns.reclaim, &turns.flush, &turns.checkpoint, &turns.commit, &turns.intents, &turns.superblock] {
+        for turn in [
+            &turns.reclaim,
+            &turns.flush,
+            &turns.checkpoint,
+            &turns.commit,
+            &turns.intents,
+            &turns.superblock,
+        ] {
             drop(turn.take().await);
         }
         drop(turns.window.take().await);
@@ -425,7 +432,10 @@ impl Owner {
                         self.rewrite_bad(set, &piece).await.map_err(cannot)?;
                         let (within, len) = (usize::try_from(piece.start), piece.len as usize);
                         let within = within.expect("a window is small");
-                        self.lanes.read(&leaf, at + piece.start, &bounce, within, len).await.map_err(cannot)?;
+                        self.lanes
+                            .read(&leaf, at + piece.start, &bounce, within, len)
+                            .await
+                            .map_err(cannot)?;
                     }
                 }
             }

@@ -110,7 +110,7 @@ impl Ways {
                     if !is_recorded && is_final {
                         if !is_broken("left_undoubted") {
                             self.shared.mark_unsynced();
-                row.doubt();
+                            row.doubt();
                         }
                         return Err(status);
                     }

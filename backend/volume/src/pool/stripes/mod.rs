@@ -123,11 +123,7 @@ impl Ways {
     }
 
     /// Computes a piece whose member cannot be read.
-    pub(crate) async fn read_lost(
-        &self,
-        set: &Arc<Set>,
-        piece: &Piece,
-    ) -> Result<Rc<Bounce>, Status> {
+    pub(crate) async fn read_lost(&self, set: &Arc<Set>, piece: &Piece) -> Result<Rc<Bounce>, Status> {
         let copy = piece.copies.as_slice()[0];
         let strip = u64::from(set.strip_bytes());
         let (number, within) = (copy.offset / strip, copy.offset % strip);
