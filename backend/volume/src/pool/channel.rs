@@ -356,7 +356,9 @@ impl VolumeChannel {
     }
 
     fn spawn_slow(&mut self, request: Request, counted: Counted) {
-        spawn(&self.core, request.token, slow::carry_out(Rc::clone(&self.core), request, counted));
+        let changes = !matches!(request.operation, Operation::Read | Operation::Flush);
+        let work = slow::carry_out(Rc::clone(&self.core), request, counted);
+        spawn(&self.core, (request.token, changes), work);
     }
 
     /// Carries out a plan that is one read of one member: most are.
@@ -545,6 +547,9 @@ impl VolumeChannel {
                 self.core.place.end_copy(slot.request.buffers.len());
             }
         }
+        if slot.request.operation.is_write() {
+            self.core.volume.unflushed.has_written();
+        }
         // What was read from a member that has been found to lack something meanwhile may be old.
         let is_old =
             !slot.request.operation.is_write() && self.view.is_redundant && !self.are_in_sync(slot.members);
@@ -588,7 +593,7 @@ impl VolumeChannel {
         let Some(copy) = copy.filter(|_| !stripes.is_empty()) else {
             drop(copied);
             let ended = failure::after_failure(core, request, members, (status, since), under_way);
-            return spawn(&self.core, token, ended);
+            return spawn(&self.core, (token, true), ended);
         };
         // Kept until the failure is written down, or the stripes are whole: who changes them before would take for right what a member does
         // not have.
@@ -603,7 +608,11 @@ impl VolumeChannel {
             _copied: copied.expect("it is copied"),
             _under_way: under_way,
         };
-        spawn(&self.core, token, failure::after_stripes_failed(core, request, members, status, begun));
+        spawn(
+            &self.core,
+            (token, true),
+            failure::after_stripes_failed(core, request, members, status, begun),
+        );
     }
 
     fn are_in_sync(&self, members: u64) -> bool {
@@ -624,13 +633,16 @@ fn parity_of<'a>(view: &'a View, stripe: &Stripe) -> &'a Parity {
     view.array.set(stripe.set as usize).parity().expect("only sets with parity have stripes")
 }
 
-/// Runs a slow request as a task.
-fn spawn(core: &Rc<Core>, token: Token, work: impl Future<Output = Outcome> + 'static) {
+/// Runs a slow request as a task. `changes`: it is no read, and no FLUSH.
+fn spawn(core: &Rc<Core>, (token, changes): (Token, bool), work: impl Future<Output = Outcome> + 'static) {
     core.slow.set(core.slow.get() + 1);
     let core = Rc::clone(core);
     let runtime = core.runtime.clone();
     runtime.spawn(async move {
         let outcome = work.await;
+        if changes {
+            core.volume.unflushed.has_written();
+        }
         core.slow.set(core.slow.get() - 1);
         core.end(token, outcome);
     });

@@ -140,6 +140,43 @@ impl View {
     }
 }
 
+/// Whether all writes that have ended were flushed since. Costs a write two loads of what seldom changes.
+#[derive(Default)]
+pub(crate) struct Unflushed {
+    /// FLUSHes that have begun.
+    begun: AtomicU64,
+    /// How many had, and one, when the last write ended; 0: there was none.
+    written: AtomicU64,
+    /// What ended before so many had begun has been flushed.
+    flushed: AtomicU64,
+}
+
+impl Unflushed {
+    /// A write has ended, and nobody has been told so yet.
+    #[inline]
+    pub(crate) fn has_written(&self) {
+        let now = self.begun.load(Ordering::Acquire) + 1;
+        if self.written.load(Ordering::Relaxed) < now {
+            self.written.fetch_max(now, Ordering::AcqRel);
+        }
+    }
+
+    /// A FLUSH begins: its number.
+    pub(crate) fn begin(&self) -> u64 {
+        self.begun.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// It has ended well.
+    pub(crate) fn has_flushed(&self, number: u64) {
+        self.flushed.fetch_max(number, Ordering::AcqRel);
+    }
+
+    /// Nothing that has ended can be lost with a cache.
+    pub(crate) fn is_none(&self) -> bool {
+        self.written.load(Ordering::Acquire) <= self.flushed.load(Ordering::Acquire)
+    }
+}
+
 /// A volume as all reactors see it.
 pub(crate) struct VolumeShared {
     pub(crate) id: u32,
@@ -151,8 +188,9 @@ pub(crate) struct VolumeShared {
     pub(crate) slow: [AtomicU64; Class::ALL.len()],
     /// Payload of writes that was copied, because it went to several members.
     pub(crate) copied_bytes: AtomicU64,
-    /// [`Shared::losses`] that its users have been told of.
+    /// [`Shared::losses`] that its users have been told of, or that are none of theirs.
     pub(crate) told_losses: AtomicU64,
+    pub(crate) unflushed: Unflushed,
     /// Channels that are open.
     pub(crate) users: AtomicUsize,
     pub(crate) stats: Arc<StatsSet>,
@@ -360,5 +398,26 @@ impl Shared {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Unflushed;
+
+    #[test]
+    fn what_ended_before_a_flush_began_is_flushed_by_it() {
+        let it = Unflushed::default();
+        assert!(it.is_none(), "nothing was written");
+        it.has_written();
+        assert!(!it.is_none());
+        let first = it.begin();
+        it.has_written();
+        it.has_flushed(first);
+        assert!(!it.is_none(), "one has ended since");
+        let (failed, second) = (it.begin(), it.begin());
+        assert!(failed < second && !it.is_none());
+        it.has_flushed(second);
+        assert!(it.is_none());
     }
 }

@@ -83,15 +83,23 @@ fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
 /// It fails, too, where something was lost before that may be the volume's and that none of its users has been told of: another volume's FLUSH may
 /// have met with it, or one of the pool's own.
 async fn flush(core: &Core) -> Outcome {
-    let told = core.volume.told_losses.load(Ordering::Acquire);
+    let volume = &core.volume;
+    let (losses, number) = (core.shared.losses(), volume.unflushed.begin());
+    if volume.unflushed.is_none() {
+        // What was lost until now was not its.
+        volume.told_losses.fetch_max(losses, Ordering::AcqRel);
+    }
+    let told = volume.told_losses.load(Ordering::Acquire);
     let outcome = flush_pool(core).await;
     let losses = core.shared.losses();
     let outcome = match outcome {
         Ok(()) if told < losses && !is_broken("loss_told_to_one") => Err(Status::Media),
         outcome => outcome,
     };
-    if outcome == Err(Status::Media) {
-        core.volume.told_losses.fetch_max(losses, Ordering::AcqRel);
+    match outcome {
+        Ok(()) => volume.unflushed.has_flushed(number),
+        Err(Status::Media) => drop(volume.told_losses.fetch_max(losses, Ordering::AcqRel)),
+        Err(_) => {}
     }
     outcome
 }

@@ -378,9 +378,11 @@ fn a_lost_cache_is_told_to_the_users_of_each_volume() {
             scene.disks.iter().zip(1..).for_each(|(disk, it)| disk.state().cache_identity = Some([it; 16]));
             scene.create(Level::Raid1);
             let pool = scene.open();
-            for name in ["v", "w"] {
+            for name in ["u", "v", "w", "idle"] {
                 scene.ask(pool.create_volume(name, 1 << 20)).unwrap();
             }
+            scene.write(&pool, "u", 0, &noise(1, 4096));
+            scene.flush(&pool, "u");
             scene.lose(&pool, 1);
             for name in ["v", "w"] {
                 scene.write(&pool, name, 0, &noise(1, 4096));
@@ -389,6 +391,12 @@ fn a_lost_cache_is_told_to_the_users_of_each_volume() {
             }
             scene.disks[0].lose_power();
             scene.wait(Duration::from_secs(wait));
+            if wait > 0 {
+                // These have lost nothing.
+                for name in ["u", "idle"] {
+                    assert_eq!(scene.io(&pool, name, Operation::Flush, 0, &[]).0, Ok(()));
+                }
+            }
             for name in ["v", "w"] {
                 let outcome = scene.io(&pool, name, Operation::Flush, 0, &[]).0;
                 if outcome != Err(Status::Media) {

@@ -144,17 +144,17 @@ impl LogReader {
 async fn next_batch(
     lanes: &Rc<Lanes>,
     book: &Superblock,
-    readers: &mut Vec<LogReader>,
+    readers: &mut Vec<[LogReader; 2]>,
     log: Log,
 ) -> Option<(u64, Result<format::Batch, format::FormatError>)> {
     let mut best: Option<(u64, Result<format::Batch, format::FormatError>)> = None;
     // The beginning is looked at only where the longest does not fit.
     let may_wrap = log.position + BATCH_BYTES_MAX > book.layout.log_bytes;
     let places = if may_wrap && log.position > 0 { vec![log.position, 0] } else { vec![log.position] };
-    for place in places {
+    for (which, place) in places.into_iter().enumerate() {
         let mut at = 0;
         while at < readers.len() {
-            let Some(bytes) = readers[at].at(lanes, book.layout, place).await else {
+            let Some(bytes) = readers[at][which].at(lanes, book.layout, place).await else {
                 readers.remove(at);
                 continue;
             };
@@ -192,7 +192,8 @@ async fn replay(
 ) -> Result<(u64, Log, u64), PoolError> {
     let (book, layout) = (&found.book, found.book.layout);
     let reader = |leaf: &Leaf| LogReader { leaf: leaf.clone(), start: 0, bytes: Vec::new() };
-    let mut readers: Vec<LogReader> = from.iter().map(reader).collect();
+    // One for what comes next, and one for the beginning.
+    let mut readers: Vec<[LogReader; 2]> = from.iter().map(|leaf| [reader(leaf), reader(leaf)]).collect();
     let mut log = Log { position: root.log_position, batch: root.log_batch, head: 0, tail: 0 };
     let (mut seq, mut replayed) = (root.record_seq, 0);
     loop {

@@ -177,15 +177,17 @@ impl Owner {
         let failed = results.iter().filter(|(_, outcome)| outcome.is_err());
         let failed: Vec<(u16, Status)> =
             failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
+        let mut outcome = Ok(());
         for (member, status) in failed {
             // What it had not made durable may be lost: it has not got all the data any more.
             if let Err(why) = self.report(1 << member, status, since).await {
                 if status == Status::Media {
                     self.shared.has_lost();
                 }
-                return Err(why);
+                outcome = outcome.and(Err(why));
             }
         }
+        outcome?;
         // A flush of another cache than the one that was written to is no flush.
         self.put_out_doubted().await?;
         self.stripes_flushed(&logged);

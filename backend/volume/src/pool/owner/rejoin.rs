@@ -28,7 +28,12 @@ impl Owner {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
         let cache = leaf.device.cache_identity();
         if !is_broken("joined_unflushed") {
-            self.lanes.flush(&leaf).await?;
+            let flushed = self.lanes.flush(&leaf).await;
+            if flushed == Err(Status::Media) {
+                // It is told once that what it got may be lost: it begins again.
+                self.put_out(number, "could not be flushed").await;
+            }
+            flushed?;
         }
         let turn = self.turns.superblock.take().await;
         let (is_ready, is_doubted) = {
@@ -176,7 +181,7 @@ impl Owner {
             false => self.tell(number).await,
         };
         let joined = match told {
-            Ok(()) => self.join(number, &set, index, label.is_none()).await,
+            Ok(()) => self.join(number, &set, index).await,
             Err(status) => Err(status),
         };
         // Who was just leaving a write behind when this began has done so by now: a barrier has passed.
@@ -208,9 +213,10 @@ impl Owner {
     }
 
     /// A member gets all writes from now on; what it lacks from before is marked, and its tables are made those of the others.
-    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16, is_new: bool) -> Outcome {
-        let leaf = self.members.borrow()[usize::from(number)].leaf.clone().filter(|_| is_new);
-        if let Some(leaf) = leaf.filter(|_| number < self.book.borrow().metadata_members()) {
+    async fn join(self: &Rc<Self>, number: u16, set: &Arc<Set>, index: u16) -> Outcome {
+        // Also of one that was there before: this may not have come to its end when it was new.
+        let leaf = self.members.borrow()[usize::from(number)].leaf.clone().ok_or(Status::Path)?;
+        if number < self.book.borrow().metadata_members() {
             self.forget_tables(&leaf).await?;
         }
         self.members.borrow_mut()[usize::from(number)].joined = self.shared.joins_now();

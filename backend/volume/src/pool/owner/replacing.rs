@@ -462,9 +462,8 @@ impl Owner {
             return;
         }
         // The old one, too: discards of before this began must not be undone where the other has what stands there now.
-        let old = self.members.borrow()[usize::from(member)].leaf.clone();
-        let Some(old) = old else { return };
-        if self.lanes.flush(&old).await.is_err() {
+        // With all members, as everybody does: who has lost something says so once.
+        if self.flush_members().await.is_err() {
             return;
         }
         if let Some(it) = self.replacing.borrow_mut().as_mut().filter(|_| twin.is_good()) {

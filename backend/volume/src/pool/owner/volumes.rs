@@ -3,7 +3,7 @@
 use super::Owner;
 use crate::format::{self, NAME_BYTES_MAX, NewSnapshot, Record, Uuid};
 use crate::pool::PoolError;
-use crate::pool::shared::{VolumeShared, lock};
+use crate::pool::shared::{Unflushed, VolumeShared, lock};
 use crate::simulated::is_broken;
 use crate::thin::Metadata;
 use std::collections::BTreeSet;
@@ -36,6 +36,7 @@ impl Owner {
                 slow: [const { AtomicU64::new(0) }; super::super::shared::Class::ALL.len()],
                 copied_bytes: AtomicU64::new(0),
                 told_losses: AtomicU64::new(self.shared.losses()),
+                unflushed: Unflushed::default(),
                 users: AtomicUsize::new(0),
                 stats: Arc::default(),
                 listeners: Mutex::default(),
