@@ -104,6 +104,7 @@ mod tests {
         let sizes = |rate| [2, 3, 4, 8, 16, 32].map(|members| slice_bytes(members, rate) >> 10);
         assert_eq!(sizes(0), [128, 128, 128, 64, 32, 16]);
         assert_eq!(sizes(1 << 30), [64, 32, 32, 16, 16, 16]);
-        assert_eq!(sizes(6_600_000_000), [128, 64, 64, 32, 16, 16]);
+        assert_eq!(sizes(3_300_000_000), [64, 64, 32, 16, 16, 16]);
+        assert_eq!(sizes(6_600_000_000), [128, 128, 64, 32, 16, 16]);
     }
 }
