@@ -598,10 +598,11 @@ pub(crate) fn heal_dead(cast: &mut Cast) {
 
 /// Everything works again.
 pub(crate) fn heal_all(cast: &mut Cast) {
+    let view = cast.pool.as_ref().map(Pool::view);
     for at in 0..cast.members.len() {
         // One that was refused while it was just being put in a place is a member all the same.
-        let view = cast.pool.as_ref().map(Pool::view);
-        let is_listed = view.is_some_and(|view| cast.state_of(&view, &cast.members[at].name()).is_some());
+        let name = cast.members[at].name();
+        let is_listed = view.as_ref().is_some_and(|view| cast.state_of(view, &name).is_some());
         cast.members[at].is_retired &= !is_listed;
         if cast.members[at].is_retired {
             continue;

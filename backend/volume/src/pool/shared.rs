@@ -362,7 +362,7 @@ impl Shared {
     }
 
     /// The same for a request, which fails when there is no owner. On the owner's own reactor nothing crosses threads, and nothing is
-    /// waited for but the work itself: a first write takes 1.3 times an overwrite instead of 1.8 times.
+    /// waited for but the work itself.
     pub(crate) async fn request<T, F>(
         &self,
         work: impl FnOnce(Rc<Owner>) -> F + Send + 'static,

@@ -63,9 +63,11 @@ impl Plan {
         }
         if !rebuilding.is_empty() {
             let near = rebuilding.iter().any(|case| *case != Case::RebuildFar);
-            let far = rebuilding.contains(&Case::RebuildFar);
-            let all =
-                [near.then(|| rebuild::measure(self, place, guard)), far.then(|| far::rebuild(self, place))];
+            let is_far = rebuilding.contains(&Case::RebuildFar);
+            let all = [
+                near.then(|| rebuild::measure(self, place, guard)),
+                is_far.then(|| far::rebuild(self, place)),
+            ];
             for found in all.into_iter().flatten() {
                 note(found.map(|found| {
                     for (case, found, disturbed) in found {

@@ -243,7 +243,7 @@ impl Owner {
             for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
                 self.give_way().await;
                 if self.may_mend().is_err() {
-                    break;
+                    return tally;
                 }
                 let number = (address + first) / stripe;
                 let work = self.scrub_stripe(&view, &set, number, (first, bits, before), repair);

@@ -14,7 +14,7 @@ use crate::format::parity_log::ENTRY_LEN_MAX;
 use crate::parity;
 use crate::pool::coverage;
 use crate::pool::wait::all;
-use crate::raid::{Set, Slow};
+use crate::raid::{Mode, Set, Slow};
 use crate::simulated::is_broken;
 use hawser_block::Status;
 use std::ops::Range;
@@ -153,8 +153,7 @@ impl Ways {
             row.parity.ring().placed(number);
         }
         if outcome.is_err() && entry.is_none() && lost != Lost::Zeroes {
-            self.shared.mark_unsynced();
-            row.doubt();
+            row.doubt(&self.shared);
         }
         outcome.map(|()| Changed::Done)
     }
@@ -286,7 +285,7 @@ impl Ways {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {
                 loop {
-                    if row.set.mode(row.place(slot)) == crate::raid::Mode::Away {
+                    if row.set.mode(row.place(slot)) == Mode::Away {
                         return Ok(());
                     }
                     // A member that is out and back meanwhile is put out again when it fails, and not tried for ever.
@@ -302,7 +301,7 @@ impl Ways {
                         self.runtime.sleep(Duration::from_millis(500)).await;
                     }
                     // Who is out does not lack it.
-                    if !self.is_writable() && row.set.mode(row.place(slot)) != crate::raid::Mode::Away {
+                    if !self.is_writable() && row.set.mode(row.place(slot)) != Mode::Away {
                         return Err(status);
                     }
                 }

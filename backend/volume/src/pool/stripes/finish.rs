@@ -75,8 +75,7 @@ impl Ways {
             }
             if !self.is_writable() {
                 // It may be another host's by now.
-                self.shared.mark_unsynced();
-                row.doubt();
+                row.doubt(&self.shared);
                 return Err(Status::ReadOnly);
             }
             let row = &Row { since: self.shared.joins(), ..row };
@@ -109,8 +108,7 @@ impl Ways {
                     let is_final = set.are_all_in_sync() && !matches!(status, Status::Path | Status::Timeout);
                     if !is_recorded && is_final {
                         if !is_broken("left_undoubted") {
-                            self.shared.mark_unsynced();
-                            row.doubt();
+                            row.doubt(&self.shared);
                         }
                         return Err(status);
                     }

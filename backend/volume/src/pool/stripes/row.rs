@@ -9,7 +9,7 @@ use crate::parity::{self, Shard};
 use crate::pool::bounce::Bounce;
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::place::Place;
-use crate::pool::shared::View;
+use crate::pool::shared::{Shared, View};
 use crate::pool::wait::all;
 use crate::raid::{Mode, Parity, Set};
 use hawser_block::Status;
@@ -109,7 +109,8 @@ impl<'a> Row<'a> {
 
     /// It is half written, and stays so, though not in the log. Parity is made again of what there is; until then nobody is put out, and the next
     /// opening is told. Whoever says so is under way: who makes members the same, or tells them that there is no such stripe, waits for that.
-    pub(crate) fn doubt(&self) {
+    pub(crate) fn doubt(&self, shared: &Shared) {
+        shared.mark_unsynced();
         self.regions().for_each(|region| {
             self.set.unsynced.set(region);
             self.parity.doubtful.set(region);
