@@ -1,6 +1,6 @@
 //! Memory of our own for payload: for metadata, and for what the guest must not change while copies of it are written.
 //!
-//! A buffer and the iovec that names it live and move together, so that a buffer that is used again costs no allocation.
+//! A buffer and the iovec that names it live in one place, so that a buffer that is used again costs no allocation, and is passed on as a pointer.
 #![allow(unsafe_code)]
 
 use hawser_block::Buffers;
@@ -12,7 +12,7 @@ use std::rc::Rc;
 /// Page-aligned memory, named by an iovec. Shared by the requests that read from it or write to it: it goes back when the last of
 /// them has ended.
 pub(crate) struct Bounce {
-    memory: Option<Memory>,
+    memory: Option<Box<Memory>>,
     home: Option<Rc<Spare>>,
 }
 
@@ -20,7 +20,7 @@ struct Memory {
     /// Asked for; the buffer may be longer.
     len: usize,
     buffer: AlignedBuffer,
-    iovec: Box<libc::iovec>,
+    iovec: libc::iovec,
 }
 
 /// The most that is kept for the next time, of each size.
@@ -29,7 +29,11 @@ const SPARE_BYTES_MAX: usize = 8 << 20;
 /// Buffers that nobody uses now, by log2 of their size.
 #[derive(Default)]
 pub(crate) struct Spare {
-    by_size: RefCell<[Vec<Memory>; 32]>,
+    #[expect(
+        clippy::vec_box,
+        reason = "requests name the iovec: it stays where it is, whoever has the buffer"
+    )]
+    by_size: RefCell<[Vec<Box<Memory>>; 32]>,
 }
 
 fn size_of(len: usize) -> usize {
@@ -37,10 +41,10 @@ fn size_of(len: usize) -> usize {
 }
 
 impl Memory {
-    fn new(len: usize) -> Memory {
+    fn new(len: usize) -> Box<Memory> {
         let buffer = AlignedBuffer::new(size_of(len));
-        let iovec = Box::new(libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: buffer.len() });
-        Memory { len, buffer, iovec }
+        let iovec = libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: buffer.len() };
+        Box::new(Memory { len, buffer, iovec })
     }
 }
 
@@ -82,7 +86,7 @@ impl Bounce {
         let whole = u32::try_from(buffer.len()).expect("buffers are far below 4 GiB");
         // SAFETY: the iovec is on the heap and names the whole buffer, which is not empty; both stay in place until the bounce is
         // dropped, and `Lanes` and the channel's slots keep it until every request with it has ended.
-        unsafe { Buffers::new(&raw const **iovec, 1, whole) }.slice(offset, len)
+        unsafe { Buffers::new(iovec, 1, whole) }.slice(offset, len)
     }
 
     /// The bytes, while no request is under way that writes to them.

@@ -350,11 +350,15 @@ impl VolumeChannel {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     fn slowly(&mut self, request: Request, class: Class) {
         self.core.volume.count(class);
         self.spawn_slow(request, Counted::under(class));
     }
 
+    #[cold]
+    #[inline(never)]
     fn spawn_slow(&mut self, request: Request, counted: Counted) {
         let changes = !matches!(request.operation, Operation::Read | Operation::Flush);
         let work = slow::carry_out(Rc::clone(&self.core), request, counted);
@@ -429,7 +433,8 @@ impl VolumeChannel {
         let key = self.slots.insert(Slot::new(request, turn, left));
         let slot = self.slots.get_mut(key).expect("just inserted");
         if self.view.is_copied && is_write {
-            *slot.more(&mut self.more, key) = More { since, copy, ..More::default() };
+            let more = slot.more(&mut self.more, key);
+            (more.since, more.copy) = (since, copy);
         }
         let copy = self.more.get(key).filter(|_| slot.has_more).and_then(|more| more.copy.as_ref());
         let shift = self.view.block_shift;
@@ -536,33 +541,42 @@ impl VolumeChannel {
         if slot.left > 0 {
             return;
         }
-        let slot = self.slots.remove(key).expect("looked up just now");
+        let (turn, is_write, members, token) =
+            (slot.turn(), slot.request.operation.is_write(), slot.members, slot.request.token);
         if slot.has_more {
-            let more = std::mem::take(&mut self.more[key]);
+            let more = &mut self.more[key];
             if let Some(status) = more.status {
-                return self.fail(slot, more, status);
+                return self.fail(key, status);
             }
-            self.give_back(more.stripes);
-            if more.copy.is_some() {
-                self.core.place.end_copy(slot.request.buffers.len());
+            let len = slot.request.buffers.len();
+            let stripes = std::mem::take(&mut more.stripes);
+            if more.copy.take().is_some() {
+                self.core.place.end_copy(len);
+            }
+            if stripes.capacity() > 0 {
+                self.give_back(stripes);
             }
         }
-        if slot.request.operation.is_write() {
+        if is_write {
             self.core.volume.unflushed.has_written();
         }
         // What was read from a member that has been found to lack something meanwhile may be old.
-        let is_old =
-            !slot.request.operation.is_write() && self.view.is_redundant && !self.are_in_sync(slot.members);
-        self.core.place.leave(slot.turn());
+        let is_old = !is_write && self.view.is_redundant && !self.are_in_sync(members);
+        self.core.place.leave(turn);
         if is_old && !is_broken("stale_member_read") {
-            self.slowly(slot.request, Class::Degraded);
+            let request = self.slots.remove(key).expect("looked up just now").request;
+            self.slowly(request, Class::Degraded);
         } else {
-            let completion = Completion { token: slot.request.token, outcome: Ok(()) };
-            Self::has_ended(&mut self.wholes, completion, ended);
+            self.slots.remove(key);
+            Self::has_ended(&mut self.wholes, Completion { token, outcome: Ok(()) }, ended);
         }
     }
 
-    fn fail(&mut self, slot: Slot, more: More, status: Status) {
+    #[cold]
+    #[inline(never)]
+    fn fail(&mut self, key: usize, status: Status) {
+        let slot = self.slots.remove(key).expect("it has just ended");
+        let more = std::mem::take(&mut self.more[key]);
         let (request, turn) = (slot.request, slot.turn());
         let More { since, failed, aborted, copy, stripes, .. } = more;
         let core = &self.core;

@@ -355,7 +355,7 @@ impl Set {
     }
 
     /// All copies of what begins at `address`, and how many bytes of it are in one piece.
-    #[inline]
+    #[inline(always)]
     fn place(&self, address: u64) -> (u64, Copies) {
         let at = |member: u16, offset| Copy { member: self.first_member + member, offset };
         match self.level {
@@ -397,7 +397,7 @@ impl Set {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     #[allow(clippy::cast_possible_truncation, reason = "PIECE_BYTES_MAX")]
     fn piece(&self, address: u64, start: u64, len_max: u64) -> Piece {
         let (len, copies) = self.place(address);
@@ -417,7 +417,7 @@ pub struct Pieces<'a> {
 impl Iterator for Pieces<'_> {
     type Item = Piece;
 
-    #[inline]
+    #[inline(always)]
     fn next(&mut self) -> Option<Piece> {
         if self.start == self.len {
             return None;

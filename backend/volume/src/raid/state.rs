@@ -112,7 +112,7 @@ impl Set {
     }
 
     /// Whether `check` is true of some region that some copy of `piece` is in.
-    #[inline]
+    #[inline(always)]
     fn any_region(&self, piece: &Piece, check: impl Fn(u32) -> bool) -> bool {
         // Most copies are at the same offset: those regions are looked at once.
         let mut seen = None;
@@ -137,7 +137,7 @@ impl Set {
     ///
     /// # Errors
     /// [`Slow::Degraded`] when no copy can be read; [`Slow::Unsynced`] when more than one can be read and they may differ.
-    #[inline]
+    #[inline(always)]
     pub fn choose(&self, piece: &Piece, rotor: u32) -> Result<Copy, Slow> {
         let (mut readable, mut readable_count) = ([0_u8; COPIES_MAX], 0);
         for (index, copy) in (0..).zip(piece.copies.as_slice()) {
@@ -169,7 +169,7 @@ impl Set {
     /// # Errors
     /// [`Slow::Degraded`] when none of them can be read; then, at redundant levels, [`Slow::Intent`] when the mark of a region
     /// of any copy is not durable; then [`Slow::Window`] when any copy is being resynchronised, or copied for a replacement.
-    #[inline]
+    #[inline(always)]
     pub fn writable(&self, piece: &Piece) -> Result<Copies, Slow> {
         if self.parity().is_some() {
             let copy = piece.copies.as_slice()[0];

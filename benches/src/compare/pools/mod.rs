@@ -10,6 +10,9 @@
 //! rebuild         how fast a member is made anew, and what reads meet meanwhile
 //! ```
 //!
+//! A round of a load is some short turns: other work on the host, which takes memory's bandwidth for seconds, is in both samples of a turn
+//! or in none. The ratio is the median of the turns' ratios.
+//!
 //! The members' memory has been written before: what is measured is the pool, and not the kernel's giving memory.
 //!
 //! Owns: these cases and their goals. Must not know: how a sample of a load is taken.
@@ -266,7 +269,10 @@ impl Outcome {
             (Found::Loads { beside, volume }, Case::ReadsDuringRebuild) => {
                 over(p99(volume).median, p99(beside).median)
             }
-            (Found::Loads { beside, volume }, _) => over(volume.iops().median, beside.iops().median),
+            (Found::Loads { beside, volume }, _) => {
+                let turns = volume.samples.iter().zip(&beside.samples);
+                Spread::of(turns.map(|(volume, beside)| over(volume.iops, beside.iops))).median
+            }
             (Found::Counted(counts), _) => counts.reads + counts.writes,
             (Found::Rate { rebuild, most }, _) => over(*rebuild, *most),
             (Found::Latencies(_), Case::FirstWrite) => {

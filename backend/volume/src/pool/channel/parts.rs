@@ -10,7 +10,7 @@
 //! Invariants: nothing is awaited between the parts, and they are all of one plan. It is looked at again in one way: what would go to a
 //! member that was given up meanwhile, whose abort has been, takes the slow way as a last part.
 
-use super::{More, Slot, VolumeChannel, parity_of};
+use super::{Slot, VolumeChannel, parity_of};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::{Plan, Step, Stripe};
@@ -191,7 +191,8 @@ impl VolumeChannel {
                 token: Token(key as u64),
             });
         }
-        *slot.more(&mut self.more, key) = More { since, copy: Some(copy), stripes: list, ..More::default() };
+        let more = slot.more(&mut self.more, key);
+        (more.since, more.copy, more.stripes) = (since, Some(copy), list);
     }
 
     /// Copies a stripe of the payload and computes its parity.
