@@ -27,6 +27,9 @@ pub struct Parity {
     /// Regions where a whole stripe was being written without the log in a crash, and parity was not made right since: what is lost there
     /// cannot be computed.
     pub doubtful: AtomicBits,
+    /// Members, by place in the set, that cannot be done without and have lost their caches: what the log says does not stand on them, and nothing is
+    /// computed until it does again.
+    behind: AtomicU32,
     /// 1: the members know that whole stripes are written without the log.
     unlogged: AtomicU8,
     ring: Mutex<Ring>,
@@ -44,6 +47,7 @@ impl Parity {
             guards: Guards::default(),
             log_offset,
             doubtful: AtomicBits::new(regions),
+            behind: AtomicU32::new(0),
             unlogged: AtomicU8::new(0),
             ring: Mutex::new(Ring::new(pages)),
             log_writes: AtomicU64::new(0),
@@ -61,6 +65,27 @@ impl Parity {
     #[must_use]
     pub fn log_writes(&self) -> (u64, u64) {
         (self.log_writes.load(Ordering::Relaxed), self.log_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Whether some member lacks what the log says.
+    #[must_use]
+    #[inline]
+    pub fn is_behind(&self) -> bool {
+        self.behind.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether this one does, by place in the set.
+    #[must_use]
+    pub fn is_member_behind(&self, place: u16) -> bool {
+        self.behind.load(Ordering::Acquire) >> place & 1 != 0
+    }
+
+    /// A member, by place in the set, lacks what the log says; or has it again, or is out.
+    pub fn set_behind(&self, place: u16, is: bool) {
+        match is {
+            true => self.behind.fetch_or(1 << place, Ordering::AcqRel),
+            false => self.behind.fetch_and(!(1 << place), Ordering::AcqRel),
+        };
     }
 
     /// Whether a whole stripe may be written without the log.

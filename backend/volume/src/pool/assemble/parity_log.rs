@@ -9,28 +9,35 @@ use crate::format::{PAGE_BYTES, ParityEntry, ParityHeader, Uuid};
 use crate::pool::bounce::Bounce;
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::Owner;
+use crate::pool::stripes::{Entries, read_entries};
 use crate::pool::{PoolError, coverage};
 use crate::raid::{Mode, Parity, Set};
 use crate::simulated::is_broken;
 use hawser_block::Status;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
-
-/// What is read of a log at a time.
-const READ_BYTES: usize = 4 << 20;
 
 /// A set's parity log, put together from its members.
 pub(super) struct SetLog {
     set: Arc<Set>,
     header: ParityHeader,
-    entries: BTreeMap<u64, (ParityEntry, Vec<u8>)>,
+    entries: Entries,
 }
 
 impl SetLog {
     /// Something stands in it, and lost members' data is computed from what may be half written.
     pub(super) fn is_half_written(&self) -> bool {
         !self.entries.is_empty() && !self.set.are_all_in_sync()
+    }
+
+    async fn read_entries(
+        &mut self,
+        lanes: &Rc<Lanes>,
+        leaf: &Leaf,
+        pool: &Uuid,
+        wrong: &mut Vec<String>,
+    ) -> Result<(), Status> {
+        read_entries(lanes, leaf, (&self.set, pool), &self.header, &mut self.entries, wrong).await
     }
 }
 
@@ -48,7 +55,7 @@ pub(super) async fn read(
     let mut logs = Vec::new();
     for set in found.array.sets().iter().filter(|set| set.parity().is_some()) {
         let mut log =
-            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: BTreeMap::new() };
+            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: Entries::new() };
         let mut headers = Vec::new();
         for leaf in leaves_in_sync(found, set) {
             if let Some(header) = read_header(lanes, &leaf, set, &found.book.pool_uuid).await {
@@ -62,7 +69,7 @@ pub(super) async fn read(
         if !was_closed {
             let mut readable = 0;
             for leaf in &headers {
-                let read = read_entries(lanes, leaf, &mut log, &found.book.pool_uuid, &mut Vec::new()).await;
+                let read = log.read_entries(lanes, leaf, &found.book.pool_uuid, &mut Vec::new()).await;
                 readable += u16::from(read.is_ok());
             }
             let is_lacking = set.members() - readable > set.level().parities();
@@ -111,7 +118,7 @@ pub(super) async fn check(lanes: &Rc<Lanes>, found: &Found) -> (Vec<String>, u64
     let (pool, was_closed) = (&found.book.pool_uuid, found.book.opened_by.is_none());
     for set in found.array.sets().iter().filter(|set| set.parity().is_some()) {
         let mut log =
-            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: BTreeMap::new() };
+            SetLog { set: Arc::clone(set), header: ParityHeader::default(), entries: Entries::new() };
         for leaf in leaves_in_sync(found, set) {
             for page in 0..u64::from(HEADER_PAGES) {
                 match read_header_page(lanes, &leaf, set, pool, page).await {
@@ -130,7 +137,7 @@ pub(super) async fn check(lanes: &Rc<Lanes>, found: &Found) -> (Vec<String>, u64
         }
         for leaf in leaves_in_sync(found, set) {
             let mut wrong = Vec::new();
-            if let Err(status) = read_entries(lanes, &leaf, &mut log, pool, &mut wrong).await {
+            if let Err(status) = log.read_entries(lanes, &leaf, pool, &mut wrong).await {
                 wrong.push(format!("cannot be read: {}", status.name()));
             }
             faults.extend(wrong.into_iter().map(|what| format!("{}: its parity log {what}", leaf.name())));
@@ -172,54 +179,6 @@ async fn read_header_page(
     let bytes = bytes.map_err(|status| format!("cannot be read: {}", status.name()))?;
     let header = ParityHeader::decode(bytes.bytes(0, PAGE_BYTES), pool);
     header.ok_or_else(|| "is torn, or none of this pool's".to_owned())
-}
-
-/// Adds what one member has; says what is wrong there.
-async fn read_entries(
-    lanes: &Rc<Lanes>,
-    leaf: &Leaf,
-    log: &mut SetLog,
-    pool: &Uuid,
-    wrong: &mut Vec<String>,
-) -> Result<(), Status> {
-    let parity = parity_of(&log.set);
-    let len = parity.ring().pages() as usize * PAGE_BYTES;
-    let first = parity.log_offset + u64::from(HEADER_PAGES) * PAGE_BYTES as u64;
-    let mut bytes = Vec::with_capacity(len);
-    while bytes.len() < len {
-        let part = READ_BYTES.min(len - bytes.len());
-        let read = lanes.read_bytes(leaf, first + bytes.len() as u64, part).await?;
-        bytes.extend_from_slice(read.bytes(0, part));
-    }
-    for at in (0..len).step_by(PAGE_BYTES) {
-        let page = &bytes[at..at + PAGE_BYTES];
-        let Some((entry, crc)) = ParityEntry::decode(page, pool, &log.header.key) else {
-            if ParityEntry::is_begun(page, pool, &log.header.key) {
-                wrong.push(format!("has an entry at page {} that is torn", at / PAGE_BYTES));
-            }
-            continue;
-        };
-        if entry.number < log.header.released || log.entries.contains_key(&entry.number) {
-            continue;
-        }
-        let payload = bytes.get(at + PAGE_BYTES..at + PAGE_BYTES + entry.payload_bytes());
-        // One whose payload is torn was not begun in place.
-        let Some(payload) = payload.filter(|payload| crc32c::crc32c(payload) == crc) else { continue };
-        if is_possible(&log.set, &entry) {
-            log.entries.insert(entry.number, (entry, payload.to_vec()));
-        } else {
-            wrong.push(format!("has entry {} of stripe {}, which cannot be", entry.number, entry.row));
-        }
-    }
-    Ok(())
-}
-
-/// Only what lies within the members' data.
-fn is_possible(set: &Set, entry: &ParityEntry) -> bool {
-    let strip = u64::from(set.strip_bytes());
-    let end = u64::from(entry.within) + u64::from(entry.len);
-    let rows = set.member_rows_bytes() / strip;
-    end <= strip && entry.row < rows && u64::from(entry.places) < 1 << set.members()
 }
 
 /// Puts everything in place that the logs have, and begins new ones. Before the first read.

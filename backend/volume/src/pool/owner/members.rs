@@ -259,35 +259,13 @@ impl Owner {
         drop(self.turns.superblock.take().await);
         let doubted: Vec<u16> = {
             let members = self.members.borrow();
-            // Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
-            let is_doubted = |(number, member): &(u16, &Member)| {
-                let is_told = member.is_doubted.load(Ordering::Acquire);
-                member.is_recorded && (is_told || self.mode_of(*number) == Mode::Syncing)
-            };
-            (0u16..).zip(members.iter()).filter(is_doubted).map(|(number, _)| number).collect()
+            let numbers = 0..u16::try_from(members.len()).unwrap_or(0);
+            numbers.filter(|number| self.has_lost_cache(&members[usize::from(*number)], *number)).collect()
         };
         for member in doubted {
             let (set, index) = self.place_of(member);
-            if !survives(&set, 1 << index) {
-                // The last with the data: what it has lost is lost. That is told once.
-                if let Some(parity) = set.parity() {
-                    // Or parity is not known to be right: it is made again from what there is now.
-                    self.shared.mark_unsynced();
-                    for region in set.intents.iter_set().collect::<Vec<_>>() {
-                        set.unsynced.set(region);
-                        parity.doubtful.set(region);
-                    }
-                }
-                let entry = &mut self.members.borrow_mut()[usize::from(member)];
-                entry.is_doubted.store(false, Ordering::Release);
-                entry.whole_cache = entry.leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
-                // Its replacement may have what it has lost.
-                if let Some(twin) = entry.leaf.as_ref().and_then(|leaf| leaf.twin.as_ref()) {
-                    twin.switch_off();
-                }
-                set.set_mode(index, Mode::InSync);
-                self.shared.has_lost();
-                return Err(Status::Media);
+            if !survives(&set, 1 << index) && !self.after_last_cache(&set, index).await? {
+                continue;
             }
             if !self.put_out(member, "lost its volatile cache").await {
                 return Err(Status::Path);
@@ -295,6 +273,75 @@ impl Owner {
             self.members.borrow()[usize::from(member)].is_doubted.store(false, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
+    fn has_lost_cache(&self, member: &Member, number: u16) -> bool {
+        let (set, index) = self.place_of(number);
+        let is_behind = set.parity().is_some_and(|parity| parity.is_member_behind(index));
+        let is_told = member.is_doubted.load(Ordering::Acquire);
+        member.is_recorded && (is_told || is_behind || set.mode(index) == Mode::Syncing)
+    }
+
+    /// A member that cannot be done without has lost its cache: what it has lost is lost, but for what the parity log has. That is told once,
+    /// as an error. Else whether the others can do without it by now; or somebody has seen to it.
+    async fn after_last_cache(self: &Rc<Self>, set: &Arc<Set>, index: u16) -> Result<bool, Status> {
+        let _turn = self.turns.again.take().await;
+        let member = set.first_member() + index;
+        let leaf = {
+            let _one = lock(&self.shared.modes);
+            let members = self.members.borrow();
+            let entry = &members[usize::from(member)];
+            if !self.has_lost_cache(entry, member) {
+                return Ok(false);
+            }
+            if survives(set, 1 << index) {
+                return Ok(true);
+            }
+            if let Some(parity) = set.parity().filter(|_| !is_broken("computed_with_lost_cache")) {
+                parity.set_behind(index, true);
+            }
+            entry.leaf.clone().ok_or(Status::Path)?
+        };
+        let cache = leaf.device.cache_identity();
+        if let Some(parity) = set.parity() {
+            let is_lacking =
+                !(0..set.members()).all(|place| place == index || set.mode(place) == Mode::InSync);
+            // All that was begun and not flushed is in the log, then.
+            let is_logged = is_lacking && !parity.ring().is_unlogged_known;
+            let is_again = is_logged
+                && match self.put_in_place_again(set, index, &leaf).await {
+                    Ok(()) => true,
+                    Err(status @ (Status::Path | Status::Timeout | Status::Aborted)) => return Err(status),
+                    Err(_) => false,
+                };
+            if !is_again {
+                // Parity is not known to be right: it is made again from what there is now.
+                self.shared.mark_unsynced();
+                for region in set.intents.iter_set().collect::<Vec<_>>() {
+                    set.unsynced.set(region);
+                    parity.doubtful.set(region);
+                }
+            }
+        }
+        // Its replacement may have what it has lost.
+        if let Some(twin) = &leaf.twin {
+            twin.switch_off();
+        }
+        let _one = lock(&self.shared.modes);
+        let entry = &mut self.members.borrow_mut()[usize::from(member)];
+        if leaf.device.cache_identity() != cache {
+            // Again.
+            return Err(Status::Path);
+        }
+        entry.is_doubted.store(false, Ordering::Release);
+        entry.whole_cache = cache;
+        set.set_mode(index, Mode::InSync);
+        if let Some(parity) = set.parity() {
+            parity.set_behind(index, false);
+        }
+        self.shared.has_lost();
+        Err(Status::Media)
     }
 
     /// A member of this set has lost its cache, and is not put out yet.
@@ -394,7 +441,13 @@ impl Owner {
     /// A member is written to no more, and that is written down. What waits for its answer is not waited for: what it may still do is undone
     /// when it is brought back.
     fn away(&self, set: &Set, index: u16, number: u16, why: &str) {
-        set.set_mode(index, Mode::Away);
+        {
+            let _one = lock(&self.shared.modes);
+            set.set_mode(index, Mode::Away);
+            if let Some(parity) = set.parity() {
+                parity.set_behind(index, false);
+            }
+        }
         let leaf = {
             let member = &mut self.members.borrow_mut()[usize::from(number)];
             why.clone_into(&mut member.why);
@@ -574,11 +627,16 @@ impl Owner {
                 && old != new
                 && set.level().is_redundant()
             {
-                // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
-                doubted.store(true, Ordering::Release);
                 let _one = lock(&shared.modes);
-                if set.mode(index) == Mode::InSync && survives(&set, 1 << index) {
-                    set.set_mode(index, Mode::Syncing);
+                doubted.store(true, Ordering::Release);
+                match (set.mode(index), set.parity()) {
+                    // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
+                    (Mode::InSync, _) if survives(&set, 1 << index) => set.set_mode(index, Mode::Syncing),
+                    // Nothing is computed with what it says.
+                    (Mode::InSync, Some(parity)) if !is_broken("computed_with_lost_cache") => {
+                        parity.set_behind(index, true);
+                    }
+                    _ => {}
                 }
             }
             if now.is_some() {

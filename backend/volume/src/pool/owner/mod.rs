@@ -100,6 +100,7 @@ pub(crate) struct Turns {
     pub(crate) intents: Turn,
     pub(crate) parity: Turn,
     pub(crate) superblock: Turn,
+    pub(crate) again: Turn,
     pub(crate) window: Turn,
     pub(crate) barrier: Turn,
 }

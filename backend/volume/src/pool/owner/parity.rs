@@ -7,11 +7,12 @@ use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
-use crate::pool::stripes::{Lost, Row, Slots, Ways, each};
+use crate::pool::stripes::{Entries, Lost, Row, Slots, Ways, each, read_entries};
 use crate::pool::wait::{all, next_pass};
 use crate::raid::{Level, Mode, Parity, Piece, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Operation, Outcome, Status};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -279,6 +280,53 @@ impl Owner {
             }
         }
         Ok(())
+    }
+
+    /// A member, by place in the set, has lost what it had not made durable: what the log says of it is put in place again, and made durable. Meanwhile
+    /// nobody computes, and nobody begins in place ([`Parity::is_behind`]); who is at it writes what is the newest in the log.
+    ///
+    /// # Errors
+    /// It cannot be written, or not all of the log can be read.
+    pub(super) async fn put_in_place_again(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        index: u16,
+        leaf: &Leaf,
+    ) -> Outcome {
+        if is_broken("lost_cache_not_mended") {
+            return Ok(());
+        }
+        let parity = set.parity().expect("only of sets with parity");
+        let view = self.view();
+        let header = {
+            let ring = parity.ring();
+            let (number, released) = ring.header;
+            ParityHeader { number, released, key: ring.key, unlogged: ring.is_unlogged_known }
+        };
+        let mut entries = Entries::new();
+        let pool = &self.shared.uuid;
+        for place in (0..set.members()).filter(|place| *place == index || set.mode(*place) == Mode::InSync) {
+            let Some(leaf) = &view.leaves[usize::from(set.first_member() + place)] else { continue };
+            read_entries(&self.lanes, leaf, (set, pool), &header, &mut entries, &mut Vec::new()).await?;
+        }
+        // What is newest goes first, and nothing older over it: it may be read already.
+        let mut done: BTreeMap<u64, Vec<Range<u64>>> = BTreeMap::new();
+        for (entry, payload) in entries.values().rev().filter(|(entry, _)| entry.places >> index & 1 != 0) {
+            let before = (entry.places & ((1 << index) - 1)).count_ones() as usize;
+            let payload = &payload[before * entry.len as usize..];
+            let (first, end) = (u64::from(entry.within), u64::from(entry.within) + u64::from(entry.len));
+            let covered = done.entry(entry.row).or_default();
+            for part in uncovered(covered, first..end) {
+                let narrow = |bytes: u64| usize::try_from(bytes).expect("a strip is small");
+                let bytes = &payload[narrow(part.start - first)..narrow(part.end - first)];
+                let offset = view.data_offset + entry.row * u64::from(set.strip_bytes()) + part.start;
+                let bounce = Rc::new(Bounce::holding(bytes));
+                self.lanes.write(leaf, offset, &bounce, 0, bytes.len(), false).await?;
+            }
+            covered.push(first..end);
+            coverage::count(coverage::Event::StripesReplayed);
+        }
+        self.lanes.flush(leaf).await
     }
 
     /// Makes rows of a set's stripes whole: what members lack that are being brought up to date, and parity that may be wrong. The window is
@@ -612,4 +660,16 @@ pub(super) fn stripe_window(set: &Set, piece: &Piece) -> Range<u64> {
     let strip = u64::from(set.strip_bytes());
     let start = piece.copies.as_slice()[0].offset / strip * strip;
     start..start + strip
+}
+
+/// What of a range is in none of these.
+fn uncovered(covered: &[Range<u64>], range: Range<u64>) -> Vec<Range<u64>> {
+    covered.iter().fold(vec![range], |left, other| {
+        let parts = left.into_iter().flat_map(|part| {
+            let before = part.start..part.end.min(other.start);
+            let behind = part.start.max(other.end)..part.end;
+            [before, behind]
+        });
+        parts.filter(|part| part.start < part.end).collect()
+    })
 }

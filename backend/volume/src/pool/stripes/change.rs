@@ -281,6 +281,10 @@ impl Ways {
 
     /// Writes slots, each until it is there or its member is out.
     async fn in_place(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<(), Status> {
+        // What is put there again may be older.
+        while row.parity.is_behind() && self.is_writable() {
+            self.runtime.sleep(Duration::from_millis(1)).await;
+        }
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {

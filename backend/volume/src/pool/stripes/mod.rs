@@ -12,10 +12,12 @@
 //! - What was begun in place is finished in place, or a member is put out, or the pool takes no more writes; whoever waits may leave before.
 
 mod change;
+mod entries;
 mod finish;
 mod log;
 mod row;
 
+pub(crate) use entries::{Entries, read_entries};
 pub(crate) use finish::Begun;
 pub(crate) use row::{Lost, Row, Slots, each};
 

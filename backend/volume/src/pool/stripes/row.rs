@@ -138,6 +138,9 @@ impl<'a> Row<'a> {
 
     /// What `need` holds: read, and where that cannot be, what `lost` says; `bad` gets who could not be read. `None`: that is nothing.
     /// Nobody may change the stripe meanwhile.
+    ///
+    /// # Errors
+    /// `Aborted`: another time, also while a member lacks what the log says.
     pub(crate) async fn gather(
         &self,
         lanes: &Rc<Lanes>,
@@ -148,6 +151,9 @@ impl<'a> Row<'a> {
     ) -> Result<Option<Contents>, Status> {
         let mut last = Status::Path;
         loop {
+            if self.parity.is_behind() {
+                return Err(Status::Aborted);
+            }
             let readable = self.in_sync() & !*bad;
             let missing = need & !readable;
             let from = match (missing, lost) {
@@ -188,7 +194,7 @@ impl<'a> Row<'a> {
                 }
             }
             // What was read from a member that has been found to lack something meanwhile may be old.
-            if !is_whole || from & !self.in_sync() != 0 {
+            if !is_whole || from & !self.in_sync() != 0 || self.parity.is_behind() {
                 continue;
             }
             if lost == Lost::Zeroes {
