@@ -136,10 +136,8 @@ fn fault(cast: &mut Cast, event: Event) {
         Event::Errs => {
             let mut state = disk.state();
             state.errors_permille = [20, 100, 500][cast.random.index(3)];
-            // With parity a member that is full must not leave a stripe half written.
-            let kinds = if cast.plan.has_parity() { 4 } else { 3 };
-            let error =
-                [Status::Path, Status::Timeout, Status::Media, Status::NoSpace][cast.random.index(kinds)];
+            // A member that is full must not leave a stripe half written, nor copies that differ.
+            let error = [Status::Path, Status::Timeout, Status::Media, Status::NoSpace][cast.random.index(4)];
             state.error = error;
             drop(state);
             cast.members[at].health = Health::Faulty;

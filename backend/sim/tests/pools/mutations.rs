@@ -47,6 +47,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "doubts_forgotten",
     "entry_left_in_log",
     "fresh_beside_others",
+    "full_copy_kept",
     "grown_without_log",
     "half_written_opened",
     "invalid_units_not_durable",

@@ -92,7 +92,8 @@ async fn report_failures(
         match together {
             // Who is full is asked once more before it is out.
             true if status != Status::NoSpace => owner.report_together(members, status, since).await,
-            _ => owner.report(members, status, since).await,
+            true => owner.report(members, status, since).await,
+            false => owner.report_beside(members, status, since).await,
         }
     };
     if is_broken("ack_before_stale_recorded") {

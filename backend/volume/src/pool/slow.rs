@@ -579,8 +579,10 @@ async fn write_copies(
             false => Ok(false),
         };
     }
-    Box::pin(core.shared.request(move |owner| async move { owner.report(failed, status, since).await }))
-        .await?;
+    Box::pin(
+        core.shared.request(move |owner| async move { owner.report_beside(failed, status, since).await }),
+    )
+    .await?;
     Ok(true)
 }
 

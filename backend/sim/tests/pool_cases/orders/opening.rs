@@ -292,7 +292,7 @@ fn nothing_is_discarded_after_the_pool_is_closed() {
     });
 }
 
-/// A batch of the log comes to one member and not to the other, which is full for a moment. It is tried again with what has come meanwhile, does not fit
+/// A batch of the log comes to one member and not to the other, which is full for a moment, and cannot be put out, since nobody can write that down. It is tried again with what has come meanwhile, does not fit
 /// any more behind the one before, and goes to the beginning. Its first try is still there: the next opening must not take it for the batch.
 #[test]
 fn a_batch_that_was_tried_again_is_read_where_it_went() {
@@ -314,10 +314,12 @@ fn a_batch_that_was_tried_again_is_read_where_it_went() {
             {
                 let mut disk = scene.disks[1].state();
                 (disk.unwritable, disk.error) = (log, Status::NoSpace);
+                let mut disk = scene.disks[0].state();
+                (disk.unwritable, disk.error) = (8..(128 << 10) / 512, Status::Media);
             }
             scene.write(&pool, "v", commits << 16, &noise(commits, 512));
             let _ = scene.io(&pool, "v", Operation::Flush, 0, &[]);
-            scene.disks[1].state().unwritable = 0..0;
+            scene.disks.iter().for_each(|disk| disk.state().unwritable = 0..0);
             let end = commits + 12;
             for extent in commits + 1..end {
                 scene.write(&pool, "v", extent << 16, &noise(extent, 512));
@@ -408,6 +410,59 @@ fn a_lost_cache_is_told_to_the_users_of_each_volume() {
             }
             scene.ask(pool.create_volume("x", 1 << 20)).unwrap();
             scene.flush(&pool, "x");
+        }
+        Ok(())
+    });
+}
+
+/// A copy of a mirror does not take what the other has taken, since it is full. It is out, whichever it is, and the write has not failed: it failed for
+/// ever where that was the first copy, which the other one was then made the same as.
+#[test]
+fn a_copy_that_is_full_is_out_and_the_other_goes_on() {
+    holds("full_copy_kept", |seed| {
+        for full in [0, 1] {
+            let mut scene = Scene::sized(seed, 2, 16 << 11);
+            scene.create(Level::Raid1);
+            let pool = scene.open();
+            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+            scene.write(&pool, "v", 0, &noise(1, 4096));
+            scene.flush(&pool, "v");
+            let data = scene.pool_data();
+            {
+                let mut disk = scene.disks[full].state();
+                (disk.unwritable, disk.error) = (data..u64::MAX, Status::NoSpace);
+            }
+            let new = noise(2, 4096);
+            let write = Operation::Write { fua: false };
+            // What is there, what is new, and what is written as zeroes.
+            for (operation, at, bytes) in [
+                (write, 0, new.clone()),
+                (write, 1 << 16, new.clone()),
+                (Operation::WriteZeroes { unmap: false, fua: false }, 4096, vec![0; 4096]),
+            ] {
+                let outcome = scene.io(&pool, "v", operation, at, &bytes).0;
+                if outcome != Ok(()) {
+                    return Err(format!("{operation:?} at {at}, member {full} is full: {outcome:?}"));
+                }
+            }
+            scene.wait(Duration::from_secs(5));
+            scene.is_one_of(&pool, 0, &[&new])?;
+            scene.is_one_of(&pool, 1 << 16, &[&new])?;
+            // There is room again.
+            scene.disks[full].state().unwritable = 0..0;
+            scene.are_same(&pool)?;
+            scene.is_one_of(&pool, 0, &[&new])?;
+            // All are full: that is an error, and nobody is out.
+            for disk in &scene.disks {
+                let mut disk = disk.state();
+                (disk.unwritable, disk.error) = (data..u64::MAX, Status::NoSpace);
+            }
+            let outcome = scene.io(&pool, "v", write, 0, &noise(3, 4096)).0;
+            let states = pool.view().members.iter().map(|member| member.state).collect::<Vec<_>>();
+            if outcome != Err(Status::NoSpace) || states != [MemberState::InSync; 2] {
+                return Err(format!("all are full: {outcome:?}, {states:?}"));
+            }
+            scene.disks.iter().for_each(|disk| disk.state().unwritable = 0..0);
         }
         Ok(())
     });

@@ -84,6 +84,11 @@ fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
     }
 }
 
+/// A member that answers so has understood, and does not do it: another time it may.
+fn is_refusal(status: Status) -> bool {
+    matches!(status, Status::Invalid | Status::Unsupported | Status::NoSpace)
+}
+
 /// Whether all data is still there without these members of a set, given as bits.
 pub(crate) fn survives(set: &Set, without: u64) -> bool {
     if let Some(parity) = set.parity() {
@@ -160,7 +165,7 @@ impl Owner {
                 }
                 Err(status)
             }
-            (failed, true) => self.report(failed, status, since).await,
+            (failed, true) => self.report_beside(failed, status, since).await,
         }
     }
 
@@ -197,11 +202,19 @@ impl Owner {
     /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: `Shared::joins` when it
     /// began. One that came back after that was out in between, and is given what it lacked then.
     pub(crate) async fn report(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
-        if matches!(status, Status::Invalid | Status::Unsupported | Status::NoSpace) {
+        if is_refusal(status) {
             // Not the member's fault, or all of them have it.
             return Err(status);
         }
         self.report_whatever(failed, status, since).await
+    }
+
+    /// The same of one of several copies: where another member has done what these refuse, it is they who lack something.
+    pub(crate) async fn report_beside(self: &Rc<Self>, failed: u64, status: Status, since: u64) -> Outcome {
+        match is_refusal(status) && !is_broken("full_copy_kept") {
+            true => self.report_together(failed, status, since).await,
+            false => self.report(failed, status, since).await,
+        }
     }
 
     /// The same, whatever the reason is: others have done their part of what must not stay half done.
