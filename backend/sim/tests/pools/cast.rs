@@ -95,6 +95,8 @@ pub(crate) struct Cast {
     pub(crate) is_lost_with_process: bool,
     /// A member was put out just before the process ended, or may have been: the pool may be refused, with it too.
     pub(crate) is_lost_before: bool,
+    /// A member's cache was lost with the process, or just before, and what was in it may be lost.
+    pub(crate) is_cache_lost: bool,
     /// Until then a member that died may not be known to be out, or what was written without the log may not be durable.
     pub(crate) lost_until: Instant,
     /// The pool was refused, rightly, and that is the end.
@@ -147,6 +149,7 @@ impl Cast {
             doubtful_until: Instant::default(),
             is_lost_with_process: false,
             is_lost_before: false,
+            is_cache_lost: false,
             lost_until: Instant::default(),
             is_half_written: false,
             is_mended: false,
@@ -301,7 +304,7 @@ impl Cast {
         // What was deleted comes back when nobody can name it any more.
         let recently = self.world.now() < self.freed_at + Duration::from_secs(1);
         // It may be a member that says so.
-        if self.shared.rules.borrow().may_fail && self.plan.has_parity() {
+        if self.shared.rules.borrow().may_fail {
             return;
         }
         let used = self.shared.models.borrow().extents_max() * view.extent_bytes;

@@ -5,7 +5,7 @@ use hawser_block::{BlockCount, Buffers, Channel, Completion, Lba, Operation, Req
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use hawser_sim::{Random, Trap, World};
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,8 @@ pub(crate) struct Shared {
 pub(crate) struct Rules {
     /// Any may fail: there is no redundancy, and there are faults.
     pub(crate) may_fail: bool,
+    /// Volumes whose next FLUSH may tell that something was lost.
+    pub(crate) may_tell_loss: BTreeSet<String>,
     /// Writes that need space may not get it.
     pub(crate) may_lack_space: bool,
     /// How often they did not.
@@ -265,7 +267,15 @@ impl Guest {
         let takes = operation.is_write() && operation != Operation::Discard;
         let lacks_space = outcome == Err(Status::NoSpace) && takes && rules.may_lack_space;
         rules.no_space += u64::from(lacks_space);
-        let may_fail = rules.may_fail || lacks_space;
+        let flushes = matches!(
+            operation,
+            Operation::Flush | Operation::Write { fua: true } | Operation::WriteZeroes { fua: true, .. }
+        );
+        let tells = flushes && outcome == Err(Status::Media) && rules.may_tell_loss.contains(&self.volume);
+        if flushes && ok {
+            rules.may_tell_loss.remove(&self.volume);
+        }
+        let may_fail = rules.may_fail || lacks_space || tells;
         drop(rules);
         if let Err(why) = checked {
             self.trouble(why);

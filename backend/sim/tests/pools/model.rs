@@ -465,6 +465,15 @@ impl Models {
         self.process_died();
     }
 
+    /// What nobody has flushed may be lost, though the guests' requests go on: of all volumes, which are named.
+    pub(crate) fn lose_unflushed(&mut self) -> BTreeSet<String> {
+        for volume in self.volumes.values_mut() {
+            volume.readings.clear();
+            volume.blocks.change_busy(|_, block| block.lose_unflushed());
+        }
+        self.volumes.keys().cloned().collect()
+    }
+
     /// The process has died: whether a change that was under way has happened will be seen.
     pub(crate) fn process_died(&mut self) {
         for volume in self.volumes.values_mut() {

@@ -467,3 +467,70 @@ fn a_copy_that_is_full_is_out_and_the_other_goes_on() {
         Ok(())
     });
 }
+
+/// A process dies while whole stripes are written without the log, and a member loses its cache before the next process comes. All members are there:
+/// none of them is put out for it, or what it has could not be computed, and the pool was refused for lack of it.
+#[test]
+fn nobody_is_put_out_at_an_opening_whose_stripes_could_not_be_computed_then() {
+    holds("needed_member_put_out", |seed| {
+        let mut scene = Scene::sized(seed, 3, 16 << 11);
+        scene.disks.iter().zip(1..).for_each(|(disk, it)| disk.state().cache_identity = Some([it; 16]));
+        scene.create(Level::Raid5);
+        let devices = scene.devices();
+        let pool = scene.open_quietly(devices, |_| {}).unwrap();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        let (old, new) = (noise(1, 1 << 18), noise(2, 1 << 18));
+        for _ in 0..2 {
+            scene.write(&pool, "v", 0, &old);
+        }
+        scene.flush(&pool, "v");
+        scene.write(&pool, "v", 0, &new);
+        drop(pool);
+        scene.kill();
+        scene.disks[third(seed)].lose_power();
+        let devices = scene.devices();
+        let pool = scene.try_open(devices, false).map_err(|why| why.to_string())?;
+        scene.is_one_of(&pool, 0, &[&old, &new])?;
+        scene.are_same(&pool)?;
+        match scene.io(&pool, "v", Operation::Flush, 0, &[]).0 {
+            Err(Status::Media) => Ok(()),
+            outcome => Err(format!("nobody was told: {outcome:?}")),
+        }
+    });
+}
+
+/// A process dies, with writes that were acknowledged and that nobody has flushed, and the only copy loses its cache before the next process comes, to
+/// which the guest goes on to talk: its next FLUSH tells it.
+#[test]
+fn a_cache_that_was_lost_between_two_processes_is_told() {
+    holds("loss_before_opening_not_told", |seed| {
+        for level in [Level::Linear, Level::Raid1] {
+            let mut scene = Scene::sized(seed, 1 + u8::from(level == Level::Raid1), 16 << 11);
+            scene.disks.iter().zip(1..).for_each(|(disk, it)| disk.state().cache_identity = Some([it; 16]));
+            scene.create(level);
+            let pool = scene.open();
+            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+            scene.write(&pool, "v", 0, &noise(1, 4096));
+            scene.flush(&pool, "v");
+            if level == Level::Raid1 {
+                scene.lose(&pool, 1);
+            }
+            scene.write(&pool, "v", 0, &noise(2, 4096));
+            drop(pool);
+            scene.kill();
+            scene.disks[0].lose_power();
+            let pool = scene.open_degraded();
+            let outcome = scene.io(&pool, "v", Operation::Flush, 0, &[]).0;
+            if outcome != Err(Status::Media) {
+                return Err(format!("{level:?}: {outcome:?}"));
+            }
+            scene.flush(&pool, "v");
+            drop(pool);
+            scene.kill();
+            // Nothing was lost this time.
+            let pool = scene.open_degraded();
+            scene.flush(&pool, "v");
+        }
+        Ok(())
+    });
+}

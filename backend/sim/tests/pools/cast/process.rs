@@ -59,6 +59,7 @@ impl Cast {
             self.is_lost_before |= self.world.now() < self.lost_until || self.has_faulty();
             // A whole stripe that was being written when the process ends, and a member that is lost at the same moment, are one too many.
             crate::events::heal_unnoticed(self);
+            self.is_cache_lost |= self.is_lost_before || self.world.now() < self.doubtful_until;
             if !self.is_mended && self.random.chance(300) {
                 // Of what is in the log there is one copy more than members may be lost.
                 crate::events::lose_at_crash(self);
@@ -288,7 +289,12 @@ impl Cast {
     }
 
     fn started(&mut self, cut: bool) -> Result<(), String> {
-        (self.is_lost_with_process, self.is_lost_before) = (false, false);
+        if (self.is_cache_lost || self.is_lost_with_process || self.is_lost_before) && !cut {
+            // All members stay where some stripes could not be computed without one; then it is told.
+            let mut models = self.shared.models.borrow_mut();
+            self.shared.rules.borrow_mut().may_tell_loss = models.lose_unflushed();
+        }
+        (self.is_lost_with_process, self.is_lost_before, self.is_cache_lost) = (false, false, false);
         let pool = self.pool.clone().ok_or("it is open")?;
         let shift = self.plan.block_size.shift();
         self.shared.models.borrow_mut().extent_blocks = pool.view().extent_bytes >> shift;

@@ -158,11 +158,18 @@ impl Block {
     }
 
     pub(super) fn cut(&mut self) {
+        self.lose_unflushed();
+        if let Some(busy) = &mut self.busy {
+            busy.writes.clear();
+        }
+    }
+
+    /// The same, and who writes goes on.
+    pub(super) fn lose_unflushed(&mut self) {
         if let Some(busy) = &mut self.busy {
             busy.possible = busy.stable.clone();
             busy.log.iter().for_each(|(_, id)| busy.possible.push(*id));
             busy.possible.sort();
-            busy.writes.clear();
         }
     }
 

@@ -10,7 +10,7 @@ use crate::pool::owner::{
     Intents, Locks, Log, Member, Options, Owner, Pending, Replacing, Rounds, Turns, Work, is_copied,
 };
 use crate::pool::place::Place;
-use crate::pool::shared::{Shared, View};
+use crate::pool::shared::{Shared, View, lock};
 use crate::pool::wait::Bell;
 use crate::pool::{Ask, MemoryTail, OpenOptions, Pool, PoolError, PoolView, coverage};
 use crate::raid::Mode;
@@ -73,14 +73,13 @@ async fn start(
         )));
     }
     let tail = tail_of(&found.book, &options);
-    let (caches, entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
+    let (caches, mut entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
     let book = next_book(runtime, &found.book, &options);
     let now = runtime.now();
-    let members: Vec<Member> = book
-        .members
-        .iter()
-        .zip(&found.members)
-        .map(|(record, place)| {
+    let mut lost_caches = Vec::new();
+    let members: Vec<Member> = (0..)
+        .zip(book.members.iter().zip(&found.members))
+        .map(|(number, (record, place))| {
             let leaf = place.as_ref().map(|(leaf, _)| leaf.clone());
             let new = found.replacement.as_ref().filter(|_| !options.read_only);
             let new = new.filter(|_| {
@@ -93,9 +92,17 @@ async fn start(
             let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
             let was = caches.iter().find(|(member, _)| *member == record.uuid).map(|(_, cache)| *cache);
             let has_lost = is_recorded && was.is_some() && cache.is_some() && was != cache;
-            let is_out = has_lost && !options.read_only && found.goes_on_without(&record.uuid);
+            let is_needed = !was_closed
+                && logs.iter().any(|log| log.is_needed(number))
+                && !is_broken("needed_member_put_out");
+            let is_out = has_lost && !options.read_only && !is_needed && found.goes_on_without(&record.uuid);
             let is_recorded = is_recorded && !is_out;
             let mut member = Member::new(record.uuid, leaf, is_recorded, now);
+            if has_lost && is_recorded {
+                lost_caches.push((usize::from(number), member.whole_cache));
+                // Until it is seen to.
+                member.whole_cache = was;
+            }
             if !is_recorded {
                 let why = match (is_out, place.is_some()) {
                     (true, _) => "lost its volatile cache",
@@ -107,6 +114,11 @@ async fn start(
             member
         })
         .collect();
+    let is_cache_lost = !lost_caches.is_empty() && !was_closed && !is_broken("loss_before_opening_not_told");
+    if is_cache_lost {
+        // As after a power cut: what is acknowledged and not flushed may not be there, and what says that it is would show what stood there before.
+        entries.clear();
+    }
     let leaves: Vec<Option<Leaf>> = members.iter().map(|member| member.leaf.clone()).collect();
     let is_read_only = options.read_only;
     // What a dead process wrote is on both where a mark says so, or where it is copied again.
@@ -229,10 +241,19 @@ async fn start(
     owner.resume_replacing();
     let replayed = replay_tail(&owner, tables.seq, entries)?;
     if !is_read_only {
+        for (member, cache) in lost_caches {
+            owner.members.borrow_mut()[member].whole_cache = cache;
+        }
         owner.begin_tail();
     }
     owner.register();
     owner.show_volumes();
+    if is_cache_lost {
+        // With what the process before us had acknowledged, to guests that go on: the next FLUSH of each tells it.
+        owner.shared.has_lost();
+        let volumes = lock(&owner.shared.volumes);
+        volumes.values().for_each(|volume| volume.unflushed.has_written());
+    }
     if !is_read_only {
         let ready = async {
             // A page that was bad somewhere is written anew everywhere.

@@ -30,6 +30,13 @@ impl SetLog {
         !self.entries.is_empty() && !self.set.are_all_in_sync()
     }
 
+    /// Whole stripes of this member's were being written without it: nobody could say what a member had of them, so all of them stay, and parity is made
+    /// of what there is.
+    pub(super) fn is_needed(&self, member: u16) -> bool {
+        let first = self.set.first_member();
+        self.header.unlogged && (first..first + self.set.members()).contains(&member)
+    }
+
     async fn read_entries(
         &mut self,
         lanes: &Rc<Lanes>,

@@ -5,6 +5,7 @@ use crate::pool::shared::{Told, lock};
 use crate::pool::{PoolView, TaskView};
 use crate::raid::Mode;
 use hawser_block::DeviceState;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,11 +24,19 @@ impl Owner {
 
     /// Runs until the pool is closed: looks after the members, and tells people.
     pub(crate) async fn tick(self: Rc<Self>) {
+        let is_at_it = Rc::new(Cell::new(false));
         while !self.is_closing.get() {
             self.rest(TICK).await;
             if self.lost.borrow().is_none() && !self.is_closing.get() {
                 self.check_owner().await;
-                self.look_after_members().await;
+                // Who comes back may have to wait for a write that no member takes: whose the pool is, and how it is, is looked at all the same.
+                if !is_at_it.replace(true) {
+                    let (owner, is_at_it) = (Rc::clone(&self), Rc::clone(&is_at_it));
+                    self.runtime.spawn(async move {
+                        owner.look_after_members().await;
+                        is_at_it.set(false);
+                    });
+                }
             }
             self.publish();
         }
