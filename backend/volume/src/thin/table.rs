@@ -50,6 +50,9 @@ pub struct PartialView {
     pub bits: Bits,
 }
 
+/// A quarter of a megabyte: 28 GiB in extents of 1 MiB.
+const CACHED_CHUNKS: usize = 64;
+
 /// A volume's part of the table, and what readers must know of it.
 pub struct VolumeMap {
     chunks: Box<[AtomicU32]>,
@@ -102,6 +105,13 @@ impl VolumeMap {
 
     pub(super) fn chunk_count(&self) -> usize {
         self.chunks.len()
+    }
+
+    /// Its entries are more than stay in a second-level cache beside whatever else is there.
+    #[must_use]
+    #[inline]
+    pub fn is_large(&self) -> bool {
+        self.chunks.len() > CACHED_CHUNKS
     }
 
     /// Whoever still has it finds nothing: the volume is gone.
