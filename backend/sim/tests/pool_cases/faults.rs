@@ -86,3 +86,59 @@ fn a_byte_that_is_wrong_on_any_member_is_found_and_told_where_that_can_be() {
         }
     }
 }
+
+/// All bytes of a unit were judged together. Two members of a RAID 6 that were each wrong in a block of its own counted as nobody knows whom, and a
+/// repair made both parities anew of data that was wrong, though each block could be made right.
+#[test]
+fn members_that_are_wrong_in_blocks_of_their_own_are_all_made_right() {
+    for members in [4, 5] {
+        let mut scene = Scene::sized(2, members, 16 << 11);
+        scene.create(Level::Raid6);
+        let pool = scene.open();
+        let count = usize::from(members);
+        let want = noise(2, ROWS * (count - 2) * STRIP);
+        scene.ask(pool.create_volume("v", want.len() as u64)).unwrap();
+        scene.write(&pool, "v", 0, &want);
+        scene.flush(&pool, "v");
+        let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+        let first = usize::try_from(book.layout.data_offset()).unwrap();
+        let contents = |scene: &Scene| -> Vec<Vec<u8>> {
+            scene
+                .disks
+                .iter()
+                .map(|disk| disk.state().content.get(first..first + ROWS * STRIP).into_owned())
+                .collect()
+        };
+        let good = contents(&scene);
+        for row in 0..ROWS {
+            // The same unit of 4 KiB on all of them, and another block of it on each.
+            for (member, disk) in scene.disks.iter().enumerate() {
+                let at = first + row * STRIP + 4096 + member * 512 + row;
+                disk.state().content.change(at..at + 300).iter_mut().for_each(|byte| *byte ^= 0x55);
+            }
+        }
+        let found = scrub(&mut scene, &pool, true);
+        let units = ROWS as u64;
+        assert_eq!((found.mismatches, found.faults), (units, (units, units)), "of {members}");
+        assert_eq!(found.wrong, vec![units; count], "of {members}");
+        assert!(contents(&scene) == good, "of {members}: all is as it was");
+        // Of one unit a block that is wrong on one, and a block that is wrong on two: only of the latter parity is made anew. Row 0 has P on the last
+        // member, and Q on the first.
+        for (member, block) in [(1, 2), (1, 5), (2, 5)] {
+            let at = first + block * 512;
+            scene.disks[member].state().content.change(at..at + 1)[0] ^= 1 << member;
+        }
+        let found = scrub(&mut scene, &pool, true);
+        assert_eq!(found.mismatches, 1, "of {members}");
+        assert_eq!(found.faults, (1, 0), "of {members}");
+        for (member, (now, before)) in contents(&scene).iter().zip(&good).enumerate() {
+            let differ: Vec<usize> = (0..now.len() / 512)
+                .filter(|at| now[at * 512..][..512] != before[at * 512..][..512])
+                .collect();
+            let is_parity = member == 0 || member == count - 1;
+            let expected = if is_parity || member < 3 { vec![5] } else { vec![] };
+            assert_eq!(differ, expected, "of {members}: member {member}");
+        }
+        assert_eq!(scrub(&mut scene, &pool, false).mismatches, 0, "of {members}");
+    }
+}

@@ -19,6 +19,7 @@
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
+mod differing;
 mod discard;
 mod intents;
 mod journal;

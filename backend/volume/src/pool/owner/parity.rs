@@ -1,13 +1,14 @@
 //! Stripes, as far as the owner has to do with them: the parity log's end, and parity that is made right again.
 
 use super::Owner;
+use super::differing::{Differing, Fault, differing};
 use super::resync::SCRUB;
 use crate::format::{PAGE_BYTES, ParityHeader};
-use crate::pool::bounce::Bounce;
+use crate::pool::bounce::{Bounce, Spare};
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
-use crate::pool::stripes::{Entries, Lost, Row, Slots, Ways, each, read_entries};
+use crate::pool::stripes::{Contents, Entries, Lost, Row, Slots, Ways, each, read_entries};
 use crate::pool::wait::{all, next_pass};
 use crate::raid::{Level, Mode, Parity, Piece, Set};
 use crate::simulated::is_broken;
@@ -493,44 +494,51 @@ impl Owner {
     }
 
     /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. What cannot be read
-    /// is written again. The window is the caller's.
+    /// is written again. The window is the caller's. What differs.
     pub(super) async fn scrub_columns(
         self: &Rc<Self>,
         row: &Row<'_>,
         wanted: Wanted,
-    ) -> Result<Fault, Status> {
+    ) -> Result<Vec<Differing>, Status> {
         let all_slots = row.all_data() | row.all_parity();
         let mut bad: Slots = 0;
         let lost = computed_unless_doubtful(row);
         let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, lost).await?;
         let contents = gathered.ok_or(Status::Media)?;
-        let mut rewritten = bad & row.in_sync();
-        let (mut wrong, mut found) = (0, Fault::None);
+        let mut found = Vec::new();
         if row.in_sync() == all_slots && bad == 0 && wanted != Wanted::Readable {
-            (wrong, found) = differing(row, &contents);
-            if found != Fault::None && row.is_unsynced() {
+            found = differing_of(row, &contents);
+            if row.is_unsynced() {
                 // Nobody's fault: a crash has left it so, and parity is about to be made again.
-                (wrong, found) = (row.all_parity(), Fault::Unknown);
+                found.iter_mut().for_each(|it| (it.slots, it.fault) = (row.all_parity(), Fault::Unknown));
             }
-            self.tell_fault(row, wrong, found);
-            if wanted == Wanted::Repaired {
-                rewritten |= wrong;
+            self.tell_faults(row, &found);
+        }
+        // What cannot be read has been computed.
+        self.rewrite(row, &contents, bad).await?;
+        if wanted == Wanted::Repaired {
+            for Differing { columns, slots, .. } in &found {
+                let part = Row { within: row.within + columns.start as u64, len: columns.len(), ..*row };
+                let mut contents = part_of(&contents, columns, &self.place.spare);
+                part.recover(&mut contents, all_slots & !slots, *slots)?;
+                self.rewrite(&part, &contents, *slots).await?;
             }
         }
-        if rewritten == 0 {
-            return Ok(found);
-        }
-        self.may_mend()?;
-        let mut contents = contents;
-        for slot in each(wrong) {
-            contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
-        }
-        if wrong != 0 {
-            row.recover(&mut contents, all_slots & !wrong, wrong)?;
-        }
-        for slot in each(rewritten) {
-            let leaf = row.leaf(slot).expect("who is in sync is there");
-            let content = contents[slot].as_ref().expect("all of them are there");
+        Ok(found)
+    }
+
+    /// Writes those of these slots that are in sync.
+    async fn rewrite(
+        self: &Rc<Self>,
+        row: &Row<'_>,
+        contents: &[Option<Rc<Bounce>>],
+        slots: Slots,
+    ) -> Outcome {
+        for slot in each(slots) {
+            self.may_mend()?;
+            let leaf = row.leaf(slot).filter(|_| row.in_sync() >> slot & 1 != 0);
+            let Some(leaf) = leaf else { continue };
+            let content = contents[slot].as_ref().expect("what is written is there");
             match self.lanes.write(leaf, row.offset(), content, 0, row.len, false).await {
                 Ok(()) => {
                     coverage::count(coverage::Event::Repaired);
@@ -546,31 +554,36 @@ impl Owner {
                 Err(status) => self.report(1 << row.member(slot), status, row.since).await?,
             }
         }
-        Ok(found)
+        Ok(())
     }
 
-    fn tell_fault(&self, row: &Row<'_>, wrong: Slots, fault: Fault) {
-        let at = row.offset() - row.view.data_offset;
-        let (pool, last) = (&self.shared.name, at + row.len as u64 - 1);
-        let who = match fault {
-            Fault::None => return,
-            Fault::Unknown => {
+    fn tell_faults(&self, row: &Row<'_>, found: &[Differing]) {
+        let pool = &self.shared.name;
+        let mut known: Slots = 0;
+        for Differing { columns, slots, fault } in found {
+            let at = row.offset() - row.view.data_offset;
+            let (at, last) = (at + columns.start as u64, at + columns.end as u64 - 1);
+            let who = match fault {
+                Fault::Unknown => {
+                    log::warn!(
+                        "pool {pool}: {SCRUB}: data and parity do not go together in bytes {at} to {last} of the members' data"
+                    );
+                    continue;
+                }
+                Fault::Data => "data",
+                Fault::Parity => "parity",
+            };
+            known |= slots;
+            for slot in each(*slots) {
+                let member = row.member(slot);
+                let name = self.device_name(member);
                 log::warn!(
-                    "pool {pool}: {SCRUB}: data and parity do not go together in bytes {at} to {last} of the members' data"
+                    "pool {pool}: {SCRUB}: {name} (member {member}) has wrong {who} in bytes {at} to {last} of its data"
                 );
-                return;
             }
-            Fault::Data => "data",
-            Fault::Parity => "parity",
-        };
-        for slot in each(wrong) {
-            let member = row.member(slot);
-            self.members.borrow_mut()[usize::from(member)].wrong += 1;
-            let name = self.device_name(member);
-            log::warn!(
-                "pool {pool}: {SCRUB}: {name} (member {member}) has wrong {who} in bytes {at} to {last} of its data"
-            );
         }
+        let mut members = self.members.borrow_mut();
+        each(known).for_each(|slot| members[usize::from(row.member(slot))].wrong += 1);
     }
 }
 
@@ -585,18 +598,6 @@ pub(super) enum Wanted {
     Repaired,
 }
 
-/// What does not go with the rest of a stripe's columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
-    None,
-    /// A strip of data.
-    Data,
-    /// One of two parities.
-    Parity,
-    /// With one parity nobody can tell, nor where more than one strip is wrong.
-    Unknown,
-}
-
 /// What is lost, or cannot be read, is not made of parity that a crash left unknown: it would count as right from then on.
 fn computed_unless_doubtful(row: &Row<'_>) -> Lost {
     match row.is_doubtful() {
@@ -605,40 +606,22 @@ fn computed_unless_doubtful(row: &Row<'_>) -> Lost {
     }
 }
 
-/// The strips that are wrong, given all of them: the parities where that cannot be told.
-fn differing(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> (Slots, Fault) {
-    let bytes = |slot: usize| contents[slot].as_ref().expect("all of them are there").bytes(0, row.len);
-    let data: Vec<&[u8]> = (0..row.data()).map(bytes).collect();
-    let (p, q) = (row.data(), row.data() + 1);
-    let (mut sum, mut weighted) = (vec![0; row.len], vec![0; row.len]);
-    let has_q = row.slots() > q;
-    match has_q {
-        true => crate::parity::pq(&data, &mut sum, &mut weighted),
-        false => crate::parity::xor(&data, &mut sum),
-    }
-    crate::parity::xor_into(bytes(p), &mut sum);
-    if !has_q {
-        return if sum.iter().any(|byte| *byte != 0) { (1 << p, Fault::Unknown) } else { (0, Fault::None) };
-    }
-    crate::parity::xor_into(bytes(q), &mut weighted);
-    match (sum.iter().any(|byte| *byte != 0), weighted.iter().any(|byte| *byte != 0)) {
-        (false, false) => (0, Fault::None),
-        (true, false) => (1 << p, Fault::Parity),
-        (false, true) => (1 << q, Fault::Parity),
-        (true, true) => {
-            // One strip of data is wrong by `sum` if Q is wrong by its multiple of it.
-            let is_it = |slot: &usize| {
-                let mut product = weighted.clone();
-                crate::parity::mul_into(*slot, &sum, &mut product);
-                product.iter().all(|byte| *byte == 0)
-            };
-            let mut fitting = (0..row.data()).filter(is_it);
-            match (fitting.next(), fitting.next()) {
-                (Some(slot), None) => (1 << slot, Fault::Data),
-                _ => (1 << p | 1 << q, Fault::Unknown),
-            }
-        }
-    }
+/// What differs in columns of which all is there.
+fn differing_of(row: &Row<'_>, contents: &[Option<Rc<Bounce>>]) -> Vec<Differing> {
+    let there = contents.iter().map(|content| content.as_ref().expect("all of them are there"));
+    let strips: Vec<&[u8]> = there.map(|bounce| bounce.bytes(0, row.len)).collect();
+    differing(&strips, row.slots() - row.data(), 1 << row.view.block_shift)
+}
+
+/// What some of a row's columns hold, of which all is there.
+fn part_of(contents: &[Option<Rc<Bounce>>], columns: &Range<usize>, spare: &Rc<Spare>) -> Contents {
+    let part = |content: &Option<Rc<Bounce>>| {
+        let part = spare.take(columns.len());
+        let content = content.as_ref().expect("all of them are there");
+        part.fill(0, content.bytes(columns.start, columns.len()));
+        Some(Rc::new(part))
+    };
+    contents.iter().map(part).collect()
 }
 
 /// The columns that a piece of data is in, and its slot.

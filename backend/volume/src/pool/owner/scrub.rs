@@ -4,7 +4,8 @@
 //! compared once by each process.
 
 use super::Owner;
-use super::parity::{Fault, Wanted};
+use super::differing::Fault;
+use super::parity::Wanted;
 use super::resync::{SCRUB, window_of};
 use crate::format::{NONE, ScrubRecord};
 use crate::pool::PoolError;
@@ -26,7 +27,7 @@ const STEPS: u64 = 32;
 #[derive(Clone, Copy, Default)]
 struct Tally {
     mismatches: u64,
-    /// Of those, what is known to be of data, and of parity.
+    /// Of those, what is known to be of data, and of parity: some of one unit may be both.
     data_faults: u64,
     parity_faults: u64,
     /// Could not be compared, or not be rewritten.
@@ -295,9 +296,10 @@ impl Owner {
             let wanted = if repair { Wanted::Repaired } else { Wanted::Compared };
             match self.scrub_columns(&row, wanted).await {
                 Ok(found) => {
-                    tally.mismatches += u64::from(found != Fault::None);
-                    tally.data_faults += u64::from(found == Fault::Data);
-                    tally.parity_faults += u64::from(found == Fault::Parity);
+                    let has = |fault: Fault| u64::from(found.iter().any(|it| it.fault == fault));
+                    tally.mismatches += u64::from(!found.is_empty());
+                    tally.data_faults += has(Fault::Data);
+                    tally.parity_faults += has(Fault::Parity);
                     // Who is out was not compared, or could not be written.
                     tally.failures += u64::from(row.in_sync() != row.all_data() | row.all_parity());
                 }

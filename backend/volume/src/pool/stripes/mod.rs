@@ -19,7 +19,7 @@ mod row;
 
 pub(crate) use entries::{Entries, read_entries};
 pub(crate) use finish::Begun;
-pub(crate) use row::{Lost, Row, Slots, each};
+pub(crate) use row::{Contents, Lost, Row, Slots, each};
 
 use super::ask::{self, Reply};
 use super::bounce::Bounce;
