@@ -57,6 +57,28 @@ impl Set {
         u16::try_from(count).unwrap_or(0)
     }
 
+    /// A region was made the same everywhere: takes its mark away, and its doubt. Whoever marks it again says that before, so that `is_current`
+    /// is false from then on: then both stay, or come back. Whether it is the same. The owner's.
+    #[must_use]
+    pub fn declare_same(&self, region: u32, is_current: impl Fn() -> bool) -> bool {
+        self.unsynced.clear(region);
+        if !is_current() {
+            self.unsynced.set(region);
+            return false;
+        }
+        let Some(parity) = self.parity() else { return true };
+        // A doubt that has come since that look goes with the old one.
+        let was_doubtful = parity.doubtful.take(region);
+        if is_current() {
+            return true;
+        }
+        if was_doubtful {
+            parity.doubtful.set(region);
+        }
+        self.unsynced.set(region);
+        false
+    }
+
     /// At levels with parity: whether stripes can be written now that are in these bytes of the members' data areas. Marks their regions as
     /// touched when they can.
     ///

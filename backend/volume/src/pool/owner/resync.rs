@@ -420,13 +420,8 @@ impl Owner {
                 Ok(_) | Err(_) => return false,
             }
         }
-        set.unsynced.clear(region);
-        if self.shared.unsynced_marks() != marks {
-            set.unsynced.set(region);
+        if !set.declare_same(region, || self.shared.unsynced_marks() == marks) {
             return false;
-        }
-        if let Some(parity) = set.parity() {
-            parity.doubtful.clear(region);
         }
         coverage::count(coverage::Event::Resync);
         true
