@@ -8,7 +8,7 @@ use crate::pool::bounce::{Bounce, Spare};
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
-use crate::pool::stripes::{Contents, Entries, Lost, Row, Slots, Ways, each, read_entries};
+use crate::pool::stripes::{Bad, Contents, Entries, Lost, Row, Slots, Ways, each, read_entries};
 use crate::pool::wait::{all, next_pass};
 use crate::raid::{Level, Mode, Parity, Piece, Set};
 use crate::simulated::is_broken;
@@ -423,7 +423,7 @@ impl Owner {
         if lost_data != 0 && row.is_doubtful() {
             return Err(Status::Media);
         }
-        let mut bad = 0;
+        let mut bad = Bad::default();
         let from = match lost_data {
             0 => row.all_data(),
             _ => in_sync,
@@ -431,6 +431,10 @@ impl Owner {
         let gathered =
             row.gather(&self.lanes, &self.place, from, &mut bad, computed_unless_doubtful(row)).await?;
         let mut contents = gathered.ok_or(Status::Media)?;
+        if let Some(status) = bad.other.filter(|_| lost_data == 0) {
+            // It has what parity is to be made of.
+            return Err(status);
+        }
         for slot in each(made) {
             contents[slot] = Some(Rc::new(self.place.spare.take(row.len)));
         }
@@ -466,7 +470,7 @@ impl Owner {
         Ok(mended)
     }
 
-    /// Rewrites what cannot be read in these rows. The window is the caller's.
+    /// Rewrites what a medium has lost in these rows. The window is the caller's.
     pub(super) async fn rewrite_bad_strips(self: &Rc<Self>, set: &Arc<Set>, rows: Range<u64>) -> Outcome {
         let view = self.view();
         let strip = u64::from(set.strip_bytes());
@@ -487,26 +491,26 @@ impl Owner {
         bad: bool,
     ) -> Result<Rc<Bounce>, Status> {
         let (row, slot) = row_of(view, set, piece);
-        let mut bad = if bad { 1 << slot } else { 0 };
+        let mut bad = Bad::known(if bad { 1 << slot } else { 0 });
         let lost = computed_unless_doubtful(&row);
         let gathered = row.gather(&self.lanes, &self.place, 1 << slot, &mut bad, lost).await?;
         Ok(gathered.ok_or(Status::Media)?[slot].take().expect("asked for"))
     }
 
-    /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. What cannot be read
-    /// is written again. The window is the caller's. What differs.
+    /// Whether the strips of these columns go together, and who is wrong, where that can be told; mends them if that is wanted. What a medium has
+    /// lost is written again. The window is the caller's. What differs.
     pub(super) async fn scrub_columns(
         self: &Rc<Self>,
         row: &Row<'_>,
         wanted: Wanted,
     ) -> Result<Vec<Differing>, Status> {
         let all_slots = row.all_data() | row.all_parity();
-        let mut bad: Slots = 0;
+        let mut bad = Bad::default();
         let lost = computed_unless_doubtful(row);
         let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, lost).await?;
         let contents = gathered.ok_or(Status::Media)?;
         let mut found = Vec::new();
-        if row.in_sync() == all_slots && bad == 0 && wanted != Wanted::Readable {
+        if row.in_sync() == all_slots && bad.slots == 0 && wanted != Wanted::Readable {
             found = differing_of(row, &contents);
             if row.is_unsynced() {
                 // Nobody's fault: a crash has left it so, and parity is about to be made again.
@@ -515,7 +519,10 @@ impl Owner {
             self.tell_faults(row, &found);
         }
         // What cannot be read has been computed.
-        self.rewrite(row, &contents, bad).await?;
+        self.rewrite(row, &contents, bad.media).await?;
+        if let Some(status) = bad.other.filter(|_| wanted != Wanted::Readable) {
+            return Err(status);
+        }
         if wanted == Wanted::Repaired {
             for Differing { columns, slots, .. } in &found {
                 let part = Row { within: row.within + columns.start as u64, len: columns.len(), ..*row };
@@ -590,7 +597,7 @@ impl Owner {
 /// What a scrub is to do with columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// Only what cannot be read is written again: parity need not be right, of what nobody has written.
+    /// Only what a medium has lost is written again: parity need not be right, of what nobody has written.
     Readable,
     /// They are compared, too.
     Compared,

@@ -9,13 +9,14 @@ use super::parity::Wanted;
 use super::resync::{SCRUB, window_of};
 use crate::format::{NONE, ScrubRecord};
 use crate::pool::PoolError;
+use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::runs;
 use crate::pool::shared::View;
 use crate::pool::stripes::Row;
-use crate::raid::{Mode, Piece, Set};
+use crate::raid::{Copy, Mode, Piece, Set};
 use crate::thin::{Bits, Mapped};
-use hawser_block::Status;
+use hawser_block::{Outcome, Status};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -316,47 +317,39 @@ impl Owner {
         tally
     }
 
-    /// Which copies of a piece differ from the first.
+    /// Which copies of a piece differ from the first that can be read. Nothing is taken for wrong, and overwritten, while one of them does not say what it holds.
     async fn compare(self: &Rc<Self>, set: &Arc<Set>, piece: &Piece, repair: bool) -> Tally {
         let view = &self.view();
         let len = piece.len as usize;
-        let first = Rc::new(self.place.spare.take(len));
-        let from = match self.read_first(view, set, piece, &first, 0).await {
-            Ok(from) => from,
-            Err(status) => {
-                log::error!(
-                    "pool {}: no copy of some bytes can be read: {}",
-                    self.shared.name,
-                    status.name()
-                );
-                return Tally { failures: 1, ..Tally::default() };
-            }
-        };
         let is_in_sync = |member: u16| set.mode(member - set.first_member()) == Mode::InSync;
         let mut tally = Tally::default();
-        let (mut wrong, mut bad) = (Vec::new(), Vec::new());
-        for copy in piece.copies.as_slice().iter().filter(|copy| copy.member != from.member) {
+        let mut first: Option<(u16, Rc<Bounce>)> = None;
+        let (mut wrong, mut bad, mut is_told) = (Vec::new(), Vec::new(), true);
+        for copy in piece.copies.as_slice() {
             let leaf = view.leaves[usize::from(copy.member)].as_ref();
             let Some(leaf) = leaf.filter(|_| is_in_sync(copy.member)) else {
                 tally.failures += 1;
                 continue;
             };
-            let other = Rc::new(self.place.spare.take(len));
-            match self.lanes.read(leaf, view.data_offset + copy.offset, &other, 0, len).await {
-                Ok(()) if other.bytes(0, len) == first.bytes(0, len) => {}
-                Ok(()) => {
-                    wrong.push(copy.member);
-                    let pairs = other.bytes(0, len).iter().zip(first.bytes(0, len));
+            let bounce = Rc::new(self.place.spare.take(len));
+            let read = self.lanes.read(leaf, view.data_offset + copy.offset, &bounce, 0, len).await;
+            match (read, &first) {
+                (Ok(()), _) if !is_in_sync(copy.member) => tally.failures += 1,
+                (Ok(()), None) => first = Some((copy.member, bounce)),
+                (Ok(()), Some((_, first))) if bounce.bytes(0, len) == first.bytes(0, len) => {}
+                (Ok(()), Some((from, first))) => {
+                    wrong.push(*copy);
+                    let pairs = bounce.bytes(0, len).iter().zip(first.bytes(0, len));
                     let at = copy.offset + pairs.take_while(|(one, other)| one == other).count() as u64;
                     log::warn!(
                         "pool {}: {} differs from {} at byte {at} of its data",
                         self.shared.name,
                         self.device_name(copy.member),
-                        self.device_name(from.member)
+                        self.device_name(*from)
                     );
                 }
-                Err(Status::Media) => bad.push(copy.member),
-                Err(status) => {
+                (Err(Status::Media), _) => bad.push(copy.member),
+                (Err(status), _) => {
                     log::warn!(
                         "pool {}: {} cannot be compared at {} of its data: {}",
                         self.shared.name,
@@ -365,24 +358,36 @@ impl Owner {
                         status.name()
                     );
                     tally.failures += 1;
+                    is_told = false;
                 }
             }
         }
-        tally.mismatches += wrong.len() as u64;
-        let rewrites = repair && !wrong.is_empty();
-        if !rewrites && bad.is_empty() {
-            return tally;
-        }
-        // A copy that could not be read counts where it is rewritten.
-        let rewritten = match rewrites {
-            true => self.copy_piece(set, piece, None).await,
-            false => self.rewrite_bad(set, piece).await,
+        let Some((_, first)) = first.filter(|(from, _)| is_in_sync(*from)) else {
+            log::error!("pool {}: no copy of some bytes can be read", self.shared.name);
+            return Tally { failures: 1, ..Tally::default() };
         };
-        if rewrites {
-            bad.append(&mut wrong);
+        tally.mismatches += wrong.len() as u64;
+        let is_failed = |outcome: Outcome, member: u16| u64::from(outcome.is_err() || !is_in_sync(member));
+        if repair && is_told {
+            for copy in wrong {
+                tally.failures += is_failed(self.rewrite_copy(&copy, &first, len).await, copy.member);
+            }
         }
-        let failed = bad.iter().filter(|member| rewritten.is_err() || !is_in_sync(**member));
-        tally.failures += failed.count() as u64;
+        // A copy that could not be read counts where it is not rewritten.
+        if !bad.is_empty() {
+            let rewritten = self.rewrite_bad(set, piece).await;
+            tally.failures += bad.into_iter().map(|member| is_failed(rewritten, member)).sum::<u64>();
+        }
         tally
+    }
+
+    async fn rewrite_copy(self: &Rc<Self>, copy: &Copy, content: &Rc<Bounce>, len: usize) -> Outcome {
+        self.may_mend()?;
+        let (view, since) = (self.view(), self.shared.joins());
+        let leaf = view.leaves[usize::from(copy.member)].as_ref().ok_or(Status::Path)?;
+        match self.lanes.write(leaf, view.data_offset + copy.offset, content, 0, len, false).await {
+            Ok(()) => Ok(()),
+            Err(status) => self.report_lacking(copy.member, status, since).await,
+        }
     }
 }

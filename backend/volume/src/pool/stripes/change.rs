@@ -8,7 +8,7 @@
 //! Parity can be changed only where it is right. Where nobody has written yet, or after a crash, it is not: there it is made of all data.
 
 use super::row::bytes_mut;
-use super::row::{Contents, Lost, Row, Slots, each};
+use super::row::{Bad, Contents, Lost, Row, Slots, each};
 use super::{Change, Changed, Ways};
 use crate::format::parity_log::ENTRY_LEN_MAX;
 use crate::parity;
@@ -121,7 +121,7 @@ impl Ways {
         let is_whole = touched == row.all_data() && part == 0;
         let is_healthy = in_sync.count_ones() as usize == row.slots();
 
-        let mut bad = 0;
+        let mut bad = Bad::default();
         let contents = match self.is_changed_by_difference(row, touched, untouched | part, is_known) {
             true => self.by_difference(row, changes, touched, parities, &mut bad).await?,
             false => self.by_all(row, changes, (untouched | part, part), parities, &mut bad, lost).await?,
@@ -131,7 +131,7 @@ impl Ways {
         let zeroed = match lost {
             Lost::Zeroes if !is_broken("zeroes_not_written") => {
                 let is_there = |slot: &usize| contents[*slot].is_some();
-                let lacking = each(untouched & written & (bad | !in_sync)).filter(is_there);
+                let lacking = each(untouched & written & (bad.slots | !in_sync)).filter(is_there);
                 lacking.fold(0, |slots, slot| slots | 1 << slot)
             }
             _ => 0,
@@ -196,7 +196,7 @@ impl Ways {
         changes: &[Change],
         touched: Slots,
         parities: Slots,
-        bad: &mut Slots,
+        bad: &mut Bad,
     ) -> Result<Option<Contents>, Status> {
         let gathered = self.gather(row, touched | parities, bad, Lost::Computed).await?;
         let Some(mut contents) = gathered else { return Ok(None) };
@@ -229,7 +229,7 @@ impl Ways {
         changes: &[Change],
         (rest, part): (Slots, Slots),
         parities: Slots,
-        bad: &mut Slots,
+        bad: &mut Bad,
         lost: Lost,
     ) -> Result<Option<Contents>, Status> {
         let need = if parities == 0 { part } else { rest };
@@ -266,7 +266,7 @@ impl Ways {
         &self,
         row: &Row<'_>,
         need: Slots,
-        bad: &mut Slots,
+        bad: &mut Bad,
         lost: Lost,
     ) -> Result<Option<Contents>, Status> {
         loop {

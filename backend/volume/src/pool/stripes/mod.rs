@@ -19,7 +19,7 @@ mod row;
 
 pub(crate) use entries::{Entries, read_entries};
 pub(crate) use finish::Begun;
-pub(crate) use row::{Contents, Lost, Row, Slots, each};
+pub(crate) use row::{Bad, Contents, Lost, Row, Slots, each};
 
 use super::ask::{self, Reply};
 use super::bounce::Bounce;
@@ -141,7 +141,7 @@ impl Ways {
         }
         let slot = (0..row.data()).find(|slot| row.member(*slot) == copy.member);
         let slot = slot.expect("a piece of data is on one of them");
-        let mut bad = 1 << slot;
+        let mut bad = Bad::known(1 << slot);
         let mut contents = row.gather(&self.lanes, &self.place, 1 << slot, &mut bad, Lost::Computed).await?;
         coverage::count(coverage::Event::Computed);
         Ok(contents.as_mut().and_then(|contents| contents[slot].take()).expect("it is computed"))

@@ -42,6 +42,31 @@ pub(crate) enum Lost {
 /// Slots, as bits.
 pub(crate) type Slots = u64;
 
+/// Who could not be read.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Bad {
+    pub(crate) slots: Slots,
+    /// Those of them that say that they have lost it: what is computed may be written there.
+    pub(crate) media: Slots,
+    /// What another has said. What it holds may be right, and parity wrong: nothing is written there, and parity is not made of what was computed for it.
+    pub(crate) other: Option<Status>,
+}
+
+impl Bad {
+    /// Who is not to be read, for a reason that the caller knows.
+    pub(crate) fn known(slots: Slots) -> Bad {
+        Bad { slots, ..Bad::default() }
+    }
+
+    fn add(&mut self, slot: usize, status: Status) {
+        self.slots |= 1 << slot;
+        match status {
+            Status::Media => self.media |= 1 << slot,
+            _ => self.other = Some(status),
+        }
+    }
+}
+
 /// What slots hold.
 pub(crate) type Contents = Vec<Option<Rc<Bounce>>>;
 
@@ -146,7 +171,7 @@ impl<'a> Row<'a> {
         lanes: &Rc<Lanes>,
         place: &Place,
         need: Slots,
-        bad: &mut Slots,
+        bad: &mut Bad,
         lost: Lost,
     ) -> Result<Option<Contents>, Status> {
         let mut last = Status::Path;
@@ -154,7 +179,7 @@ impl<'a> Row<'a> {
             if self.parity.is_behind() {
                 return Err(Status::Aborted);
             }
-            let readable = self.in_sync() & !*bad;
+            let readable = self.in_sync() & !bad.slots;
             let missing = need & !readable;
             let from = match (missing, lost) {
                 (0, _) => need,
@@ -188,7 +213,7 @@ impl<'a> Row<'a> {
                     // Not waited for any more.
                     Err(Status::Aborted) => is_whole = false,
                     Err(status) => {
-                        *bad |= 1 << slot;
+                        bad.add(slot, status);
                         (last, is_whole) = (status, false);
                     }
                 }
