@@ -87,6 +87,7 @@ impl Owner {
     pub(crate) fn take_freed(&self) {
         let freed = self.meta.borrow_mut().take_freed();
         if !freed.is_empty() {
+            self.work.are_let_go(freed.extents());
             self.freed.borrow_mut().push((self.seq.get().saturating_sub(1), freed));
         }
     }

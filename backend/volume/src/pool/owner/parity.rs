@@ -510,6 +510,10 @@ impl Owner {
         let gathered = row.gather(&self.lanes, &self.place, all_slots, &mut bad, lost).await?;
         let contents = gathered.ok_or(Status::Media)?;
         let mut found = Vec::new();
+        if wanted != Wanted::Readable && self.work.compared.get().is_none() {
+            // It was let go of while it was read, and may have been discarded.
+            return Ok(found);
+        }
         if row.in_sync() == all_slots && bad.slots == 0 && wanted != Wanted::Readable {
             found = differing_of(row, &contents);
             if row.is_unsynced() {

@@ -43,6 +43,9 @@ pub(crate) struct Work {
     pub(super) last: [Cell<Option<Progress>>; 2],
     /// The scrub that was asked for and has not ended, as superblocks say it: waiting, or under way.
     pub(crate) scrub: Cell<Option<ScrubRecord>>,
+    /// The extent that is being compared, as long as somebody has it: what nobody has is discarded on one member after the other, or written by
+    /// somebody else.
+    pub(super) compared: Cell<Option<u32>>,
     /// Why the last scrub ended before it was through.
     pub(super) cut_short: RefCell<Option<String>>,
     pub(super) pace: Pace,
@@ -145,6 +148,13 @@ impl Work {
         self.found(&scrub);
         self.cut_short.replace(Some(why));
         self.end(now);
+    }
+
+    /// Nobody has these extents any more.
+    pub(super) fn are_let_go(&self, extents: &[u32]) {
+        if self.compared.get().is_some_and(|extent| extents.contains(&extent)) {
+            self.compared.set(None);
+        }
     }
 
     pub(crate) fn views(&self, now: Instant) -> Vec<TaskView> {

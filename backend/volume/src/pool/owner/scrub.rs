@@ -221,10 +221,16 @@ impl Owner {
         if let Some(fallback) = fallback {
             tally += self.scrub_extent(fallback, repair, seen).await;
         }
+        self.work.compared.set(None);
         tally
     }
 
-    /// Units of an extent.
+    /// Whether what is being compared still counts.
+    fn is_compared(&self) -> bool {
+        self.may_mend().is_ok() && self.work.compared.get().is_some()
+    }
+
+    /// Units of an extent, until nobody has it any more.
     async fn scrub_extent(
         self: &Rc<Self>,
         (extent, bits): (u32, Bits),
@@ -233,6 +239,8 @@ impl Owner {
     ) -> Tally {
         let view = self.view();
         let before = seen.add(extent, bits, view.thin.full_bits());
+        // Somebody has it: the caller has just looked.
+        self.work.compared.set(Some(extent));
         let (set, address) = view.array.locate(extent);
         let set = Arc::clone(view.array.set(set));
         let mut tally = Tally::default();
@@ -244,7 +252,7 @@ impl Owner {
             let strip = u64::from(set.strip_bytes());
             for first in (0..view.thin.extent_bytes).step_by(usize::try_from(stripe).unwrap_or(usize::MAX)) {
                 self.give_way().await;
-                if self.may_mend().is_err() {
+                if !self.is_compared() {
                     return tally;
                 }
                 let number = (address + first) / stripe;
@@ -259,7 +267,7 @@ impl Owner {
         for (_, within, len) in parts {
             for piece in set.pieces(address + within, len).collect::<Vec<_>>() {
                 self.give_way().await;
-                if self.may_mend().is_err() {
+                if !self.is_compared() {
                     return tally;
                 }
                 let work = self.compare(&set, &piece, repair);
@@ -295,7 +303,11 @@ impl Owner {
                 continue;
             }
             let wanted = if repair { Wanted::Repaired } else { Wanted::Compared };
-            match self.scrub_columns(&row, wanted).await {
+            let found = self.scrub_columns(&row, wanted).await;
+            if self.work.compared.get().is_none() {
+                return tally;
+            }
+            match found {
                 Ok(found) => {
                     let has = |fault: Fault| u64::from(found.iter().any(|it| it.fault == fault));
                     tally.mismatches += u64::from(!found.is_empty());
@@ -361,6 +373,10 @@ impl Owner {
                     is_told = false;
                 }
             }
+        }
+        if self.work.compared.get().is_none() {
+            // It was let go of while it was read, and may have been discarded.
+            return Tally::default();
         }
         let Some((_, first)) = first.filter(|(from, _)| is_in_sync(*from)) else {
             log::error!("pool {}: no copy of some bytes can be read", self.shared.name);
