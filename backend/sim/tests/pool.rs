@@ -30,6 +30,8 @@ mod scrub;
 mod shapes;
 #[path = "pool_cases/space.rs"]
 mod space;
+#[path = "pool_cases/tables.rs"]
+mod tables;
 
 use hawser_block::held::HeldDevice;
 use hawser_block::{BlockSize, Device, Geometry, Operation, Outcome, Status};

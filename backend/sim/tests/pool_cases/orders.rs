@@ -43,7 +43,7 @@ impl Scene {
     }
 
     /// The power goes, and all is there again but who is dead.
-    fn cut(&mut self) {
+    pub(crate) fn cut(&mut self) {
         self.kill();
         self.tail = MemoryTail::default();
         self.disks.iter().for_each(|disk| disk.state().lose_cache());

@@ -8,7 +8,8 @@
 //!
 //! The CRC is over all `len_bytes`. A batch is in one piece: what does not fit at the log's end stands at its beginning.
 //!
-//! Invariant: what is not the batch that is asked for is the end of the log, whatever it is.
+//! Invariant: what is not the batch that is asked for is the end of the log, whatever it is, unless a later one is there: a
+//! batch is written when the one before it is durable.
 
 use super::bytes::{
     is_sealed, put_header, put_u32, put_u64, seal, take, take_header, take_reserved, take_u32, take_u64,
@@ -80,6 +81,18 @@ pub fn decode_batch(bytes: &[u8], pool: &Uuid, number: u64) -> Option<Result<Bat
     let batch = bytes.get(..usize::try_from(len).ok()?).filter(|batch| batch.len() >= HEADER_BYTES)?;
     is_sealed(batch)
         .then(|| parse(batch, number).map_err(|error| wrong!("batch {number} of the log: {error}")))
+}
+
+/// The number of the whole batch that begins here, if it is this one or a later one.
+///
+/// Records are what guests and people ask for. To make some that look like a batch takes the pool's UUID, which no guest is told.
+#[must_use]
+pub fn number_from(bytes: &[u8], pool: &Uuid, number: u64) -> Option<u64> {
+    let header = bytes.get(..HEADER_BYTES)?;
+    let found = u64::from_le_bytes(header[32..40].try_into().ok()?);
+    // Cheap, before all of it is looked at: old ones have lower numbers.
+    let is_whole = || matches!(decode_batch(bytes, pool, found), Some(Ok(_)));
+    (found >= number && is_whole()).then_some(found)
 }
 
 /// All of a batch whose CRC is right.

@@ -39,7 +39,7 @@ pub use checkpoint::{
 };
 pub use intents::{INTENTS_PER_PAGE, decode_intents, encode_intents};
 pub use layout::Layout;
-pub use log::{Batch, batch_len, decode_batch, encode_batch};
+pub use log::{Batch, batch_len, decode_batch, encode_batch, number_from};
 pub use parity_log::{ParityEntry, ParityHeader};
 pub use record::{NewSnapshot, Record};
 pub use superblock::{

@@ -4,7 +4,7 @@ use super::found::Found;
 use super::leaves_of;
 use super::parity_log;
 use super::tables::{read_intents, read_tables};
-use crate::format::{Layout, PAGE_BYTES, Superblock};
+use crate::format::{Layout, PAGE_BYTES, Root, Superblock};
 use crate::pool::lanes::Lanes;
 use crate::pool::{Ask, CheckReport, PoolError};
 use hawser_block::Device;
@@ -72,6 +72,22 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
             found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));
         let Some(place) = place else { continue };
         alone.members[place].clone_from(&found.members[place]);
+        for slot in [0, 1] {
+            // One that cannot be read is told below, if it is needed.
+            let Ok(page) = lanes.read_bytes(leaf, found.book.layout.page_offset(slot), PAGE_BYTES).await
+            else {
+                continue;
+            };
+            let page = page.bytes(0, PAGE_BYTES);
+            let is_empty = page.iter().all(|byte| *byte == 0);
+            if !is_empty && Root::decode(page, &found.book.pool_uuid).is_none() {
+                // After a crash too, which may come while it is written: the other one counts, and the next checkpoint writes this one.
+                report.faults.push(format!(
+                    "{}: page {slot} of its tables, a root, is torn, or none of this pool's",
+                    leaf.name()
+                ));
+            }
+        }
         match read_tables(lanes, &alone).await {
             Err(PoolError::Failed(what)) => report.faults.push(format!("{}: {what}", leaf.name())),
             Err(error) => return Err(error),

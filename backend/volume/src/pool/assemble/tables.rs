@@ -16,6 +16,8 @@ use std::rc::Rc;
 const LOG_READ_BYTES: u64 = 4 << 20;
 /// No batch is longer: 1 MiB of records, the last of which may go beyond it, and its header.
 const BATCH_BYTES_MAX: u64 = 2 << 20;
+/// How far behind a batch the next whole one begins, if it is there: the log may have come round and end in the middle of the one between.
+const NEXT_BYTES_MAX: u64 = 2 * BATCH_BYTES_MAX;
 /// Pages that are read at a time.
 const PAGES_AT_A_TIME: usize = 64;
 
@@ -177,6 +179,36 @@ async fn next_batch(
     best
 }
 
+/// A batch that cannot be there unless the one that is wanted was durable: of its number, where it does not belong, or a later one. Numbers are
+/// never used again: a batch is begun when the one before it is durable on all who have tables, an opening begins behind a number that was cut
+/// off, and who comes back has no log of its own. Where it is, and on whom.
+async fn later_batch(
+    lanes: &Rc<Lanes>,
+    book: &Superblock,
+    readers: &mut [[LogReader; 2]],
+    log: Log,
+) -> Option<(u64, u64, String)> {
+    let (log_bytes, step) = (book.layout.log_bytes, u64::from(book.block_bytes));
+    // The next one may have gone to the beginning.
+    let may_wrap = log.position > 0 && log.position + NEXT_BYTES_MAX > log_bytes;
+    let ranges = [Some(log.position), may_wrap.then_some(0)];
+    for reader in readers {
+        for (reader, from) in reader.iter_mut().zip(ranges).filter_map(|(reader, from)| Some((reader, from?)))
+        {
+            let mut at = from;
+            while at < log_bytes.min(from + NEXT_BYTES_MAX) {
+                // What cannot be read says nothing.
+                let Some(bytes) = reader.at(lanes, book.layout, at).await else { break };
+                if let Some(number) = format::number_from(bytes, &book.pool_uuid, log.batch) {
+                    return Some((number, at, reader.leaf.name().to_owned()));
+                }
+                at += step;
+            }
+        }
+    }
+    None
+}
+
 /// A pool grows after its superblocks: what says otherwise is none of ours, and would name places that are not there.
 pub(super) fn is_within(record: &Record, array: &Array) -> bool {
     !matches!(record, Record::Grow { extents } if *extents > array.extents())
@@ -201,7 +233,16 @@ async fn replay(
         if readers.is_empty() {
             return Err(corrupt(book, "no member's log can be read"));
         }
-        let Some((place, batch)) = next else { break };
+        let Some((place, batch)) = next else {
+            if let Some((number, at, name)) = later_batch(lanes, book, &mut readers, log).await {
+                let what = format!(
+                    "its log at {} is damaged: batch {} is not there, and batch {number}, which was written after it, is, on {name} at {at}",
+                    log.position, log.batch
+                );
+                return Err(corrupt(book, &what));
+            }
+            break;
+        };
         let batch = batch.map_err(|error| corrupt(book, &format!("its log at {place}: {}", error.0)))?;
         for (number, record) in (batch.first_seq..).zip(&batch.records) {
             if number > seq {
