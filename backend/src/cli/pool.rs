@@ -53,6 +53,9 @@ pub(super) struct CreateArgs {
     /// Room for the log of mapping changes on each member
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     log: ByteSize,
+    /// Room for mappings on each member, of which less than half can be used; by the pool's size if not said
+    #[arg(long, value_name = "SIZE")]
+    metadata_size: Option<ByteSize>,
     /// How many of the devices are spares
     #[arg(long, value_name = "N", default_value_t = 0)]
     spares: usize,
@@ -194,7 +197,8 @@ pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
 }
 
 fn create(args: &CreateArgs) -> Result<(), Failure> {
-    let CreateArgs { name, devices, raid, strip, extent, log, spares, force, at } = args;
+    let CreateArgs { name, devices, raid, strip, extent, log, metadata_size, spares, force, at } = args;
+    let metadata_bytes = metadata_size.map(|size| size.0);
     let level = assemble::level(raid).map_err(|what| Failure::Usage(format!("--raid: {what}")))?;
     let strip_bytes = u32::try_from(strip.0);
     let strip_bytes = strip_bytes
@@ -208,6 +212,7 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
                 strip_bytes: Some(strip_bytes),
                 extent_bytes: Some(extent.0),
                 log_bytes: Some(log.0),
+                metadata_bytes,
                 spares: *spares,
                 force: *force,
             };
@@ -217,7 +222,8 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
             let uuid = assemble::new_uuid().map_err(Failure::Failed)?;
             let mut options = pool::CreateOptions::new(name.as_str(), uuid, level);
             (options.strip_bytes, options.extent_bytes) = (strip_bytes, extent.0);
-            (options.log_bytes, options.spares, options.force) = (log.0, *spares, *force);
+            (options.log_bytes, options.metadata_bytes) = (log.0, metadata_bytes);
+            (options.spares, options.force) = (*spares, *force);
             let offline = Offline::begin(at, file, Purpose::Change)?;
             let created = offline.create(devices, options);
             offline.end(created)

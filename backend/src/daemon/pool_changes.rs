@@ -106,6 +106,7 @@ impl Daemon {
         options.strip_bytes = create.strip_bytes.unwrap_or(options.strip_bytes);
         options.extent_bytes = create.extent_bytes.unwrap_or(options.extent_bytes);
         options.log_bytes = create.log_bytes.unwrap_or(options.log_bytes);
+        options.metadata_bytes = create.metadata_bytes;
         (options.spares, options.force) = (create.spares, create.force);
         self.with_reserved(name.as_str(), None, &taken, |devices| {
             self.pools.asks().ask(name.as_str(), || pool::create(self.pools.reactor(), devices, options))

@@ -67,6 +67,49 @@ fn what_is_given_back_needs_no_room_for_metadata() {
     scene.check();
 }
 
+/// Guests that write here and there used up the room for mappings: their first writes were refused, while the pool was fine to look at, with half of that
+/// room free.
+#[test]
+fn little_room_for_mappings_is_told_before_writes_are_refused() {
+    let mut scene = Scene::new(34, 2);
+    scene.create(Level::Raid1);
+    let pool = scene.open();
+    for name in ["v", "w"] {
+        scene.ask(pool.create_volume(name, 64 << 30)).unwrap();
+    }
+    for at in 0..10 {
+        scene.write(&pool, "w", at * APART, &pattern(1, 4096));
+    }
+    let is_told = |pool: &Pool| {
+        let view = pool.view();
+        let free = (view.metadata_bytes - view.metadata_used_bytes) * 100 / view.metadata_bytes;
+        let begin = format!("{free} % of its room for mappings is free, ");
+        let found: Vec<String> =
+            view.troubles.iter().filter(|trouble| trouble.contains("mappings")).cloned().collect();
+        assert!(found.len() <= 1 && found.iter().all(|trouble| trouble.starts_with(&begin)), "{found:?}");
+        assert_eq!(found.len() == 1, free < 10, "{free} % is free: {found:?}");
+        found.len() == 1
+    };
+    let (mut written, mut told) = (0, 0);
+    let full = loop {
+        scene.wait(Duration::from_secs(2));
+        told += u32::from(is_told(&pool));
+        match scene.io(&pool, "v", WRITE, written * APART, &pattern(2, 4096)).0 {
+            Ok(()) => written += 1,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(full, Status::NoSpace);
+    assert!(told > 2 && written > 10, "{told} times of {written}");
+    let view = pool.view();
+    assert_eq!(view.metadata_used_bytes, view.metadata_bytes, "all of it is used: {view:?}");
+    assert!(view.free_bytes > view.size_bytes / 4, "{view:?}");
+    scene.ask(pool.delete_volume("w")).unwrap();
+    scene.wait(Duration::from_secs(3));
+    assert!(!is_told(&pool), "what helps is to delete something");
+    scene.write(&pool, "v", written * APART, &pattern(3, 4096));
+}
+
 #[test]
 fn a_write_that_waits_for_space_is_counted_while_it_waits() {
     let mut scene = Scene::new(31, 2);

@@ -320,7 +320,7 @@ impl Cast {
 
     /// Room for mappings may be used up: as much again is needed as they take.
     fn may_lack_metadata(&self, view: &PoolView) -> bool {
-        let pages = view.metadata_bytes / 4096;
+        let pages = self.plan.metadata_bytes / 4096;
         let needed = self.shared.models.borrow().pages_max().max(view.metadata_used_bytes / 4096);
         self.plan.metadata_bytes < 300 << 10 || needed * 3 > pages
     }

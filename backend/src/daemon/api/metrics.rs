@@ -254,7 +254,11 @@ impl Numbers {
             ("pool_size", "Room for data", |pool| pool.size_bytes),
             ("pool_free", "Of that, not given to any volume", |pool| pool.free_bytes),
             ("pool_metadata_size", "Room for mappings", |pool| pool.metadata_bytes),
-            ("pool_metadata_used", "Of that, in use", |pool| pool.metadata_used_bytes),
+            (
+                "pool_metadata_used",
+                "Of that, what they take; when it is all, first writes are refused",
+                |pool| pool.metadata_used_bytes,
+            ),
         ];
         for (name, help, size) in sizes {
             let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;

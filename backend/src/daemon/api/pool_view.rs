@@ -26,7 +26,7 @@ pub struct PoolView {
     pub free_bytes: Option<u64>,
     /// Room for mappings.
     pub metadata_bytes: Option<u64>,
-    /// Of that, in use.
+    /// Of that, what they take; when it is all, what needs more is refused.
     pub metadata_used_bytes: Option<u64>,
     /// Writes to members' parity logs since it was opened.
     pub parity_log_writes: Option<u64>,
@@ -151,6 +151,9 @@ pub struct CreatePool {
     /// The log of mapping changes on each member: 16 MiB if not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_bytes: Option<u64>,
+    /// Room for mappings on each member, of which less than half can be used: by the pool's size if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata_bytes: Option<u64>,
     /// How many of the devices are spares.
     #[serde(default)]
     pub spares: usize,

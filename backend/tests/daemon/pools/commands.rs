@@ -161,6 +161,11 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
         ),
         ("pool create p1 --raid raid1 --log 1TiB d2 d3", 2, "d2 has 268435456 bytes, want at least "),
         (
+            "pool create p1 --raid raid1 --metadata-size 1TiB d2 d3",
+            2,
+            "d2 has 268435456 bytes, want at least ",
+        ),
+        (
             "pool create p1 --raid raid1 --log 0 d2 d3",
             2,
             "pool p1: log_bytes 0 is not whole pages, or more than 1099511627776",

@@ -124,7 +124,7 @@ pub struct CreateOptions {
     pub log_bytes: u64,
     /// RAID 5 and 6: the log of stripes that are being changed, on each member.
     pub parity_log_bytes: u64,
-    /// Room for metadata besides the log; `None`: by the pool's size.
+    /// Room for mappings besides the log, on each member; `None`: by the pool's size. Less than half of it can be used.
     pub metadata_bytes: Option<u64>,
     /// Members that are spares from the beginning, behind the others in the list of devices.
     pub spares: usize,
@@ -349,9 +349,9 @@ pub struct PoolView {
     pub size_bytes: u64,
     /// Of that, not given to any volume.
     pub free_bytes: u64,
-    /// Room for mappings.
+    /// Room for mappings: what one tree of them may take of the area, which has room for the next one, too.
     pub metadata_bytes: u64,
-    /// Of that, in use.
+    /// Of that, what they take now. When it is all, what needs more is refused.
     pub metadata_used_bytes: u64,
     /// Writes to members' parity logs since it was opened, and their bytes.
     pub parity_log: (u64, u64),

@@ -253,11 +253,16 @@ impl Metadata {
     /// refused: what one record needs besides is in the reserve.
     #[must_use]
     pub fn has_room_for_metadata(&self, new_chunks: u32) -> bool {
-        let pages = self.pages.count();
-        let limit = (pages - RESERVE_PAGES.min(pages / 4)) / 2;
         // What a record takes of the arenas, and those that cannot be refused after it.
         let has_arenas = self.chunks.has_room(16, 16 * CHUNK_ENTRIES);
-        has_arenas && self.pages_needed() + u64::from(new_chunks) <= u64::from(limit)
+        has_arenas && self.pages_needed() + u64::from(new_chunks) <= u64::from(self.pages_limit())
+    }
+
+    /// How many pages a tree may have, so that the next one fits beside it.
+    #[must_use]
+    pub fn pages_limit(&self) -> u32 {
+        let pages = self.pages.count();
+        (pages - RESERVE_PAGES.min(pages / 4)) / 2
     }
 
     /// Whether these extents can be unmapped: what a snapshot shares is copied first, which needs room; what is the volume's own does not.
@@ -302,8 +307,9 @@ impl Metadata {
         used.filter(|page| is_new.binary_search(page).is_err()).collect()
     }
 
-    /// Pages of a whole tree, as of now.
-    pub(super) fn pages_needed(&self) -> u64 {
+    /// Pages of a whole tree, as of now. Up to [`Metadata::pages_limit`] there is room for more.
+    #[must_use]
+    pub fn pages_needed(&self) -> u64 {
         let list_bytes: usize = self.volumes.values().map(|v| 96 + v.name.len() + 8 * v.dirs.len()).sum();
         let list = (list_bytes / LIST_PAGE_BYTES) as u64 + 1;
         u64::from(self.chunks.pages()) + u64::from(self.dirs.live()) + list + u64::from(ROOT_PAGES)

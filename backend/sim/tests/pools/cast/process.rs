@@ -298,7 +298,7 @@ impl Cast {
         let pool = self.pool.clone().ok_or("it is open")?;
         let shift = self.plan.block_size.shift();
         self.shared.models.borrow_mut().extent_blocks = pool.view().extent_bytes >> shift;
-        self.shared.models.borrow_mut().metadata_pages = pool.view().metadata_bytes / 4096;
+        self.shared.models.borrow_mut().metadata_pages = self.plan.metadata_bytes / 4096;
         let actual: Names = pool
             .volumes()
             .into_iter()

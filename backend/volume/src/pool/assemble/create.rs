@@ -173,7 +173,7 @@ fn plan_pool(
         _ => smallest * data_strips as u64,
     };
     let least = format::parity_log_pages_min(*level, u16::try_from(count).unwrap_or(u16::MAX), *strip_bytes);
-    let layout = layout_of(options, total / extent_bytes, smallest, least);
+    let layout = layout_of(options, (total, extent_bytes), smallest, least);
     let data_offset = layout.data_offset();
     for (leaf, geometry) in leaves.iter().zip(&geometries) {
         if geometry.size_bytes() < data_offset + extent_bytes.max(options.region_bytes.min(1 << 20)) {
@@ -217,13 +217,24 @@ fn plan_pool(
     Ok((book, spares))
 }
 
-/// Room for what a pool of so many extents needs, and for eight times as many regions, so that it can grow.
-fn layout_of(options: &CreateOptions, extents: u64, member_bytes: u64, parity_log_min: u32) -> Layout {
+/// At most so much room for mappings is added for volumes that are written here and there.
+const SPARSE_BYTES_MAX: u64 = 1 << 30;
+
+/// Room for what a pool of so many bytes in extents needs, and for eight times as many regions, so that it can grow.
+fn layout_of(
+    options: &CreateOptions,
+    (data_bytes, extent_bytes): (u64, u64),
+    member_bytes: u64,
+    parity_log_min: u32,
+) -> Layout {
     let regions = member_bytes.div_ceil(options.region_bytes.max(1));
     let intent_pages = (regions * 8).div_ceil(u64::from(format::INTENTS_PER_PAGE)).max(1);
     // All mapped twice over (snapshots), each page there twice (the last checkpoint and the next), and room to grow.
-    let mapped_bytes = extents / format::CHUNK_ENTRIES as u64 * 4096 * 8;
-    let metadata_bytes = options.metadata_bytes.unwrap_or_else(|| (8 << 20) + mapped_bytes).max(64 << 10);
+    let mapped_bytes = data_bytes / extent_bytes / format::CHUNK_ENTRIES as u64 * 4096 * 8;
+    // A first write far from all others takes a page or two for one extent.
+    let sparse_bytes = (data_bytes / 1024).min(SPARSE_BYTES_MAX);
+    let by_size = (8 << 20) + mapped_bytes + sparse_bytes;
+    let metadata_bytes = options.metadata_bytes.unwrap_or(by_size).max(64 << 10);
     let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX - 1);
     Layout {
         intent_pages: narrow(intent_pages),
@@ -289,4 +300,30 @@ async fn write_empty_tables(
         lanes.write(leaf, layout.page_offset(page), &bounce, 0, PAGE_BYTES, true).await?;
     }
     lanes.flush(leaf).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CreateOptions, layout_of};
+    use crate::raid::Level;
+
+    /// A page of mappings is needed for each 448 extents of a volume of which one is mapped. A pool had room for all of its data mapped in whole chunks,
+    /// and guests that wrote here and there used that up while most of the data was free.
+    #[test]
+    fn a_new_pool_has_room_for_volumes_that_are_written_here_and_there() {
+        let pages = |data_bytes: u64, metadata_bytes: Option<u64>| {
+            let options = CreateOptions { metadata_bytes, ..CreateOptions::new("p", [1; 16], Level::Raid1) };
+            u64::from(layout_of(&options, (data_bytes, 1 << 20), data_bytes, 0).metadata_pages)
+        };
+        for data in [64u64 << 20, 1 << 30, 100 << 30, 1 << 40] {
+            let by_extents = (data >> 20) / 448 * 8;
+            assert_eq!(pages(data, None), 2048 + by_extents + data / 1024 / 4096, "{data} bytes");
+        }
+        assert_eq!(
+            pages(16 << 40, None),
+            2048 + (16 << 20) / 448 * 8 + (1 << 30) / 4096,
+            "no more than that"
+        );
+        assert_eq!(pages(1 << 40, Some(1 << 20)), 256, "as much as is asked for");
+    }
 }

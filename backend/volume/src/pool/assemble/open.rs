@@ -181,6 +181,7 @@ async fn start(
         work,
         lost: RefCell::new(None),
         is_low: Cell::new(false),
+        is_metadata_low: Cell::new(false),
         is_open: Cell::new(false),
         is_closing: Cell::new(false),
         is_over: Cell::new(false),

@@ -155,6 +155,8 @@ pub(crate) struct Owner {
     pub(crate) lost: RefCell<Option<String>>,
     /// There is little space left, and it was said.
     pub(crate) is_low: Cell<bool>,
+    /// The same of room for mappings.
+    pub(crate) is_metadata_low: Cell<bool>,
     /// The superblocks say that we have it.
     pub(crate) is_open: Cell<bool>,
     pub(crate) is_closing: Cell<bool>,

@@ -124,9 +124,11 @@ impl Owner {
             let device = member.device.as_deref().unwrap_or("missing");
             troubles.push(format!("{place} ({device}): {}: {}", member.state.name(), member.why));
         }
-        let is_low =
-            size_bytes > 0 && free_bytes * 1000 / size_bytes < u64::from(self.options.low_water_permille);
-        if is_low {
+        let is_low = |free: u64, size: u64| {
+            size > 0 && free * 1000 / size < u64::from(self.options.low_water_permille)
+        };
+        let is_space_low = is_low(free_bytes, size_bytes);
+        if is_space_low {
             let what = format!("{} % of its space is free", free_bytes / (size_bytes / 100).max(1));
             if !self.is_low.get() {
                 log::warn!(
@@ -136,7 +138,23 @@ impl Owner {
             }
             troubles.push(what);
         }
-        self.is_low.set(is_low);
+        self.is_low.set(is_space_low);
+        let (needed, limit) = (meta.pages_needed(), u64::from(meta.pages_limit()));
+        let room = limit.saturating_sub(needed);
+        let is_metadata_low = is_low(room, limit);
+        if is_metadata_low {
+            // Members that are added have data only.
+            let what = format!(
+                "{} % of its room for mappings is free, and without any it takes no first writes: delete snapshots or volumes; a new pool has as much as \
+                 --metadata-size says",
+                room * 100 / limit
+            );
+            if !self.is_metadata_low.get() {
+                log::warn!("pool {}: {what}", book.name);
+            }
+            troubles.push(what);
+        }
+        self.is_metadata_low.set(is_metadata_low);
         let pool = PoolView {
             name: book.name.clone(),
             uuid: book.pool_uuid,
@@ -147,8 +165,8 @@ impl Owner {
             extent_bytes,
             size_bytes,
             free_bytes,
-            metadata_bytes: u64::from(book.layout.metadata_pages) * 4096,
-            metadata_used_bytes: u64::from(meta.metadata_pages_used()) * 4096,
+            metadata_bytes: limit * 4096,
+            metadata_used_bytes: needed.min(limit) * 4096,
             parity_log: view
                 .array
                 .sets()
