@@ -4,7 +4,7 @@
 //!   a member was away, or a minute is over ─► who has it?
 //!       we                  nothing
 //!       nobody              the target has lost it (a restart that keeps none): it is taken again
-//!       another host        that took the pool: no more writes
+//!       another host        that took the pool: nothing is read or written any more
 //! ```
 //!
 //! Owns: when that is looked at. Must not know: how a reservation is taken.

@@ -74,7 +74,7 @@ impl Device for VolumeDevice {
     }
 
     fn state(&self) -> DeviceState {
-        let is_reading = self.shared.is_read_only || self.volume.is_snapshot;
+        let is_reading = self.shared.is_read_only || self.volume.is_snapshot && !self.shared.view().is_lost;
         match self.shared.is_writable.load(Ordering::Acquire) || is_reading {
             true => DeviceState::Ready,
             false => DeviceState::Failed,
@@ -324,6 +324,10 @@ impl VolumeChannel {
             self.spawn_slow(request, Counted::default());
             return;
         }
+        if self.view.is_lost && request.operation == Operation::Read {
+            core.end(request.token, Err(Status::Conflict));
+            return;
+        }
         let turn = core.place.enter();
         let resolved = resolve(&self.view, &self.map, &request, &mut self.rotor, &mut self.plan);
         let is_late = matches!(request.operation, Operation::Write { fua: true })
@@ -563,7 +567,12 @@ impl VolumeChannel {
         // What was read from a member that has been found to lack something meanwhile may be old.
         let is_old = !is_write && self.view.is_redundant && !self.are_in_sync(members);
         self.core.place.leave(turn);
-        if is_old && !is_broken("stale_member_read") {
+        if !is_write && self.view.is_lost {
+            // It may be another volume's data.
+            self.slots.remove(key);
+            let outcome = Err(Status::Conflict);
+            Self::has_ended(&mut self.wholes, Completion { token, outcome }, ended);
+        } else if is_old && !is_broken("stale_member_read") {
             let request = self.slots.remove(key).expect("looked up just now").request;
             self.slowly(request, Class::Degraded);
         } else {

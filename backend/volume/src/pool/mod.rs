@@ -361,7 +361,7 @@ pub struct PoolView {
     pub unsynced_regions: u64,
     /// It has less redundancy than it should, or none.
     pub is_degraded: bool,
-    /// It takes no writes any more.
+    /// Nothing is read or written any more.
     pub is_failed: bool,
     /// All members and spares.
     pub members: Vec<MemberView>,
@@ -578,7 +578,7 @@ impl Pool {
         self.shared.control(move |owner| owner.scrub(repair))
     }
 
-    /// The members' reservations tell that another host has it: it takes no more writes from now on.
+    /// The members' reservations tell that another host has it: nothing is read or written from now on.
     #[must_use]
     pub fn lose(&self, why: &str) -> Ask<()> {
         let why = why.to_owned();

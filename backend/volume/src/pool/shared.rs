@@ -120,6 +120,8 @@ pub struct View {
     pub is_redundant: bool,
     /// A write goes to several devices, from a copy of its payload.
     pub is_copied: bool,
+    /// It is another host's now, who may have given any extent to another volume: nothing is read any more.
+    pub is_lost: bool,
     /// The members' devices, those that are there.
     pub(crate) leaves: Vec<Option<Leaf>>,
 }
@@ -135,8 +137,17 @@ impl View {
         block_shift: u32,
     ) -> View {
         let is_redundant = array.sets().iter().any(|set| set.level().is_redundant());
-        let is_copied = is_redundant;
-        View { array, table, thin, data_offset, block_shift, is_redundant, is_copied, leaves: Vec::new() }
+        View {
+            array,
+            table,
+            thin,
+            data_offset,
+            block_shift,
+            is_redundant,
+            is_copied: is_redundant,
+            is_lost: false,
+            leaves: Vec::new(),
+        }
     }
 }
 

@@ -238,6 +238,9 @@ async fn read(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome 
     for _ in 0..READS_MAX {
         let under_way = core.place.under_way();
         let (view, map) = (core.shared.view(), core.volume.map());
+        if view.is_lost {
+            return Err(Status::Conflict);
+        }
         let (pieces, zeroes) = wanted(&view, &map, range);
         let is_redundant = view.is_redundant && !is_broken("read_unsynced_from_any");
         let unsettled: Vec<_> = pieces
@@ -271,6 +274,8 @@ async fn read(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome 
         let outcomes = all(reads).await;
         drop(under_way);
         match outcomes.into_iter().find(Result::is_err) {
+            // It may have become another volume's data meanwhile.
+            None if core.shared.view().is_lost => return Err(Status::Conflict),
             None => return Ok(()),
             Some(Err(Status::Aborted)) if !core.is_given_up.load(Ordering::Relaxed) => pause(core).await,
             Some(other) => return other,

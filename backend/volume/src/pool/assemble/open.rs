@@ -138,6 +138,7 @@ async fn start(
         View {
             is_redundant: book.level.is_redundant(),
             is_copied: is_copied(book.level.is_redundant(), &leaves),
+            is_lost: false,
             data_offset: book.layout.data_offset(),
             block_shift: book.block_bytes.trailing_zeros(),
             table: tables.as_ref().expect("read just now").meta.table(),

@@ -223,15 +223,21 @@ impl Owner {
         }
     }
 
-    /// The pool is not ours to write any more, or cannot be: reads go on.
+    /// The pool is not ours any more: whoever has it may give any extent to another volume, so that our tables say nothing of what is there.
     pub(crate) fn lose(&self, why: &str) {
         let mut lost = self.lost.borrow_mut();
-        if lost.is_none() {
-            log::error!("pool {}: takes no more writes: {why}", self.shared.name);
+        let is_new = lost.is_none();
+        if is_new {
+            log::error!("pool {}: nothing is read or written any more: {why}", self.shared.name);
             *lost = Some(why.to_owned());
         }
         drop(lost);
         self.shared.is_writable.store(false, Ordering::Release);
+        if is_new {
+            let old = self.view();
+            let (array, table) = (old.array.clone(), Arc::clone(&old.table));
+            self.shared.set_view(View { array, table, leaves: old.leaves.clone(), is_lost: true, ..*old });
+        }
         self.publish();
         self.bell.ring();
         self.space.ring();

@@ -117,7 +117,7 @@ impl Owner {
             .any(|set| (0..set.members()).any(|member| set.mode(member) != Mode::InSync));
         let mut troubles = Vec::new();
         if let Some(why) = &*self.lost.borrow() {
-            troubles.push(format!("takes no more writes: {why}"));
+            troubles.push(format!("nothing is read or written any more: {why}"));
         }
         for member in members.iter().filter(|member| !member.why.is_empty()) {
             let place = member.place.map_or_else(|| "spare".to_owned(), |place| format!("member {place}"));
