@@ -356,6 +356,9 @@ impl Daemon {
         taken: &Taken,
         change: impl FnOnce(Vec<Arc<dyn Device>>) -> Result<(), ChangeError>,
     ) -> Result<Vec<Arc<dyn Device>>, ChangeError> {
+        if let Some(view) = open.map(Pool::view).filter(|view| view.is_failed) {
+            return Err(ChangeError::Conflict(format!("pool {pool}: {}", view.troubles.join("; "))));
+        }
         let identity =
             host::identity(&self.config.host, &self.config.daemon.state_dir).map_err(ChangeError::Failed)?;
         let host = identity.id.0;

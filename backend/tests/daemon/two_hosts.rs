@@ -334,6 +334,68 @@ fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
     assert_eq!((second.end(), target.end()), (Some(0), Some(0)));
 }
 
+/// A member is back that was away when another host took the pool. The host that had lost it gave it to its own pool, as `assume_exclusive` lets it, and so took that
+/// member from the host that has the pool, which lost it in turn.
+#[test]
+fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
+    let ports: Vec<u16> = (0..2)
+        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+        .collect::<Vec<_>>()
+        .iter()
+        .map(|listener| listener.local_addr().unwrap().port())
+        .collect();
+    let mut targets: Vec<_> = (0..).zip(&ports).map(|(index, port)| one_of_several(index, *port)).collect();
+    let devices: String = (0..)
+        .zip(&ports)
+        .map(|(index, port)| {
+            format!(
+                "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
+                 reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
+            )
+        })
+        .collect();
+    let more = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n\
+                [[pool]]\nname = \"p0\"\nassume_exclusive = true\nassemble_timeout = 1\n";
+    let (one, two) = (Place::new(), Place::new());
+    for host in [&one, &two] {
+        host.configure(&format!("{devices}{more}"));
+    }
+    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n0", "n1"]);
+    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    let (storage, target) = targets.pop().unwrap();
+    target.kill();
+    let first = one.serve();
+    until("the first has it", || first.disk("v").0 == "listening");
+    let second = two.serve();
+    until("the second has it", || second.disk("v").0 == "listening");
+    until("the first knows", || first.status()["pools"][0]["state"] == "failed");
+    first.stop();
+    let target = storage.serve();
+    until("the second is whole", || second.status()["pools"][0]["state"] == "ready");
+    let mut guest = Guest::connect(&two.path("v.sock"), &wish());
+    assert!(write(&mut guest, 0, 7));
+    first.signal("CONT");
+    let state_of = |daemon: &Serving| daemon.http("GET", "/v1/devices/n1", "").2;
+    until("the first reaches it", || state_of(&first).contains("\"ready\""));
+    // It would be tried within a few seconds.
+    std::thread::sleep(std::time::Duration::from_secs(8));
+    let (_, _, body) = second.http("GET", "/v1/devices/n1/reservation", "");
+    assert!(body.contains(&two.host) && !body.contains(&one.host), "{body}");
+    assert_eq!(second.status()["pools"][0]["state"], "ready", "{}", two.log());
+    let spare = one.fails(&["pool", "add-spare", "p0", "n1"], 1);
+    assert!(spare.contains("p0"), "{spare}");
+    for index in 1..9 {
+        assert!(write(&mut guest, index * MIB, 8));
+        holds(&mut guest, index * MIB, 8);
+    }
+    drop(guest);
+    first.kill();
+    assert_eq!((second.end(), target.end()), (Some(0), Some(0)));
+    for (_, target) in targets {
+        assert_eq!(target.end(), Some(0));
+    }
+}
+
 /// A pool without redundancy waits for its member as long as that takes. Whoever asks it for something waits too, but not everybody, and
 /// all others have their answers.
 #[test]

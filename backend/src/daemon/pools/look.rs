@@ -332,6 +332,10 @@ impl Shared {
         if is_complete && self.asks.is_idle(&name) {
             state.tasks += usize::from(self.let_go(entry, &view));
         }
+        if view.is_failed {
+            // Another host has it: what comes back is that one's.
+            return Some(next);
+        }
         self.see_reserved(state, uuid, &view, now);
         for known in state.devices.iter_mut().filter(|known| members.contains(&known.name)) {
             // Those that it has it looks after itself.
