@@ -80,6 +80,12 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// How often, since this process has it, a volatile cache was lost with writes in it that nobody had flushed, or is taken to have been: from then on it
+    /// may read as before them. Listeners hear of each before any request ends that came after it.
+    fn cache_losses(&self) -> u64 {
+        0
+    }
+
     /// Whether a read leaves its payload as it was (`null:`): whoever reads into memory that held somebody else's data must
     /// clear it first.
     fn leaves_payload(&self) -> bool {

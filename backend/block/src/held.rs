@@ -89,6 +89,10 @@ impl Device for HeldDevice {
         self.inner.cache_identity()
     }
 
+    fn cache_losses(&self) -> u64 {
+        self.inner.cache_losses()
+    }
+
     fn leaves_payload(&self) -> bool {
         self.inner.leaves_payload()
     }

@@ -50,6 +50,8 @@ pub struct SimDiskState {
     pub written_bytes: u64,
     /// What names its cache; a loss of power makes it another one.
     pub cache_identity: Option<[u8; 16]>,
+    /// How often it has lost its power alone, which it tells, whether its cache has a name or not.
+    pub cache_losses: u64,
     /// Reads of these blocks end as `Media` until they are written again.
     pub media_errors: BTreeSet<u64>,
     /// Writes to these blocks end with `error` and without effect.
@@ -333,6 +335,7 @@ impl SimDisk {
             flushes: 0,
             written_bytes: 0,
             cache_identity: None,
+            cache_losses: 0,
             media_errors: BTreeSet::new(),
             unwritable: 0..0,
             read_that_fails: None,
@@ -390,7 +393,10 @@ impl SimDisk {
     /// Loses its power, alone, and comes back at once: its cache is lost; what is under way is sent again, or fails and has any
     /// effect.
     pub fn lose_power(&self) {
-        self.state().lose_cache();
+        let mut state = self.state();
+        state.lose_cache();
+        state.cache_losses += 1;
+        drop(state);
         self.tell();
     }
 
@@ -424,6 +430,10 @@ impl Device for SimDisk {
 
     fn cache_identity(&self) -> Option<[u8; 16]> {
         self.state().cache_identity
+    }
+
+    fn cache_losses(&self) -> u64 {
+        self.state().cache_losses
     }
 
     fn subscribe(&self, listener: Listener) {

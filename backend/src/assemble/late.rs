@@ -95,6 +95,10 @@ impl Device for LateDevice {
         self.device.get()?.cache_identity()
     }
 
+    fn cache_losses(&self) -> u64 {
+        self.device.get().map_or(0, |device| device.cache_losses())
+    }
+
     fn leaves_payload(&self) -> bool {
         self.device.get().is_some_and(|device| device.leaves_payload())
     }

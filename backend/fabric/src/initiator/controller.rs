@@ -384,6 +384,8 @@ impl Task {
             Fate::Kept => {}
             fate @ (Fate::Lost(_) | Fate::Doubted(_)) => {
                 log::error!("{}: {fate}: the next FLUSH fails", self.label());
+                // Before anybody reads through this association.
+                self.shared.tell();
             }
             fate @ Fate::Trusted(_) => log::warn!("{}: {fate}: nothing fails", self.label()),
         }

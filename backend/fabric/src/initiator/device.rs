@@ -134,10 +134,15 @@ impl Shared {
             before != (status.state(), status.known)
         };
         if changed {
-            let listeners = lock(&self.listeners).clone();
-            for listener in listeners {
-                listener();
-            }
+            self.tell();
+        }
+    }
+
+    /// Lets listeners look.
+    pub(crate) fn tell(&self) {
+        let listeners = lock(&self.listeners).clone();
+        for listener in listeners {
+            listener();
         }
     }
 
@@ -497,6 +502,10 @@ impl Device for NvmeDevice {
 
     fn uuid(&self) -> [u8; 16] {
         self.shared.status().known.map_or([0; 16], |known| known.uuid)
+    }
+
+    fn cache_losses(&self) -> u64 {
+        self.shared.caches.counts().0
     }
 
     /// A write of unknown outcome is kept until its association is quiet: how long that takes the target has told, or our

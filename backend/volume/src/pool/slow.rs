@@ -557,7 +557,7 @@ async fn write_copies(
         let at = view.data_offset + copy.offset;
         (copy.member, leaf.map(|leaf| lanes.write(leaf, at, bounce, start, len, false)))
     }));
-    let (mut failed, mut status) = (0u64, None);
+    let (mut failed, mut status, mut is_aborted) = (0u64, None, false);
     for (member, write) in writes {
         let outcome = match write {
             Some(write) => write.await,
@@ -565,6 +565,7 @@ async fn write_copies(
         };
         if let Err(why) = outcome {
             failed |= 1 << member;
+            is_aborted |= why == Status::Aborted;
             if matches!(status, None | Some(Status::Aborted)) {
                 status = Some(why);
             }
@@ -577,7 +578,8 @@ async fn write_copies(
     counted.count(&core.volume, Class::DeviceFailure);
     core.shared.mark_unsynced();
     mark_extent(view, extent, within, len as u64);
-    if status == Status::Aborted {
+    // Who was aborted has not failed.
+    if is_aborted {
         return match core.is_given_up.load(Ordering::Relaxed) {
             true => Err(Status::Aborted),
             // Somebody else's abort: again.

@@ -30,6 +30,8 @@ pub struct Parity {
     /// Members, by place in the set, that cannot be done without and have lost their caches: what the log says does not stand on them, and nothing is
     /// computed until it does again.
     behind: AtomicU32,
+    /// How often one of them was.
+    times_behind: AtomicU64,
     /// 1: the members know that whole stripes are written without the log.
     unlogged: AtomicU8,
     ring: Mutex<Ring>,
@@ -48,6 +50,7 @@ impl Parity {
             log_offset,
             doubtful: AtomicBits::new(regions),
             behind: AtomicU32::new(0),
+            times_behind: AtomicU64::new(0),
             unlogged: AtomicU8::new(0),
             ring: Mutex::new(Ring::new(pages)),
             log_writes: AtomicU64::new(0),
@@ -74,6 +77,13 @@ impl Parity {
         self.behind.load(Ordering::Acquire) != 0
     }
 
+    /// The same number as long as no member has begun to lack what the log says; `None` while one does.
+    #[must_use]
+    pub fn when_level(&self) -> Option<u64> {
+        let times = self.times_behind.load(Ordering::Acquire);
+        (!self.is_behind()).then_some(times)
+    }
+
     /// Whether this one does, by place in the set.
     #[must_use]
     pub fn is_member_behind(&self, place: u16) -> bool {
@@ -82,6 +92,10 @@ impl Parity {
 
     /// A member, by place in the set, lacks what the log says; or has it again, or is out.
     pub fn set_behind(&self, place: u16, is: bool) {
+        if is {
+            // First: who sees that it is over sees that it was.
+            self.times_behind.fetch_add(1, Ordering::AcqRel);
+        }
         match is {
             true => self.behind.fetch_or(1 << place, Ordering::AcqRel),
             false => self.behind.fetch_and(!(1 << place), Ordering::AcqRel),

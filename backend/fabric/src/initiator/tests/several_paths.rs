@@ -509,8 +509,11 @@ fn a_cache_that_was_lost_with_writes_in_it_fails_the_next_flush_and_only_that() 
             wait_until("it is reached again", || target.state().associations > before);
         }
         wait_all_live(&bench.device);
+        // Whoever has copies elsewhere does not wait for a FLUSH to be told.
+        assert_eq!(bench.device.cache_losses(), u64::from(!kept));
         assert_eq!(bench.client.run(flush()).outcome, outcome);
         assert_eq!(bench.client.run(flush()).outcome, Ok(()));
+        assert_eq!(bench.device.cache_losses(), u64::from(!kept));
     }
 }
 
@@ -533,6 +536,7 @@ fn for_other_targets_the_configuration_says_what_a_new_association_means_for_a_c
         target.cut();
         wait_until("it is reached again", || target.state().associations == 2);
         wait_all_live(&bench.device);
+        assert_eq!(bench.device.cache_losses(), u64::from(doubt == CacheDoubt::FailFlush));
         assert_eq!(bench.client.run(flush()).outcome, outcome, "{doubt:?}");
         assert_eq!(bench.client.run(flush()).outcome, Ok(()));
     }

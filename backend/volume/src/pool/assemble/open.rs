@@ -115,6 +115,7 @@ async fn start(
         })
         .collect();
     let is_cache_lost = !lost_caches.is_empty() && !was_closed && !is_broken("loss_before_opening_not_told");
+    let kept_entries = entries.clone();
     if is_cache_lost {
         // As after a power cut: what is acknowledged and not flushed may not be there, and what says that it is would show what stood there before.
         entries.clear();
@@ -198,7 +199,7 @@ async fn start(
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
         if !is_broken("tail_not_kept") {
-            keep_tail(&owner, &caches, &entries);
+            keep_tail(&owner, &caches, &kept_entries);
         }
         if !is_broken("opened_unrecorded") {
             let _turn = owner.turns.superblock.take().await;

@@ -39,7 +39,7 @@ pub(crate) struct Member {
     /// What named its volatile cache when it was last known to have all that was written.
     pub(crate) whole_cache: Option<[u8; 16]>,
     /// The volatile cache that its writes are in.
-    pub(crate) cache: Arc<Mutex<Option<[u8; 16]>>>,
+    pub(crate) cache: Arc<Mutex<Cache>>,
     /// It was put in, and does not say so itself yet.
     pub(crate) is_unlabelled: bool,
     /// It gets all writes, and is not ready to be taken for whole.
@@ -50,9 +50,25 @@ pub(crate) struct Member {
     pub(crate) is_doubted: Arc<AtomicBool>,
 }
 
+/// A member's volatile cache, as it was seen last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cache {
+    /// What names it, where that is known.
+    pub(crate) name: Option<[u8; 16]>,
+    /// [`Device::cache_losses`](hawser_block::Device::cache_losses); `None`: of another device.
+    pub(crate) losses: Option<u64>,
+}
+
+impl Cache {
+    pub(crate) fn of(leaf: &Leaf) -> Cache {
+        Cache { name: leaf.device.cache_identity(), losses: Some(leaf.device.cache_losses()) }
+    }
+}
+
 impl Member {
     pub(crate) fn new(uuid: Uuid, leaf: Option<Leaf>, is_recorded: bool, now: Instant) -> Member {
         let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
+        let losses = leaf.as_ref().map(|leaf| leaf.device.cache_losses());
         Member {
             uuid,
             leaf,
@@ -63,7 +79,7 @@ impl Member {
             away_since: (!is_recorded).then_some(now),
             tried: now,
             whole_cache: cache.filter(|_| is_recorded),
-            cache: Arc::new(Mutex::new(cache)),
+            cache: Arc::new(Mutex::new(Cache { name: cache, losses })),
             is_unlabelled: false,
             is_joining: false,
             joined: 0,
@@ -316,7 +332,7 @@ impl Owner {
             }
             entry.leaf.clone().ok_or(Status::Path)?
         };
-        let cache = leaf.device.cache_identity();
+        let cache = Cache::of(&leaf);
         if let Some(parity) = set.parity() {
             let is_lacking =
                 !(0..set.members()).all(|place| place == index || set.mode(place) == Mode::InSync);
@@ -343,12 +359,12 @@ impl Owner {
         }
         let _one = lock(&self.shared.modes);
         let entry = &mut self.members.borrow_mut()[usize::from(member)];
-        if leaf.device.cache_identity() != cache {
+        if Cache::of(&leaf) != cache {
             // Again.
             return Err(Status::Path);
         }
         entry.is_doubted.store(false, Ordering::Release);
-        entry.whole_cache = cache;
+        entry.whole_cache = cache.name;
         set.set_mode(index, Mode::InSync);
         if let Some(parity) = set.parity() {
             parity.set_behind(index, false);
@@ -634,10 +650,10 @@ impl Owner {
         let look = Arc::new(move || {
             let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
             let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
-            let now = device.cache_identity();
+            let now = Cache { name: device.cache_identity(), losses: Some(device.cache_losses()) };
             let mut before = lock(&cache);
-            if let (Some(old), Some(new)) = (*before, now)
-                && old != new
+            let is_another = matches!((before.name, now.name), (Some(old), Some(new)) if old != new);
+            if (is_another || before.losses.is_some() && before.losses < now.losses)
                 && set.level().is_redundant()
             {
                 let _one = lock(&shared.modes);
@@ -646,15 +662,15 @@ impl Owner {
                     // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
                     (Mode::InSync, _) if survives(&set, 1 << index) => set.set_mode(index, Mode::Syncing),
                     // Nothing is computed with what it says.
-                    (Mode::InSync, Some(parity)) if !is_broken("computed_with_lost_cache") => {
+                    (Mode::InSync, Some(parity))
+                        if !shared.is_read_only && !is_broken("computed_with_lost_cache") =>
+                    {
                         parity.set_behind(index, true);
                     }
                     _ => {}
                 }
             }
-            if now.is_some() {
-                *before = now;
-            }
+            *before = Cache { name: now.name.or(before.name), ..now };
             drop(before);
             drop(shared.ask(|owner| async move { owner.look_after_members().await }));
         });

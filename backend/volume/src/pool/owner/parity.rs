@@ -327,7 +327,11 @@ impl Owner {
             covered.push(first..end);
             coverage::count(coverage::Event::StripesReplayed);
         }
-        self.lanes.flush(leaf).await
+        match self.lanes.flush(leaf).await {
+            // It tells once what it has lost before.
+            Err(Status::Media) => self.lanes.flush(leaf).await,
+            outcome => outcome,
+        }
     }
 
     /// Makes rows of a set's stripes whole: what members lack that are being brought up to date, and parity that may be wrong. The window is
@@ -378,6 +382,7 @@ impl Owner {
         {
             return Ok(false);
         }
+        let level = parity.when_level();
         let (at, len) = (view.data_offset + rows.start, usize::try_from(rows.end - rows.start));
         let len = len.expect("a window is small");
         let others: Vec<(u16, Rc<Bounce>)> = (0..set.members())
@@ -397,7 +402,7 @@ impl Owner {
             is_read &= read.await.is_ok();
         }
         // What was read from a member that has been found to lack something meanwhile may be old.
-        if !is_read || !lacking().eq([only]) {
+        if !is_read || !lacking().eq([only]) || level.is_none() || parity.when_level() != level {
             return Ok(false);
         }
         let mut sum = self.place.spare.take(len);

@@ -1,6 +1,7 @@
 //! Members that come back: from the first write that they get again to the superblocks that say that they have everything.
 
 use super::Owner;
+use super::members::Cache;
 use crate::format::{PAGE_BYTES, Superblock};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
@@ -164,7 +165,7 @@ impl Owner {
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
             }
-            *lock(&member.cache) = leaf.device.cache_identity();
+            *lock(&member.cache) = Cache::of(&leaf);
             // Whatever it has lost before is marked.
             member.is_doubted.store(false, Ordering::Release);
             member.leaf = Some(leaf);

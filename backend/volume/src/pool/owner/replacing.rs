@@ -13,7 +13,7 @@
 //! Invariant: what is below `done` and not in `stale` is the same on both, whoever is read: all that writes to the member writes to both.
 
 use super::Owner;
-use super::members::write_superblock;
+use super::members::{Cache, write_superblock};
 use super::slide::Slices;
 use crate::format::{Layout, PAGE_BYTES, Replacement, Superblock, Uuid};
 use crate::pool::PoolError;
@@ -565,7 +565,13 @@ impl Owner {
             let entry = &mut members[usize::from(member)];
             entry.why.clear();
             // What the old one has lost, if it has, is the new one's still: it is found out as a doubt if it matters.
-            (entry.cache, entry.is_doubted) = (Arc::new(Mutex::new(entry.whole_cache)), Arc::default());
+            (entry.cache, entry.is_doubted) = (
+                Arc::new(Mutex::new(Cache {
+                    name: entry.whole_cache,
+                    losses: Some(leaf.device.cache_losses()),
+                })),
+                Arc::default(),
+            );
         }
         self.be(member, Some(leaf.clone()));
         self.begin_tail();

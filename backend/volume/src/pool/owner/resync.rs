@@ -288,8 +288,8 @@ impl Owner {
             return match settled {
                 // Nobody of the set goes before parity is made of what is there, so that this is what will be read.
                 Err(_) if row.is_doubtful() && set.are_all_in_sync() => Ok(()),
-                // A member does not say for a moment what parity is to be made of. Nobody doubts the parity that is there: it would be read by that.
-                Err(Status::Path | Status::Timeout) if !row.is_doubtful() => Ok(()),
+                // A member does not say what parity is to be made of, with whatever error. Nobody doubts the parity that is there: it would be read by that.
+                Err(status) if status != Status::Aborted && !row.is_doubtful() => Ok(()),
                 settled => settled.map(drop),
             };
         }

@@ -176,9 +176,7 @@ impl<'a> Row<'a> {
     ) -> Result<Option<Contents>, Status> {
         let mut last = Status::Path;
         loop {
-            if self.parity.is_behind() {
-                return Err(Status::Aborted);
-            }
+            let Some(level) = self.parity.when_level() else { return Err(Status::Aborted) };
             let readable = self.in_sync() & !bad.slots;
             let missing = need & !readable;
             let from = match (missing, lost) {
@@ -219,7 +217,7 @@ impl<'a> Row<'a> {
                 }
             }
             // What was read from a member that has been found to lack something meanwhile may be old.
-            if !is_whole || from & !self.in_sync() != 0 || self.parity.is_behind() {
+            if !is_whole || from & !self.in_sync() != 0 || self.parity.when_level() != Some(level) {
                 continue;
             }
             if lost == Lost::Zeroes {
