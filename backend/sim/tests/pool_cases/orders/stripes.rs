@@ -347,7 +347,7 @@ fn the_log_makes_good_what_was_in_the_cache_of_a_member_that_cannot_be_done_with
     let happen = |seed: u64, is_waited_for: bool| {
         for lost in [0, 2] {
             let scene = Scene::sized(seed, 3, 16 << 11);
-            if seed % 2 == 0 {
+            if seed.is_multiple_of(2) {
                 // Else nothing names a cache, and only its loss is told.
                 scene
                     .disks
