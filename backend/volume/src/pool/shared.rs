@@ -105,6 +105,7 @@ impl Counted {
 }
 
 /// The array and the tables as they are now. A change of members makes another one.
+#[derive(Clone)]
 pub struct View {
     /// Where data is.
     pub array: Array,

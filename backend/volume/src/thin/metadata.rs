@@ -278,8 +278,8 @@ impl Metadata {
     }
 
     /// Pages of the metadata area in use: the last durable tree's, and what a running checkpoint has written.
-    #[must_use]
-    pub fn metadata_pages_used(&self) -> u32 {
+    #[cfg(test)]
+    pub(super) fn metadata_pages_used(&self) -> u32 {
         self.pages.used()
     }
 

@@ -29,6 +29,7 @@ impl Pages {
     }
 
     /// In use, the roots' included.
+    #[cfg(test)]
     pub(super) fn used(&self) -> u32 {
         self.count - self.free.len()
     }

@@ -371,8 +371,7 @@ impl Owner {
         self.durable.set(seq);
         // A batch of this number may stand on somebody who was away.
         self.log.set(Log { batch: log.batch + 1, ..log });
-        let leaves = view.leaves.clone();
-        self.shared.set_view(View { array: view.array.clone(), table, leaves, ..*view });
+        self.shared.set_view(View { table, ..View::clone(&view) });
     }
 
     fn replay_one(&self, seq: u64, record: &Record) -> Result<(), String> {

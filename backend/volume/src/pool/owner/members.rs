@@ -14,7 +14,7 @@ use crate::pool::wait::all;
 use crate::pool::{MemberState, MemberView};
 use crate::raid::{Level, Mode, Set};
 use crate::simulated::is_broken;
-use hawser_block::{DeviceState, Outcome, Status};
+use hawser_block::{Device, DeviceState, Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -55,20 +55,19 @@ pub(crate) struct Member {
 pub(crate) struct Cache {
     /// What names it, where that is known.
     pub(crate) name: Option<[u8; 16]>,
-    /// [`Device::cache_losses`](hawser_block::Device::cache_losses); `None`: of another device.
+    /// [`Device::cache_losses`]; `None`: of another device.
     pub(crate) losses: Option<u64>,
 }
 
 impl Cache {
-    pub(crate) fn of(leaf: &Leaf) -> Cache {
-        Cache { name: leaf.device.cache_identity(), losses: Some(leaf.device.cache_losses()) }
+    pub(crate) fn of(device: &dyn Device) -> Cache {
+        Cache { name: device.cache_identity(), losses: Some(device.cache_losses()) }
     }
 }
 
 impl Member {
     pub(crate) fn new(uuid: Uuid, leaf: Option<Leaf>, is_recorded: bool, now: Instant) -> Member {
-        let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
-        let losses = leaf.as_ref().map(|leaf| leaf.device.cache_losses());
+        let cache = leaf.as_ref().map_or_else(Cache::default, |leaf| Cache::of(leaf.device.as_ref()));
         Member {
             uuid,
             leaf,
@@ -78,8 +77,8 @@ impl Member {
             wrong: 0,
             away_since: (!is_recorded).then_some(now),
             tried: now,
-            whole_cache: cache.filter(|_| is_recorded),
-            cache: Arc::new(Mutex::new(Cache { name: cache, losses })),
+            whole_cache: cache.name.filter(|_| is_recorded),
+            cache: Arc::new(Mutex::new(cache)),
             is_unlabelled: false,
             is_joining: false,
             joined: 0,
@@ -332,7 +331,7 @@ impl Owner {
             }
             entry.leaf.clone().ok_or(Status::Path)?
         };
-        let cache = Cache::of(&leaf);
+        let cache = Cache::of(leaf.device.as_ref());
         if let Some(parity) = set.parity() {
             let is_lacking =
                 !(0..set.members()).all(|place| place == index || set.mode(place) == Mode::InSync);
@@ -359,7 +358,7 @@ impl Owner {
         }
         let _one = lock(&self.shared.modes);
         let entry = &mut self.members.borrow_mut()[usize::from(member)];
-        if Cache::of(&leaf) != cache {
+        if Cache::of(leaf.device.as_ref()) != cache {
             // Again.
             return Err(Status::Path);
         }
@@ -624,13 +623,8 @@ impl Owner {
         let old = self.view();
         let leaves: Vec<Option<Leaf>> =
             self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
-        self.shared.set_view(View {
-            array: old.array.clone(),
-            table: Arc::clone(&old.table),
-            is_copied: is_copied(old.is_redundant, &leaves),
-            leaves,
-            ..*old
-        });
+        let is_copied = is_copied(old.is_redundant, &leaves);
+        self.shared.set_view(View { is_copied, leaves, ..View::clone(&old) });
     }
 
     /// From now on a loss of the member's cache puts it out at once.
@@ -650,7 +644,7 @@ impl Owner {
         let look = Arc::new(move || {
             let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
             let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
-            let now = Cache { name: device.cache_identity(), losses: Some(device.cache_losses()) };
+            let now = Cache::of(device.as_ref());
             let mut before = lock(&cache);
             let is_another = matches!((before.name, now.name), (Some(old), Some(new)) if old != new);
             if (is_another || before.losses.is_some() && before.losses < now.losses)

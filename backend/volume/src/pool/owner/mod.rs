@@ -15,7 +15,7 @@
 //! Invariants:
 //! - State is changed without awaiting in between, so that every task sees it whole.
 //! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents,
-//!   parity, superblock. The turns
+//!   parity, superblock, again. The turns
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
@@ -234,9 +234,7 @@ impl Owner {
         drop(lost);
         self.shared.is_writable.store(false, Ordering::Release);
         if is_new {
-            let old = self.view();
-            let (array, table) = (old.array.clone(), Arc::clone(&old.table));
-            self.shared.set_view(View { array, table, leaves: old.leaves.clone(), is_lost: true, ..*old });
+            self.shared.set_view(View { is_lost: true, ..View::clone(&self.view()) });
         }
         self.publish();
         self.bell.ring();

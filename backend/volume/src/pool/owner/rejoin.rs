@@ -165,7 +165,7 @@ impl Owner {
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
             }
-            *lock(&member.cache) = Cache::of(&leaf);
+            *lock(&member.cache) = Cache::of(leaf.device.as_ref());
             // Whatever it has lost before is marked.
             member.is_doubted.store(false, Ordering::Release);
             member.leaf = Some(leaf);

@@ -565,13 +565,8 @@ impl Owner {
             let entry = &mut members[usize::from(member)];
             entry.why.clear();
             // What the old one has lost, if it has, is the new one's still: it is found out as a doubt if it matters.
-            (entry.cache, entry.is_doubted) = (
-                Arc::new(Mutex::new(Cache {
-                    name: entry.whole_cache,
-                    losses: Some(leaf.device.cache_losses()),
-                })),
-                Arc::default(),
-            );
+            let cache = Cache { name: entry.whole_cache, ..Cache::of(leaf.device.as_ref()) };
+            (entry.cache, entry.is_doubted) = (Arc::new(Mutex::new(cache)), Arc::default());
         }
         self.be(member, Some(leaf.clone()));
         self.begin_tail();
