@@ -289,7 +289,12 @@ impl Channel for MemChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         // Not looked at again for each: it was, when the reactor came here.
         let now = self.runtime.now();
+        // No other copy comes before the first of them, beside which it would be fetched.
+        let was_empty = self.waiting.is_empty();
         self.waiting.extend(batch.drain(..).map(|request| (request, now)));
+        if was_empty {
+            self.prefetch_next();
+        }
         self.runtime.wake(self.user);
     }
 

@@ -147,6 +147,10 @@ impl VolumeChannel {
 impl Channel for VolumeChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         self.refresh();
+        if batch.iter().all(|request| plan::is_plain(request, &self.geometry, self.read_only)) {
+            self.member.submit(batch);
+            return;
+        }
         let refused_before = self.refused.len();
         batch.retain(|request| match plan::resolve(request, &self.geometry, self.read_only) {
             Plan::Whole => true,

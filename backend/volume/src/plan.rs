@@ -19,6 +19,22 @@ pub enum Plan {
     Refused(Status),
 }
 
+/// Whether `request` is a read or a write that is whole on the member, as nearly all are; when not, [`resolve`] says what it is.
+#[inline]
+pub(crate) fn is_plain(request: &Request, member: &Geometry, read_only: bool) -> bool {
+    let is_allowed = match request.operation {
+        Operation::Read => true,
+        Operation::Write { .. } => !(read_only || member.read_only),
+        _ => false,
+    };
+    let bytes = u64::from(request.blocks.0) << member.block_size.shift();
+    is_allowed
+        && member.contains(request.lba.0, request.blocks)
+        && request.buffers.len() as u64 == bytes
+        && bytes <= u64::from(TRANSFER_BYTES_MAX)
+        && request.blocks.0 <= member.transfer_blocks_max
+}
+
 /// Says what `request` becomes on a member of geometry `member`; `read_only` is the volume's own.
 #[must_use]
 pub fn resolve(request: &Request, member: &Geometry, read_only: bool) -> Plan {
@@ -35,10 +51,6 @@ pub fn resolve(request: &Request, member: &Geometry, read_only: bool) -> Plan {
         let bytes = u64::from(request.blocks.0) << member.block_size.shift();
         if request.buffers.len() as u64 != bytes || bytes > u64::from(TRANSFER_BYTES_MAX) {
             return Plan::Refused(Status::Invalid);
-        }
-        if request.blocks.0 <= member.transfer_blocks_max {
-            // Without the divisions below: nearly all.
-            return Plan::Whole;
         }
     }
     let Some(cut) = Cut::new(request, member) else { return Plan::Refused(Status::Unsupported) };

@@ -231,7 +231,7 @@ fn report(plan: &Plan, results: &Results) -> String {
     );
     let _ = writeln!(
         text,
-        "- {} samples of {:?} per server and case, taken in turns (loads on volumes: five times as many, of a fifth each, and the ratio is the median of the turns' ratios); medians, ± half of the range",
+        "- {} samples of {:?} per server and case, taken in turns (loads on volumes: twenty times as many, of a fifth each, and the ratio is the median of the turns' ratios); medians, ± half of the range",
         plan.rounds, plan.runtime
     );
     let _ = writeln!(

@@ -10,7 +10,7 @@ use super::bounce::{Bounce, zero_payload};
 use super::failure;
 use super::lanes::Leaf;
 use super::place::Place;
-use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve};
+use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve_one, resolve_parts};
 use super::shared::{Class, Counted, Shared, View, VolumeShared, lock};
 use super::slow;
 use super::stripes::{Begun, Held, Ways};
@@ -202,6 +202,11 @@ impl Lane {
         }
         self.outstanding += 1;
     }
+
+    #[inline]
+    fn is_working(&self) -> bool {
+        self.outstanding > 0 && self.channel.is_working()
+    }
 }
 
 /// A lane that gets nothing new.
@@ -329,16 +334,16 @@ impl VolumeChannel {
             return;
         }
         let turn = core.place.enter();
-        let resolved = resolve(&self.view, &self.map, &request, &mut self.rotor, &mut self.plan);
+        if request.operation == Operation::Read
+            && let Some(step) = resolve_one(&self.view, &self.map, &request, &mut self.rotor)
+        {
+            return self.start_read(request, turn, step);
+        }
+        let resolved = resolve_parts(&self.view, &self.map, &request, &mut self.rotor, &mut self.plan);
         let is_late = matches!(request.operation, Operation::Write { fua: true })
             && core.shared.pending.load(Ordering::Acquire) > 0;
         match resolved {
-            Resolved::Plan if !is_late => match (request.operation, &self.plan.steps[..]) {
-                (Operation::Read, &[step]) if step.len as usize == request.buffers.len() => {
-                    self.start_read(request, turn, step);
-                }
-                _ => self.start(request, turn),
-            },
+            Resolved::Plan if !is_late => self.start(request, turn),
             Resolved::Plan => {
                 core.place.leave(turn);
                 self.slowly(request, Class::Fua);
@@ -385,7 +390,7 @@ impl VolumeChannel {
         lane.batch.push(Request { lba, token, ..request });
     }
 
-    /// Carries out the plan that `resolve` has made.
+    /// Carries out the plan that has been made.
     fn start(&mut self, request: Request, turn: usize) {
         let core = &self.core;
         let has_lane = |member: u16| self.lanes.get(usize::from(member)).is_some_and(Option::is_some);
@@ -496,7 +501,7 @@ impl VolumeChannel {
             let Some(lane) = self.lanes[member].as_mut().filter(|lane| lane.outstanding > 0) else {
                 continue;
             };
-            if is_shown && lane.channel.is_working() {
+            if is_shown && lane.is_working() {
                 self.core.runtime.wake(self.core.user);
                 continue;
             }
@@ -508,16 +513,43 @@ impl VolumeChannel {
             }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
-            let (is_working, before) = (lane.channel.is_working(), ended.len());
+            let before = ended.len();
             for completion in reaped.drain(..) {
                 self.ended(1 << member, completion, ended);
             }
-            if is_working && ended.len() > before {
+            let is_working = |lanes: &[Option<Lane>]| lanes[member].as_ref().is_some_and(Lane::is_working);
+            if ended.len() > before && !is_shown && is_working(&self.lanes) {
                 (is_shown, self.turn) = (true, member + 1);
             }
         }
         self.reaped = reaped;
         aborted
+    }
+
+    /// What the lanes have ended that get nothing new.
+    #[cold]
+    #[inline(never)]
+    fn reap_retired(&mut self, ended: &mut Vec<Completion>) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        let mut retired = std::mem::take(&mut self.retired);
+        for Retired { member, lane } in &mut retired {
+            if let Some(member) = *member {
+                let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
+                if given_up != lane.given_up {
+                    lane.given_up = given_up;
+                    lane.channel.abort();
+                }
+            }
+            lane.channel.reap(&mut reaped);
+            lane.outstanding -= reaped.len();
+            for completion in reaped.drain(..) {
+                // Else whose number it had may be another's now; the answer counts all the same.
+                self.ended(member.map_or(0, |member| 1 << member), completion, ended);
+            }
+        }
+        retired.retain(|retired| retired.lane.outstanding > 0);
+        self.retired = retired;
+        self.reaped = reaped;
     }
 
     fn submit_lanes(&mut self) {
@@ -694,33 +726,16 @@ impl Channel for VolumeChannel {
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         self.refresh();
         self.reap_lanes(ended);
-        let mut reaped = std::mem::take(&mut self.reaped);
-        let mut retired = std::mem::take(&mut self.retired);
-        for Retired { member, lane } in &mut retired {
-            if let Some(member) = *member {
-                let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
-                if given_up != lane.given_up {
-                    lane.given_up = given_up;
-                    lane.channel.abort();
-                }
-            }
-            lane.channel.reap(&mut reaped);
-            lane.outstanding -= reaped.len();
-            for completion in reaped.drain(..) {
-                // Else whose number it had may be another's now; the answer counts all the same.
-                self.ended(member.map_or(0, |member| 1 << member), completion, ended);
-            }
+        if !self.retired.is_empty() {
+            self.reap_retired(ended);
         }
-        retired.retain(|retired| retired.lane.outstanding > 0);
-        self.retired = retired;
-        self.reaped = reaped;
         for completion in self.core.ended.borrow_mut().drain(..) {
             Self::has_ended(&mut self.wholes, completion, ended);
         }
     }
 
     fn is_working(&self) -> bool {
-        self.lanes.iter().flatten().any(|lane| lane.outstanding > 0 && lane.channel.is_working())
+        self.lanes.iter().flatten().any(Lane::is_working)
     }
 
     fn abort(&mut self) {

@@ -106,6 +106,7 @@ fn narrow(bytes: u64) -> u32 {
 ///
 /// # Errors
 /// When it cannot be right.
+#[inline]
 pub fn bounds(view: &View, map: &VolumeMap, request: &Request) -> Result<(u64, u64), Status> {
     let shift = view.block_shift;
     let len = u64::from(request.blocks.0) << shift;
@@ -127,16 +128,31 @@ pub fn bounds(view: &View, map: &VolumeMap, request: &Request) -> Result<(u64, u
 pub fn prefetch(view: &View, map: &VolumeMap, request: &Request) {
     let extent_bytes = view.thin.extent_bytes;
     let first = request.lba.0.wrapping_shl(view.block_shift);
-    let index = match extent_bytes.is_power_of_two() {
-        true => first >> extent_bytes.trailing_zeros(),
-        false => first / extent_bytes,
-    };
+    let (index, _) = split(extent_bytes, first);
     view.table.prefetch(map, u32::try_from(index).unwrap_or(u32::MAX));
 }
 
 /// Plans a read or a write; `rotor` chooses among copies and is moved on.
 #[must_use]
 pub fn resolve(
+    view: &View,
+    map: &VolumeMap,
+    request: &Request,
+    rotor: &mut u32,
+    plan: &mut Plan,
+) -> Resolved {
+    if request.operation == Operation::Read
+        && let Some(step) = resolve_one(view, map, request, rotor)
+    {
+        plan.clear();
+        plan.steps.push(step);
+        return Resolved::Plan;
+    }
+    resolve_parts(view, map, request, rotor, plan)
+}
+
+/// The same of what [`resolve_one`] does not plan.
+pub(super) fn resolve_parts(
     view: &View,
     map: &VolumeMap,
     request: &Request,
@@ -160,16 +176,48 @@ pub fn resolve(
     }
 }
 
+/// The one step of a read that lies in one extent and one strip, as most do; `None`: [`resolve_parts`] says what it is.
+#[inline(always)]
+pub(super) fn resolve_one(view: &View, map: &VolumeMap, request: &Request, rotor: &mut u32) -> Option<Step> {
+    let (first, len) = bounds(view, map, request).ok()?;
+    let (index, within) = split(view.thin.extent_bytes, first);
+    if len > view.thin.extent_bytes - within {
+        return None;
+    }
+    let entry = view.table.lookup(map, narrow(index));
+    if !entry.is_mapped() || entry.is_partial() || entry.low() >= view.array.extents() {
+        return None;
+    }
+    let (set, address) = view.array.locate(entry.low());
+    let set = view.array.set(set);
+    let copy = match set.only_copy(address + within, len) {
+        Some(copy) => copy,
+        None => {
+            let piece =
+                set.pieces(address + within, len).next().filter(|piece| u64::from(piece.len) == len)?;
+            *rotor = rotor.wrapping_add(1);
+            set.choose(&piece, *rotor).ok()?
+        }
+    };
+    Some(Step { member: copy.member, offset: view.data_offset + copy.offset, start: 0, len: narrow(len) })
+}
+
+/// Which extent of a volume has this byte, and where in it.
+#[inline]
+fn split(extent_bytes: u64, at: u64) -> (u64, u64) {
+    match extent_bytes.is_power_of_two() {
+        true => (at >> extent_bytes.trailing_zeros(), at & (extent_bytes - 1)),
+        false => (at / extent_bytes, at % extent_bytes),
+    }
+}
+
 /// The parts of bytes of a volume that lie in one extent each: its index, where in it, where in the request, how many.
 pub(crate) fn by_extent(
     extent_bytes: u64,
     (first, len): (u64, u64),
 ) -> impl Iterator<Item = (u32, u64, u64, u64)> {
     let mut done = 0;
-    let (mut index, mut within) = match extent_bytes.is_power_of_two() {
-        true => (first >> extent_bytes.trailing_zeros(), first & (extent_bytes - 1)),
-        false => (first / extent_bytes, first % extent_bytes),
-    };
+    let (mut index, mut within) = split(extent_bytes, first);
     std::iter::from_fn(move || {
         if done == len {
             return None;

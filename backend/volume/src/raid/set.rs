@@ -372,10 +372,8 @@ impl Set {
                 (self.data_bytes - address, copies)
             }
             Level::Raid0 => {
-                let (chunk, beyond) = self.by_strip.split(address);
-                let (row, member) = self.by_members.divide(chunk);
-                let copy = at(member, self.by_strip.times(row) + beyond);
-                (self.by_strip.bytes - beyond, Copies::one(copy))
+                let (len, copy) = self.place_striped(address);
+                (len, Copies::one(copy))
             }
             Level::Raid5 | Level::Raid6 => {
                 let (member, offset, len) = self.stripes().locate(address);
@@ -395,6 +393,15 @@ impl Set {
                 (self.by_strip.bytes - beyond, copies)
             }
         }
+    }
+
+    /// The same of a RAID 0.
+    #[inline(always)]
+    pub(super) fn place_striped(&self, address: u64) -> (u64, Copy) {
+        let (chunk, beyond) = self.by_strip.split(address);
+        let (row, member) = self.by_members.divide(chunk);
+        let offset = self.by_strip.times(row) + beyond;
+        (self.by_strip.bytes - beyond, Copy { member: self.first_member + member, offset })
     }
 
     #[inline(always)]

@@ -185,6 +185,16 @@ impl Set {
         Ok(piece.copies.as_slice()[usize::from(readable[turn])])
     }
 
+    /// What [`Set::choose`] says of the one piece that there is, where there is no choice: the strips of a RAID 0. `None`: it has to be asked.
+    #[inline(always)]
+    pub(crate) fn only_copy(&self, address: u64, len: u64) -> Option<Copy> {
+        if self.level != crate::raid::Level::Raid0 {
+            return None;
+        }
+        let (here, copy) = self.place_striped(address);
+        (len <= here && self.mode_of(&copy) == Mode::InSync).then_some(copy)
+    }
+
     /// The copies that a write of `piece` goes to; at levels with parity the one that there is, whatever its member's state: whoever writes
     /// knows what else a stripe needs. Marks its regions as touched when it may be done.
     ///

@@ -18,8 +18,9 @@ use crate::compare::servers::Place;
 const TOLD: Duration = Duration::from_millis(1500);
 /// Of volumes that are only counted on.
 const WIDE_BYTES: u64 = 256 << 20;
-/// In how many turns a round of a load on a volume is taken.
-const TURNS: u32 = 5;
+/// In how many turns a round of a load on a volume is taken, and how many of them are as long as a sample elsewhere.
+const TURNS: u32 = 20;
+const TURNS_A_SAMPLE: u32 = 5;
 
 impl Plan {
     /// Runs those of `cases` that are wanted here.
@@ -228,7 +229,10 @@ impl Plan {
     ) -> Result<Outcome, String> {
         let shape = case.shape().ok_or("no load")?;
         let way = Candidate { server: &pools.server, batch: shape.depth, configuration: String::new() };
-        let turns = if matches!(case, Case::Random(..) | Case::Sequential(_)) { TURNS } else { 1 };
+        let (turns, parts) = match case {
+            Case::Random(..) | Case::Sequential(_) => (TURNS, TURNS_A_SAMPLE),
+            _ => (1, 1),
+        };
         let mut both = [Series::default(), Series::default()];
         for turn in 0..self.rounds * turns {
             for side in 0..2 {
@@ -236,7 +240,7 @@ impl Plan {
                 let side = usize::from((turn + side) % 2 == 1);
                 let series = &mut both[side];
                 let load = self.load(shape, &way);
-                let (runtime, ramp) = (load.runtime / turns, load.ramp / turns);
+                let (runtime, ramp) = (load.runtime / parts, load.ramp / parts);
                 let load = Load { socket: sockets[side].clone(), runtime, ramp, ..load };
                 let sample = self.sample_load(&load, guard, &pools.server.pids());
                 let sample = sample.map_err(|e| format!("{e}: {}", pools.server.complaint()))?;
