@@ -40,6 +40,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "closed_before_durable",
     "closed_with_entries",
     "computed_with_lost_cache",
+    "half_written_computed",
     "discards_of_logged",
     "discards_of_twins",
     "discards_outlive_close",

@@ -75,7 +75,8 @@ impl Device for VolumeDevice {
 
     fn state(&self) -> DeviceState {
         let is_reading = self.shared.is_read_only || self.volume.is_snapshot && !self.shared.view().is_lost;
-        match self.shared.is_writable.load(Ordering::Acquire) || is_reading {
+        let is_stopped = self.shared.is_stopped.load(Ordering::Acquire) && !self.shared.view().is_lost;
+        match self.shared.is_writable.load(Ordering::Acquire) || is_reading || is_stopped {
             true => DeviceState::Ready,
             false => DeviceState::Failed,
         }

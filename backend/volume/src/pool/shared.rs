@@ -250,6 +250,8 @@ pub(crate) struct Shared {
     pub(crate) is_read_only: bool,
     /// Writes are taken.
     pub(crate) is_writable: AtomicBool,
+    /// They are not any more, and reads are.
+    pub(crate) is_stopped: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
     /// How often what was written and not flushed was lost for good: with a cache that no other member makes good.
@@ -291,6 +293,7 @@ impl Shared {
             pending: AtomicU64::new(0),
             is_read_only,
             is_writable: AtomicBool::new(false),
+            is_stopped: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
             losses: AtomicU64::new(0),

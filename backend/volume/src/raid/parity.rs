@@ -8,6 +8,7 @@
 
 use super::{AtomicBits, Ring, Stripes};
 use crate::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +28,8 @@ pub struct Parity {
     /// Regions where a whole stripe was being written without the log in a crash, and parity was not made right since: what is lost there
     /// cannot be computed.
     pub doubtful: AtomicBits,
+    /// Rows that stay half written, whose entries are in the log for the next opening: what is lost there is not computed.
+    half_written: Mutex<BTreeSet<u64>>,
     /// Members, by place in the set, that cannot be done without and have lost their caches: what the log says does not stand on them, and nothing is
     /// computed until it does again.
     behind: AtomicU32,
@@ -49,6 +52,7 @@ impl Parity {
             guards: Guards::default(),
             log_offset,
             doubtful: AtomicBits::new(regions),
+            half_written: Mutex::default(),
             behind: AtomicU32::new(0),
             times_behind: AtomicU64::new(0),
             unlogged: AtomicU8::new(0),
@@ -56,6 +60,17 @@ impl Parity {
             log_writes: AtomicU64::new(0),
             log_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// A row stays half written, until the next opening.
+    pub fn stays_half_written(&self, row: u64) {
+        self.half_written.lock().unwrap_or_else(PoisonError::into_inner).insert(row);
+    }
+
+    /// Whether a row does. Who asks has the stripe.
+    #[must_use]
+    pub fn is_half_written(&self, row: u64) -> bool {
+        self.half_written.lock().unwrap_or_else(PoisonError::into_inner).contains(&row)
     }
 
     /// One member's parity log is written to.

@@ -182,6 +182,7 @@ async fn start(
         space: Bell::default(),
         work,
         lost: RefCell::new(None),
+        stopped: RefCell::new(None),
         is_low: Cell::new(false),
         is_metadata_low: Cell::new(false),
         is_open: Cell::new(false),
@@ -237,9 +238,7 @@ async fn start(
         owner.doubt_what_is_marked();
     }
     if !is_read_only {
-        let in_place = parity_log::put_in_place(&owner, logs).await;
-        in_place
-            .map_err(|status| owner.failed("stripes that were being written cannot be put right", status))?;
+        parity_log::put_in_place(&owner, logs).await?;
     }
     owner.resume_replacing();
     let replayed = replay_tail(&owner, tables.seq, entries)?;

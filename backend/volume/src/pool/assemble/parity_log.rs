@@ -189,7 +189,11 @@ async fn read_header_page(
 }
 
 /// Puts everything in place that the logs have, and begins new ones. Before the first read.
-pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result<(), Status> {
+///
+/// # Errors
+/// Who does not take it, and cannot be done without.
+pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result<(), PoolError> {
+    let cannot = |status| owner.failed("stripes that were being written cannot be put right", status);
     for log in logs {
         let SetLog { set, header, entries } = log;
         // Until parity is right again. Before anybody can be put out: who is, is lacking from then on.
@@ -199,7 +203,7 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
         }
         let is_used = !entries.is_empty() && !is_broken("parity_replayed_unflushed");
         if is_broken("parity_log_ended_before_replay") {
-            begin_anew(owner, &set, &header, is_doubtful).await?;
+            begin_anew(owner, &set, &header, is_doubtful).await.map_err(cannot)?;
         }
         let mut in_order: Vec<_> = entries.values().collect();
         if is_broken("parity_log_replayed_backwards") {
@@ -213,9 +217,9 @@ pub(super) async fn put_in_place(owner: &Rc<Owner>, logs: Vec<SetLog>) -> Result
             coverage::count(coverage::Event::StripesReplayed);
         }
         if is_used {
-            owner.flush_members().await?;
+            owner.flush_members().await.map_err(cannot)?;
         }
-        begin_anew(owner, &set, &header, is_doubtful).await?;
+        begin_anew(owner, &set, &header, is_doubtful).await.map_err(cannot)?;
     }
     Ok(())
 }
@@ -238,7 +242,7 @@ async fn begin_anew(
     owner.write_parity_header(set, 0).await
 }
 
-async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8]) -> Result<(), Status> {
+async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8]) -> Result<(), PoolError> {
     let view = owner.view();
     let len = entry.len as usize;
     let offset = view.data_offset + entry.row * u64::from(set.strip_bytes()) + u64::from(entry.within);
@@ -250,7 +254,14 @@ async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8
         let Some(leaf) = leaf.filter(|_| set.mode(place) == Mode::InSync) else { continue };
         let bounce = Rc::new(Bounce::holding(bytes));
         if let Err(status) = owner.lanes.write(leaf, offset, &bounce, 0, len, false).await {
-            owner.report_whatever(1 << member, status, since).await?;
+            let reported = owner.report_whatever(1 << member, status, since).await;
+            reported.map_err(|status| {
+                let what = format!(
+                    "stripes that were being written cannot be put right on {} (member {member}), and it cannot be done without",
+                    leaf.name()
+                );
+                owner.failed(&what, status)
+            })?;
         }
     }
     Ok(())

@@ -29,6 +29,8 @@ pub(crate) struct Member {
     pub(crate) is_recorded: bool,
     /// Why it does not, or empty.
     pub(crate) why: String,
+    /// What it fails writes with that wait for it, since it cannot be done without.
+    pub(crate) fails: Option<Status>,
     /// Read errors that were repaired.
     pub(crate) repaired: u64,
     /// Units that a scrub has found to be wrong on it.
@@ -73,6 +75,7 @@ impl Member {
             leaf,
             is_recorded,
             why: String::new(),
+            fails: None,
             repaired: 0,
             wrong: 0,
             away_since: (!is_recorded).then_some(now),
@@ -508,6 +511,23 @@ impl Owner {
         }
     }
 
+    /// Something is written to a member again and again, since it fails that and cannot be done without; `None`: it has taken it.
+    pub(crate) fn waits_for(&self, member: u16, fails: Option<Status>) {
+        let before = std::mem::replace(&mut self.members.borrow_mut()[usize::from(member)].fails, fails);
+        if before == fails {
+            return;
+        }
+        let (pool, device) = (&self.shared.name, self.device_name(member));
+        match fails {
+            Some(status) => log::warn!(
+                "pool {pool}: {device} (member {member}) fails a write with {}, and cannot be done without: it waits",
+                status.name()
+            ),
+            None => log::info!("pool {pool}: {device} (member {member}) has taken what waited for it"),
+        }
+        self.publish();
+    }
+
     pub(crate) fn device_name(&self, member: u16) -> String {
         let members = self.members.borrow();
         members[usize::from(member)]
@@ -689,8 +709,14 @@ impl Owner {
                 place: Some(number),
                 device: member.leaf.as_ref().map(|leaf| leaf.name().to_owned()),
                 state,
-                why: match &member.leaf {
-                    Some(leaf) if member.why.is_empty() => leaf.device.trouble(),
+                why: match (&member.leaf, member.fails) {
+                    (Some(_), Some(status)) if self.mode_of(number) == Mode::InSync => {
+                        format!(
+                            "fails writes with {}, which wait, since it cannot be done without",
+                            status.name()
+                        )
+                    }
+                    (Some(leaf), _) if member.why.is_empty() => leaf.device.trouble(),
                     _ => member.why.clone(),
                 },
                 repaired: member.repaired,

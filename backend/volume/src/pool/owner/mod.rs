@@ -153,6 +153,8 @@ pub(crate) struct Owner {
     pub(crate) space: Bell,
     pub(crate) work: Work,
     pub(crate) lost: RefCell<Option<String>>,
+    /// Why it takes no more writes, though it is ours.
+    pub(crate) stopped: RefCell<Option<String>>,
     /// There is little space left, and it was said.
     pub(crate) is_low: Cell<bool>,
     /// The same of room for mappings.
@@ -241,6 +243,31 @@ impl Owner {
         self.space.ring();
     }
 
+    /// It takes no more writes: a stripe stays half written, since a member fails its part and cannot be done without. Reads go on, and so does FLUSH.
+    pub(crate) fn stop(&self, member: u16, status: Status) {
+        if self.stopped.borrow().is_some() || self.lost.borrow().is_some() {
+            return;
+        }
+        let why = format!(
+            "no more writes are taken: {} (member {member}) fails one with {}, and cannot be done without; what was begun is in the log, for the next opening \
+             with a member that takes it",
+            self.device_name(member),
+            status.name()
+        );
+        log::error!("pool {}: {why}", self.shared.name);
+        *self.stopped.borrow_mut() = Some(why);
+        self.shared.is_stopped.store(true, Ordering::Release);
+        self.shared.is_writable.store(false, Ordering::Release);
+        self.publish();
+        self.bell.ring();
+        self.space.ring();
+    }
+
+    /// Why nothing is changed any more.
+    pub(crate) fn ended(&self) -> Option<String> {
+        self.lost.borrow().clone().or_else(|| self.stopped.borrow().clone())
+    }
+
     /// Waits until all have ended that are under way now, on all reactors.
     pub(crate) async fn barrier(&self) {
         let _turn = self.turns.barrier.take().await;
@@ -290,7 +317,7 @@ impl Owner {
 
     /// An error for people, of what a request would get as a status.
     pub(crate) fn failed(&self, what: &str, status: Status) -> PoolError {
-        let why = self.lost.borrow().clone().unwrap_or_else(|| status.name().to_owned());
+        let why = self.ended().unwrap_or_else(|| status.name().to_owned());
         PoolError::Failed(format!("pool {}: {what}: {why}", self.shared.name))
     }
 }

@@ -297,7 +297,7 @@ impl Owner {
     /// Goes on with a replacement for a while, if there is one and it can be.
     pub(super) async fn go_on_replacing(self: &Rc<Self>) {
         let until = self.runtime.now() + SHIFT;
-        while self.runtime.now() < until && !self.is_closing.get() && self.lost.borrow().is_none() {
+        while self.runtime.now() < until && !self.is_closing.get() && self.ended().is_none() {
             match self.next_step() {
                 Step::Wait => break,
                 Step::Begin => self.begin_copy().await,

@@ -248,7 +248,7 @@ impl Owner {
 
     /// The same of what is copied or mended: a pool that is being closed is about to be another's.
     pub(super) fn may_mend(&self) -> Outcome {
-        match self.is_closing.get() {
+        match self.is_closing.get() || self.stopped.borrow().is_some() {
             true => Err(Status::ReadOnly),
             false => self.check_ours(),
         }
@@ -274,7 +274,7 @@ impl Owner {
 
     /// Makes the copies of a piece the same before it is read.
     pub(crate) async fn settle(self: Rc<Self>, set: usize, piece: Piece) -> Outcome {
-        if self.is_read_only || self.lost.borrow().is_some() {
+        if self.is_read_only || self.ended().is_some() {
             // The first copy is read all the same.
             return Ok(());
         }
@@ -351,7 +351,7 @@ impl Owner {
     /// Runs until the pool is closed: resynchronises what is marked, brings members back, scrubs when asked.
     pub(crate) async fn resync(self: Rc<Self>) {
         while !self.is_closing.get() {
-            if self.lost.borrow().is_some() || self.is_read_only {
+            if self.ended().is_some() || self.is_read_only {
                 self.give_up_scrub();
                 self.rest(LOOK).await;
                 continue;

@@ -98,7 +98,7 @@ impl Owner {
 
     /// The pool cannot be scrubbed any more.
     pub(super) fn give_up_scrub(&self) {
-        let why = self.lost.borrow().clone();
+        let why = self.ended();
         if let Some(why) = why.filter(|_| self.work.scrub.get().is_some()) {
             log::error!("pool {}: the scrub ends early: {why}", self.shared.name);
             self.work.cut_short(why, self.runtime.now());

@@ -57,11 +57,15 @@ impl Owner {
                 if has_old && let Err(status) = self.flush().await {
                     log::warn!("pool {}: cannot make changes durable: {}", self.shared.name, status.name());
                 }
+                if self.stopped.borrow().is_some() {
+                    // The rest is for who goes on writing.
+                    continue;
+                }
                 let _ = self.release_all_stripes().await;
                 let _ = self.clear_idle_intents(false).await;
                 let _ = self.end_idle_unlogged(false).await;
             }
-            if self.has_garbage() {
+            if self.has_garbage() && self.stopped.borrow().is_none() {
                 let _ = self.reclaim().await;
             }
         }
@@ -69,7 +73,7 @@ impl Owner {
 
     /// Puts out who has lost something, and brings back who is there again.
     pub(crate) async fn look_after_members(self: &Rc<Self>) {
-        if self.is_closing.get() || self.is_read_only || self.lost.borrow().is_some() {
+        if self.is_closing.get() || self.is_read_only || self.ended().is_some() {
             return;
         }
         // What fails is tried again.
@@ -119,6 +123,7 @@ impl Owner {
         if let Some(why) = &*self.lost.borrow() {
             troubles.push(format!("nothing is read or written any more: {why}"));
         }
+        troubles.extend(self.stopped.borrow().clone());
         for member in members.iter().filter(|member| !member.why.is_empty()) {
             let place = member.place.map_or_else(|| "spare".to_owned(), |place| format!("member {place}"));
             let device = member.device.as_deref().unwrap_or("missing");

@@ -7,6 +7,7 @@
 //!
 //! Parity can be changed only where it is right. Where nobody has written yet, or after a crash, it is not: there it is made of all data.
 
+use super::log::Stuck;
 use super::row::bytes_mut;
 use super::row::{Bad, Contents, Lost, Row, Slots, each};
 use super::{Change, Changed, Ways};
@@ -152,8 +153,12 @@ impl Ways {
         if let Some(number) = entry.filter(|_| outcome.is_ok()) {
             row.parity.ring().placed(number);
         }
-        if outcome.is_err() && entry.is_none() && lost != Lost::Zeroes {
-            row.doubt(&self.shared);
+        match (&outcome, entry) {
+            (Err(_), Some(_)) if !is_broken("half_written_computed") => {
+                row.parity.stays_half_written(row.row)
+            }
+            (Err(_), None) if lost != Lost::Zeroes => row.doubt(&self.shared),
+            _ => {}
         }
         outcome.map(|()| Changed::Done)
     }
@@ -288,21 +293,26 @@ impl Ways {
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {
+                let mut stuck = Stuck::default();
                 loop {
                     if row.set.mode(row.place(slot)) == Mode::Away {
+                        self.goes_on(row, &stuck);
                         return Ok(());
                     }
                     // A member that is out and back meanwhile is put out again when it fails, and not tried for ever.
                     let row = &Row { since: self.shared.joins(), ..*row };
                     let written =
                         self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
-                    let Err(status) = written else { return Ok(()) };
+                    let Err(status) = written else {
+                        self.goes_on(row, &stuck);
+                        return Ok(());
+                    };
                     if is_broken("left_half_written") {
                         return Err(status);
                     }
                     if self.member_failed(row, slot, status, true).await.is_err() {
                         // Nobody can be put out. It may come back: what is half written is not left so.
-                        self.runtime.sleep(Duration::from_millis(500)).await;
+                        self.is_stuck(row, slot, status, &mut stuck).await;
                     }
                     // Who is out does not lack it.
                     if !self.is_writable() && row.set.mode(row.place(slot)) != Mode::Away {

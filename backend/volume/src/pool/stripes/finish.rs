@@ -1,6 +1,7 @@
 //! Whole stripes that were begun on the hot path, and did not come to all members: some of a stripe's strips are new, some are not, and of what is
 //! lost now nobody could compute either. So they are ended here, from the copy that they were sent from, whoever has given up waiting for them.
 
+use super::log::Stuck;
 use super::row::{Contents, Row, Slots, each};
 use super::{Held, Ways};
 use crate::pool::bounce::Bounce;
@@ -67,10 +68,12 @@ impl Ways {
         let mut missing: Slots = each(row.all_data() | row.all_parity())
             .filter(|slot| row.leaf(*slot).is_some())
             .fold(0, |slots, slot| slots | 1 << slot);
+        let mut stuck = Stuck::default();
         loop {
             let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
             missing = each(missing).filter(is_there).fold(0, |slots, slot| slots | 1 << slot);
             if missing == 0 {
+                self.goes_on(&row, &stuck);
                 return Ok(());
             }
             if !self.is_writable() {
@@ -90,15 +93,15 @@ impl Ways {
             let failed: Vec<(usize, Status)> = failed.filter(|(slot, _)| is_there(slot)).collect();
             missing = failed.iter().fold(0, |slots, (slot, _)| slots | 1 << slot);
             let by_members = failed.iter().filter(|(_, status)| *status != Status::Aborted);
-            let status = by_members.clone().next().map(|(_, status)| *status);
+            let first = by_members.clone().next().copied();
             let members = by_members.fold(0, |bits, (slot, _)| bits | 1 << row.member(*slot));
-            match status {
-                None if missing == 0 => return Ok(()),
+            match first {
+                None if missing == 0 => {}
                 // By somebody who does not know of us.
                 None => {
                     self.runtime.sleep(Duration::from_millis(10)).await;
                 }
-                Some(status) => {
+                Some((slot, status)) => {
                     let since = row.since;
                     let report = move |owner: Rc<Owner>| async move {
                         owner.report_together(members, status, since).await
@@ -113,7 +116,7 @@ impl Ways {
                         return Err(status);
                     }
                     if !is_recorded {
-                        self.runtime.sleep(Duration::from_millis(500)).await;
+                        self.is_stuck(row, slot, status, &mut stuck).await;
                     }
                 }
             }

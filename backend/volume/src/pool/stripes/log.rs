@@ -37,6 +37,16 @@ impl Drop for LeftBehind {
     }
 }
 
+/// So often a member that cannot be done without is asked to take a write that it fails, every half of a second.
+const TRIES: u32 = 20;
+
+/// Who is waited for, and how often it was asked.
+#[derive(Default)]
+pub(super) struct Stuck {
+    slot: usize,
+    tries: u32,
+}
+
 impl Ways {
     /// Makes the new content of these slots durable on as many members as may be lost, and one more. The entry's number.
     pub(super) async fn log(&self, row: &Row<'_>, contents: &Contents, slots: Slots) -> Result<u64, Status> {
@@ -119,7 +129,7 @@ impl Ways {
         bounce: &Rc<Bounce>,
         len: usize,
     ) -> Result<(), Status> {
-        let mut is_begun = false;
+        let (mut is_begun, mut stuck) = (false, Stuck::default());
         loop {
             // A member that has come since the row was looked at has to be put out when it fails: else it is tried for ever.
             let row = &Row { since: self.shared.joins(), ..*row };
@@ -155,12 +165,13 @@ impl Ways {
                 match self.member_failed(row, slot, status, is_begun).await {
                     Err(_) if is_begun && self.is_writable() => {
                         // Nobody can be put out. It may come back.
-                        self.runtime.sleep(Duration::from_millis(500)).await;
+                        self.is_stuck(row, slot, status, &mut stuck).await;
                     }
                     outcome => outcome?,
                 }
             }
             if is_whole {
+                self.goes_on(row, &stuck);
                 return Ok(());
             }
             if !self.is_writable() {
@@ -223,9 +234,40 @@ impl Ways {
         self.shared.request(report).await
     }
 
+    /// A member that cannot be done without fails what must not stay half done: that is told, and it is given some time to take it after all. Who
+    /// is out of reach, or full, may be so for long, and is waited for; with any other failure the pool takes no more writes in the end. What
+    /// is in the log is put in place by the next opening.
+    pub(super) async fn is_stuck(&self, row: &Row<'_>, slot: usize, status: Status, stuck: &mut Stuck) {
+        (stuck.slot, stuck.tries) = (slot, stuck.tries + 1);
+        let (member, is_over) = (row.member(slot), stuck.tries > TRIES && !may_end(status));
+        let tell = move |owner: Rc<Owner>| async move {
+            owner.waits_for(member, Some(status));
+            if is_over {
+                owner.stop(member, status);
+            }
+            Ok(())
+        };
+        let _ = self.shared.request(tell).await;
+        self.runtime.sleep(Duration::from_millis(500)).await;
+    }
+
+    /// A member has taken what it was waited for with, or is out.
+    pub(super) fn goes_on(&self, row: &Row<'_>, stuck: &Stuck) {
+        if stuck.tries > 0 {
+            let member = row.member(stuck.slot);
+            let tell = move |owner: Rc<Owner>| async move { owner.waits_for(member, None) };
+            drop(self.shared.ask(tell));
+        }
+    }
+
     pub(super) fn is_writable(&self) -> bool {
         self.shared.is_writable.load(Ordering::Acquire)
     }
+}
+
+/// Somebody can help: with a way to it, or with room.
+fn may_end(status: Status) -> bool {
+    matches!(status, Status::Path | Status::Timeout | Status::NoSpace)
 }
 
 /// A write that ended so has changed nothing.

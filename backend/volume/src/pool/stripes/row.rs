@@ -129,7 +129,7 @@ impl<'a> Row<'a> {
 
     /// What is lost cannot be computed: something came between data and parity, and nothing has put that right.
     pub(crate) fn is_doubtful(&self) -> bool {
-        self.regions().any(|region| self.parity.doubtful.get(region))
+        self.parity.is_half_written(self.row) || self.regions().any(|region| self.parity.doubtful.get(region))
     }
 
     /// It is half written, and stays so, though not in the log. Parity is made again of what there is; until then nobody is put out, and the next
