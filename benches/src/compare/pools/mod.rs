@@ -170,22 +170,23 @@ impl Case {
         }
     }
 
-    /// What is compared with the goal, and the goal's sign: `true` where more is better.
+    /// What is compared with the goal, and the goal's sign: `true` where more is better. What a pool makes of its members' speed has its goal where
+    /// members are slower than our CPU, as remote ones are: where they are memory, it is the CPU's copying that is compared.
     pub fn goal(self) -> Option<(f64, bool)> {
         match self {
             Case::Random(Pool::Raid0, Mix::RandRead) => Some((0.9, true)),
             Case::Random(Pool::Raid1 | Pool::Raid5, Mix::RandRead) => Some((0.85, true)),
             Case::Random(Pool::Raid1, _) => Some((0.45, true)),
-            Case::Sequential(Pool::Raid5) | Case::SequentialFar(Pool::Raid5) => Some((0.6, true)),
-            Case::Sequential(Pool::Raid6) | Case::SequentialFar(Pool::Raid6) => Some((0.5, true)),
+            Case::SequentialFar(Pool::Raid5) => Some((0.6, true)),
+            Case::SequentialFar(Pool::Raid6) => Some((0.5, true)),
             Case::Counts(Pool::Raid5 | Pool::Wide5) => Some((4.0, false)),
             Case::Counts(_) => Some((6.0, false)),
             Case::FirstWrite => Some((1.5, false)),
             Case::AfterSnapshot => Some((1.0, false)),
-            Case::Rebuild | Case::RebuildFar => Some((0.9, true)),
+            Case::RebuildFar => Some((0.9, true)),
             Case::RebuildRate => Some((0.95, true)),
             Case::ReadsDuringRebuild => Some((2.0, false)),
-            Case::Random(..) | Case::Sequential(_) | Case::SequentialFar(_) => None,
+            Case::Random(..) | Case::Sequential(_) | Case::SequentialFar(_) | Case::Rebuild => None,
         }
     }
 }
@@ -310,7 +311,12 @@ impl Outcome {
                 "p99 of the latency".to_owned(),
             ],
             (Found::Loads { beside, volume }, Case::Sequential(_) | Case::SequentialFar(_)) => {
-                [format!("RAID 0 {}", iops(beside)), format!("volume {}", iops(volume)), "IOPS".to_owned()]
+                let what = if matches!(self.case, Case::SequentialFar(_)) {
+                    "IOPS"
+                } else {
+                    "IOPS (our CPU's copying)"
+                };
+                [format!("RAID 0 {}", iops(beside)), format!("volume {}", iops(volume)), what.to_owned()]
             }
             (Found::Loads { beside, volume }, _) => {
                 [format!("bare {}", iops(beside)), format!("volume {}", iops(volume)), "IOPS".to_owned()]
@@ -323,7 +329,10 @@ impl Outcome {
             (Found::Rate { rebuild, most }, Case::Rebuild | Case::RebuildFar) => [
                 format!("devices {}", rate(*most)),
                 format!("rebuild {}", rate(*rebuild)),
-                "bytes read and written".to_owned(),
+                match self.case {
+                    Case::Rebuild => "bytes read and written (our CPU's copying)".to_owned(),
+                    _ => "bytes read and written".to_owned(),
+                },
             ],
             (Found::Rate { rebuild, most }, _) => [
                 format!("configured {}", rate(*most)),
