@@ -129,7 +129,7 @@ impl Scene {
     }
 
     /// The first block of the members' data.
-    fn pool_data(&self) -> u64 {
+    pub(crate) fn pool_data(&self) -> u64 {
         let book = Superblock::decode(&self.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
         book.layout.data_offset() / 512
     }

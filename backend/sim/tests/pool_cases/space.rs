@@ -2,6 +2,7 @@
 
 use super::*;
 use hawser_volume::pool::NoSpacePolicy;
+use orders::noise;
 use std::cell::Cell;
 
 const WRITE: Operation = Operation::Write { fua: false };
@@ -142,12 +143,16 @@ fn a_write_that_waits_for_space_is_counted_while_it_waits() {
 
 /// A disk that is thin itself, and shows where nothing is.
 fn thin_disk(number: u8) -> Arc<SimDisk> {
+    thin_disk_that(false, number)
+}
+
+fn thin_disk_that(reads_zeroes: bool, number: u8) -> Arc<SimDisk> {
     let geometry = Geometry {
         volatile_cache: true,
         discard: Some(hawser_block::DiscardLimits {
             blocks_max: 1 << 12,
             granularity_blocks: 8,
-            reads_zeroes: false,
+            reads_zeroes,
         }),
         ..Geometry::new(BlockSize::B512, 16 << 11)
     };
@@ -197,6 +202,44 @@ fn members_are_told_of_what_is_free_when_that_is_durable_and_only_if_asked_to() 
             drop(pool);
             scene.check();
         }
+    }
+}
+
+/// What nobody has needs no parity either: all of the stripes is given back, and goes together as zeroes do.
+#[test]
+fn parity_of_what_is_free_is_given_back_too() {
+    for (level, members) in [(Level::Raid5, 3), (Level::Raid5, 4), (Level::Raid6, 4), (Level::Raid6, 5)] {
+        let mut scene = Scene::new(34, members);
+        scene.disks = (0..members).map(|number| thin_disk_that(true, number)).collect();
+        scene.create(level);
+        let devices = scene.devices();
+        let pool = scene.open_with(devices, |options| options.discard = true);
+        for (volume, seed) in [("v", 1), ("w", 2)] {
+            scene.ask(pool.create_volume(volume, 4 << 20)).unwrap();
+            scene.write(&pool, volume, 0, &noise(seed, 2 << 20));
+        }
+        scene.flush(&pool, "w");
+        let data = usize::try_from(scene.pool_data()).unwrap() * 512;
+        let used = |scene: &Scene| -> Vec<usize> {
+            let is_used = |block: &&[u8]| block.iter().any(|byte| *byte != 0);
+            let disks = scene.disks.iter().map(|disk| disk.state().snapshot());
+            disks.map(|bytes| bytes[data..].chunks(4096).filter(is_used).count()).collect()
+        };
+        let before = used(&scene);
+        scene.ask(pool.delete_volume("v")).unwrap();
+        scene.wait(Duration::from_secs(10));
+        // Half of each member, whether it was data or parity there, but for extents that only one of them has a part of.
+        for (left, before) in used(&scene).into_iter().zip(before) {
+            assert!(left * 20 <= before * 11, "{level} on {members}: {left} of {before} blocks");
+        }
+        assert_eq!(scene.read(&pool, "w", 0, 2 << 20), noise(2, 2 << 20));
+        scene.ask(pool.scrub(false)).unwrap();
+        scene.wait(Duration::from_secs(30));
+        let scrub = pool.view().tasks.into_iter().rev().find(|task| task.kind == "scrub").unwrap();
+        assert!(scrub.is_done && scrub.mismatches == 0, "{scrub:?}");
+        scene.ask(pool.close()).unwrap();
+        drop(pool);
+        scene.check();
     }
 }
 

@@ -1,5 +1,7 @@
 //! Extents that nobody has are told to the members as not needed, where the pool is asked to.
 //!
+//! Where parity is, it goes too: nobody needs it.
+//!
 //! When: the record that freed them is durable, and everybody who could name them has ended; before anybody gets them again. A discard
 //! that failed may still be carried out, as a write may: the member is out, or they wait. Not, because parity is made of what stands where
 //! nobody has written: of a member with parity that is being replaced, since two devices need not hold the same after it; of a device
@@ -32,6 +34,18 @@ impl Owner {
         let mut wanted: BTreeMap<u16, Vec<Range<u64>>> = BTreeMap::new();
         for extent in extents {
             let (set, pieces) = view.array.pieces(extent, 0, view.thin.extent_bytes);
+            if let Some(parity) = set.parity() {
+                // Whole stripes, with their parity: zeroes go with zeroes.
+                let (_, address) = view.array.locate(extent);
+                let (whole, strip) = (parity.stripes.stripe_bytes(), u64::from(set.strip_bytes()));
+                let (first, end) = (address / whole, (address + view.thin.extent_bytes) / whole);
+                let there = (0..set.members()).filter(|place| set.mode(*place) != Mode::Away);
+                for member in there.map(|place| set.first_member() + place) {
+                    let rows = view.data_offset + first * strip..view.data_offset + end * strip;
+                    add(wanted.entry(member).or_default(), rows);
+                }
+                continue;
+            }
             for piece in pieces {
                 for copy in piece.copies.as_slice() {
                     if set.mode(copy.member - set.first_member()) == Mode::Away {
