@@ -42,6 +42,8 @@ fn of_two_owners_without_reservations_the_first_notices_and_stops() {
         let second = scene.open_elsewhere(true).unwrap();
         scene.wait(Duration::from_millis(1500));
         assert!(first.view().is_failed, "{level:?}");
+        // Nothing of it is pending, and the members would do it.
+        assert_eq!(scene.io(&first, "v", Operation::Flush, 0, &[]).0, Err(Status::Conflict), "{level:?}");
         let troubles = first.view().troubles;
         assert!(
             troubles[0].ends_with("nothing is read or written any more: another host has opened it"),

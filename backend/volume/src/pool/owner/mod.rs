@@ -304,6 +304,10 @@ impl Owner {
     }
 
     async fn flush_once(self: &Rc<Self>) -> Outcome {
+        if self.lost.borrow().is_some() {
+            // Whoever has it now need not have kept what was written.
+            return Err(Status::Conflict);
+        }
         // Records that are made while the members flush may be of data that is not durable.
         let upto = self.seq.get();
         self.put_out_doubted().await?;
