@@ -41,6 +41,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "closed_with_entries",
     "computed_with_lost_cache",
     "half_written_computed",
+    "stuck_stripe_unlogged",
     "discards_of_logged",
     "discards_of_twins",
     "discards_outlive_close",

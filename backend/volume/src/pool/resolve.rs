@@ -185,10 +185,17 @@ pub(super) fn resolve_one(view: &View, map: &VolumeMap, request: &Request, rotor
         return None;
     }
     let entry = view.table.lookup(map, narrow(index));
-    if !entry.is_mapped() || entry.is_partial() || entry.low() >= view.array.extents() {
+    if !entry.is_mapped() {
         return None;
     }
-    let (set, address) = view.array.locate(entry.low());
+    let extent = match entry.is_partial() {
+        false => entry.low(),
+        true => valid_extent(view, entry.low(), within, len)?,
+    };
+    if extent >= view.array.extents() {
+        return None;
+    }
+    let (set, address) = view.array.locate(extent);
     let set = view.array.set(set);
     let copy = match set.only_copy(address + within, len) {
         Some(copy) => copy,
@@ -200,6 +207,13 @@ pub(super) fn resolve_one(view: &View, map: &VolumeMap, request: &Request, rotor
         }
     };
     Some(Step { member: copy.member, offset: view.data_offset + copy.offset, start: 0, len: narrow(len) })
+}
+
+/// The extent of a partial entry, where all of these bytes of it are valid.
+fn valid_extent(view: &View, partial: u32, within: u64, len: u64) -> Option<u32> {
+    let partial = view.table.partial(partial);
+    let (is_valid, _, run) = runs(partial.bits, view.thin.unit_shift(), within, len).next()?;
+    (is_valid && run == len).then_some(partial.extent)
 }
 
 /// Which extent of a volume has this byte, and where in it.

@@ -133,21 +133,27 @@ fn a_stripe_that_a_member_does_not_take_is_whole_without_it() {
     });
 }
 
-/// One of the members that get an entry of the log is full. The other has it: the change is not given up as one that never was, or the next opening
-/// puts it in place, and over a parity that knows nothing of it.
+/// Two of the three members that may get an entry of the log are full. The third has it: the change is not given up as one that never was, or the next
+/// opening puts it in place, and over a parity that knows nothing of it.
 #[test]
 fn an_entry_that_one_member_has_is_not_given_up() {
     holds("entry_left_in_log", |seed| {
         let (mut scene, pool, old) = begin(seed, |_| {});
         let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
-        {
-            let mut state = scene.disks[1].state();
-            let log = book.layout.parity_log_offset() / 512..book.layout.data_offset() / 512;
+        for full in [1, 2] {
+            let mut state = scene.disks[full].state();
+            let log = (book.layout.parity_log_offset() + 8192) / 512..book.layout.data_offset() / 512;
             (state.unwritable, state.error) = (log, Status::NoSpace);
         }
         let (first, second) = (noise(2, 4096), noise(3, 4096));
-        let _ = scene.io(&pool, "v", Operation::Write { fua: false }, 0, &first);
-        scene.disks[1].state().unwritable = 0..0;
+        let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+        let bytes = first.clone();
+        scene.reactors[0].runtime().spawn(async move {
+            let _ = client.io(Operation::Write { fua: false }, 0, bytes).await;
+        });
+        scene.wait(Duration::from_secs(5));
+        [1, 2].into_iter().for_each(|full| scene.disks[full].state().unwritable = 0..0);
+        scene.wait(Duration::from_secs(5));
         scene.until(&pool, 1, MemberState::InSync);
         scene.write(&pool, "v", 16 << 10, &second);
         drop(pool);

@@ -1,6 +1,7 @@
 //! The write hole, step by step: RAID 5 of three, where row 0 has its data on members 0 and 1 and its parity on member 2; row 1 on 2 and 0, and on 1.
 
 use super::*;
+use std::cell::Cell;
 
 const STRIP: u64 = 16 << 10;
 const LEN: usize = 64 << 10;
@@ -462,4 +463,120 @@ fn a_stripe_that_cannot_be_finished_ends_writes_and_nothing_else() {
         Ok(())
     };
     holds("half_written_computed", |seed| happen(seed, seed.is_multiple_of(2)));
+}
+
+/// Who is out of reach is waited for, however long; and when it answers something else for a moment, as a target may that has just started, the pool goes on all
+/// the same. The time that it was away counted, and the first other error stopped all writes.
+#[test]
+fn an_outage_is_no_reason_to_end_writes_at_the_first_error_after_it() {
+    let (mut scene, pool, old) = begin(1);
+    scene.write(&pool, "v", 0, &old);
+    scene.lose(&pool, 0);
+    let data = scene.pool_data();
+    let fails_with = |scene: &Scene, status| {
+        let mut disk = scene.disks[1].state();
+        (disk.unwritable, disk.error) = (data..data + (STRIP >> 9), status);
+    };
+    fails_with(&scene, Status::Path);
+    let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+    let (new, ended) = (noise(2, 4096), Rc::new(Cell::new(None)));
+    let (bytes, told) = (new.clone(), Rc::clone(&ended));
+    scene.reactors[0].runtime().spawn(async move {
+        told.set(Some(client.io(Operation::Write { fua: false }, STRIP, bytes).await.0));
+    });
+    scene.wait(Duration::from_secs(60));
+    let why = &pool.view().members[1].why;
+    assert!(why.contains("fails writes with path, which wait"), "{why}");
+    fails_with(&scene, Status::Media);
+    scene.wait(Duration::from_secs(1));
+    scene.disks[1].state().unwritable = 0..0;
+    scene.wait(Duration::from_secs(2));
+    assert_eq!(ended.get(), Some(Ok(())));
+    assert_eq!(pool.view().members[1].why, "", "nothing waits any more");
+    assert_eq!(scene.read(&pool, "v", STRIP, 4096), new);
+}
+
+/// One of the two that are left of a RAID 5 has a bad block in its parity log. An entry need not be on just that one.
+#[test]
+fn an_entry_goes_to_another_member_when_one_does_not_take_it() {
+    let (mut scene, pool, old) = begin(1);
+    scene.write(&pool, "v", 0, &old);
+    scene.lose(&pool, 0);
+    let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
+    let log = (book.layout.parity_log_offset() + 8192) / 512;
+    for bad in [1, 2] {
+        for status in [Status::Media, Status::NoSpace] {
+            let mut disk = scene.disks[bad].state();
+            (disk.unwritable, disk.error) = (log..scene.pool_data(), status);
+            drop(disk);
+            for at in [STRIP, 2 * STRIP, 3 * STRIP] {
+                let new = noise(at, 4096);
+                scene.write(&pool, "v", at, &new);
+                assert_eq!(scene.read(&pool, "v", at, 4096), new);
+            }
+        }
+        scene.disks[bad].state().unwritable = 0..0;
+    }
+}
+
+/// Writes have ended, and a member that cannot be done without loses its cache. Reads of what is computed wait until the log is put in place on it again,
+/// which nobody did any more; and a file system that is read-only by then asks for no FLUSH.
+#[test]
+fn reads_go_on_after_a_lost_cache_though_writes_have_ended() {
+    let (mut scene, pool, old) = begin(1);
+    scene.write(&pool, "v", 0, &old);
+    scene.flush(&pool, "v");
+    scene.lose(&pool, 0);
+    let data = scene.pool_data();
+    {
+        let mut disk = scene.disks[1].state();
+        (disk.unwritable, disk.error) = (data..data + (STRIP >> 9), Status::Media);
+    }
+    let (outcome, _) = scene.io(&pool, "v", Operation::Write { fua: false }, STRIP, &noise(2, 4096));
+    assert_eq!(outcome, Err(Status::Media));
+    scene.disks[2].lose_power();
+    // Member 0 has the second strip of row 1.
+    assert_eq!(scene.read(&pool, "v", 3 * STRIP, 4096), old[3 * 16384..][..4096]);
+    let back: Arc<dyn Device> = scene.disks[0].clone();
+    let why = scene.ask(pool.add_member(back)).expect_err("writes have ended").to_string();
+    assert!(why.contains("no more writes are taken"), "{why}");
+}
+
+/// A whole stripe is written without the log, one member falls silent and is put out, and another fails its strip for good: nobody could have said what the
+/// first one had there, and the pool was refused from then on. It is in the log by then.
+#[test]
+fn a_whole_stripe_that_cannot_be_finished_is_in_the_log_after_all() {
+    holds("stuck_stripe_unlogged", |seed| {
+        let (mut scene, pool, _) = begin(seed);
+        let all = noise(4, LEN);
+        scene.write(&pool, "v", 0, &all);
+        let data = scene.pool_data();
+        {
+            let mut disk = scene.disks[1].state();
+            (disk.unwritable, disk.error) = (data..data + (STRIP >> 9), Status::Media);
+        }
+        scene.disks[0].fail_all(Some(Status::Path));
+        let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+        let (new, ended) = (noise(5, 32 << 10), Rc::new(Cell::new(None)));
+        let (bytes, told) = (new.clone(), Rc::clone(&ended));
+        scene.reactors[0].runtime().spawn(async move {
+            told.set(Some(client.io(Operation::Write { fua: false }, 0, bytes).await.0));
+        });
+        scene.wait(Duration::from_secs(1));
+        let _ = scene.io(&pool, "v", Operation::Flush, 0, &[]);
+        scene.wait(Duration::from_secs(60));
+        if !matches!(ended.get(), Some(Err(_))) {
+            return Err(format!("the write ended as {:?}", ended.get()));
+        }
+        let why = scene.ask(pool.close()).expect_err("the log is needed").to_string();
+        drop(pool);
+        scene.kill();
+        scene.disks[1].state().unwritable = 0..0;
+        let devices = scene.living();
+        let pool = scene.try_open(devices, true).map_err(|error| format!("{error}; before: {why}"))?;
+        let mut want = all.clone();
+        want[..new.len()].copy_from_slice(&new);
+        scene.is_one_of(&pool, 0, &[&want])?;
+        Ok(())
+    });
 }

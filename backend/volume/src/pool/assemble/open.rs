@@ -403,6 +403,7 @@ impl Owner {
             return Err(PoolError::Conflict(format!("pool {} is being closed", self.shared.name)));
         }
         self.shared.is_writable.store(false, Ordering::Release);
+        self.shared.is_stopped.store(false, Ordering::Release);
         self.bell.ring();
         self.space.ring();
         let is_lost = self.lost.borrow().is_some();
@@ -412,6 +413,9 @@ impl Owner {
             (false, true) => Err(Status::ReadOnly),
             (false, false) => self.make_whole().await,
         };
+        // What is made whole is what was acknowledged; the rest is for the next opening.
+        let is_stopped = self.stopped.borrow().is_some();
+        let closed = closed.and(if is_stopped { Err(Status::ReadOnly) } else { Ok(()) });
         // Tasks that sleep still name it, or wait for a turn.
         self.is_over.set(true);
         self.unregister();

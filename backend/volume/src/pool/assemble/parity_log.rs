@@ -257,7 +257,7 @@ async fn replay(owner: &Rc<Owner>, set: &Set, entry: &ParityEntry, payload: &[u8
             let reported = owner.report_whatever(1 << member, status, since).await;
             reported.map_err(|status| {
                 let what = format!(
-                    "stripes that were being written cannot be put right on {} (member {member}), and it cannot be done without",
+                    "stripes that were being written cannot be put right on {} (member {member})",
                     leaf.name()
                 );
                 owner.failed(&what, status)

@@ -9,6 +9,7 @@
 //! would put that back, beside parity that was made of zeroes.
 
 use super::Owner;
+use crate::plan;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
 use crate::pool::wait::all;
@@ -35,7 +36,7 @@ impl Owner {
         for extent in extents {
             let (set, pieces) = view.array.pieces(extent, 0, view.thin.extent_bytes);
             if let Some(parity) = set.parity() {
-                // Whole stripes, with their parity: zeroes go with zeroes.
+                // Whole stripes, with their parity, which nobody trusts any more.
                 let (_, address) = view.array.locate(extent);
                 let (whole, strip) = (parity.stripes.stripe_bytes(), u64::from(set.strip_bytes()));
                 let (first, end) = (address / whole, (address + view.thin.extent_bytes) / whole);
@@ -128,13 +129,16 @@ impl Owner {
             return Ok(());
         }
         let grain = u64::from(limits.granularity_blocks.max(1)) << leaf.shift;
+        // What is longer is refused.
+        let most = u64::from(plan::offered(limits.blocks_max, limits.granularity_blocks)) << leaf.shift;
+        let most = most.min(DISCARD_BYTES_MAX).max(grain) / grain * grain;
         let mut joined: Vec<Range<u64>> = Vec::new();
         ranges.into_iter().for_each(|range| add(&mut joined, range));
         for range in joined {
             let (mut at, end) = (range.start.div_ceil(grain) * grain, range.end / grain * grain);
             while at < end {
                 self.may_discard()?;
-                let len = DISCARD_BYTES_MAX.max(grain).min(end - at);
+                let len = most.min(end - at);
                 match self.lanes.discard(leaf, at, len).await {
                     // It need not be able to.
                     Ok(()) | Err(Status::Unsupported | Status::Invalid) => {}

@@ -29,8 +29,8 @@ pub(crate) struct Member {
     pub(crate) is_recorded: bool,
     /// Why it does not, or empty.
     pub(crate) why: String,
-    /// What it fails writes with that wait for it, since it cannot be done without.
-    pub(crate) fails: Option<Status>,
+    /// How many wait for it with what it fails, since it cannot be done without, and how it failed the first of them.
+    pub(crate) fails: (u32, Status),
     /// Read errors that were repaired.
     pub(crate) repaired: u64,
     /// Units that a scrub has found to be wrong on it.
@@ -75,7 +75,7 @@ impl Member {
             leaf,
             is_recorded,
             why: String::new(),
-            fails: None,
+            fails: (0, Status::Path),
             repaired: 0,
             wrong: 0,
             away_since: (!is_recorded).then_some(now),
@@ -511,21 +511,37 @@ impl Owner {
         }
     }
 
-    /// Something is written to a member again and again, since it fails that and cannot be done without; `None`: it has taken it.
-    pub(crate) fn waits_for(&self, member: u16, fails: Option<Status>) {
-        let before = std::mem::replace(&mut self.members.borrow_mut()[usize::from(member)].fails, fails);
-        if before == fails {
-            return;
-        }
-        let (pool, device) = (&self.shared.name, self.device_name(member));
-        match fails {
-            Some(status) => log::warn!(
-                "pool {pool}: {device} (member {member}) fails a write with {}, and cannot be done without: it waits",
+    /// Something is written to a member again and again, since it fails that and cannot be done without.
+    pub(crate) fn waits_for(&self, member: u16, status: Status) {
+        let is_first = {
+            let fails = &mut self.members.borrow_mut()[usize::from(member)].fails;
+            let is_first = fails.0 == 0;
+            *fails = (fails.0 + 1, if is_first { status } else { fails.1 });
+            is_first
+        };
+        if is_first {
+            log::warn!(
+                "pool {}: {} (member {member}) fails a write with {}, and cannot be done without: it waits",
+                self.shared.name,
+                self.device_name(member),
                 status.name()
-            ),
-            None => log::info!("pool {pool}: {device} (member {member}) has taken what waited for it"),
+            );
+            self.publish();
         }
-        self.publish();
+    }
+
+    /// It has taken that, or is out, or it is not waited for any more.
+    pub(crate) async fn waits_no_more(self: Rc<Self>, member: u16) {
+        let left = {
+            let fails = &mut self.members.borrow_mut()[usize::from(member)].fails;
+            fails.0 = fails.0.saturating_sub(1);
+            fails.0
+        };
+        if left == 0 {
+            let (pool, device) = (&self.shared.name, self.device_name(member));
+            log::info!("pool {pool}: nothing waits for {device} (member {member}) any more");
+            self.publish();
+        }
     }
 
     pub(crate) fn device_name(&self, member: u16) -> String {
@@ -710,7 +726,7 @@ impl Owner {
                 device: member.leaf.as_ref().map(|leaf| leaf.name().to_owned()),
                 state,
                 why: match (&member.leaf, member.fails) {
-                    (Some(_), Some(status)) if self.mode_of(number) == Mode::InSync => {
+                    (Some(_), (1.., status)) if self.mode_of(number) == Mode::InSync => {
                         format!(
                             "fails writes with {}, which wait, since it cannot be done without",
                             status.name()

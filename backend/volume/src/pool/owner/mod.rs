@@ -244,13 +244,18 @@ impl Owner {
     }
 
     /// It takes no more writes: a stripe stays half written, since a member fails its part and cannot be done without. Reads go on, and so does FLUSH.
-    pub(crate) fn stop(&self, member: u16, status: Status) {
+    pub(crate) fn stop(&self, member: u16, status: Status, is_logged: bool) {
         if self.stopped.borrow().is_some() || self.lost.borrow().is_some() {
             return;
         }
+        let how = match is_logged {
+            true => "what was begun is in the log, for the next opening with a member that takes it",
+            false => {
+                "a whole stripe that was begun is not in the log, so that the next opening may want --accept-loss"
+            }
+        };
         let why = format!(
-            "no more writes are taken: {} (member {member}) fails one with {}, and cannot be done without; what was begun is in the log, for the next opening \
-             with a member that takes it",
+            "no more writes are taken: {} (member {member}) fails one with {}, and cannot be done without; {how}",
             self.device_name(member),
             status.name()
         );
@@ -321,7 +326,8 @@ impl Owner {
 
     /// An error for people, of what a request would get as a status.
     pub(crate) fn failed(&self, what: &str, status: Status) -> PoolError {
-        let why = self.ended().unwrap_or_else(|| status.name().to_owned());
+        let stopped = self.stopped.borrow().clone().filter(|_| status == Status::ReadOnly);
+        let why = self.lost.borrow().clone().or(stopped).unwrap_or_else(|| status.name().to_owned());
         PoolError::Failed(format!("pool {}: {what}: {why}", self.shared.name))
     }
 }

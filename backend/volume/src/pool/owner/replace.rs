@@ -17,7 +17,7 @@ use std::sync::Arc;
 impl Owner {
     pub(crate) async fn add_member(self: Rc<Self>, device: Arc<dyn Device>) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
-        self.check_ours().map_err(|status| self.failed("cannot be changed", status))?;
+        self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
         let leaf = self.leaf_of(device)?;
         let name = leaf.name().to_owned();
         let label = self.label_of(&leaf).await.map_err(|status| self.failed(&name, status))?;

@@ -73,14 +73,17 @@ impl Owner {
 
     /// Puts out who has lost something, and brings back who is there again.
     pub(crate) async fn look_after_members(self: &Rc<Self>) {
-        if self.is_closing.get() || self.is_read_only || self.ended().is_some() {
+        if self.is_closing.get() || self.is_read_only || self.lost.borrow().is_some() {
             return;
         }
-        // What fails is tried again.
+        // What fails is tried again. Who reads waits for it.
         let _ = self.put_out_doubted().await;
+        if self.stopped.borrow().is_some() {
+            return;
+        }
         // A replacement may be under way.
         let turn = self.turns.change.take().await;
-        if self.is_closing.get() {
+        if self.is_closing.get() || self.ended().is_some() {
             return;
         }
         let count = self.members.borrow().len();
@@ -114,6 +117,7 @@ impl Owner {
         let size_bytes = u64::from(meta.thin().extents) * extent_bytes;
         let free_bytes = u64::from(meta.free_extents()) * extent_bytes;
         let members = self.member_views();
+        let is_stopped = self.stopped.borrow().is_some();
         let is_degraded = view
             .array
             .sets()
@@ -186,7 +190,7 @@ impl Owner {
                 .iter()
                 .map(|set| set.unsynced.iter_set().count() as u64)
                 .sum(),
-            is_degraded,
+            is_degraded: is_degraded || is_stopped,
             is_failed: self.lost.borrow().is_some(),
             members,
             tasks: self.work.views(self.runtime.now()).into_iter().collect::<Vec<TaskView>>(),

@@ -290,13 +290,15 @@ impl Ways {
         while row.parity.is_behind() && self.is_writable() {
             self.runtime.sleep(Duration::from_millis(1)).await;
         }
+        if row.parity.is_behind() {
+            return Err(Status::ReadOnly);
+        }
         let writes = each(slots).map(|slot| {
             let content = Rc::clone(contents[slot].as_ref().expect("what is written is there"));
             async move {
-                let mut stuck = Stuck::default();
+                let mut stuck = Stuck::new(&self.shared);
                 loop {
                     if row.set.mode(row.place(slot)) == Mode::Away {
-                        self.goes_on(row, &stuck);
                         return Ok(());
                     }
                     // A member that is out and back meanwhile is put out again when it fails, and not tried for ever.
@@ -304,7 +306,6 @@ impl Ways {
                     let written =
                         self.write_unless_out(row, slot, (row.offset(), false), &content, row.len).await;
                     let Err(status) = written else {
-                        self.goes_on(row, &stuck);
                         return Ok(());
                     };
                     if is_broken("left_half_written") {
@@ -312,7 +313,7 @@ impl Ways {
                     }
                     if self.member_failed(row, slot, status, true).await.is_err() {
                         // Nobody can be put out. It may come back: what is half written is not left so.
-                        self.is_stuck(row, slot, status, &mut stuck).await;
+                        self.is_stuck(row, slot, status, true, &mut stuck).await;
                     }
                     // Who is out does not lack it.
                     if !self.is_writable() && row.set.mode(row.place(slot)) != Mode::Away {

@@ -4,6 +4,7 @@
 use super::log::Stuck;
 use super::row::{Contents, Row, Slots, each};
 use super::{Held, Ways};
+use crate::format::parity_log::ENTRY_LEN_MAX;
 use crate::pool::bounce::Bounce;
 use crate::pool::owner::Owner;
 use crate::pool::place::{Copied, UnderWay};
@@ -60,6 +61,24 @@ impl Ways {
         all(stripes).await.into_iter().collect()
     }
 
+    /// All of a stripe in the log, after all; the entries' numbers.
+    async fn log_whole(&self, row: &Row<'_>, contents: &Contents) -> Result<Vec<u64>, Status> {
+        let mut numbers = Vec::new();
+        let most = ENTRY_LEN_MAX as usize;
+        for within in (0..row.len).step_by(most) {
+            let len = most.min(row.len - within);
+            let part = Row { within: row.within + within as u64, len, ..*row };
+            let columns = |content: &Option<Rc<Bounce>>| {
+                let bounce = self.place.spare.take(len);
+                bounce.fill(0, content.as_ref()?.bytes(within, len));
+                Some(Rc::new(bounce))
+            };
+            let contents: Contents = contents.iter().map(columns).collect();
+            numbers.push(self.log(&part, &contents, row.written()).await?);
+        }
+        Ok(numbers)
+    }
+
     async fn finish_stripe(&self, begun: &Begun, stripe: &Stripe) -> Outcome {
         let set = begun.view.array.set(stripe.set as usize);
         let strip = usize::try_from(set.strip_bytes()).expect("a strip is small");
@@ -68,17 +87,20 @@ impl Ways {
         let mut missing: Slots = each(row.all_data() | row.all_parity())
             .filter(|slot| row.leaf(*slot).is_some())
             .fold(0, |slots, slot| slots | 1 << slot);
-        let mut stuck = Stuck::default();
+        let (mut stuck, mut logged) = (Stuck::new(&self.shared), None);
         loop {
             let is_there = |slot: &usize| set.mode(row.place(*slot)) != Mode::Away;
             missing = each(missing).filter(is_there).fold(0, |slots, slot| slots | 1 << slot);
             if missing == 0 {
-                self.goes_on(&row, &stuck);
+                logged.into_iter().flatten().for_each(|number| row.parity.ring().placed(number));
                 return Ok(());
             }
             if !self.is_writable() {
-                // It may be another host's by now.
-                row.doubt(&self.shared);
+                match logged {
+                    Some(_) => row.parity.stays_half_written(row.row),
+                    // It may be another host's by now.
+                    None => row.doubt(&self.shared),
+                }
                 return Err(Status::ReadOnly);
             }
             let row = &Row { since: self.shared.joins(), ..row };
@@ -115,9 +137,14 @@ impl Ways {
                         }
                         return Err(status);
                     }
-                    if !is_recorded {
-                        self.is_stuck(row, slot, status, &mut stuck).await;
+                    if is_recorded {
+                        continue;
                     }
+                    if logged.is_none() && !set.are_all_in_sync() && !is_broken("stuck_stripe_unlogged") {
+                        // A member that was lost meanwhile lacks it, and another does not take it: whoever opens the pool next can end it.
+                        logged = self.log_whole(row, &contents).await.ok();
+                    }
+                    self.is_stuck(row, slot, status, logged.is_some(), &mut stuck).await;
                 }
             }
         }

@@ -12,6 +12,8 @@ use crate::pool::wait::all;
 use crate::raid::Mode;
 use crate::simulated::is_broken;
 use hawser_block::{Operation, Outcome, Status};
+use hawser_runtime::Instant;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -37,14 +39,29 @@ impl Drop for LeftBehind {
     }
 }
 
-/// So often a member that cannot be done without is asked to take a write that it fails, every half of a second.
-const TRIES: u32 = 20;
+/// How long a member that cannot be done without may fail a write in ways that nobody can help with.
+const HOPELESS: Duration = Duration::from_secs(10);
 
-/// Who is waited for, and how often it was asked.
-#[derive(Default)]
+/// Who is waited for by a stripe; they are told when it is dropped.
 pub(super) struct Stuck {
-    slot: usize,
-    tries: u32,
+    shared: Arc<Shared>,
+    members: BTreeSet<u16>,
+    /// Since when some member fails in a way that nobody can help with.
+    hopeless: Option<Instant>,
+}
+
+impl Stuck {
+    pub(super) fn new(shared: &Arc<Shared>) -> Stuck {
+        Stuck { shared: Arc::clone(shared), members: BTreeSet::new(), hopeless: None }
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        for member in std::mem::take(&mut self.members) {
+            drop(self.shared.ask(move |owner| owner.waits_no_more(member)));
+        }
+    }
 }
 
 impl Ways {
@@ -74,10 +91,14 @@ impl Ways {
         if is_broken("parity_log_after_data") {
             return Ok(number);
         }
-        let written = self.log_write(row, slots, offset, &Rc::new(bounce), bytes).await;
-        if written.is_err() {
+        let mut is_begun = false;
+        let written = self.log_write(row, slots, offset, &Rc::new(bounce), bytes, &mut is_begun).await;
+        match (&written, is_begun) {
+            (Ok(()), _) => {}
             // Nothing was changed in place, so nothing is waited for.
-            row.parity.ring().placed(number);
+            (Err(_), false) => row.parity.ring().placed(number),
+            // The next opening may put it in place.
+            (Err(_), true) => row.parity.stays_half_written(row.row),
         }
         coverage::count(coverage::Event::StripeLogged);
         written.map(|()| number)
@@ -128,8 +149,11 @@ impl Ways {
         offset: u64,
         bounce: &Rc<Bounce>,
         len: usize,
+        is_begun: &mut bool,
     ) -> Result<(), Status> {
-        let (mut is_begun, mut stuck) = (false, Stuck::default());
+        let mut stuck = Stuck::new(&self.shared);
+        // Who does not take it, and cannot be put out: others are asked instead.
+        let mut refused: Slots = 0;
         loop {
             // A member that has come since the row was looked at has to be put out when it fails: else it is tried for ever.
             let row = &Row { since: self.shared.joins(), ..*row };
@@ -137,7 +161,7 @@ impl Ways {
             // As many as may be lost still, and one more.
             let count = (in_sync.count_ones() as usize + 1).saturating_sub(row.data());
             if count == 0 {
-                if !is_begun || !self.is_writable() {
+                if !*is_begun || !self.is_writable() {
                     return Err(Status::Path);
                 }
                 self.runtime.sleep(Duration::from_millis(500)).await;
@@ -145,7 +169,8 @@ impl Ways {
             }
             // Rather those that the change does not go to. And those that are being brought up to date: when they are, one more may be lost,
             // and what was logged before has to be on one member more.
-            let others = each(in_sync & !slots).chain(each(in_sync & slots));
+            let others = each(in_sync & !slots & !refused).chain(each(in_sync & slots & !refused));
+            let others = others.chain(each(in_sync & refused));
             let joining = match is_broken("parity_log_not_on_joining") {
                 true => 0,
                 false => row.written() & !in_sync,
@@ -156,22 +181,26 @@ impl Ways {
             });
             let mut is_whole = true;
             let outcomes = all(writes).await;
-            // Somebody has it, or may have: the next opening would put it in place, over what was answered since. So it does not fail any more.
-            is_begun |= outcomes.iter().any(|(_, outcome)| !outcome.is_err_and(is_without_effect));
-            is_begun &= !is_broken("entry_left_in_log");
+            // Somebody has it, or may have: the next opening would put it in place, over what was answered since. So it does not fail any more,
+            // unless the pool takes no more writes.
+            *is_begun |= outcomes.iter().any(|(_, outcome)| !outcome.is_err_and(is_without_effect));
+            *is_begun &= !is_broken("entry_left_in_log");
             for (slot, outcome) in outcomes {
                 let Err(status) = outcome else { continue };
                 is_whole = false;
-                match self.member_failed(row, slot, status, is_begun).await {
-                    Err(_) if is_begun && self.is_writable() => {
-                        // Nobody can be put out. It may come back.
-                        self.is_stuck(row, slot, status, &mut stuck).await;
-                    }
-                    outcome => outcome?,
+                let Err(failed) = self.member_failed(row, slot, status, *is_begun).await else { continue };
+                refused |= 1 << slot;
+                if ((in_sync & !refused).count_ones() as usize) >= count {
+                    continue;
                 }
+                if !*is_begun || !self.is_writable() {
+                    return Err(failed);
+                }
+                // It may come back; and all are asked again.
+                self.is_stuck(row, slot, status, true, &mut stuck).await;
+                refused = 0;
             }
             if is_whole {
-                self.goes_on(row, &stuck);
                 return Ok(());
             }
             if !self.is_writable() {
@@ -237,27 +266,33 @@ impl Ways {
     /// A member that cannot be done without fails what must not stay half done: that is told, and it is given some time to take it after all. Who
     /// is out of reach, or full, may be so for long, and is waited for; with any other failure the pool takes no more writes in the end. What
     /// is in the log is put in place by the next opening.
-    pub(super) async fn is_stuck(&self, row: &Row<'_>, slot: usize, status: Status, stuck: &mut Stuck) {
-        (stuck.slot, stuck.tries) = (slot, stuck.tries + 1);
-        let (member, is_over) = (row.member(slot), stuck.tries > TRIES && !may_end(status));
+    pub(super) async fn is_stuck(
+        &self,
+        row: &Row<'_>,
+        slot: usize,
+        status: Status,
+        is_logged: bool,
+        stuck: &mut Stuck,
+    ) {
+        let now = self.runtime.now();
+        stuck.hopeless = match may_end(status) {
+            true => None,
+            false => stuck.hopeless.or(Some(now)),
+        };
+        let is_over = stuck.hopeless.is_some_and(|since| now >= since + HOPELESS);
+        let member = row.member(slot);
+        let is_first = stuck.members.insert(member);
         let tell = move |owner: Rc<Owner>| async move {
-            owner.waits_for(member, Some(status));
+            if is_first {
+                owner.waits_for(member, status);
+            }
             if is_over {
-                owner.stop(member, status);
+                owner.stop(member, status, is_logged);
             }
             Ok(())
         };
         let _ = self.shared.request(tell).await;
         self.runtime.sleep(Duration::from_millis(500)).await;
-    }
-
-    /// A member has taken what it was waited for with, or is out.
-    pub(super) fn goes_on(&self, row: &Row<'_>, stuck: &Stuck) {
-        if stuck.tries > 0 {
-            let member = row.member(stuck.slot);
-            let tell = move |owner: Rc<Owner>| async move { owner.waits_for(member, None) };
-            drop(self.shared.ask(tell));
-        }
     }
 
     pub(super) fn is_writable(&self) -> bool {
