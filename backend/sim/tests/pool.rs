@@ -6,6 +6,8 @@ mod check;
 mod classes;
 #[path = "pool_cases/faults.rs"]
 mod faults;
+#[path = "pool_cases/fewest.rs"]
+mod fewest;
 #[path = "pool_cases/joined.rs"]
 mod joined;
 #[path = "pool_cases/manners.rs"]

@@ -9,17 +9,17 @@ const REGION: u64 = 256 << 10;
 const WRITE: Operation = Operation::Write { fua: false };
 
 /// What has reached the members' data: the member, whether it is a write, which bytes of its data area.
-type Seen = Arc<Mutex<Vec<(usize, bool, u64, u64)>>>;
+pub(crate) type Seen = Arc<Mutex<Vec<(usize, bool, u64, u64)>>>;
 
 impl Scene {
     /// Where data begins on the members.
-    fn data_offset(&self) -> u64 {
+    pub(crate) fn data_offset(&self) -> u64 {
         let state = self.disks[0].state();
         Superblock::decode(&state.content.get(4096..8192)).unwrap().unwrap().layout.data_offset()
     }
 
     /// The members, each in front of a device that notes what goes to the data area, or may hold it back.
-    fn watched(&self) -> (Vec<Arc<HeldDevice>>, Seen) {
+    pub(crate) fn watched(&self) -> (Vec<Arc<HeldDevice>>, Seen) {
         let seen = Seen::default();
         let devices = self.devices().into_iter().map(|device| Arc::new(HeldDevice::new(device)));
         let devices: Vec<_> = devices.collect();
@@ -39,7 +39,7 @@ impl Scene {
     }
 }
 
-fn as_devices(held: &[Arc<HeldDevice>]) -> Vec<Arc<dyn Device>> {
+pub(crate) fn as_devices(held: &[Arc<HeldDevice>]) -> Vec<Arc<dyn Device>> {
     held.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect()
 }
 
