@@ -4,6 +4,8 @@
 mod check;
 #[path = "pool_cases/classes.rs"]
 mod classes;
+#[path = "pool_cases/ends.rs"]
+mod ends;
 #[path = "pool_cases/faults.rs"]
 mod faults;
 #[path = "pool_cases/fewest.rs"]
