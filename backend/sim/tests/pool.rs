@@ -1,5 +1,7 @@
 //! Pools over simulated disks, one step at a time: what is written is read, through restarts, snapshots and lost members.
 
+#[path = "pool_cases/caches.rs"]
+mod caches;
 #[path = "pool_cases/check.rs"]
 mod check;
 #[path = "pool_cases/classes.rs"]

@@ -141,6 +141,37 @@ fn who_has_lost_the_pool_reads_nothing_of_it_any_more() {
     }
 }
 
+/// The same of a read that was slow already, since its member is missing: what it is computed from may be another volume's by now.
+#[test]
+fn who_has_lost_the_pool_computes_nothing_from_it_any_more() {
+    for (level, members) in [(Level::Raid5, 3), (Level::Raid6, 5)] {
+        let mut scene = Scene::new(44, members);
+        scene.create(level);
+        let (held, _) = scene.watched();
+        let pool = scene.open_quietly(promises::as_devices(&held), |_| {}).unwrap();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &pattern(1, 256 << 10));
+        scene.flush(&pool, "v");
+        scene.lose(&pool, 1);
+        let data = scene.data_offset();
+        held.iter().for_each(|device| {
+            device.hold(move |request| request.operation == Operation::Read && request.lba.0 << 9 >= data);
+        });
+        let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+        let ended = Rc::new(Cell::new(None));
+        let told = Rc::clone(&ended);
+        scene.reactors[0].runtime().spawn(async move {
+            told.set(Some(client.io(Operation::Read, 0, vec![0; 256 << 10]).await.0));
+        });
+        scene.wait(Duration::from_millis(10));
+        assert!(held.iter().any(|device| device.held() > 0) && ended.get().is_none(), "{level}");
+        scene.ask(pool.lose("another host has opened it")).unwrap();
+        held.iter().for_each(|device| device.release());
+        scene.wait(Duration::from_secs(1));
+        assert_eq!(ended.get(), Some(Err(Status::Conflict)), "{level}");
+    }
+}
+
 /// A write that a member kept fails when the member was out and is back again: that says nothing of what it is now.
 #[test]
 fn a_failure_of_before_does_not_put_out_a_member_that_has_come_back() {
