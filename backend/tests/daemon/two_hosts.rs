@@ -40,6 +40,30 @@ pub(crate) fn config(place: &Place) -> String {
     place.text("hawser.toml")
 }
 
+/// A pool of these devices, and a volume of it.
+fn make(host: &Place, raid: &str, devices: &[&str]) {
+    let at = ["--config", &config(host)];
+    host.ok(&[&["pool", "create", "p0", "--raid", raid], devices, &at].concat());
+    host.ok(&[&["volume", "create", "p0/v", "--size", "1GiB"], &at[..]].concat());
+}
+
+/// A host that has a mirror on both namespaces.
+fn first(listen: &str) -> (Place, Serving) {
+    let one = host(listen, "");
+    make(&one, "raid1", &["n1", "n2"]);
+    let first = one.serve();
+    until("the first has it", || first.disk("v").0 == "listening");
+    (one, first)
+}
+
+/// One that takes a pool from whoever has it.
+fn taker(listen: &str) -> (Place, Serving) {
+    let two = host(listen, "[[pool]]\nname = \"p0\"\nassume_exclusive = true\n");
+    let second = two.serve();
+    until("the second has it", || second.disk("v").0 == "listening");
+    (two, second)
+}
+
 pub(crate) fn wish() -> Wish {
     Wish { inflight: true, ..Wish::default() }
 }
@@ -66,11 +90,7 @@ fn trouble(daemon: &Serving) -> String {
 #[test]
 fn a_pool_is_one_host_s_until_that_lets_it_go_or_is_said_to_be_gone() {
     let (_storage, target, listen) = storage();
-    let one = host(&listen, "");
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
-    let first = one.serve();
-    until("the first has it", || first.disk("v").0 == "listening");
+    let (one, first) = first(&listen);
     let mut guest = Guest::connect(&one.path("v.sock"), &wish());
     for index in 0..20 {
         assert!(write(&mut guest, index * 3 * MIB, 1));
@@ -113,20 +133,14 @@ fn a_pool_is_one_host_s_until_that_lets_it_go_or_is_said_to_be_gone() {
 #[test]
 fn who_takes_a_pool_from_a_host_that_lives_after_all_gets_it_whole() {
     let (_storage, target, listen) = storage();
-    let one = host(&listen, "");
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
-    let first = one.serve();
-    until("the first has it", || first.disk("v").0 == "listening");
+    let (one, first) = first(&listen);
     let mut guest = Guest::connect(&one.path("v.sock"), &wish());
     for index in 0..20 {
         assert!(write(&mut guest, index * 3 * MIB, 1));
     }
     assert_eq!(guest.request(T_FLUSH, 0, &[], 0).0, 0);
     // Somebody is wrong about the first.
-    let two = host(&listen, "[[pool]]\nname = \"p0\"\nassume_exclusive = true\n");
-    let second = two.serve();
-    until("the second has it", || second.disk("v").0 == "listening");
+    let (two, second) = taker(&listen);
     let mut other = Guest::connect(&two.path("v.sock"), &wish());
     (0..20).for_each(|index| holds(&mut other, index * 3 * MIB, 1));
     for index in 0..20 {
@@ -160,8 +174,7 @@ fn a_volume_is_a_namespace_for_other_hosts() {
                 [[subsystem]]\nnqn = \"nqn.2026-11.io.hawser:t\"\nlisten = [\"tcp://127.0.0.1:0\"]\n\
                 [[subsystem.namespace]]\nnsid = 1\nvolume = \"p0/v\"\n";
     storage.configure(text);
-    storage.ok(&["pool", "create", "p0", "--config", &config(&storage), "--raid", "raid1", "d0", "d1"]);
-    storage.ok(&["volume", "create", "p0/v", "--config", &config(&storage), "--size", "1GiB"]);
+    make(&storage, "raid1", &["d0", "d1"]);
     let target = storage.serve();
     let listen = target.status()["subsystems"][0]["listen"][0].as_str().unwrap().to_owned();
     assert_eq!(target.status()["subsystems"][0]["namespaces"][0]["volume"], "p0/v");
@@ -196,29 +209,30 @@ fn one_of_several(index: u16, port: u16) -> (Place, Serving) {
     (storage, target)
 }
 
+/// So many of them, and what a host says of them: devices `n0`…, which are soon given up.
+fn several(count: u16) -> (Vec<(Place, Serving)>, String) {
+    // All at once, so that no port is had twice.
+    let listeners: Vec<_> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports = listeners.iter().map(|listener| listener.local_addr().unwrap().port());
+    let ports: Vec<u16> = ports.collect();
+    drop(listeners);
+    let device = |(index, port): (u16, &u16)| {
+        format!(
+            "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
+             reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
+        )
+    };
+    let devices = (0..).zip(&ports).map(device).collect();
+    ((0..).zip(ports).map(|(index, port)| one_of_several(index, port)).collect(), devices)
+}
+
 #[test]
 fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place() {
-    let ports: Vec<u16> = (0..3)
-        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-        .collect::<Vec<_>>()
-        .iter()
-        .map(|listener| listener.local_addr().unwrap().port())
-        .collect();
-    let mut targets: Vec<_> = (0..).zip(&ports).map(|(index, port)| one_of_several(index, *port)).collect();
+    let (mut targets, devices) = several(3);
     let host = Place::new();
-    let devices: String = (0..)
-        .zip(&ports)
-        .map(|(index, port)| {
-            format!(
-                "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
-                 reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
-            )
-        })
-        .collect();
     let disk = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n";
     host.configure(&format!("{devices}{disk}[[pool]]\nname = \"p0\"\nspare_delay = 3\n"));
-    host.ok(&["pool", "create", "p0", "--config", &config(&host), "--raid", "raid1", "n0", "n1"]);
-    host.ok(&["volume", "create", "p0/v", "--config", &config(&host), "--size", "1GiB"]);
+    make(&host, "raid1", &["n0", "n1"]);
     let daemon = host.serve();
     until("it is there", || daemon.disk("v").0 == "listening");
     let mut guest = Guest::connect(&host.path("v.sock"), &wish());
@@ -274,8 +288,7 @@ fn a_reservation_that_a_target_has_lost_is_taken_again() {
          [[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n"
     );
     one.configure(&text);
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "linear", "n"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    make(&one, "linear", &["n"]);
     let daemon = one.serve();
     until("it is there", || daemon.disk("v").0 == "listening");
     let mut guest = Guest::connect(&one.path("v.sock"), &wish());
@@ -313,15 +326,9 @@ fn a_reservation_that_a_target_has_lost_is_taken_again() {
 #[test]
 fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
     let (_storage, target, listen) = storage();
-    let one = host(&listen, "");
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n1", "n2"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
-    let first = one.serve();
-    until("the first has it", || first.disk("v").0 == "listening");
+    let (one, first) = first(&listen);
     first.stop();
-    let two = host(&listen, "[[pool]]\nname = \"p0\"\nassume_exclusive = true\n");
-    let second = two.serve();
-    until("the second has it", || second.disk("v").0 == "listening");
+    let (two, second) = taker(&listen);
     first.signal("CONT");
     until("the first knows", || first.status()["pools"][0]["state"] == "failed");
     let mut guest = Guest::connect(&two.path("v.sock"), &wish());
@@ -338,30 +345,14 @@ fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
 /// member from the host that has the pool, which lost it in turn.
 #[test]
 fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
-    let ports: Vec<u16> = (0..2)
-        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-        .collect::<Vec<_>>()
-        .iter()
-        .map(|listener| listener.local_addr().unwrap().port())
-        .collect();
-    let mut targets: Vec<_> = (0..).zip(&ports).map(|(index, port)| one_of_several(index, *port)).collect();
-    let devices: String = (0..)
-        .zip(&ports)
-        .map(|(index, port)| {
-            format!(
-                "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
-                 reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
-            )
-        })
-        .collect();
+    let (mut targets, devices) = several(2);
     let more = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n\
                 [[pool]]\nname = \"p0\"\nassume_exclusive = true\nassemble_timeout = 1\n";
     let (one, two) = (Place::new(), Place::new());
     for host in [&one, &two] {
         host.configure(&format!("{devices}{more}"));
     }
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "raid1", "n0", "n1"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    make(&one, "raid1", &["n0", "n1"]);
     let (storage, target) = targets.pop().unwrap();
     target.kill();
     let first = one.serve();
@@ -402,8 +393,7 @@ fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
 fn a_pool_that_hangs_keeps_only_some_of_those_who_ask() {
     let (_storage, target, listen) = storage();
     let one = host(&listen, "");
-    one.ok(&["pool", "create", "p0", "--config", &config(&one), "--raid", "linear", "n1"]);
-    one.ok(&["volume", "create", "p0/v", "--config", &config(&one), "--size", "1GiB"]);
+    make(&one, "linear", &["n1"]);
     let daemon = one.serve();
     until("it is there", || daemon.disk("v").0 == "listening");
     target.stop();

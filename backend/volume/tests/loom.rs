@@ -27,24 +27,35 @@ fn set(level: Level, members: usize) -> Arc<Set> {
     Arc::new(set.expect("a small set"))
 }
 
+fn doubtful(set: &Set) -> &AtomicBits {
+    &set.parity().expect("a level with parity").doubtful
+}
+
+/// A region is declared the same, while another thread marks it, and does `more` to it.
+fn mark_while_declared_same(set: &Arc<Set>, more: impl FnOnce(&Set) + 'static) {
+    let marks = Arc::new(AtomicU64::new(0));
+    set.unsynced.set(0);
+    let seen = marks.load(Ordering::SeqCst);
+    let writer = {
+        let (set, marks) = (Arc::clone(set), Arc::clone(&marks));
+        thread::spawn(move || {
+            marks.fetch_add(1, Ordering::SeqCst);
+            set.unsynced.set(0);
+            more(&set);
+        })
+    };
+    // The copying is over.
+    let _ = set.declare_same(0, || marks.load(Ordering::SeqCst) == seen);
+    writer.join().unwrap();
+}
+
 /// A region is copied and its mark taken away, while a write that failed on a member marks it again: the mark stays, whichever comes
 /// first. `mark_unsynced` does just this.
 #[test]
 fn a_mark_that_is_set_while_its_region_is_declared_the_same_is_not_lost() {
     loom::model(|| {
-        let (set, marks) = (mirror(), Arc::new(AtomicU64::new(0)));
-        set.unsynced.set(0);
-        let seen = marks.load(Ordering::SeqCst);
-        let writer = {
-            let (set, marks) = (Arc::clone(&set), Arc::clone(&marks));
-            thread::spawn(move || {
-                marks.fetch_add(1, Ordering::SeqCst);
-                set.unsynced.set(0);
-            })
-        };
-        // The copying is over.
-        let _ = set.declare_same(0, || marks.load(Ordering::SeqCst) == seen);
-        writer.join().unwrap();
+        let set = mirror();
+        mark_while_declared_same(&set, |_| {});
         assert!(set.unsynced.get(0));
     });
 }
@@ -55,24 +66,12 @@ fn a_mark_that_is_set_while_its_region_is_declared_the_same_is_not_lost() {
 fn a_doubt_that_comes_while_its_region_is_declared_the_same_is_not_lost() {
     for was_doubtful in [false, true] {
         loom::model(move || {
-            let (set, marks) = (set(Level::Raid5, 3), Arc::new(AtomicU64::new(0)));
-            let is_doubtful = |set: &Set| set.parity().expect("a level with parity").doubtful.get(0);
-            set.unsynced.set(0);
+            let set = set(Level::Raid5, 3);
             if was_doubtful {
-                set.parity().expect("a level with parity").doubtful.set(0);
+                doubtful(&set).set(0);
             }
-            let seen = marks.load(Ordering::SeqCst);
-            let writer = {
-                let (set, marks) = (Arc::clone(&set), Arc::clone(&marks));
-                thread::spawn(move || {
-                    marks.fetch_add(1, Ordering::SeqCst);
-                    set.unsynced.set(0);
-                    set.parity().expect("a level with parity").doubtful.set(0);
-                })
-            };
-            let _ = set.declare_same(0, || marks.load(Ordering::SeqCst) == seen);
-            writer.join().unwrap();
-            assert!(set.unsynced.get(0) && is_doubtful(&set));
+            mark_while_declared_same(&set, |set| doubtful(set).set(0));
+            assert!(set.unsynced.get(0) && doubtful(&set).get(0));
         });
     }
 }

@@ -28,6 +28,17 @@ fn scrub(scene: &mut Scene, pool: &Pool, repair: bool) -> TaskView {
     ended(scene, pool)
 }
 
+/// A pool with a volume of 1 MiB, of which this is written and durable.
+fn written(seed: u64, (level, members): (Level, u8), data: &[u8]) -> (Scene, Pool) {
+    let mut scene = Scene::new(seed, members);
+    scene.create(level);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    scene.write(&pool, "v", 0, data);
+    scene.flush(&pool, "v");
+    (scene, pool)
+}
+
 fn open_slow(scene: &mut Scene, bytes_per_second: u64) -> Pool {
     let options = OpenOptions {
         sync_bytes_per_second: bytes_per_second,
@@ -99,11 +110,7 @@ fn a_scrub_that_is_cut_short_says_so() {
 #[test]
 fn a_copy_that_cannot_be_compared_is_counted() {
     for (level, members) in REDUNDANT {
-        let mut scene = Scene::new(52, members);
-        scene.create(level);
-        let pool = scene.open();
-        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
-        scene.write(&pool, "v", 0, &pattern(1, 256 << 10));
+        let (mut scene, pool) = written(52, (level, members), &pattern(1, 256 << 10));
         let task = scrub(&mut scene, &pool, false);
         assert_eq!((task.mismatches, task.failures, task.cut_short), (0, 0, None), "{level}");
         let (disk, at) = find(&scene, &pattern(1, 256 << 10)[4096..8192]);
@@ -128,11 +135,7 @@ fn a_copy_that_cannot_be_compared_is_counted() {
 fn a_unit_that_cannot_be_rewritten_is_counted() {
     for (level, members) in REDUNDANT {
         for error in [Status::Path, Status::Invalid] {
-            let mut scene = Scene::new(53, members);
-            scene.create(level);
-            let pool = scene.open();
-            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
-            scene.write(&pool, "v", 0, &pattern(1, 256 << 10));
+            let (mut scene, pool) = written(53, (level, members), &pattern(1, 256 << 10));
             let place = find(&scene, &pattern(1, 256 << 10)[4096..8192]);
             flip(&scene, place);
             {
@@ -262,12 +265,7 @@ fn what_a_member_does_not_say_for_a_moment_is_not_overwritten() {
     for (level, members) in [(Level::Raid5, 3), (Level::Raid6, 5)] {
         for (error, repair) in [(Status::Path, false), (Status::Timeout, true), (Status::Path, true)] {
             let what = format!("{level} {error:?} {repair}");
-            let mut scene = Scene::new(56, members);
-            scene.create(level);
-            let pool = scene.open();
-            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
-            scene.write(&pool, "v", 0, &noise(1, 256 << 10));
-            scene.flush(&pool, "v");
+            let (mut scene, pool) = written(56, (level, members), &noise(1, 256 << 10));
             let first = first(&scene);
             // Row 0 has P on the last member; member 1 has data.
             flip(&scene, (usize::from(members) - 1, first));
@@ -294,12 +292,7 @@ fn a_copy_is_made_that_of_the_first_though_that_falls_silent() {
     for (level, members) in [(Level::Raid1, 2), (Level::Raid1, 3), (Level::Raid10, 4)] {
         for after in [1, 2, 0] {
             let what = format!("{level} of {members}, after {after}");
-            let mut scene = Scene::new(57, members);
-            scene.create(level);
-            let pool = scene.open();
-            scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
-            scene.write(&pool, "v", 0, &noise(1, 256 << 10));
-            scene.flush(&pool, "v");
+            let (mut scene, pool) = written(57, (level, members), &noise(1, 256 << 10));
             let first = first(&scene);
             flip(&scene, (1, first));
             fail_a_read(&scene, 0, after, Status::Path);
@@ -323,11 +316,7 @@ fn a_copy_is_made_that_of_the_first_though_that_falls_silent() {
 #[test]
 fn parity_is_not_made_of_what_a_member_does_not_say() {
     for (level, members) in [(Level::Raid5, 3), (Level::Raid6, 5)] {
-        let mut scene = Scene::new(58, members);
-        scene.create(level);
-        let pool = scene.open();
-        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
-        scene.write(&pool, "v", 0, &noise(1, 256 << 10));
+        let (mut scene, pool) = written(58, (level, members), &noise(1, 256 << 10));
         // From here on nothing is written without the log: parity is not in doubt.
         scene.ask(pool.close()).unwrap();
         drop(pool);

@@ -53,10 +53,9 @@ fn contents(scene: &Scene) -> Vec<Vec<u8>> {
     scene.disks.iter().map(|disk| disk.state().snapshot()).collect()
 }
 
-/// A pool of one disk or a mirror, with so many writes, each flushed; then the power goes.
-fn written(members: u8, commits: u64) -> Scene {
-    let mut scene = Scene::sized(commits, members, 16 << 11);
-    scene.create(if members == 1 { Level::Linear } else { Level::Raid1 });
+/// A pool of one disk or a mirror, with so many writes to extents of their own, each flushed.
+pub(crate) fn committed(mut scene: Scene, commits: u64) -> (Scene, Pool) {
+    scene.create(if scene.disks.len() == 1 { Level::Linear } else { Level::Raid1 });
     let devices = scene.devices();
     let pool = scene.open_quietly(devices, |_| {}).unwrap();
     scene.ask(pool.create_volume("v", 16 << 20)).unwrap();
@@ -64,6 +63,12 @@ fn written(members: u8, commits: u64) -> Scene {
         scene.write(&pool, "v", extent << 16, &noise(extent, 512));
         scene.flush(&pool, "v");
     }
+    (scene, pool)
+}
+
+/// Then the power goes.
+fn written(members: u8, commits: u64) -> Scene {
+    let (mut scene, pool) = committed(Scene::sized(commits, members, 16 << 11), commits);
     drop(pool);
     scene.cut();
     scene

@@ -299,15 +299,7 @@ fn a_batch_that_was_tried_again_is_read_where_it_went() {
     holds("stale_batch_preferred", |seed| {
         // One of these comes to the log's end.
         for commits in (96 + seed % 2..144).step_by(2) {
-            let mut scene = Scene::sized(seed, 2, 32 << 11);
-            scene.create(Level::Raid1);
-            let devices = scene.devices();
-            let pool = scene.open_quietly(devices, |_| {}).unwrap();
-            scene.ask(pool.create_volume("v", 16 << 20)).unwrap();
-            for extent in 0..commits {
-                scene.write(&pool, "v", extent << 16, &noise(extent, 512));
-                scene.flush(&pool, "v");
-            }
+            let (mut scene, pool) = tables::committed(Scene::sized(seed, 2, 32 << 11), commits);
             let book = Superblock::decode(&scene.disks[0].state().content.get(4096..8192)).unwrap().unwrap();
             let log =
                 book.layout.log_offset() / 512..(book.layout.log_offset() + book.layout.log_bytes) / 512;
