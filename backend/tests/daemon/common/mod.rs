@@ -3,8 +3,11 @@
 //! Every process started here dies with the test, however that ends.
 
 use serde_json::Value;
+use std::ffi::CStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -67,6 +70,22 @@ impl Place {
             command.env("HAWSER_API", self.path("api"));
         }
         command.args(args).output().unwrap()
+    }
+
+    /// The same with its errors on a terminal of 120 columns; and what was shown there.
+    pub(crate) fn run_at_terminal(&self, args: &[&str]) -> (Output, String) {
+        let (mut terminal, errors) = terminal();
+        let reader = std::thread::spawn(move || {
+            let mut shown = Vec::new();
+            // It ends with an error when nobody has the other side any more.
+            let _ = terminal.read_to_end(&mut shown);
+            String::from_utf8_lossy(&shown).into_owned()
+        });
+        let mut command = hawser();
+        command.env("HAWSER_API", self.path("api")).env("TERM", "xterm");
+        let output = command.args(args).stderr(errors).output().unwrap();
+        drop(command);
+        (output, reader.join().unwrap())
     }
 
     /// Runs a command that must succeed; what it printed.
@@ -290,6 +309,27 @@ fn a_sweep_takes_what_is_old_and_nobodys() {
         fs::remove_dir(folder).unwrap();
     }
     assert_eq!(left, [true, false, true]);
+}
+
+/// A terminal of 120 columns: our side of it, and a program's.
+fn terminal() -> (fs::File, fs::File) {
+    let open = |path: &str| {
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NOCTTY).open(path).unwrap()
+    };
+    let ours = open("/dev/ptmx");
+    let mut name: [libc::c_char; 64] = [0; 64];
+    let size = libc::winsize { ws_row: 24, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: plain system calls on a descriptor that is open, a buffer of that length, and a size that lives long enough.
+    let path = unsafe {
+        let descriptor = ours.as_raw_fd();
+        assert_eq!((libc::grantpt(descriptor), libc::unlockpt(descriptor)), (0, 0));
+        assert_eq!(libc::ptsname_r(descriptor, name.as_mut_ptr(), name.len()), 0);
+        assert_eq!(libc::ioctl(descriptor, libc::TIOCSWINSZ, &raw const size), 0);
+        CStr::from_ptr(name.as_ptr()).to_str().unwrap().to_owned()
+    };
+    let others = open(&path);
+    (ours, others)
 }
 
 fn hawser() -> Command {

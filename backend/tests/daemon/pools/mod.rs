@@ -2,6 +2,7 @@
 
 mod answers;
 mod commands;
+mod progress;
 mod serving;
 
 use crate::common::{Place, Serving};
