@@ -3,6 +3,7 @@
 use super::{MIB, Rig, disk, holds, json, wish, write};
 use crate::common::{Place, until};
 use crate::frontend::Guest;
+use hawser_volume::format::Superblock;
 use std::fs;
 
 #[test]
@@ -203,6 +204,28 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
     // With the word for it.
     rig.offline("pool create p1 --raid raid1 --force d2 d1");
     assert_eq!(json(&rig.offline("pool list --json"))[1]["name"], "p1");
+}
+
+/// `--metadata-size`, without a daemon and from one; and what a pool has if nothing is said.
+#[test]
+fn a_pool_has_as_much_room_for_mappings_as_is_asked_for() {
+    let rig = Rig::new(6, 256, "");
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("pool create p1 --raid raid1 --metadata-size 5MiB d2 d3");
+    let daemon = rig.place.serve();
+    rig.online("pool create p2 --raid raid1 --metadata-size 21MiB d4 d5");
+    assert_eq!(daemon.end(), Some(0));
+    let room = |device: &str| {
+        let page = fs::read(rig.place.path(device)).unwrap()[4096..8192].to_vec();
+        u64::from(Superblock::decode(&page).unwrap().unwrap().layout.metadata_pages) * 4096
+    };
+    for device in ["d0", "d1"] {
+        assert!((8 * MIB..9 * MIB).contains(&room(device)), "{}", room(device));
+    }
+    assert_eq!(["d2", "d3", "d4", "d5"].map(room), [5 * MIB, 5 * MIB, 21 * MIB, 21 * MIB]);
+    let status = rig.offline("pool status p2");
+    // Each page is there twice, and a few are kept.
+    assert!(status.contains(" of 10.3 MiB\n"), "{status}");
 }
 
 #[test]
