@@ -345,7 +345,7 @@ fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
 /// member from the host that has the pool, which lost it in turn.
 #[test]
 fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
-    let (mut targets, devices) = several(2);
+    let (mut targets, devices) = several(3);
     let more = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n\
                 [[pool]]\nname = \"p0\"\nassume_exclusive = true\nassemble_timeout = 1\n";
     let (one, two) = (Place::new(), Place::new());
@@ -353,7 +353,7 @@ fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
         host.configure(&format!("{devices}{more}"));
     }
     make(&one, "raid1", &["n0", "n1"]);
-    let (storage, target) = targets.pop().unwrap();
+    let (storage, target) = targets.remove(1);
     target.kill();
     let first = one.serve();
     until("the first has it", || first.disk("v").0 == "listening");
@@ -373,8 +373,14 @@ fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
     let (_, _, body) = second.http("GET", "/v1/devices/n1/reservation", "");
     assert!(body.contains(&two.host) && !body.contains(&one.host), "{body}");
     assert_eq!(second.status()["pools"][0]["state"], "ready", "{}", two.log());
-    let spare = one.fails(&["pool", "add-spare", "p0", "n1"], 1);
-    assert!(spare.contains("p0"), "{spare}");
+    // Nor when it is asked to: not that member, and not a spare that the other has taken.
+    two.ok(&["pool", "add-spare", "p0", "n2"]);
+    for device in ["n1", "n2"] {
+        let spare = one.fails(&["pool", "add-spare", "p0", device, "--force"], 1);
+        let (_, _, body) = second.http("GET", &format!("/v1/devices/{device}/reservation"), "");
+        assert!(body.contains(&two.host) && !body.contains(&one.host), "{device}: {body}");
+        assert!(spare.contains("pool p0: nothing is read or written any more"), "{device}: {spare}");
+    }
     for index in 1..9 {
         assert!(write(&mut guest, index * MIB, 8));
         holds(&mut guest, index * MIB, 8);
