@@ -248,6 +248,7 @@ impl Offline {
     /// A device that a disk or namespace has for itself is none of ours.
     pub(super) fn device(&self, name: &str) -> Result<Arc<dyn Device>, Failure> {
         let name = assemble::known_device(&self.config, name).map_err(Failure::Usage)?;
+        assemble::outlives_commands(&self.config, &name).map_err(Failure::Usage)?;
         if let Some((_, device)) = self.devices.iter().find(|(other, _)| *other == name) {
             return Ok(Arc::clone(device));
         }
@@ -413,7 +414,6 @@ impl Offline {
         let mut names = Vec::new();
         for device in devices {
             let name = assemble::known_device(&self.config, device).map_err(Failure::Usage)?;
-            assemble::outlives_commands(&self.config, &name).map_err(Failure::Usage)?;
             names.push(name);
         }
         assemble::distinct(&names).map_err(Failure::Usage)?;

@@ -148,6 +148,9 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
         ("pool create p1 --raid raid1 d2 d1", 1, "d1 belongs to pool p0, want another device, or --force"),
         ("pool create p1 --raid raid1 d2 d2", 2, "device d2 is named twice, want each device once"),
         ("pool create p1 --raid raid1 d2 m", 2, "device m is gone when this command ends"),
+        ("pool replace p0 d0 m", 2, "device m is gone when this command ends"),
+        ("pool grow p0 d2 m", 2, "device m is gone when this command ends"),
+        ("pool add-spare p0 m", 2, "device m is gone when this command ends"),
         ("pool create p1 --raid raid1 d2 x", 2, "\"x\" is no [[device]], want one of"),
         ("pool create p0 --raid raid1 d2 d3", 1, "pool p0 is there on device d0, want another name"),
         (
@@ -354,6 +357,36 @@ fn a_member_of_a_mirror_whose_superblocks_are_both_bad_is_one_fault_with_its_dev
     let why = "/d1: cannot be opened: No such file or directory (os error 2))";
     assert!(found.len() == 1 && found[0].starts_with("member 1 is missing ("), "{found:?}");
     assert!(found[0].ends_with(why), "{found:?}");
+}
+
+/// A file that was made shorter took the whole pool down, though the other members have everything: it counts as missing, and comes back when it is as
+/// large as it was.
+#[test]
+fn a_member_that_has_become_too_small_is_left_out_and_named() {
+    let rig = Rig::new(4, 128, "[[pool]]\nname = \"p0\"\nassemble_timeout = 1\n");
+    rig.offline("pool create p0 --raid raid5 d0 d1 d2");
+    rig.offline("volume create p0/v --size 64MiB");
+    let file = fs::OpenOptions::new().write(true).open(rig.place.path("d1")).unwrap();
+    file.set_len(100 * MIB).unwrap();
+    let why = "d1 has 104857600 bytes, and as member 1 it had at least 13";
+    let found = faults(&rig, "p0");
+    assert!(found.len() == 1 && found[0].starts_with(why), "{found:?}");
+    let line = rig.refused("volume create p0/w --size 64MiB", 1);
+    assert!(line.starts_with("pool p0 is not complete") && line.contains(why), "{line}");
+    rig.offline("volume create p0/w --size 64MiB --degraded");
+    let daemon = rig.place.serve();
+    until("it is started without", || super::pool_state(&daemon, "p0") == "degraded");
+    assert_eq!(daemon.end(), Some(0));
+    file.set_len(128 * MIB).unwrap();
+    let daemon = rig.place.serve();
+    until("it has everything again", || super::pool_state(&daemon, "p0") == "ready");
+    assert_eq!(daemon.end(), Some(0));
+    assert!(rig.offline("pool check p0").contains("2 volumes"));
+    // With fewer than hold all the data nothing helps but the file as it was.
+    file.set_len(100 * MIB).unwrap();
+    fs::remove_file(rig.place.path("d0")).unwrap();
+    let line = rig.refused("volume create p0/x --size 64MiB --degraded", 1);
+    assert!(line.contains("lacks data without its members 0, 1") && line.contains(why), "{line}");
 }
 
 #[test]

@@ -359,7 +359,7 @@ pub struct PoolView {
     pub troubles: Vec<String>,
     /// Regions whose copies, or parity, may not be right, or that a member lacks.
     pub unsynced_regions: u64,
-    /// It has less redundancy than it should, or none.
+    /// It has less redundancy than it should, or none, or a member is out of reach.
     pub is_degraded: bool,
     /// Nothing is read or written any more.
     pub is_failed: bool,

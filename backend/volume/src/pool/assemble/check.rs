@@ -43,7 +43,10 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
     found.set_modes(true)?;
     for (number, record) in found.book.members.iter().enumerate() {
         match &found.members[number] {
-            None => report.missing.push(format!("member {number} is missing")),
+            None => match found.unfit.get(&number) {
+                Some(what) => report.faults.push(what.clone()),
+                None => report.missing.push(format!("member {number} is missing")),
+            },
             Some((leaf, _)) if !record.in_sync => {
                 report.faults.push(format!("member {number} ({}) is stale", leaf.name()))
             }
@@ -67,6 +70,7 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
             members: vec![None; found.members.len()],
             spares: Vec::new(),
             replacement: None,
+            unfit: BTreeMap::new(),
         };
         let place =
             found.members.iter().position(|other| other.as_ref().is_some_and(|(other, _)| other.same(leaf)));

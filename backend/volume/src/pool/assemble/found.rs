@@ -7,6 +7,7 @@ use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::survives;
 use crate::raid::{Array, Mode};
 use hawser_block::Device;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -19,6 +20,8 @@ pub(super) struct Found {
     pub(super) spares: Vec<(Uuid, Option<Leaf>)>,
     /// The one that is just replacing a member.
     pub(super) replacement: Option<Leaf>,
+    /// Members that cannot be used as they are, and why: as if they were missing.
+    pub(super) unfit: BTreeMap<usize, String>,
 }
 
 impl Found {
@@ -42,7 +45,7 @@ impl Found {
         let array = array_of(&book)?;
         let mut members: Vec<Option<(Leaf, Superblock)>> = vec![None; book.members.len()];
         let mut spares: Vec<(Uuid, Option<Leaf>)> = book.spares.iter().map(|uuid| (*uuid, None)).collect();
-        let mut replacement = None;
+        let (mut replacement, mut unfit) = (None, BTreeMap::new());
         for (leaf, label) in labels {
             if label.pool_uuid != book.pool_uuid {
                 return Err(PoolError::Conflict(format!(
@@ -69,11 +72,10 @@ impl Found {
                     let needed = book.layout.data_offset() + book.members[number].data_bytes;
                     let size = leaf.device.geometry().map_or(0, |geometry| geometry.size_bytes());
                     if size < needed {
-                        return Err(PoolError::Failed(format!(
-                            "{} has {size} bytes, and as member {number} of pool {} it had at least {needed}",
-                            leaf.name(),
-                            book.name
-                        )));
+                        let what = too_small(&leaf, size, number, needed);
+                        log::warn!("pool {}: {what}: it counts as missing", book.name);
+                        unfit.insert(number, what);
+                        continue;
                     }
                     if let Some((other, _)) = &members[number] {
                         return Err(PoolError::Conflict(format!(
@@ -87,7 +89,7 @@ impl Found {
                 }
             }
         }
-        let found = Found { book, array, members, spares, replacement };
+        let found = Found { book, array, members, spares, replacement, unfit };
         Ok(found)
     }
 
@@ -132,19 +134,25 @@ impl Found {
                     .map(|member| (set.first_member() + member).to_string())
                     .collect();
                 return Err(PoolError::Conflict(format!(
-                    "pool {name} lacks data without its members {}",
-                    lacking.join(", ")
+                    "pool {name} lacks data without its members {}{}",
+                    lacking.join(", "),
+                    self.unfit_text()
                 )));
             }
         }
         if !missing.is_empty() && !degraded {
             let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
             return Err(PoolError::Conflict(format!(
-                "pool {name} is not complete: members {} are missing",
-                missing.join(", ")
+                "pool {name} is not complete: members {} are missing{}",
+                missing.join(", "),
+                self.unfit_text()
             )));
         }
         Ok(())
+    }
+
+    fn unfit_text(&self) -> String {
+        self.unfit.values().fold(String::new(), |text, what| text + "; " + what)
     }
 
     /// Those who have the tables.
@@ -153,6 +161,14 @@ impl Found {
         let numbers = (0..count).filter(|number| self.is_in_sync(*number));
         numbers.filter_map(|number| Some(self.members[number].as_ref()?.0.clone())).collect()
     }
+}
+
+/// What is said of a member that was larger.
+pub(in crate::pool) fn too_small(leaf: &Leaf, size: u64, number: usize, needed: u64) -> String {
+    format!(
+        "{} has {size} bytes, and as member {number} it had at least {needed}: want it as large as it was, or another in its place (pool replace)",
+        leaf.name()
+    )
 }
 
 /// Members that each went on without the other: neither knows the other as one that has the data.

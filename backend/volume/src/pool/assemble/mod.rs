@@ -12,6 +12,7 @@ mod tables;
 
 pub(super) use check::check;
 pub(super) use create::create;
+pub(super) use found::too_small;
 pub(super) use open::open;
 
 use super::lanes::{Lanes, Leaf};

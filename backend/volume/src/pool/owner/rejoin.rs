@@ -3,6 +3,7 @@
 use super::Owner;
 use super::members::Cache;
 use crate::format::{PAGE_BYTES, Superblock};
+use crate::pool::assemble::too_small;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::lanes::Leaf;
@@ -154,6 +155,14 @@ impl Owner {
         let (set, index) = self.place_of(number);
         if set.mode(index) != Mode::Away {
             return Ok(());
+        }
+        let size = leaf.device.geometry().map_or(0, |geometry| geometry.size_bytes());
+        let needed = {
+            let book = self.book.borrow();
+            book.layout.data_offset() + book.members[usize::from(number)].data_bytes
+        };
+        if size < needed {
+            return Err(too_small(&leaf, size, usize::from(number), needed));
         }
         {
             let mut members = self.members.borrow_mut();
