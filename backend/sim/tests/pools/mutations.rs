@@ -60,6 +60,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "loss_before_opening_not_told",
     "loss_told_to_one",
     "lost_cache_not_mended",
+    "lost_copies_differ",
     "left_half_written",
     "left_undoubted",
     "stripe_left_half_written",

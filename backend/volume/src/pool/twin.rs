@@ -130,6 +130,11 @@ impl Device for Twin {
         self.old.cache_identity()
     }
 
+    /// The new one is nobody's before it has everything.
+    fn cache_losses(&self) -> u64 {
+        self.old.cache_losses()
+    }
+
     fn leaves_payload(&self) -> bool {
         self.old.leaves_payload()
     }

@@ -123,3 +123,36 @@ fn a_member_that_loses_its_cache_on_the_way_begins_again() {
         (0..8).try_for_each(|at| scene.is_one_of(&pool, (at % 4) << 20, &[&new]))
     });
 }
+
+/// RAID 10 on three members: strip 2 is on members 1 and 2, others on one of them and on member 0, which is away. Member 1 cannot be done without, and loses its
+/// cache: its copy of strip 2 is old again, and that of member 2 is not. Nothing was marked, so that they differed for good, and reads took turns.
+#[test]
+fn copies_of_which_one_was_lost_with_a_cache_are_made_the_same() {
+    holds("lost_copies_differ", |seed| {
+        let mut scene = Scene::sized(seed, 3, 16 << 11);
+        scene.create(Level::Raid10);
+        let pool = scene.open();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &noise(1, 64 << 10));
+        scene.flush(&pool, "v");
+        let pool = scene.reopen_quietly(pool, |_| {});
+        scene.shake(seed);
+        scene.lose(&pool, 0);
+        scene.write(&pool, "v", 0, &noise(2, 64 << 10));
+        scene.disks[1].lose_power();
+        scene.wait(Duration::from_secs(5));
+        let (outcome, _) = scene.io(&pool, "v", Operation::Flush, 0, &[]);
+        assert_eq!(outcome, Err(Status::Media), "it is told");
+        scene.flush(&pool, "v");
+        let client = Rc::new(Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap()));
+        let mut read = || {
+            let client = Rc::clone(&client);
+            scene.run(async move { client.io(Operation::Read, 0, vec![0; 64 << 10]).await })
+        };
+        if read() != read() {
+            return Err("what is read depends on who is asked".to_owned());
+        }
+        scene.disks[0].fail_all(None);
+        scene.are_same(&pool)
+    });
+}

@@ -335,6 +335,11 @@ impl Owner {
             entry.leaf.clone().ok_or(Status::Path)?
         };
         let cache = Cache::of(leaf.device.as_ref());
+        if set.level() == Level::Raid10 && !is_broken("lost_copies_differ") {
+            // Where strips go round it shares some with a neighbour who has lost nothing.
+            self.shared.mark_unsynced();
+            set.intents.iter_set().for_each(|region| set.unsynced.set(region));
+        }
         if let Some(parity) = set.parity() {
             let is_lacking =
                 !(0..set.members()).all(|place| place == index || set.mode(place) == Mode::InSync);
