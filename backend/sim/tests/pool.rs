@@ -379,7 +379,7 @@ fn what_cannot_be_a_pool_is_refused_by_name_and_left_as_it_was() {
         ),
         (devices[..2].to_vec(), bad_name, "\"p 0\" is no name for a pool"),
         (devices[..2].to_vec(), bad_strip, "a strip of 5000 bytes cannot be"),
-        (devices[..2].to_vec(), bad_extent, "want at most 64MiB"),
+        (devices[..2].to_vec(), bad_extent, "want 4KiB to 64MiB"),
         (devices[..2].to_vec(), options(Level::Raid5), "raid5 has 3 to 32 members, and 2 are given"),
     ];
     for (devices, options, want) in cases {

@@ -47,7 +47,7 @@ pub(super) struct CreateArgs {
     /// What of one member follows on what of another: 4KiB to 1MiB
     #[arg(long, value_name = "SIZE", default_value = "64KiB")]
     strip: ByteSize,
-    /// The unit of allocation, at most 64MiB
+    /// The unit of allocation, 4KiB to 64MiB; made whole stripes
     #[arg(long, value_name = "SIZE", default_value = "1MiB")]
     extent: ByteSize,
     /// Room for the log of mapping changes on each member
@@ -229,7 +229,10 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
             offline.end(created)
         }
     };
-    show(at, &pool, "created")
+    // Whole stripes: not always what was asked for.
+    let rounded = pool.extent_bytes.filter(|bytes| *bytes != extent.0);
+    let rounded = rounded.map(|bytes| format!(" with extents of {}", table::bytes(bytes)));
+    show(at, &pool, &format!("created{}", rounded.unwrap_or_default()))
 }
 
 /// All pools, open or not.

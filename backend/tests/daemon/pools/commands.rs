@@ -118,9 +118,11 @@ fn an_image_makes_its_volume_and_comes_out_as_it_went_in() {
 #[test]
 fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
     let rest = "[[device]]\nname = \"big\"\nuri = \"file://@/big\"\nblock_size = 4096\n[[device]]\nname = \"m\"\nuri = \"mem:?size=64MiB\"\n\
-                [[device]]\nname = \"tiny\"\nuri = \"file://@/tiny\"\n";
+                [[device]]\nname = \"tiny\"\nuri = \"file://@/tiny\"\n\
+                [[device]]\nname = \"ro\"\nuri = \"file://@/ro\"\nread_only = true\n";
     let place_files = |place: &Place| {
         fs::File::create(place.path("big")).unwrap().set_len(256 * MIB).unwrap();
+        fs::File::create(place.path("ro")).unwrap().set_len(256 * MIB).unwrap();
         fs::File::create(place.path("tiny")).unwrap().set_len(MIB).unwrap();
     };
     let mut rig = Rig::new(5, 256, "");
@@ -161,8 +163,28 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
         (
             "pool create p1 --raid raid1 --extent 1GiB d2 d3",
             2,
-            "an extent of 1073741824 bytes cannot be, want at most 64MiB",
+            "an extent of 1073741824 bytes cannot be, want 4KiB to 64MiB",
         ),
+        (
+            "pool create p1 --raid raid1 --extent 0MiB d2 d3",
+            2,
+            "an extent of 0 bytes cannot be, want 4KiB to 64MiB, which is made whole stripes",
+        ),
+        (
+            "pool create p1 --raid raid5 d2 d3 d4 --spares 3",
+            2,
+            "raid5 has 3 to 32 members, and 0 are given beside 3 spares, of 3 devices",
+        ),
+        (
+            "pool create p1 --raid linear d2 d3 --spares 1",
+            2,
+            "linear has no second copy that a spare could be given, want no spares",
+        ),
+        ("pool create p1 --raid raid1 d2 ro", 2, "ro is read-only, want a device that can be written"),
+        ("pool add-spare p0 ro", 2, "ro is read-only, want a device that can be written"),
+        ("pool replace p0 d1 ro", 2, "ro is read-only, want a device that can be written"),
+        ("pool grow p0 d2 ro", 2, "ro is read-only, want a device that can be written"),
+        ("volume export p0/v -", 2, "FILE: \"-\" would be stdout"),
         ("pool create p1 --raid raid1 --log 1TiB d2 d3", 2, "d2 has 268435456 bytes, want at least "),
         (
             "pool create p1 --raid raid1 --metadata-size 1TiB d2 d3",
@@ -204,6 +226,11 @@ fn what_cannot_be_is_refused_by_name_and_changes_nothing() {
     let list = json(&rig.offline("volume list --json"));
     assert_eq!(list.as_array().unwrap().len(), 1);
     assert_eq!(rig.offline("pool check p0").lines().count(), 1);
+    // What is not quite what was asked for is said.
+    let made = rig.offline("pool create p2 --raid linear --extent 4KiB d3");
+    assert!(made.starts_with("pool p2 created with extents of 64 KiB: linear, "), "{made}");
+    let line = rig.refused("pool add-spare p2 d4", 1);
+    assert_eq!(line, "pool p2: linear has no second copy that a spare could be given, want no spares");
     // With the word for it.
     rig.offline("pool create p1 --raid raid1 --force d2 d1");
     assert_eq!(json(&rig.offline("pool list --json"))[1]["name"], "p1");

@@ -1,6 +1,8 @@
 //! A new pool: what it looks like, and the order in which it is written. What has no superblock is no pool, so superblocks come last.
 
-use super::{array_of, failed, leaves_of, new_set, random_uuid, read_superblock, wrong};
+use super::{
+    array_of, failed, leaves_of, new_set, random_uuid, read_only_line, read_superblock, spares_line, wrong,
+};
 use crate::format::superblock::PARITY_LOG_PAGES_MAX;
 use crate::format::{self, Layout, MemberRecord, PAGE_BYTES, ParityHeader, Superblock, Uuid, unit_bytes_for};
 use crate::pool::bounce::Bounce;
@@ -125,7 +127,17 @@ fn plan_pool(
     let count = leaves.len().saturating_sub(options.spares);
     let (least, most) = (usize::from(level.members_min()), usize::from(level.members_max()));
     if !(least..=most).contains(&count) {
-        return Err(wrong(format!("{} has {least} to {most} members, and {count} are given", level.name())));
+        let spares = match options.spares {
+            0 => String::new(),
+            spares => format!(" beside {spares} spares, of {} devices", leaves.len()),
+        };
+        return Err(wrong(format!(
+            "{} has {least} to {most} members, and {count} are given{spares}",
+            level.name()
+        )));
+    }
+    if options.spares > 0 && !level.is_redundant() {
+        return Err(wrong(spares_line(*level)));
     }
     if !strip_bytes.is_power_of_two() || !(4096..=1 << 20).contains(strip_bytes) {
         return Err(wrong(format!(
@@ -144,7 +156,7 @@ fn plan_pool(
             )));
         }
         if geometry.read_only {
-            return Err(wrong(format!("{} is read-only, want a device that can be written", leaf.name())));
+            return Err(wrong(read_only_line(leaf.name())));
         }
     }
     if !(512..=4096).contains(&block_bytes) {
@@ -159,10 +171,12 @@ fn plan_pool(
         Level::Raid6 => count - 2,
     };
     let stripe = data_strips as u64 * u64::from(*strip_bytes);
-    let extent_bytes = options.extent_bytes.max(1).div_ceil(stripe) * stripe;
-    if options.extent_bytes > 64 << 20 || extent_bytes > format::superblock::EXTENT_BYTES_MAX {
+    let extent_bytes = options.extent_bytes.div_ceil(stripe) * stripe;
+    if !(4096..=64 << 20).contains(&options.extent_bytes)
+        || extent_bytes > format::superblock::EXTENT_BYTES_MAX
+    {
         return Err(wrong(format!(
-            "an extent of {} bytes cannot be, want at most 64MiB",
+            "an extent of {} bytes cannot be, want 4KiB to 64MiB, which is made whole stripes",
             options.extent_bytes
         )));
     }

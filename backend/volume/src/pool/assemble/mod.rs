@@ -19,11 +19,21 @@ use super::lanes::{Lanes, Leaf};
 use super::{Ask, Label, PoolError};
 use crate::format::parity_log::HEADER_PAGES;
 use crate::format::{Layout, PAGE_BYTES, SetRecord, Superblock, Uuid};
-use crate::raid::{Array, Set, SetConfig};
+use crate::raid::{Array, Level, Set, SetConfig};
 use hawser_block::{Device, Status};
 use hawser_runtime::{ReactorHandle, Runtime};
 use std::rc::Rc;
 use std::sync::Arc;
+
+/// Of a device that is to be a member.
+pub(super) fn read_only_line(name: &str) -> String {
+    format!("{name} is read-only, want a device that can be written")
+}
+
+/// Of spares where no member can be done without.
+pub(super) fn spares_line(level: Level) -> String {
+    format!("{} has no second copy that a spare could be given, want no spares", level.name())
+}
 
 pub(super) fn wrong(what: String) -> PoolError {
     PoolError::Wrong(what)

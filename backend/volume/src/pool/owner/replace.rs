@@ -4,7 +4,7 @@ use super::Owner;
 use super::members::write_superblock;
 use crate::format::{MemberRecord, Superblock, Uuid};
 use crate::pool::PoolError;
-use crate::pool::assemble::new_set;
+use crate::pool::assemble::{new_set, read_only_line, spares_line};
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
@@ -79,6 +79,9 @@ impl Owner {
             let book = self.book.borrow();
             (book.block_bytes, book.layout.data_offset() + data_bytes)
         };
+        if geometry.read_only {
+            return Err(PoolError::Wrong(read_only_line(name)));
+        }
         if geometry.block_size.bytes() != block_bytes {
             return Err(PoolError::Wrong(format!(
                 "{name} has blocks of {} bytes, want {block_bytes} as the pool",
@@ -236,6 +239,13 @@ impl Owner {
     ) -> Result<(), PoolError> {
         let _turn = self.turns.change.take().await;
         self.check_writable().map_err(|status| self.failed("cannot be changed", status))?;
+        if !self.view().is_redundant {
+            return Err(PoolError::Conflict(format!(
+                "pool {}: {}",
+                self.shared.name,
+                spares_line(self.view().array.set(0).level())
+            )));
+        }
         let leaf = self.leaf_of(device)?;
         let data_bytes =
             self.view().array.sets().iter().map(|set| set.member_rows_bytes()).min().unwrap_or(0);
