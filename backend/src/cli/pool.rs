@@ -22,7 +22,7 @@ pub(super) enum PoolCommand {
     List(ListArgs),
     /// Show pools with their members; the exit code is 1 when one is not as it should be
     Status(StatusArgs),
-    /// Verify all that a pool's devices say of it, without a daemon, and name each fault
+    /// Verify all that a pool's devices say of it, without a daemon, and name each fault; data and parity are compared by `pool scrub`
     Check(CheckArgs),
     /// Put a device in the place of a member, which stays in service until that has all the data
     Replace(ReplaceArgs),

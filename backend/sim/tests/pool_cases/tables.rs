@@ -119,7 +119,7 @@ fn a_damaged_batch_is_not_the_end_of_the_log() {
                 let found = faults(&mut scene);
                 assert_eq!(found.len(), usize::from(members), "{what}: {found:?}");
                 let is_named = |(disk, fault): (usize, &String)| {
-                    fault.starts_with(&format!("d{disk}: pool p0: its log at "))
+                    fault.starts_with(&format!("d{disk}: its log at "))
                         && fault.contains(" is damaged: batch ")
                 };
                 assert!(found.iter().enumerate().all(is_named), "{what}: {found:?}");

@@ -376,7 +376,8 @@ fn a_member_of_a_mirror_whose_superblocks_are_both_bad_is_one_fault_with_its_dev
     let mut damaged = fs::read(&path).unwrap();
     [4096, 65536].iter().for_each(|at| damaged[at + 70] ^= 1);
     fs::write(&path, &damaged).unwrap();
-    let want = "member 1 is missing (d1: superblock at 65536: the superblock is torn: its CRC is wrong)";
+    let want =
+        "member 1 is missing (d1: superblock at 4096 and at 65536: the superblock is torn: its CRC is wrong)";
     assert_eq!(faults(&rig, "p0"), [want]);
     // All that is known of an absent one.
     fs::remove_file(&path).unwrap();
@@ -414,6 +415,41 @@ fn a_member_that_has_become_too_small_is_left_out_and_named() {
     fs::remove_file(rig.place.path("d0")).unwrap();
     let line = rig.refused("volume create p0/x --size 64MiB --degraded", 1);
     assert!(line.contains("lacks data without its members 0, 1") && line.contains(why), "{line}");
+}
+
+/// The first damaged page of a member's tables ended the check of it, and the marks had no device.
+#[test]
+fn a_damaged_page_of_one_member_is_named_and_the_rest_is_checked() {
+    let rig = Rig::new(2, 256, "");
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    rig.offline("volume create p0/v --size 1GiB");
+    let path = rig.place.path("d1");
+    let whole = fs::read(&path).unwrap();
+    let layout = Superblock::decode(&whole[4096..8192]).unwrap().unwrap().layout;
+    let damage = |places: &[u64]| {
+        let mut damaged = whole.clone();
+        for at in places {
+            damaged[usize::try_from(at + 70).unwrap()] ^= 1;
+        }
+        fs::write(&path, damaged).unwrap();
+        let output = rig.place.run(&["pool", "check", "p0", "--json", "--config", &rig.config]);
+        let report = json(&String::from_utf8(output.stdout).unwrap());
+        assert_eq!(report["checked"]["volumes"], 1, "{report}");
+        let faults = report["faults"].as_array().unwrap().iter();
+        faults.map(|fault| fault.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let used: Vec<u64> =
+        (2..20).map(|page| layout.page_offset(page)).filter(|at| !damage(&[*at]).is_empty()).collect();
+    assert!(!used.is_empty(), "{used:?}");
+    let found = damage(&used);
+    assert_eq!(found.len(), used.len(), "{found:?}");
+    assert!(found.iter().all(|fault| fault.starts_with("d1: metadata page ")), "{found:?}");
+    let found = damage(&[layout.intents_offset()]);
+    let want = format!(
+        "d1: page 0 of the marks of regions, at {}, is not whole: all of it counts as marked",
+        layout.intents_offset()
+    );
+    assert_eq!(found, [want]);
 }
 
 #[test]

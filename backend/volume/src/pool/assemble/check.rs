@@ -3,9 +3,9 @@
 use super::found::Found;
 use super::leaves_of;
 use super::parity_log;
-use super::tables::{read_intents, read_tables};
+use super::tables::{read_intents_of, read_tables_helped};
 use crate::format::{Layout, PAGE_BYTES, Root, Superblock};
-use crate::pool::lanes::Lanes;
+use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::{Ask, CheckReport, PoolError};
 use hawser_block::Device;
 use hawser_runtime::ReactorHandle;
@@ -63,7 +63,8 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
     }
     let mut best: BTreeMap<&'static str, u64> = BTreeMap::new();
     // Each by itself: a fault of one may be hidden by another.
-    for (number, leaf) in found.with_tables().iter().enumerate() {
+    let with_tables = found.with_tables();
+    for leaf in &with_tables {
         let mut alone = Found {
             book: found.book.clone(),
             array: found.array.clone(),
@@ -92,14 +93,26 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
                 ));
             }
         }
-        match read_tables(lanes, &alone).await {
-            Err(PoolError::Failed(what)) => report.faults.push(format!("{}: {what}", leaf.name())),
+        // What hangs on a page that is bad here is looked at all the same, where somebody else has that page.
+        let others: Vec<Leaf> = with_tables.iter().filter(|other| !other.same(leaf)).cloned().collect();
+        let mut bad_pages = Vec::new();
+        let tables = read_tables_helped(lanes, &alone, &others, &mut bad_pages).await;
+        report
+            .faults
+            .extend(bad_pages.into_iter().filter(|what| what.starts_with(&format!("{}: ", leaf.name()))));
+        match tables {
+            Err(PoolError::Failed(what)) => {
+                let what = what.strip_prefix(&format!("pool {}: ", found.book.name)).unwrap_or(&what);
+                report.faults.retain(|fault| *fault != format!("{}: {what}", leaf.name()));
+                let what = format!("{}: {what}; the rest of its tables and log is not checked", leaf.name());
+                report.faults.push(what);
+            }
             Err(error) => return Err(error),
             Ok(tables) => {
                 report.faults.extend(
                     tables.meta.verify().into_iter().map(|fault| format!("{}: {fault}", leaf.name())),
                 );
-                if number == 0 {
+                if best.is_empty() {
                     best.insert("pages of tables", tables.pages_read);
                     best.insert("records of the log", tables.replayed);
                     best.insert("volumes", tables.meta.volumes().count() as u64);
@@ -110,16 +123,11 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
             }
         }
     }
-    for (page, words) in read_intents(lanes, &found).await.into_iter().enumerate() {
-        match words {
-            None => report.faults.push(format!(
-                "page {page} of the marks of regions is not whole: all of it counts as marked"
-            )),
-            Some(words) => {
-                *best.entry("marked regions").or_default() +=
-                    words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
-            }
-        }
+    let pages = read_intents_of(lanes, &found, &mut report.faults).await;
+    // Of those that are whole.
+    if pages.iter().any(Option::is_some) {
+        let words = pages.iter().flatten().flatten();
+        best.insert("marked regions", words.map(|word| u64::from(word.count_ones())).sum());
     }
     if found.array.sets().iter().any(|set| set.parity().is_some()) {
         let (faults, entries) = parity_log::check(lanes, &found).await;

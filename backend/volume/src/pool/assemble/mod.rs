@@ -60,28 +60,35 @@ pub(super) fn leaves_of(devices: Vec<Arc<dyn Device>>) -> Result<Vec<Leaf>, Pool
 /// What a device says of itself; `None`: nothing.
 pub(crate) async fn read_superblock(lanes: &Rc<Lanes>, leaf: &Leaf) -> Result<Option<Superblock>, PoolError> {
     let size = leaf.device.geometry().map_or(0, |geometry| geometry.size_bytes());
-    let (mut best, mut fault): (Option<Superblock>, Option<PoolError>) = (None, None);
+    let mut best: Option<Superblock> = None;
+    let mut faults: Vec<(u64, String)> = Vec::new();
     for offset in Layout::SUPERBLOCKS {
         if offset + PAGE_BYTES as u64 > size {
             continue;
         }
         let decoded = match lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
-            Ok(page) => Superblock::decode(page.bytes(0, PAGE_BYTES)).map_err(|error| {
-                PoolError::Failed(format!("{}: superblock at {offset}: {}", leaf.name(), error.0))
-            }),
-            Err(status) => Err(failed(leaf, "its superblock cannot be read", status)),
+            Ok(page) => Superblock::decode(page.bytes(0, PAGE_BYTES)).map_err(|error| error.0),
+            Err(status) => Err(format!("it cannot be read: {}", status.name())),
         };
         match decoded {
             Ok(Some(found)) if best.as_ref().is_none_or(|best| best.generation < found.generation) => {
                 best = Some(found)
             }
             Ok(_) => {}
-            Err(error) => fault = Some(error),
+            Err(what) => faults.push((offset, what)),
         }
     }
-    match (best, fault) {
-        (None, Some(fault)) => Err(fault),
-        (best, _) => Ok(best),
+    match (best, faults.as_slice()) {
+        (best @ Some(_), _) | (best, []) => Ok(best),
+        // Both copies, most of the time for one reason.
+        (None, [(first, what), (second, other)]) if what == other => {
+            Err(PoolError::Failed(format!("{}: superblock at {first} and at {second}: {what}", leaf.name())))
+        }
+        (None, faults) => {
+            let faults: Vec<String> =
+                faults.iter().map(|(offset, what)| format!("superblock at {offset}: {what}")).collect();
+            Err(PoolError::Failed(format!("{}: {}", leaf.name(), faults.join("; "))))
+        }
     }
 }
 

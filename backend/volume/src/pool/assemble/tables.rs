@@ -38,6 +38,16 @@ pub(super) fn corrupt(book: &Superblock, what: &str) -> PoolError {
 }
 
 pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tables, PoolError> {
+    read_tables_helped(lanes, found, &[], &mut Vec::new()).await
+}
+
+/// The same; pages that none of `found` has whole are taken from `helpers`. Names the pages that somebody had not whole, of those who were asked.
+pub(super) async fn read_tables_helped(
+    lanes: &Rc<Lanes>,
+    found: &Found,
+    helpers: &[Leaf],
+    faults: &mut Vec<String>,
+) -> Result<Tables, PoolError> {
     let book = &found.book;
     let from = found.with_tables();
     let layout = book.layout;
@@ -61,6 +71,7 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
     if root.log_position > layout.log_bytes {
         return Err(corrupt(book, "its root names a place beyond the log"));
     }
+    let asked: Vec<Leaf> = from.iter().chain(helpers).cloned().collect();
     let mut loader = Loader::new(thin, layout.metadata_pages, &root);
     let (mut pages_read, mut bad_pages) = (0, 0);
     loop {
@@ -68,18 +79,23 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
         if wanted.is_empty() {
             break;
         }
-        let reads = wanted.iter().map(|page| async move {
-            (*page, from_first(lanes, &from_leaves(found), layout.page_offset(*page)).await)
-        });
+        let asked = asked.as_slice();
+        let reads = wanted
+            .iter()
+            .map(|page| async move { (*page, from_first(lanes, asked, layout.page_offset(*page)).await) });
         for (page, bytes) in all(reads).await {
             pages_read += 1;
             let (failed, first) =
                 bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
-            bad_pages += failed;
+            bad_pages += failed as u64;
+            for leaf in &asked[..failed] {
+                faults.push(format!("{}: page {page} of its tables cannot be read", leaf.name()));
+            }
             let Err(mut what) = loader.give(page, first.bytes(0, PAGE_BYTES)) else { continue };
             bad_pages += 1;
+            faults.push(format!("{}: {what}", asked[failed].name()));
             let mut is_good = false;
-            for leaf in &from {
+            for leaf in asked {
                 if let Ok(bytes) = lanes.read_bytes(leaf, layout.page_offset(page), PAGE_BYTES).await {
                     match loader.give(page, bytes.bytes(0, PAGE_BYTES)) {
                         Ok(()) => {
@@ -100,13 +116,9 @@ pub(super) async fn read_tables(lanes: &Rc<Lanes>, found: &Found) -> Result<Tabl
     Ok(Tables { meta, seq, log, pages_read, replayed, bad_pages })
 }
 
-fn from_leaves(found: &Found) -> Vec<Leaf> {
-    found.with_tables()
-}
-
 /// A page from the first who can be read, and how many could not.
-async fn from_first(lanes: &Rc<Lanes>, from: &[Leaf], offset: u64) -> Option<(u64, Rc<Bounce>)> {
-    for (failed, leaf) in (0..).zip(from) {
+async fn from_first(lanes: &Rc<Lanes>, from: &[Leaf], offset: u64) -> Option<(usize, Rc<Bounce>)> {
+    for (failed, leaf) in from.iter().enumerate() {
         if let Ok(bytes) = lanes.read_bytes(leaf, offset, PAGE_BYTES).await {
             return Some((failed, bytes));
         }
@@ -276,6 +288,15 @@ async fn replay(
 
 /// The marks of regions, from all who have them: marked is what anybody says is.
 pub(super) async fn read_intents(lanes: &Rc<Lanes>, found: &Found) -> Vec<Option<Vec<u64>>> {
+    read_intents_of(lanes, found, &mut Vec::new()).await
+}
+
+/// The same, and who has which page not whole.
+pub(super) async fn read_intents_of(
+    lanes: &Rc<Lanes>,
+    found: &Found,
+    faults: &mut Vec<String>,
+) -> Vec<Option<Vec<u64>>> {
     let layout = found.book.layout;
     let from = found.with_tables();
     let mut pages = Vec::new();
@@ -287,6 +308,12 @@ pub(super) async fn read_intents(lanes: &Rc<Lanes>, found: &Found) -> Vec<Option
                 Ok(bytes) => format::decode_intents(bytes.bytes(0, PAGE_BYTES), &found.book.pool_uuid, page),
                 Err(_) => None,
             };
+            if words.is_none() {
+                faults.push(format!(
+                    "{}: page {page} of the marks of regions, at {offset}, is not whole: all of it counts as marked",
+                    leaf.name()
+                ));
+            }
             all = all
                 .zip(words)
                 .map(|(all, words)| all.iter().zip(&words).map(|(one, other)| one | other).collect());
