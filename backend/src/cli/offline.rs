@@ -301,7 +301,12 @@ impl Offline {
 
     /// Of a pool that lacks members: the devices that may be they, and are not.
     pub(super) fn and_others(&self, found: &Found, what: String) -> String {
-        let others = self.labels.iter().filter(|(_, label)| label.pool_uuid != found.label.pool_uuid);
+        // A device of a pool that has all of its own is nobody else's.
+        let lacking: Vec<[u8; 16]> =
+            self.found().iter().filter(|it| !it.missing().is_empty()).map(|it| it.label.pool_uuid).collect();
+        let others = self.labels.iter().filter(|(_, label)| {
+            label.pool_uuid != found.label.pool_uuid && lacking.contains(&label.pool_uuid)
+        });
         let others = others.map(|(name, label)| format!("device {name} belongs to pool {}", label.pool));
         let others: Vec<String> = self.away.iter().map(|(_, what)| what.clone()).chain(others).collect();
         if others.is_empty() { what } else { format!("{what} ({})", others.join("; ")) }

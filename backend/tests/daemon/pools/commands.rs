@@ -464,9 +464,9 @@ fn a_member_that_is_swapped_for_another_is_refused_and_comes_back_through_a_resy
     fs::File::create(rig.place.path("d2")).unwrap().set_len(128 * MIB).unwrap();
     let before = fs::read(rig.place.path("d1")).unwrap();
     let line = rig.refused("volume create p0/w --size 64MiB", 1);
-    assert_eq!(line, "pool p0 is not complete: members 1 are missing (device d1 belongs to pool p1)");
+    assert_eq!(line, "pool p0 is not complete: member 1 is missing, want it back, or --degraded");
     assert_eq!(rig.refused("pool check p0", 1), "pool p0: 1 fault");
-    assert_eq!(faults(&rig, "p0"), ["member 1 is missing (device d1 belongs to pool p1)"]);
+    assert_eq!(faults(&rig, "p0"), ["member 1 is missing"]);
     assert!(fs::read(rig.place.path("d1")).unwrap() == before);
     // With the word for it; the member that is away is out from then on.
     fs::write(rig.place.path("raw"), vec![5; 8 << 20]).unwrap();

@@ -133,8 +133,9 @@ impl Found {
                     .filter(|member| set.mode(*member) != Mode::InSync)
                     .map(|member| (set.first_member() + member).to_string())
                     .collect();
+                let members = if lacking.len() == 1 { "member" } else { "members" };
                 return Err(PoolError::Conflict(format!(
-                    "pool {name} lacks data without its members {}{}",
+                    "pool {name} lacks data without its {members} {}{}",
                     lacking.join(", "),
                     self.unfit_text()
                 )));
@@ -142,9 +143,12 @@ impl Found {
         }
         if !missing.is_empty() && !degraded {
             let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+            let what = match missing.as_slice() {
+                [one] => format!("member {one} is missing, want it back"),
+                [..] => format!("members {} are missing, want them back", missing.join(", ")),
+            };
             return Err(PoolError::Conflict(format!(
-                "pool {name} is not complete: members {} are missing{}",
-                missing.join(", "),
+                "pool {name} is not complete: {what}, or --degraded{}",
                 self.unfit_text()
             )));
         }
