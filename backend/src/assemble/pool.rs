@@ -6,8 +6,8 @@
 use super::device;
 use crate::daemon::ChangeError;
 use crate::daemon::api::pool_view::{MemberView, PoolState, PoolView, TaskView, VolumeView};
-use hawser_config::value::{Name, Uuid};
-use hawser_config::{Config, NoSpace, PoolConfig};
+use hawser_config::value::{Name, Uuid, VolumePath};
+use hawser_config::{Backing, Config, DiskConfig, NoSpace, PoolConfig, SubsystemConfig};
 use hawser_volume::pool::{self, Label, NoSpacePolicy, OpenOptions, PoolError, Tail};
 use hawser_volume::raid::Level;
 use std::collections::{BTreeMap, BTreeSet};
@@ -296,8 +296,27 @@ pub(crate) fn volume_view(pool: &str, volume: &pool::VolumeView) -> VolumeView {
         snapshot: volume.is_snapshot,
         origin: volume.origin.clone(),
         users: volume.users,
+        used_by: Vec::new(),
         slow: volume.slow.iter().map(|(class, count)| ((*class).to_owned(), *count)).collect(),
     }
+}
+
+/// What is configured to be on a volume: each disk, and each subsystem once for each of its namespaces.
+pub(crate) fn users_of<'a>(
+    path: &VolumePath,
+    disks: impl IntoIterator<Item = &'a DiskConfig>,
+    subsystems: impl IntoIterator<Item = &'a SubsystemConfig>,
+) -> Vec<String> {
+    let is = |backing: Result<Backing, (&'static str, String)>| {
+        backing.is_ok_and(|backing| backing.volume() == Some(path))
+    };
+    let disks = disks.into_iter().filter(|disk| is(disk.backing()));
+    let mut users: Vec<String> = disks.map(|disk| format!("disk {}", disk.name)).collect();
+    for subsystem in subsystems {
+        let namespaces = subsystem.namespaces.iter().filter(|namespace| is(namespace.backing()));
+        users.extend(namespaces.map(|_| format!("subsystem {}", subsystem.nqn)));
+    }
+    users
 }
 
 /// A device of the configuration by name, for those that name it.

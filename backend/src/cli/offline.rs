@@ -22,8 +22,8 @@ use crate::image;
 use crate::tail::{self, FileTail};
 use clap::Args;
 use hawser_block::Device;
+use hawser_config::Config;
 use hawser_config::value::{Name, VolumePath};
-use hawser_config::{Backing, Config};
 use hawser_runtime::ReactorHandle;
 use hawser_volume::pool::{self, Label, MemoryTail, OpenOptions, Pool, PoolError, Tail};
 use std::path::{Path, PathBuf};
@@ -226,19 +226,15 @@ impl Offline {
         !run_state::has_ended(&self.folder)
     }
 
-    /// The disk or subsystem of the configuration that a volume is of.
+    /// The disks and subsystems of the configuration that are on a volume.
+    pub(super) fn users_of(&self, path: &VolumePath) -> Vec<String> {
+        let disks = self.config.disks.iter().map(|placed| &placed.value);
+        assemble::users_of(path, disks, self.config.subsystems.iter().map(|placed| &placed.value))
+    }
+
+    /// One of them.
     pub(super) fn user_of(&self, path: &VolumePath) -> Option<String> {
-        let is = |backing: Result<Backing, (&'static str, String)>| {
-            backing.is_ok_and(|backing| backing.volume() == Some(path))
-        };
-        let disk = self.config.disks.iter().find(|disk| is(disk.value.backing()));
-        if let Some(disk) = disk {
-            return Some(format!("disk {}", disk.value.name));
-        }
-        let mut subsystems = self.config.subsystems.iter();
-        let subsystem =
-            subsystems.find(|subsystem| subsystem.value.namespaces.iter().any(|it| is(it.backing())));
-        subsystem.map(|subsystem| format!("subsystem {}", subsystem.value.nqn))
+        self.users_of(path).into_iter().next()
     }
 
     pub(super) fn reactor(&self) -> &ReactorHandle {

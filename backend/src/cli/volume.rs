@@ -122,16 +122,26 @@ fn offline(
     let offline = Offline::begin(at, file, Purpose::Change)?;
     let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
         change(offline, pool)?;
-        view_of(pool, path)
+        view_of(offline, pool, path)
     });
     Ok(offline.end(done))
 }
 
+/// The volumes of an open pool.
+fn views_of(offline: &Offline, pool: &Pool) -> Vec<VolumeView> {
+    let view = |volume| {
+        let mut view = assemble::volume_view(pool.name(), volume);
+        view.used_by = view.path().map(|path| offline.users_of(&path)).unwrap_or_default();
+        view
+    };
+    pool.volumes().iter().map(view).collect()
+}
+
 /// One volume of an open pool.
-fn view_of(pool: &Pool, path: &VolumePath) -> Result<VolumeView, Failure> {
-    let all = pool.volumes();
-    match all.iter().find(|volume| volume.name == path.volume.as_str()) {
-        Some(volume) => Ok(assemble::volume_view(pool.name(), volume)),
+fn view_of(offline: &Offline, pool: &Pool, path: &VolumePath) -> Result<VolumeView, Failure> {
+    let mut all = views_of(offline, pool);
+    match all.iter().position(|volume| volume.name == path.volume.as_str()) {
+        Some(at) => Ok(all.swap_remove(at)),
         None => {
             let names: Vec<&str> = all.iter().map(|volume| volume.name.as_str()).collect();
             let there = if names.is_empty() {
@@ -164,7 +174,7 @@ fn resize(args: &CreateArgs) -> Result<(), Failure> {
         None => at.client().patch(&url(path), &SetVolume { size_bytes: size.0 })?,
         Some(file) => {
             offline(at, file, path, |offline, pool| {
-                let before = view_of(pool, path)?.size_bytes;
+                let before = view_of(offline, pool, path)?.size_bytes;
                 // The VM of a daemon that died has seen how large it was, and waits.
                 if size.0 < before
                     && let Some(user) = offline.user_of(path).filter(|_| offline.after_death())
@@ -216,12 +226,12 @@ fn snapshot(args: &SnapshotArgs) -> Result<(), Failure> {
         Some(file) => {
             let offline = Offline::begin(at, file, Purpose::Change)?;
             let wanted = snapshots.iter().map(|one| (one.volume.clone(), one.name.clone())).collect();
-            let done = offline.with_pool(pool.as_str(), |_, open| {
+            let done = offline.with_pool(pool.as_str(), |offline, open| {
                 open.snapshot(wanted).wait()?;
                 let names = |name: &String| snapshots.iter().any(|one| one.name == *name);
-                let all = open.volumes();
-                let taken = all.iter().filter(|volume| names(&volume.name));
-                Ok(taken.map(|volume| assemble::volume_view(open.name(), volume)).collect())
+                let mut taken = views_of(offline, open);
+                taken.retain(|volume| names(&volume.name));
+                Ok(taken)
             });
             offline.end(done)
         }
@@ -262,7 +272,7 @@ fn delete(args: &DeleteArgs) -> Result<(), Failure> {
         Some(file) => {
             let offline = Offline::begin(at, file, Purpose::Change)?;
             let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
-                let view = view_of(pool, path)?;
+                let view = view_of(offline, pool, path)?;
                 if let Some(user) = offline.user_of(path) {
                     return Err(Failure::Failed(format!(
                         "volume {path} is {user}'s in {}, want that removed first",
@@ -293,13 +303,7 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
                 let mut all = Vec::new();
                 let one_is_meant = pool.is_some();
                 for pool in pools {
-                    let views = |_: &Offline, pool: &Pool| {
-                        Ok(pool
-                            .volumes()
-                            .iter()
-                            .map(|it| assemble::volume_view(pool.name(), it))
-                            .collect::<Vec<_>>())
-                    };
+                    let views = |offline: &Offline, pool: &Pool| Ok(views_of(offline, pool));
                     match offline.with_pool(&pool, views) {
                         Ok(views) => all.extend(views),
                         Err(Failure::Failed(what)) if !one_is_meant => {
@@ -420,7 +424,7 @@ fn export_online(at: &WhereArgs, path: &VolumePath, to: &Path) -> Result<u64, Fa
 fn export_offline(at: &WhereArgs, config: &Path, path: &VolumePath, file: &Path) -> Result<u64, Failure> {
     let offline = Offline::begin(at, config, Purpose::Look)?;
     let done = offline.with_pool(path.pool.as_str(), |offline, pool| {
-        view_of(pool, path)?;
+        view_of(offline, pool, path)?;
         let device = pool.device(path.volume.as_str());
         let device = device.ok_or_else(|| Failure::Failed(format!("volume {path} is not there")))?;
         let bar = Bar::new();
@@ -460,7 +464,7 @@ pub(super) fn table_of(volumes: &[VolumeView]) -> String {
             kind.to_owned(),
             table::bytes(volume.size_bytes),
             table::bytes(volume.mapped_bytes),
-            volume.users.to_string(),
+            volume.used_by.len().to_string(),
             table::count(volume.slow.values().sum()),
             volume.origin.clone().unwrap_or_default(),
         ]);
@@ -495,6 +499,7 @@ mod tests {
             snapshot,
             origin: origin.map(str::to_owned),
             users: 2,
+            used_by: vec!["disk a".to_owned(), "subsystem nqn.x".to_owned()],
             slow: slow.iter().map(|(class, count)| ((*class).to_owned(), *count)).collect(),
         };
         let volumes = [

@@ -58,7 +58,19 @@ impl Daemon {
     /// All volumes of all pools that are open.
     #[must_use]
     pub fn volume_views(&self) -> Vec<VolumeView> {
-        self.pools.volume_views()
+        self.with_users(self.pools.volume_views())
+    }
+
+    /// Fills in who is configured to be on them.
+    fn with_users(&self, mut views: Vec<VolumeView>) -> Vec<VolumeView> {
+        let disks = self.all_disks();
+        for view in &mut views {
+            let Ok(path) = view.path() else { continue };
+            let disks = disks.iter().map(|disk| &disk.config);
+            let subsystems = self.config.subsystems.iter().map(|placed| &placed.value);
+            view.used_by = assemble::users_of(&path, disks, subsystems);
+        }
+        views
     }
 
     /// All volumes of one pool.
@@ -67,7 +79,8 @@ impl Daemon {
     /// When there is none of this name, or it is not open.
     pub fn volume_views_of(&self, pool: &str) -> Result<Vec<VolumeView>, ChangeError> {
         let pool = self.pools.open_pool(pool)?;
-        Ok(pool.volumes().iter().map(|volume| assemble::volume_view(pool.name(), volume)).collect())
+        let views = pool.volumes().iter().map(|volume| assemble::volume_view(pool.name(), volume)).collect();
+        Ok(self.with_users(views))
     }
 
     /// One volume.
@@ -401,7 +414,7 @@ impl Daemon {
 }
 
 impl VolumeView {
-    fn path(&self) -> Result<VolumePath, String> {
+    pub(crate) fn path(&self) -> Result<VolumePath, String> {
         format!("{}/{}", self.pool, self.name).parse()
     }
 }

@@ -128,6 +128,8 @@ pub struct VolumeView {
     pub origin: Option<String>,
     /// How many queues and connections have it open.
     pub users: usize,
+    /// The disks that are on it, and the subsystems, one for each namespace; whether or not anybody has it open.
+    pub used_by: Vec<String>,
     /// Requests that did not take the hot path since the pool was opened, by class.
     pub slow: BTreeMap<String, u64>,
 }

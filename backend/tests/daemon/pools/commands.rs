@@ -281,13 +281,19 @@ fn what_a_disk_of_the_configuration_is_on_is_kept() {
     let rig = Rig::new(2, 128, &disk("v", "p0/v", ""));
     rig.offline("pool create p0 --raid raid1 d0 d1");
     rig.offline("volume create p0/v --size 64MiB");
+    // Nobody is connected.
+    assert_eq!(json(&rig.offline("volume list --json"))[0]["used_by"], serde_json::json!(["disk v"]));
     let line = rig.refused("volume delete p0/v", 1);
     assert_eq!(line, format!("volume p0/v is disk v's in {}, want that removed first", rig.config));
     fs::write(rig.place.path("raw"), [7; 4096]).unwrap();
     let import = format!("image import {} p0/v", rig.place.text("raw"));
     rig.offline(&import);
     // A guest waits.
-    rig.place.serve().kill();
+    let daemon = rig.place.serve();
+    until("the pool is open", || super::pool_state(&daemon, "p0") == "ready");
+    let volume = json(&rig.online("volume list --json"))[0].clone();
+    assert_eq!((&volume["users"], &volume["used_by"][0]), (&0.into(), &"disk v".into()));
+    daemon.kill();
     let line = rig.refused("volume resize p0/v --size 32MiB", 1);
     assert!(line.starts_with("volume p0/v is disk v's, it can only grow"), "{line}");
     let line = rig.refused(&import, 1);
