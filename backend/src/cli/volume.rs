@@ -326,6 +326,10 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
     let ExportArgs { path, file, at } = args;
+    if file.as_os_str() == "-" {
+        let what = "FILE: \"-\" would be stdout, and an image with holes is a file's: want a path, or ./- for a file of that name";
+        return Err(Failure::Usage(what.to_owned()));
+    }
     let bytes = match &at.config {
         None => export_online(at, path, file)?,
         Some(config) => export_offline(at, config, path, file)?,
