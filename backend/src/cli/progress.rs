@@ -62,6 +62,10 @@ impl Bar {
     }
 
     fn set(&self, part: &'static str, done: u64, total: u64) {
+        // Work that has just begun does not know yet how much there is: a bar would be full.
+        if total == 0 {
+            return;
+        }
         if self.part.get() != part || self.bar.length() != Some(total) {
             self.begin(part, total);
         }

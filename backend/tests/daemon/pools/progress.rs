@@ -73,6 +73,8 @@ fn long_work_shows_a_bar_with_an_estimate_on_a_terminal_and_lines_in_a_pipe() {
     let (printed, shown) = at_terminal(&rig, "pool scrub p0", &config);
     assert!(printed.starts_with("pool p0 scrubbed, members do not differ"), "{printed}");
     assert!(is_bar_of(&shown, "scrub"), "{shown:?}");
+    // It was a full bar until the scrub knew how much there is.
+    assert!(!shown.contains("0 B of 0 B"), "{shown:?}");
     let (same, told) = in_pipe(&rig, "pool scrub p0", &config);
     assert_eq!(same, printed);
     assert!(are_plain(&told, &["scrub"]), "{told:?}");
