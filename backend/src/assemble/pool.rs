@@ -59,6 +59,12 @@ pub(crate) fn line_of(error: PoolError) -> String {
     what
 }
 
+/// What is wrong with a pool, for a line that begins with its name: most errors do so, too.
+pub(crate) fn without_name<'a>(pool: &str, what: &'a str) -> &'a str {
+    let rest = what.strip_prefix("pool ").and_then(|rest| rest.strip_prefix(pool));
+    rest.and_then(|rest| rest.strip_prefix(": ").or_else(|| rest.strip_prefix(' '))).unwrap_or(what)
+}
+
 /// How a pool is opened by its policies.
 pub(crate) fn open_options(policy: &PoolConfig, host: [u8; 16], tail: Box<dyn Tail>) -> OpenOptions {
     let seconds = |seconds: u32| Duration::from_secs(u64::from(seconds));
@@ -460,6 +466,19 @@ mod tests {
             "{line}"
         );
         assert_eq!(all[0].view(Vec::new()).members[1].state, "spare");
+    }
+
+    /// "pool q: pool q: metadata page 2 …", where the name stood before the line already.
+    #[test]
+    fn a_name_that_is_said_already_is_not_said_again() {
+        for (what, want) in [
+            ("pool q: metadata page 2: torn", "metadata page 2: torn"),
+            ("pool q is not complete", "is not complete"),
+            ("pool q2: torn", "pool q2: torn"),
+            ("d0: torn", "d0: torn"),
+        ] {
+            assert_eq!(without_name("q", what), want);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Pools as text for people: a line for each, or all that is known of one.
 
 use super::table::{self, Align, Table};
+use crate::assemble::pool::without_name;
 use crate::daemon::api::pool_view::{MemberView, PoolView, TaskView};
 use hawser_volume::pool::MemberState;
 
@@ -35,7 +36,7 @@ pub(super) fn table_of(pools: &[PoolView]) -> String {
     let mut text = table.text();
     for pool in pools {
         for trouble in &pool.troubles {
-            text.push_str(&format!("pool {}: {trouble}\n", pool.name));
+            text.push_str(&format!("pool {}: {}\n", pool.name, without_name(&pool.name, trouble)));
         }
     }
     text
@@ -52,7 +53,7 @@ fn work_of(task: &TaskView) -> String {
 pub(super) fn text_of(pool: &PoolView) -> String {
     let mut text = format!("pool {}: {}, {}\n", pool.name, pool.state.name(), pool.level);
     for trouble in &pool.troubles {
-        text.push_str(&format!("  {trouble}\n"));
+        text.push_str(&format!("  {}\n", without_name(&pool.name, trouble)));
     }
     let mut facts = Table::new(&[("", Align::Left), ("", Align::Left)]);
     let mut fact = |what: &str, value: Option<String>| {

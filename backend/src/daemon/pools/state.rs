@@ -3,7 +3,7 @@
 use super::RETRY_MIN;
 use super::past::Past;
 use crate::assemble::late::LateDevice;
-use crate::assemble::pool::Found;
+use crate::assemble::pool::{self as assemble, Found};
 use hawser_block::{Device, DeviceState};
 use hawser_config::value::{Name, VolumePath};
 use hawser_config::{DeviceConfig, Placed};
@@ -132,6 +132,7 @@ impl Entry {
 
     pub(super) fn not_open(&self) -> String {
         let why = if self.trouble.is_empty() { "it is being opened" } else { &self.trouble };
+        let why = assemble::without_name(&self.found.label.pool, why);
         format!("pool {} is not open yet: {why}", self.found.label.pool)
     }
 
@@ -139,7 +140,8 @@ impl Entry {
     pub(super) fn set_trouble(&mut self, trouble: String) {
         if self.trouble != trouble {
             if !trouble.is_empty() {
-                log::warn!("pool {}: {trouble}", self.found.label.pool);
+                let pool = &self.found.label.pool;
+                log::warn!("pool {pool}: {}", assemble::without_name(pool, &trouble));
             }
             self.trouble = trouble;
         }
