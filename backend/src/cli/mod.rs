@@ -124,6 +124,14 @@ fn say(text: &str) {
     }
 }
 
+/// Whoever looks at a list learns from the exit code that it lacks something.
+fn all_is_shown(left_out: &[String]) -> Result<(), Failure> {
+    match left_out {
+        [] => Ok(()),
+        left_out => Err(Failure::Failed(format!("not all is shown, it lacks {}", left_out.join(", ")))),
+    }
+}
+
 /// Writes a line to stderr, if anybody reads it.
 fn warn(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");

@@ -27,7 +27,7 @@ use hawser_config::value::{Name, VolumePath};
 use hawser_runtime::ReactorHandle;
 use hawser_volume::pool::{self, Label, MemoryTail, OpenOptions, Pool, PoolError, Tail};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// With a daemon, or without.
@@ -163,7 +163,7 @@ impl Offline {
         // What the daemon asked targets for when it died may still be carried out, as for its successor.
         let after_death = !run_state::has_ended(&self.folder);
         let free = assemble::free_devices(&self.config);
-        let mut opened = Vec::new();
+        let mut openings = Vec::new();
         for placed in self.config.devices.iter().filter(|device| free.contains(&device.value.name)) {
             let name = &placed.value.name;
             let opening = if after_death {
@@ -174,32 +174,44 @@ impl Offline {
                 self.unfinished.push(unfinished);
                 Opening { had_predecessor, offline: true, in_run_state: false }
             };
-            match device::open(placed, &self.config, opening, self.reactors.handles()) {
-                Ok(device) => opened.push((name.clone(), device)),
-                Err(OpenError::Config(error)) => return Err(error.into()),
-                Err(OpenError::Failed(what)) => self.away.push((name.clone(), what)),
-            }
+            openings.push((name.clone(), placed, opening));
         }
-        let reached: Mutex<Vec<(Name, Result<(), String>)>> = Mutex::default();
-        std::thread::scope(|scope| {
-            for (name, device) in &opened {
-                let reached = &reached;
+        // All at once: one may wait for whoever has its file, another for its target.
+        let (config, handles) = (&self.config, self.reactors.handles());
+        let mut opened = std::thread::scope(|scope| {
+            let (sender, answers) = mpsc::channel();
+            for (number, (name, placed, opening)) in openings.iter().enumerate() {
+                let sender = sender.clone();
                 scope.spawn(move || {
-                    let result = image::reach(device).map(drop);
-                    if let Ok(mut reached) = reached.lock() {
-                        reached.push((name.clone(), result));
-                    }
+                    let opened = device::open(placed, config, *opening, handles).and_then(|device| {
+                        image::reach(&device)
+                            .map_err(|what| OpenError::Failed(format!("device {name}: {what}")))?;
+                        Ok(device)
+                    });
+                    // Somebody waits for it.
+                    let _ = sender.send((number, opened));
                 });
             }
+            drop(sender);
+            let names: Vec<&Name> = openings.iter().map(|(name, ..)| name).collect();
+            all_of(&names, &answers)
         });
-        let reached = reached.into_inner().unwrap_or_default();
-        for (name, device) in opened {
-            match reached.iter().find(|(other, _)| *other == name) {
-                Some((_, Err(what))) => self.away.push((name.clone(), format!("device {name}: {what}"))),
-                _ => self.devices.push((name, device)),
+        // As the configuration has them.
+        opened.sort_by_key(|(number, _)| *number);
+        for (number, opened) in opened {
+            let name = openings[number].0.clone();
+            match opened {
+                Ok(device) => self.devices.push((name, device)),
+                Err(OpenError::Config(error)) => return Err(error.into()),
+                Err(OpenError::Failed(what)) => self.away.push((name, what)),
             }
         }
         Ok(())
+    }
+
+    /// Devices that are not there, so that whoever shows all that there is does not.
+    pub(super) fn left_out(&self) -> Vec<String> {
+        self.away.iter().map(|(name, _)| format!("device {name}")).collect()
     }
 
     fn probe(&mut self) {
@@ -491,6 +503,29 @@ impl Offline {
             }
         }
     }
+}
+
+/// What is known of devices by then is known at once.
+const WAITING_AFTER: Duration = Duration::from_secs(1);
+
+/// All answers; says who is waited for, if that takes its time.
+fn all_of<T>(names: &[&Name], answers: &mpsc::Receiver<(usize, T)>) -> Vec<(usize, T)> {
+    let until = Instant::now() + WAITING_AFTER;
+    let mut all = Vec::new();
+    while all.len() < names.len() {
+        match answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(answer) => all.push(answer),
+            Err(_) => {
+                let lacking =
+                    (0..).zip(names).filter(|(number, _)| all.iter().all(|(there, _)| there != number));
+                let lacking: Vec<&str> = lacking.map(|(_, name)| name.as_str()).collect();
+                warn(&format!("hawser: waiting for {}, for half a minute at most", lacking.join(", ")));
+                break;
+            }
+        }
+    }
+    all.extend(answers.iter());
+    all
 }
 
 /// The daemon of this configuration must not run, nor start, as long as we have its devices.

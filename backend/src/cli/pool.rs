@@ -4,7 +4,7 @@ use super::offline::{Offline, Purpose, WhereArgs};
 use super::pool_show::{faults_of, table_of, text_of};
 use super::progress::{is_watched, watch};
 use super::table;
-use super::{Failure, print_json, say};
+use super::{Failure, all_is_shown, print_json, say};
 use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{AddDevices, CreatePool, PoolState, PoolView, Replace, Scrub, TaskView};
 use clap::{Args, Subcommand};
@@ -166,12 +166,13 @@ pub(super) fn run(command: &PoolCommand) -> Result<(), Failure> {
     match command {
         PoolCommand::Create(args) => create(args),
         PoolCommand::List(ListArgs { at }) => {
-            let pools = views(at)?;
+            let (pools, left_out) = views(at)?;
             if at.json {
-                return print_json(&pools);
+                print_json(&pools)?;
+            } else {
+                say(&table_of(&pools));
             }
-            say(&table_of(&pools));
-            Ok(())
+            all_is_shown(&left_out)
         }
         PoolCommand::Status(args) => status(args),
         PoolCommand::Check(args) => check(args),
@@ -235,11 +236,12 @@ fn create(args: &CreateArgs) -> Result<(), Failure> {
     show(at, &pool, &format!("created{}", rounded.unwrap_or_default()))
 }
 
-/// All pools, open or not.
-fn views(at: &WhereArgs) -> Result<Vec<PoolView>, Failure> {
-    let Some(file) = &at.config else { return at.client().get("/v1/pools") };
+/// All pools, open or not; and what cannot be seen without a daemon.
+fn views(at: &WhereArgs) -> Result<(Vec<PoolView>, Vec<String>), Failure> {
+    let Some(file) = &at.config else { return Ok((at.client().get("/v1/pools")?, Vec::new())) };
     let offline = Offline::begin(at, file, Purpose::Look)?;
     let mut views: Vec<PoolView> = Vec::new();
+    let mut left_out = offline.left_out();
     let all = offline.found();
     for found in &all {
         let seen = match offline.open_found(found) {
@@ -252,15 +254,18 @@ fn views(at: &WhereArgs) -> Result<Vec<PoolView>, Failure> {
         };
         views.push(match seen {
             Ok(view) => view,
-            Err(Failure::Usage(what) | Failure::Failed(what)) => found.view(vec![what]),
+            Err(Failure::Usage(what) | Failure::Failed(what)) => {
+                left_out.push(format!("pool {}", found.label.pool));
+                found.view(vec![what])
+            }
         });
     }
     views.sort_by(|one, other| (&one.name, &one.uuid).cmp(&(&other.name, &other.uuid)));
-    Ok(offline.end(Ok(views)))
+    Ok(offline.end(Ok((views, left_out))))
 }
 
 fn status(args: &StatusArgs) -> Result<(), Failure> {
-    let mut pools = views(&args.at)?;
+    let (mut pools, left_out) = views(&args.at)?;
     if let Some(name) = &args.name {
         let names: Vec<String> = pools.iter().map(|pool| pool.name.clone()).collect();
         pools.retain(|pool| pool.name == name.as_str());
@@ -285,6 +290,8 @@ fn status(args: &StatusArgs) -> Result<(), Failure> {
         .map(|pool| format!("{} is {}", pool.name, pool.state.name()))
         .collect();
     match wrong.as_slice() {
+        // A device that nobody can look at may be another pool's.
+        [] if args.name.is_none() => all_is_shown(&left_out),
         [] => Ok(()),
         wrong => Err(Failure::Failed(format!("pool {}", wrong.join(", pool ")))),
     }

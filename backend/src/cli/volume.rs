@@ -4,7 +4,7 @@ use super::client::Client;
 use super::offline::{Offline, Purpose, WhereArgs};
 use super::progress::Bar;
 use super::table::{self, Align, Table};
-use super::{Failure, print_json, say, warn};
+use super::{Failure, all_is_shown, print_json, say, warn};
 use crate::assemble::pool as assemble;
 use crate::daemon::api::pool_view::{
     CreateVolume, MakeClone, SetVolume, TakeSnapshot, TakeSnapshots, VolumeView,
@@ -290,9 +290,9 @@ fn delete(args: &DeleteArgs) -> Result<(), Failure> {
 
 fn list(args: &ListArgs) -> Result<(), Failure> {
     let ListArgs { pool, at } = args;
-    let volumes: Vec<VolumeView> = match (&at.config, pool) {
-        (None, None) => at.client().get("/v1/volumes")?,
-        (None, Some(pool)) => at.client().get(&format!("/v1/pools/{pool}/volumes"))?,
+    let (volumes, left_out): (Vec<VolumeView>, Vec<String>) = match (&at.config, pool) {
+        (None, None) => (at.client().get("/v1/volumes")?, Vec::new()),
+        (None, Some(pool)) => (at.client().get(&format!("/v1/pools/{pool}/volumes"))?, Vec::new()),
         (Some(file), pool) => {
             let offline = Offline::begin(at, file, Purpose::Look)?;
             let done = match pool {
@@ -302,26 +302,29 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
             let done = done.and_then(|pools| {
                 let mut all = Vec::new();
                 let one_is_meant = pool.is_some();
+                let mut left_out = if one_is_meant { Vec::new() } else { offline.left_out() };
                 for pool in pools {
                     let views = |offline: &Offline, pool: &Pool| Ok(views_of(offline, pool));
                     match offline.with_pool(&pool, views) {
                         Ok(views) => all.extend(views),
                         Err(Failure::Failed(what)) if !one_is_meant => {
-                            warn(&format!("hawser: left out: {what}"))
+                            warn(&format!("hawser: left out: {what}"));
+                            left_out.push(format!("pool {pool}"));
                         }
                         Err(failure) => return Err(failure),
                     }
                 }
-                Ok(all)
+                Ok((all, left_out))
             });
             offline.end(done)
         }
     };
     if at.json {
-        return print_json(&volumes);
+        print_json(&volumes)?;
+    } else {
+        say(&table_of(&volumes));
     }
-    say(&table_of(&volumes));
-    Ok(())
+    all_is_shown(&left_out)
 }
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {

@@ -5,6 +5,8 @@ use crate::common::{Place, until};
 use crate::frontend::Guest;
 use hawser_volume::format::Superblock;
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 #[test]
 fn without_a_daemon_a_pool_is_made_looked_at_and_checked() {
@@ -385,6 +387,15 @@ fn a_member_of_a_mirror_whose_superblocks_are_both_bad_is_one_fault_with_its_dev
     let want =
         "member 1 is missing (d1: superblock at 4096 and at 65536: the superblock is torn: its CRC is wrong)";
     assert_eq!(faults(&rig, "p0"), [want]);
+    // A list that lacks something is not a success.
+    for line in ["pool list --json", "volume list --json"] {
+        let args = [line.split(' ').collect(), vec!["--config", &rig.config]].concat();
+        let output = rig.place.run(&args);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line}: {errors}");
+        assert!(errors.ends_with("hawser: not all is shown, it lacks device d1\n"), "{line}: {errors}");
+        json(&String::from_utf8_lossy(&output.stdout));
+    }
     // All that is known of an absent one.
     fs::remove_file(&path).unwrap();
     let found = faults(&rig, "p0");
@@ -456,6 +467,35 @@ fn a_damaged_page_of_one_member_is_named_and_the_rest_is_checked() {
         layout.intents_offset()
     );
     assert_eq!(found, [want]);
+}
+
+/// It was 30 s of silence for each of them, one after the other.
+#[test]
+fn who_is_waited_for_is_said_and_all_are_waited_for_at_once() {
+    let rig = Rig::new(2, 128, "");
+    rig.offline("pool create p0 --raid raid1 d0 d1");
+    let held: Vec<fs::File> = ["d0", "d1"].iter().map(|name| locked(&rig.place.path(name))).collect();
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(3));
+        drop(held);
+    });
+    let output = rig.place.run(&["pool", "list", "--config", &rig.config]);
+    release.join().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert!(errors.contains("hawser: waiting for d0, d1, for half a minute at most\n"), "{errors}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("p0    ready"));
+}
+
+/// As a process has a device that writes to it.
+fn locked(path: &std::path::Path) -> fs::File {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    // SAFETY: an all-zero flock is a lock of a whole file.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::c_short::try_from(libc::F_WRLCK).unwrap();
+    // SAFETY: `lock` is valid, and l_pid 0.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }, 0);
+    file
 }
 
 #[test]
