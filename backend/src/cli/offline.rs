@@ -253,7 +253,7 @@ impl Offline {
         &self.reactors.handles()[0]
     }
 
-    /// A device that a disk or namespace has for itself is none of ours.
+    /// A device for a pool: not one that a disk or namespace has for itself, and none that is gone when this ends.
     pub(super) fn device(&self, name: &str) -> Result<Arc<dyn Device>, Failure> {
         let name = assemble::known_device(&self.config, name).map_err(Failure::Usage)?;
         assemble::outlives_commands(&self.config, &name).map_err(Failure::Usage)?;
@@ -424,11 +424,8 @@ impl Offline {
         devices: &[String],
         options: pool::CreateOptions,
     ) -> Result<PoolView, Failure> {
-        let mut names = Vec::new();
-        for device in devices {
-            let name = assemble::known_device(&self.config, device).map_err(Failure::Usage)?;
-            names.push(name);
-        }
+        let known = |device: &String| assemble::known_device(&self.config, device).map_err(Failure::Usage);
+        let names: Vec<Name> = devices.iter().map(known).collect::<Result<_, _>>()?;
         assemble::distinct(&names).map_err(Failure::Usage)?;
         let others =
             self.labels.iter().filter(|(name, label)| !names.contains(name) && label.pool == options.name);
@@ -505,7 +502,7 @@ impl Offline {
     }
 }
 
-/// What is known of devices by then is known at once.
+/// Who has not answered by then is named.
 const WAITING_AFTER: Duration = Duration::from_secs(1);
 
 /// All answers; says who is waited for, if that takes its time.

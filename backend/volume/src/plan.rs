@@ -186,6 +186,32 @@ mod tests {
         assert_eq!(resolve(&payload_missing, &member, false), Plan::Refused(Status::Invalid));
     }
 
+    /// Most requests are told by a look that knows less.
+    #[test]
+    fn what_is_plain_is_whole_and_all_that_has_payload_and_is_whole_is_plain() {
+        let bounce = crate::pool::bounce::Bounce::zeroed(16 << 10);
+        let member = Geometry { transfer_blocks_max: 8, ..Geometry::new(BlockSize::B512, 24) };
+        let mut seen = [0; 2];
+        for operation in
+            [Operation::Read, Operation::Write { fua: true }, Operation::Discard, Operation::Flush]
+        {
+            for (lba, blocks, len) in (0..26).flat_map(|lba| (0..10).map(move |blocks| (lba, blocks, blocks)))
+            {
+                for (len, read_only, lba) in
+                    [(len, false, lba), (len + 1, false, lba), (len, true, lba), (len, false, u64::MAX - lba)]
+                {
+                    let buffers = bounce.buffers(0, len as usize * 512);
+                    let request = Request { buffers, ..request(operation, lba, blocks) };
+                    let is_whole = resolve(&request, &member, read_only) == Plan::Whole;
+                    let is_plain = is_plain(&request, &member, read_only);
+                    assert_eq!(is_plain, is_whole && operation.has_payload(), "{request:?}");
+                    seen[usize::from(is_plain)] += 1;
+                }
+            }
+        }
+        assert!(seen.iter().all(|count| *count > 100), "{seen:?}");
+    }
+
     /// A discard of 64 blocks in granules of 16, for a member that takes 40 at once, was cut at 40 and discarded only the
     /// granules 0, 1 and 3: the third lay on both sides of the cut.
     #[test]

@@ -38,19 +38,7 @@ fn pools_at_the_ends_of_all_levels_keep_what_is_written() {
     for (level, members) in LEVELS {
         for strip_bytes in STRIPS {
             let what = format!("{level} of {members}, strips of {strip_bytes}");
-            let mut scene = Scene::new(u64::from(members), 0);
-            scene.disks = (0..members).map(|number| orders::disk(number, 48 << 11)).collect();
-            let options = CreateOptions {
-                strip_bytes,
-                extent_bytes: 64 << 10,
-                region_bytes: 2 << 20,
-                log_bytes: 64 << 10,
-                metadata_bytes: Some(256 << 10),
-                ..CreateOptions::new("p0", [9; 16], level)
-            };
-            let handle = scene.reactors[0].runtime().handle();
-            let created = pool::create(&handle, scene.devices(), options);
-            scene.ask(created).unwrap();
+            let mut scene = Scene::shaped(level, (members, 48 << 11), strip_bytes);
             let pool = open(&mut scene, None, false);
             let (view, strip) = (pool.view(), strip_bytes as usize);
             assert_eq!(view.strip_bytes, strip_bytes, "{what}");

@@ -2,6 +2,24 @@
 
 use super::*;
 
+/// A pool of which a member was out of reach was called ready until somebody wrote, and one without redundancy for good.
+#[test]
+fn a_member_that_is_out_of_reach_is_told_before_anybody_asks_for_it() {
+    for (level, members) in LEVELS.into_iter().filter(|(_, members)| *members > 1) {
+        let mut scene = Scene::new(5, members);
+        scene.create(level);
+        let pool = scene.open();
+        scene.wait(Duration::from_secs(2));
+        assert!(!pool.view().is_degraded, "{level:?} {:?}", pool.view());
+        scene.disks[1].fail_all(Some(Status::Path));
+        scene.wait(Duration::from_secs(2));
+        assert!(pool.view().is_degraded, "{level:?}");
+        scene.disks[1].fail_all(None);
+        scene.wait(Duration::from_secs(20));
+        assert!(!pool.view().is_degraded, "{level:?} {:?}", pool.view());
+    }
+}
+
 #[test]
 fn a_member_that_dies_is_put_out_and_comes_back() {
     for (level, members) in LEVELS.into_iter().filter(|(level, _)| level.is_redundant()) {

@@ -54,14 +54,11 @@ impl Story {
     }
 }
 
-#[test]
-fn stripes_of_all_shapes_are_written_lost_rebuilt_and_found() {
-    for (level, members, strip_bytes) in SHAPES {
-        let lost = usize::from(level.parities());
-        let (strip, data) = (strip_bytes as usize, usize::from(members) - lost);
-        let stripe = strip * data;
-        let mut scene = Scene::new(level.parities().into(), 0);
-        scene.disks = (0..members).map(|number| orders::disk(number, 16 << 11)).collect();
+impl Scene {
+    /// A pool with strips of this size, on so many members of so many blocks.
+    pub(crate) fn shaped(level: Level, (members, blocks): (u8, u64), strip_bytes: u32) -> Scene {
+        let mut scene = Scene::new(u64::from(members), 0);
+        scene.disks = (0..members).map(|number| orders::disk(number, blocks)).collect();
         let options = CreateOptions {
             strip_bytes,
             extent_bytes: 64 << 10,
@@ -73,6 +70,17 @@ fn stripes_of_all_shapes_are_written_lost_rebuilt_and_found() {
         let handle = scene.reactors[0].runtime().handle();
         let created = pool::create(&handle, scene.devices(), options);
         scene.ask(created).unwrap();
+        scene
+    }
+}
+
+#[test]
+fn stripes_of_all_shapes_are_written_lost_rebuilt_and_found() {
+    for (level, members, strip_bytes) in SHAPES {
+        let lost = usize::from(level.parities());
+        let (strip, data) = (strip_bytes as usize, usize::from(members) - lost);
+        let stripe = strip * data;
+        let mut scene = Scene::shaped(level, (members, 16 << 11), strip_bytes);
         let pool = scene.open();
         assert_eq!(pool.view().extent_bytes, stripe as u64);
         let size = 3 * stripe;

@@ -15,7 +15,7 @@
 
 mod ask;
 mod assemble;
-mod bounce;
+pub(crate) mod bounce;
 mod channel;
 mod coverage;
 mod failure;

@@ -132,7 +132,7 @@ pub fn prefetch(view: &View, map: &VolumeMap, request: &Request) {
     view.table.prefetch(map, u32::try_from(index).unwrap_or(u32::MAX));
 }
 
-/// Plans a read or a write; `rotor` chooses among copies and is moved on.
+/// Plans a read or a write; `rotor` chooses among copies and is moved on. Channels take its two ways one by one: a read of one step needs no list.
 #[must_use]
 pub fn resolve(
     view: &View,

@@ -8,7 +8,7 @@
 //! - A read never takes a copy that may be older than another one.
 //! - A write goes to every copy that is or becomes readable, or is not done here.
 
-use super::{COPIES_MAX, Copies, Copy, Piece, Set, Slow};
+use super::{COPIES_MAX, Copies, Copy, Level, Piece, Set, Slow};
 use crate::atomic::Ordering;
 use crate::simulated::is_broken;
 use std::ops::Range;
@@ -188,7 +188,7 @@ impl Set {
     /// What [`Set::choose`] says of the one piece that there is, where there is no choice: the strips of a RAID 0. `None`: it has to be asked.
     #[inline(always)]
     pub(crate) fn only_copy(&self, address: u64, len: u64) -> Option<Copy> {
-        if self.level != crate::raid::Level::Raid0 {
+        if self.level != Level::Raid0 {
             return None;
         }
         let (here, copy) = self.place_striped(address);

@@ -97,16 +97,16 @@ async fn look(lanes: &Rc<Lanes>, devices: Vec<Arc<dyn Device>>) -> Result<CheckR
         let others: Vec<Leaf> = with_tables.iter().filter(|other| !other.same(leaf)).cloned().collect();
         let mut bad_pages = Vec::new();
         let tables = read_tables_helped(lanes, &alone, &others, &mut bad_pages).await;
-        report
-            .faults
-            .extend(bad_pages.into_iter().filter(|what| what.starts_with(&format!("{}: ", leaf.name()))));
+        let mut own: Vec<String> =
+            bad_pages.into_iter().filter(|(other, _)| other.same(leaf)).map(|(_, what)| what).collect();
+        if let Err(PoolError::Failed(what)) = &tables {
+            let what = what.strip_prefix(&format!("pool {}: ", found.book.name)).unwrap_or(what);
+            own.retain(|other| other != what);
+            own.push(format!("{what}; the rest of its tables and log is not checked"));
+        }
+        report.faults.extend(own.into_iter().map(|what| format!("{}: {what}", leaf.name())));
         match tables {
-            Err(PoolError::Failed(what)) => {
-                let what = what.strip_prefix(&format!("pool {}: ", found.book.name)).unwrap_or(&what);
-                report.faults.retain(|fault| *fault != format!("{}: {what}", leaf.name()));
-                let what = format!("{}: {what}; the rest of its tables and log is not checked", leaf.name());
-                report.faults.push(what);
-            }
+            Err(PoolError::Failed(_)) => {}
             Err(error) => return Err(error),
             Ok(tables) => {
                 report.faults.extend(

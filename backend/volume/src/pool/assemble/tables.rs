@@ -46,7 +46,7 @@ pub(super) async fn read_tables_helped(
     lanes: &Rc<Lanes>,
     found: &Found,
     helpers: &[Leaf],
-    faults: &mut Vec<String>,
+    faults: &mut Vec<(Leaf, String)>,
 ) -> Result<Tables, PoolError> {
     let book = &found.book;
     let from = found.with_tables();
@@ -89,11 +89,11 @@ pub(super) async fn read_tables_helped(
                 bytes.ok_or_else(|| corrupt(book, &format!("page {page} of its tables cannot be read")))?;
             bad_pages += failed as u64;
             for leaf in &asked[..failed] {
-                faults.push(format!("{}: page {page} of its tables cannot be read", leaf.name()));
+                faults.push((leaf.clone(), format!("page {page} of its tables cannot be read")));
             }
             let Err(mut what) = loader.give(page, first.bytes(0, PAGE_BYTES)) else { continue };
             bad_pages += 1;
-            faults.push(format!("{}: {what}", asked[failed].name()));
+            faults.push((asked[failed].clone(), what.to_string()));
             let mut is_good = false;
             for leaf in asked {
                 if let Ok(bytes) = lanes.read_bytes(leaf, layout.page_offset(page), PAGE_BYTES).await {

@@ -34,10 +34,10 @@ impl Owner {
         let (view, since) = (self.view(), self.shared.joins());
         let mut wanted: BTreeMap<u16, Vec<Range<u64>>> = BTreeMap::new();
         for extent in extents {
-            let (set, pieces) = view.array.pieces(extent, 0, view.thin.extent_bytes);
+            let (set, address) = view.array.locate(extent);
+            let set = view.array.set(set);
             if let Some(parity) = set.parity() {
                 // Whole stripes, with their parity, which nobody trusts any more.
-                let (_, address) = view.array.locate(extent);
                 let (whole, strip) = (parity.stripes.stripe_bytes(), u64::from(set.strip_bytes()));
                 let (first, end) = (address / whole, (address + view.thin.extent_bytes) / whole);
                 let there = (0..set.members()).filter(|place| set.mode(*place) != Mode::Away);
@@ -47,7 +47,7 @@ impl Owner {
                 }
                 continue;
             }
-            for piece in pieces {
+            for piece in set.pieces(address, view.thin.extent_bytes) {
                 for copy in piece.copies.as_slice() {
                     if set.mode(copy.member - set.first_member()) == Mode::Away {
                         continue;

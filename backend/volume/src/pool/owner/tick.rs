@@ -117,17 +117,17 @@ impl Owner {
         let size_bytes = u64::from(meta.thin().extents) * extent_bytes;
         let free_bytes = u64::from(meta.free_extents()) * extent_bytes;
         let members = self.member_views();
-        let is_stopped = self.stopped.borrow().is_some();
         // It may not have been asked for anything since.
         let is_out_of_reach =
             self.members.borrow().iter().any(|member| {
                 member.leaf.as_ref().is_some_and(|leaf| leaf.device.state() != DeviceState::Ready)
             });
-        let is_degraded = view
+        let is_lacking = view
             .array
             .sets()
             .iter()
             .any(|set| (0..set.members()).any(|member| set.mode(member) != Mode::InSync));
+        let is_degraded = is_lacking || is_out_of_reach || self.stopped.borrow().is_some();
         let mut troubles = Vec::new();
         if let Some(why) = &*self.lost.borrow() {
             troubles.push(format!("nothing is read or written any more: {why}"));
@@ -195,7 +195,7 @@ impl Owner {
                 .iter()
                 .map(|set| set.unsynced.iter_set().count() as u64)
                 .sum(),
-            is_degraded: is_degraded || is_stopped || is_out_of_reach,
+            is_degraded,
             is_failed: self.lost.borrow().is_some(),
             members,
             tasks: self.work.views(self.runtime.now()).into_iter().collect::<Vec<TaskView>>(),

@@ -7,9 +7,9 @@
 //!
 //! Parity can be changed only where it is right. Where nobody has written yet, or after a crash, it is not: there it is made of all data.
 
-use super::log::Stuck;
 use super::row::bytes_mut;
 use super::row::{Bad, Contents, Lost, Row, Slots, each};
+use super::stuck::Stuck;
 use super::{Change, Changed, Ways};
 use crate::format::parity_log::ENTRY_LEN_MAX;
 use crate::parity;

@@ -1,8 +1,8 @@
 //! Whole stripes that were begun on the hot path, and did not come to all members: some of a stripe's strips are new, some are not, and of what is
 //! lost now nobody could compute either. So they are ended here, from the copy that they were sent from, whoever has given up waiting for them.
 
-use super::log::Stuck;
 use super::row::{Contents, Row, Slots, each};
+use super::stuck::Stuck;
 use super::{Held, Ways};
 use crate::format::parity_log::ENTRY_LEN_MAX;
 use crate::pool::bounce::Bounce;

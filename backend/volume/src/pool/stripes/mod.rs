@@ -16,6 +16,7 @@ mod entries;
 mod finish;
 mod log;
 mod row;
+mod stuck;
 
 pub(crate) use entries::{Entries, read_entries};
 pub(crate) use finish::Begun;
