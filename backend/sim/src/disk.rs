@@ -170,6 +170,14 @@ impl Unstable {
 }
 
 impl SimDiskState {
+    /// The same as [`SimDiskState::lose_cache`], without the process that uses it: it is to be told ([`SimDisk::tell`]). What is under way
+    /// is sent again, or else may fail and have any effect.
+    pub fn lose_cache_alone(&mut self, is_sent_again: bool) {
+        self.lose_cache();
+        self.cache_losses += 1;
+        self.epoch -= u64::from(is_sent_again);
+    }
+
     /// Loses what is in the cache: each block that is not stable has any content that it had since it was, or the stable one.
     pub fn lose_cache(&mut self) {
         let size = self.block_bytes();
@@ -393,14 +401,12 @@ impl SimDisk {
     /// Loses its power, alone, and comes back at once: its cache is lost; what is under way is sent again, or fails and has any
     /// effect.
     pub fn lose_power(&self) {
-        let mut state = self.state();
-        state.lose_cache();
-        state.cache_losses += 1;
-        drop(state);
+        self.state().lose_cache_alone(false);
         self.tell();
     }
 
-    fn tell(&self) {
+    /// Tells what has happened to it.
+    pub fn tell(&self) {
         for listener in lock(&self.listeners).iter() {
             listener();
         }

@@ -125,3 +125,51 @@ fn a_copy_that_somebody_else_gave_up_is_written_again_though_the_other_is_full()
     assert_eq!(states[0], MemberState::InSync, "it has not failed");
     assert_ne!(states[1], MemberState::InSync, "it lacks what the other has");
 }
+
+/// A volume gets extents where members still have what somebody else had. Before it flushes, all caches are lost, with the first that it wrote there. It
+/// does not read what was there before; and who has lost something is told, once.
+#[test]
+fn a_volume_reads_nothing_of_anybody_where_a_cache_has_taken_what_it_wrote_first() {
+    for (level, members) in LEVELS {
+        for seed in 0..12 {
+            let mut scene = Scene::sized(seed, members, 16 << 11);
+            scene.disks.iter().zip(1..).for_each(|(disk, number)| {
+                disk.seed(seed ^ number << 32);
+                disk.state().fill_with_junk(number);
+            });
+            scene.create(level);
+            let pool = scene.open();
+            for volume in ["quiet", "v"] {
+                scene.ask(pool.create_volume(volume, 4 << 20)).unwrap();
+            }
+            let len = 256 << 10;
+            scene.write(&pool, "quiet", 0, &noise(2, 4096));
+            scene.flush(&pool, "quiet");
+            // Whole extents and parts of some, and one that is whole after two writes.
+            let new = noise(3, len);
+            for (from, to) in
+                [(0, 100 << 10), (100 << 10, 128 << 10), (140 << 10, 150 << 10), (192 << 10, len)]
+            {
+                scene.write(&pool, "v", from as u64, &new[from..to]);
+            }
+            scene.disks.iter().for_each(|disk| disk.lose_power());
+            let found = scene.read(&pool, "v", 0, len);
+            for (at, block) in found.chunks(512).enumerate() {
+                let is_mine = *block == new[at * 512..][..512] || block.iter().all(|byte| *byte == 0);
+                assert!(is_mine, "{level} of {members}, seed {seed}: block {at} is nothing of this volume's");
+            }
+            let what = format!("{level} of {members}, seed {seed}");
+            let mut flush = |volume: &str| scene.io(&pool, volume, Operation::Flush, 0, &[]).0;
+            assert_eq!(flush("v"), Err(Status::Media), "{what}");
+            assert_eq!((flush("v"), flush("quiet")), (Ok(()), Ok(())), "{what}");
+            // It is what it was also for the next process, whose members' power was gone before.
+            scene.write(&pool, "v", 0, &new[..4096]);
+            scene.flush(&pool, "v");
+            drop(pool);
+            scene.cut();
+            let pool = scene.open();
+            let again = scene.read(&pool, "v", 0, len);
+            assert!(again[..4096] == new[..4096] && again[4096..] == found[4096..], "{what}");
+        }
+    }
+}

@@ -39,6 +39,7 @@ pub(crate) fn strike(cast: &mut Cast, event: Event) -> Result<(), String> {
             }
         }
         Event::Dies | Event::Errs | Event::Slow | Event::Power | Event::Media => fault(cast, event),
+        Event::Lose => lose(cast),
         Event::Back => back(cast),
         Event::BackEmpty => back_empty(cast),
         Event::Replace => replace(cast),
@@ -169,6 +170,33 @@ fn fault(cast: &mut Cast, event: Event) {
             cast.count("media_errors");
         }
     }
+}
+
+/// Caches are lost that nobody else makes good: it is told.
+fn lose(cast: &mut Cast) {
+    let all: Vec<usize> = (0..cast.members.len())
+        .filter(|at| !cast.members[*at].is_retired && !cast.members[*at].is_new)
+        .collect();
+    let disks: Vec<Arc<SimDisk>> = match cast.plan.is_redundant() {
+        true => all.iter().map(|at| Arc::clone(&cast.members[*at].disk)).collect(),
+        false => vec![Arc::clone(&cast.members[all[cast.random.index(all.len())]].disk)],
+    };
+    if crate::tells() {
+        let names: Vec<&str> = disks.iter().map(|disk| disk.name()).collect();
+        println!("{:?} {names:?} lose their caches", cast.world.now());
+    }
+    // Nothing ends between them.
+    disks.iter().for_each(|disk| disk.state().lose_cache_alone(true));
+    let mut models = cast.shared.models.borrow_mut();
+    {
+        let mut rules = cast.shared.rules.borrow_mut();
+        (rules.may_tell_loss, rules.lost_at) = (models.lose_unflushed(), models.request());
+    }
+    drop(models);
+    disks.iter().for_each(|disk| disk.tell());
+    cast.doubtful_until = noticed(cast);
+    cast.lost_until = self::lost(cast);
+    cast.count("caches_lost_for_good");
 }
 
 /// A disk is well again, and was maybe without power meanwhile.
@@ -431,6 +459,12 @@ fn change(cast: &mut Cast, event: Event) -> Result<(), String> {
 
 /// Asks for a change of volumes.
 pub(crate) fn begin_change(cast: &mut Cast, op: Op) -> Result<(), String> {
+    if let Op::Create(name, _) | Op::Clone(_, name) = &op
+        && cast.world.now() < cast.doubtful_until
+    {
+        // What it has written when the loss is found out may be a part of it.
+        cast.shared.rules.borrow_mut().may_tell_loss.insert(name.clone());
+    }
     if let Op::Delete(name) = &op {
         let name = name.clone();
         // Nobody begins anything there any more.

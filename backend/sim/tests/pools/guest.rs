@@ -33,6 +33,8 @@ pub(crate) struct Rules {
     pub(crate) may_fail: bool,
     /// Volumes whose next FLUSH may tell that something was lost.
     pub(crate) may_tell_loss: BTreeSet<String>,
+    /// A request's number, as it was when that was lost: what began before tells nothing of it when it ends.
+    pub(crate) lost_at: u64,
     /// Writes that need space may not get it.
     pub(crate) may_lack_space: bool,
     /// How often they did not.
@@ -272,7 +274,8 @@ impl Guest {
             Operation::Flush | Operation::Write { fua: true } | Operation::WriteZeroes { fua: true, .. }
         );
         let tells = flushes && outcome == Err(Status::Media) && rules.may_tell_loss.contains(&self.volume);
-        if flushes && ok {
+        // A write with FUA may have nothing to flush but itself.
+        if operation == Operation::Flush && ok && busy.number > rules.lost_at {
             rules.may_tell_loss.remove(&self.volume);
         }
         let may_fail = rules.may_fail || lacks_space || tells;

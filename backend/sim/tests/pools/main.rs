@@ -38,7 +38,7 @@ const NAMES: [&str; SCENARIOS.len()] = {
 };
 
 /// What happens to pools from outside; what they do themselves is among the totals.
-const WANTED: [&str; 21] = [
+const WANTED: [&str; 22] = [
     "cuts",
     "kills",
     "crashes_at_steps",
@@ -52,6 +52,7 @@ const WANTED: [&str; 21] = [
     "slow",
     "media_errors",
     "members_without_power",
+    "caches_lost_for_good",
     "members_back",
     "members_back_empty",
     "new_disks",

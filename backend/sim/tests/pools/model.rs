@@ -468,8 +468,18 @@ impl Models {
     /// What nobody has flushed may be lost, though the guests' requests go on: of all volumes, which are named.
     pub(crate) fn lose_unflushed(&mut self) -> BTreeSet<String> {
         for volume in self.volumes.values_mut() {
-            volume.readings.clear();
-            volume.blocks.change_busy(|_, block| block.lose_unflushed());
+            let Volume { blocks, readings, .. } = volume;
+            for reading in readings.iter_mut() {
+                for (at, busy) in blocks.busy_in(reading.range.0, reading.range.1) {
+                    let new = || Doubt { allowed: busy.seen(), alone: false };
+                    let doubt = reading.doubtful.entry(at).or_insert_with(new);
+                    doubt.alone = false;
+                    let lost = busy.stable.all().iter().chain(busy.log.iter().map(|(_, id)| id));
+                    lost.for_each(|id| doubt.allowed.push(*id));
+                    doubt.allowed.sort();
+                }
+            }
+            blocks.change_busy(|_, block| block.lose_unflushed());
         }
         self.volumes.keys().cloned().collect()
     }

@@ -32,6 +32,13 @@ pub(crate) const ALL: &[Mutation] = &[
     mutation("older_entry_forgotten", "stripes", 4000),
     mutation("parity_not_made_again", "parity", 4000),
     mutation("swapped_without_tables", "replace", 4000),
+    mutation("lost_units_kept", "losses", 4000),
+    mutation("lost_cache_read_on", "losses", 4000),
+    mutation("lost_unit_noted", "losses", 4000),
+    mutation("lost_units_checkpointed", "losses", 4000),
+    mutation("flushed_over_lost_cache", "losses", 4000),
+    mutation("copy_not_durable", "losses", 4000),
+    mutation("written_not_settled", "losses", 4000),
 ];
 
 /// Those that have histories of their own, in `sim/tests/pool_cases/orders`: seeds find them late, or never.

@@ -30,6 +30,8 @@ pub(crate) enum Event {
     Slow,
     /// A member alone loses its power, and comes back at once.
     Power,
+    /// Members that cannot be done without lose their power so, all at once or only one where all data is there once.
+    Lose,
     /// Blocks of a member cannot be read.
     Media,
     /// A member that was dead is back with what it had, or less.
@@ -61,11 +63,11 @@ pub(crate) enum Event {
 
 use Event::{
     AbortReplace, Back, BackEmpty, Create, Cut, CutAtStep, Delete, Dies, Errs, Fill, Grow, Kill, KillAtStep,
-    Media, Pause, Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
+    Lose, Media, Pause, Power, Reopen, Replace, Resize, Scrub, Slow, Snapshot, Spare, Split, Sync,
 };
 
 /// The names that `--scenario` knows, with what happens in them.
-pub(crate) const SCENARIOS: [(&str, &[Event]); 12] = [
+pub(crate) const SCENARIOS: [(&str, &[Event]); 13] = [
     ("calm", &[Pause, Sync, Reopen, Create, Scrub]),
     ("power", &[Cut, Cut, CutAtStep, CutAtStep, Kill, Snapshot, Delete, Create, Sync, Slow]),
     ("kills", &[Kill, KillAtStep, KillAtStep, KillAtStep, Snapshot, Delete, Create, Slow]),
@@ -100,6 +102,27 @@ pub(crate) const SCENARIOS: [(&str, &[Event]); 12] = [
         &[
             Dies, Dies, Power, Power, Back, Back, Back, Replace, Replace, Kill, KillAtStep, Cut, CutAtStep,
             Reopen, Delete, Create, Snapshot, Slow,
+        ],
+    ),
+    (
+        "losses",
+        &[
+            Lose,
+            Lose,
+            Lose,
+            Lose,
+            Snapshot,
+            Snapshot,
+            Event::Clone,
+            Delete,
+            Delete,
+            Create,
+            Sync,
+            Kill,
+            KillAtStep,
+            Cut,
+            Slow,
+            Reopen,
         ],
     ),
     // Where the first thing that happens is that a member dies.
@@ -315,8 +338,9 @@ pub(crate) fn plan(seed: u64, scenario: Option<&str>) -> Plan {
         } else {
             [0, 0, 200 << 20, 20 << 20, 3 << 20][random.index(5)]
         },
-        has_cache_identity: random.chance(700),
+        // What a process before had written is known to be there only by the cache's name.
+        has_cache_identity: random.chance(700) || scenario == "losses",
         discards: random.chance(500),
-        has_junk: random.chance(if is_stripes { 700 } else { 100 }),
+        has_junk: random.chance(if is_stripes { 700 } else { 100 }) || scenario == "losses",
     }
 }

@@ -9,6 +9,7 @@ mod parts;
 use super::bounce::{Bounce, zero_payload};
 use super::failure;
 use super::lanes::Leaf;
+use super::lost_caches::Seen;
 use super::place::Place;
 use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve_one, resolve_parts};
 use super::shared::{Class, Counted, Shared, View, VolumeShared, lock};
@@ -150,6 +151,8 @@ struct Slot {
     left: u32,
     turn: u8,
     has_more: bool,
+    /// A cache was lost while it was under way: a read may be of the time before, and is done again.
+    is_again: bool,
 }
 
 /// What there is to a request that is not a read that goes well.
@@ -168,7 +171,7 @@ struct More {
 
 impl Slot {
     fn new(request: Request, turn: usize, left: u32) -> Slot {
-        Slot { request, members: 0, left, turn: u8::from(turn != 0), has_more: false }
+        Slot { request, members: 0, left, turn: u8::from(turn != 0), has_more: false, is_again: false }
     }
 
     fn turn(&self) -> usize {
@@ -231,6 +234,7 @@ struct VolumeChannel {
     more: Vec<More>,
     plan: Plan,
     rotor: u32,
+    lost_caches: Seen,
     /// The lane that is looked at first.
     turn: usize,
     /// Requests that went out in parts.
@@ -272,6 +276,7 @@ impl VolumeChannel {
             more: Vec::with_capacity(256),
             plan: Plan::new(),
             rotor: 0,
+            lost_caches: shared.lost_caches.look(),
             turn: 0,
             wholes: Slab::with_capacity(64),
             reaped: Vec::with_capacity(64),
@@ -323,6 +328,24 @@ impl VolumeChannel {
         }
     }
 
+    /// Whether a cache was lost since the last look.
+    #[inline]
+    fn look_for_losses(&mut self) {
+        let seen = self.core.shared.lost_caches.look();
+        if seen != self.lost_caches {
+            self.has_lost(seen);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn has_lost(&mut self, seen: Seen) {
+        if seen.number() != self.lost_caches.number() && !is_broken("lost_cache_read_on") {
+            self.slots.iter_mut().for_each(|(_, slot)| slot.is_again = true);
+        }
+        self.lost_caches = seen;
+    }
+
     fn take(&mut self, request: Request) {
         let core = &self.core;
         if request.operation == Operation::Flush {
@@ -332,6 +355,10 @@ impl VolumeChannel {
         }
         if self.view.is_lost && request.operation == Operation::Read {
             core.end(request.token, Err(Status::Conflict));
+            return;
+        }
+        if self.lost_caches.is_open() {
+            self.slowly(request, Class::Degraded);
             return;
         }
         let turn = core.place.enter();
@@ -515,6 +542,7 @@ impl VolumeChannel {
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
             let before = ended.len();
+            self.look_for_losses();
             for completion in reaped.drain(..) {
                 self.ended(1 << member, completion, ended);
             }
@@ -543,6 +571,7 @@ impl VolumeChannel {
             }
             lane.channel.reap(&mut reaped);
             lane.outstanding -= reaped.len();
+            self.look_for_losses();
             for completion in reaped.drain(..) {
                 // Else whose number it had may be another's now; the answer counts all the same.
                 self.ended(member.map_or(0, |member| 1 << member), completion, ended);
@@ -580,6 +609,7 @@ impl VolumeChannel {
         }
         let (turn, is_write, members, token) =
             (slot.turn(), slot.request.operation.is_write(), slot.members, slot.request.token);
+        let is_again = slot.is_again && !is_write;
         if slot.has_more {
             let more = &mut self.more[key];
             if let Some(status) = more.status {
@@ -605,7 +635,7 @@ impl VolumeChannel {
             self.slots.remove(key);
             let outcome = Err(Status::Conflict);
             Self::has_ended(&mut self.wholes, Completion { token, outcome }, ended);
-        } else if is_old && !is_broken("stale_member_read") {
+        } else if is_again || is_old && !is_broken("stale_member_read") {
             let request = self.slots.remove(key).expect("looked up just now").request;
             self.slowly(request, Class::Degraded);
         } else {
@@ -707,6 +737,7 @@ fn spawn(core: &Rc<Core>, (token, changes): (Token, bool), work: impl Future<Out
 impl Channel for VolumeChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         self.refresh();
+        self.look_for_losses();
         if self.slots.is_empty() && self.core.slow.get() == 0 {
             // Nothing is left of what was given up.
             self.core.is_given_up.store(false, Ordering::Relaxed);

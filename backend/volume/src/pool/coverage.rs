@@ -28,9 +28,10 @@ pub(crate) enum Event {
     Discarded,
     ScrubResumed,
     InParts,
+    TakenBack,
 }
 
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
     "log batches",
     "checkpoints",
     "log replays",
@@ -54,6 +55,7 @@ const NAMES: [&str; 23] = [
     "discards of members",
     "scrubs of a process before",
     "writes in parts",
+    "lost units taken back",
 ];
 
 static COUNTS: [AtomicU64; NAMES.len()] = [const { AtomicU64::new(0) }; NAMES.len()];

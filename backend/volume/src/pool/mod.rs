@@ -20,6 +20,7 @@ mod channel;
 mod coverage;
 mod failure;
 mod lanes;
+mod lost_caches;
 mod manners;
 mod owner;
 mod place;

@@ -2,6 +2,7 @@
 
 use super::ask::{self, Answer};
 use super::lanes::Leaf;
+use super::lost_caches::LostCaches;
 use super::owner::{self, Owner};
 use super::{Ask, PoolError, PoolView};
 use crate::format::superblock::MEMBERS_MAX;
@@ -256,6 +257,8 @@ pub(crate) struct Shared {
     unsynced_marks: AtomicU64,
     /// How often what was written and not flushed was lost for good: with a cache that no other member makes good.
     losses: AtomicU64,
+    /// The caches with which that was, as soon as anybody hears of it.
+    pub(crate) lost_caches: LostCaches,
     /// How often a member has come back. What began before tells nothing of a member that came back after it.
     joins: AtomicU64,
     /// How often each member was given up while it was out of reach: what is under way at it is ended.
@@ -297,6 +300,7 @@ impl Shared {
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
             losses: AtomicU64::new(0),
+            lost_caches: LostCaches::default(),
             joins: AtomicU64::new(0),
             given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
             left_behind: [const { AtomicU64::new(0) }; MEMBERS_MAX],

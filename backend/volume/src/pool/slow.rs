@@ -6,6 +6,7 @@
 use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
 use super::failure::{OUT_OF_REACH, is_out_of_reach};
+use super::lost_caches::Seen;
 use super::owner::Owner;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, Counted, View};
@@ -231,8 +232,32 @@ fn name_of(wanted: &Wanted) -> (usize, u16, u64, u32) {
     (wanted.set, copy.member, copy.offset, wanted.piece.len)
 }
 
+/// Waits while it is not known what a lost cache has taken with it: which were lost until then.
+async fn caches_seen_to(core: &Core) -> Result<Seen, Status> {
+    loop {
+        let seen = core.shared.lost_caches.look();
+        if !seen.is_open() || is_broken("lost_cache_read_on") {
+            return Ok(seen);
+        }
+        let mut answer = core.shared.ask(|owner| async move { owner.caches_seen_to().await });
+        let ended = core.place.bell.until_or(&mut answer, || core.is_given_up.load(Ordering::Relaxed));
+        ended.await.flatten().unwrap_or(Err(Status::Aborted))?;
+    }
+}
+
 /// Reads where it matters which copy, or after a copy could not be read.
 async fn read(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome {
+    loop {
+        let seen = caches_seen_to(core).await?;
+        let outcome = read_once(core, request, counted).await;
+        // Whatever it is, it may be of the time before.
+        if core.shared.lost_caches.look() == seen || is_broken("lost_cache_read_on") {
+            return outcome;
+        }
+    }
+}
+
+async fn read_once(core: &Rc<Core>, request: &Request, counted: &Counted) -> Outcome {
     let range = bounds(core, request)?;
     let mut settled = BTreeSet::new();
     for _ in 0..READS_MAX {
@@ -379,6 +404,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
     let is_given_up = || core.is_given_up.load(Ordering::Relaxed);
     let mut wait = Duration::from_micros(50);
     for tries in 0u64.. {
+        let seen = caches_seen_to(core).await?;
         let view = core.shared.view();
         let part = by_extent(view.thin.extent_bytes, range).next().ok_or(Status::Invalid)?;
         let unit = u64::from(view.thin.unit_bytes);
@@ -394,7 +420,13 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
         let prepared = core.shared.request(move |owner| async move {
             owner.prepare(id, index, (within, len), is_alone, given_up).await
         });
-        let class = match prepared.await {
+        let prepared = prepared.await;
+        let is_current = || core.shared.lost_caches.look() == seen;
+        if prepared.is_err() && !is_current() && !is_given_up() {
+            // What it was made of may have been lost meanwhile.
+            continue;
+        }
+        let class = match prepared {
             Err(Status::NoSpace) => Some((Class::NoSpace, Status::NoSpace)),
             Err(status) => Some((Class::MappingFailure, status)),
             Ok(()) => None,
@@ -411,7 +443,7 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
             // It is being closed, and who closes it waits for those only who were under way before.
             let released = core
                 .shared
-                .request(move |owner| async move { owner.finish(id, index, is_alone, [0; 4]).await });
+                .request(move |owner| async move { owner.finish(id, index, is_alone, ([0; 4], seen)).await });
             let _ = released.await;
             return Err(Status::ReadOnly);
         }
@@ -421,20 +453,24 @@ async fn write_extent(core: &Rc<Core>, range: (u64, u64), payload: &Payload, cou
         };
         let outcome = match written {
             // Somebody else's abort.
-            Err(Status::Aborted) if !core.is_given_up.load(Ordering::Relaxed) => Ok(None),
+            Err(Status::Aborted) if !is_given_up() => Ok(None),
+            Err(_) if !is_current() && !is_given_up() => Ok(None),
             outcome => outcome,
         };
         let bits = match outcome {
             Ok(Some(bits)) => bits,
             _ => [0; 4],
         };
-        let finished =
-            core.shared.request(move |owner| async move { owner.finish(id, index, is_alone, bits).await });
+        let finished = core
+            .shared
+            .request(move |owner| async move { owner.finish(id, index, is_alone, (bits, seen)).await });
         let finished = finished.await;
         drop((under_way, copied));
         match outcome? {
-            Some(_) => return finished,
-            None => {
+            Some(_) if finished.is_err() => return finished.map(drop),
+            // What was written in place may have been valid when it began, and not any more.
+            Some(_) if finished == Ok(true) && is_current() => return Ok(()),
+            _ => {
                 // What it waits for was there when it was prepared, and has come again since.
                 core.runtime.sleep(wait).await;
                 wait = (wait * 2).min(LONGEST_WAIT);
@@ -464,7 +500,10 @@ async fn write_prepared(
     if is_broken("valid_before_data") {
         let bits = bits_of(&view, within, within + len);
         let id = core.volume.id;
-        core.shared.request(move |owner| async move { owner.validate(id, index, bits).await }).await?;
+        let seen = core.shared.lost_caches.look();
+        core.shared
+            .request(move |owner| async move { owner.validate(id, index, (bits, seen)).await })
+            .await?;
     }
     // Units that are not valid are written whole.
     let (mut from, mut to) = (within, within + len);

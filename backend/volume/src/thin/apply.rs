@@ -176,6 +176,40 @@ impl Metadata {
         Ok(())
     }
 
+    /// Undoes `Valid`s of these units, which are in no log: what they covered shows `fallback` again, which the last of them had let go of
+    /// ([`NONE`]: none had), or zeroes. True when nobody else had the fallback: it is not freed any more.
+    ///
+    /// It is as if the records had named no units; what came behind them must not depend on that.
+    ///
+    /// # Panics
+    /// If what is mapped there is not the volume's own.
+    pub fn take_back(&mut self, volume: u32, index: u32, bits: Bits, fallback: u32) -> bool {
+        self.check_exclusive(volume, index).expect("nobody shares what was just written");
+        self.check_arenas().expect("there is room for one more");
+        let (at, slot) = split(index);
+        match self.entry(volume, index) {
+            Mapped::None => false,
+            Mapped::Partial { bits: before, .. } => {
+                let chunk = self.chunk_for_change(volume, at);
+                let entry = self.table.entry(chunk, slot);
+                self.table.set_bits(entry.low(), without(before, bits));
+                false
+            }
+            Mapped::Full { extent, birth } => {
+                let is_freed = fallback != NONE && self.extents.take_back(fallback);
+                let chunk = self.chunk_for_change(volume, at);
+                let view = PartialView { extent, fallback, bits: without(self.full, bits) };
+                let partial = self.new_partial(view, birth);
+                self.replace_entry(volume, index, chunk, partial);
+                if fallback != NONE {
+                    // The partial has its own.
+                    self.extents.let_go(fallback);
+                }
+                is_freed
+            }
+        }
+    }
+
     fn invalid(&mut self, volume: u32, index: u32, bits: Bits) -> Result<(), String> {
         self.check_exclusive(volume, index)?;
         self.check_bits(bits)?;

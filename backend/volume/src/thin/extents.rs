@@ -3,8 +3,8 @@
 //! ```text
 //!            allocate              Map                last reference gone         recycle
 //!   free ─────────────► reserved ──────► referenced ──────────────────► freed ───────────► free
-//!     ▲                    │
-//!     └──── give back ─────┘
+//!     ▲                    │                  ▲                            │
+//!     └──── give back ─────┘                  └───────── take back ────────┘
 //! ```
 //!
 //! Every extent is in exactly one of the four states.
@@ -99,6 +99,15 @@ impl Extents {
         let is_last = *few == 0;
         self.freed += u32::from(is_last);
         is_last
+    }
+
+    /// One more reference to one that has some, or that is freed; true if it was freed.
+    pub(super) fn take_back(&mut self, extent: u32) -> bool {
+        let is_freed = self.refs(extent) == 0;
+        assert!(!is_freed || !self.is_available(extent), "extent {extent} may be somebody else's by now");
+        self.freed -= u32::from(is_freed);
+        self.refer(extent);
+        is_freed
     }
 
     /// It may be mapped: free, or reserved.

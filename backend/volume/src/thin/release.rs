@@ -24,6 +24,13 @@ impl Freed {
         &self.extents
     }
 
+    /// It has a reference again; whether it was in here.
+    pub(crate) fn takes_back(&mut self, extent: u32) -> bool {
+        let before = self.extents.len();
+        self.extents.retain(|other| *other != extent);
+        self.extents.len() < before
+    }
+
     /// Both.
     pub fn merge(&mut self, mut other: Freed) {
         self.extents.append(&mut other.extents);

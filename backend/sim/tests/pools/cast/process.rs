@@ -292,7 +292,8 @@ impl Cast {
         if (self.is_cache_lost || self.is_lost_with_process || self.is_lost_before) && !cut {
             // All members stay where some stripes could not be computed without one; then it is told.
             let mut models = self.shared.models.borrow_mut();
-            self.shared.rules.borrow_mut().may_tell_loss = models.lose_unflushed();
+            let mut rules = self.shared.rules.borrow_mut();
+            (rules.may_tell_loss, rules.lost_at) = (models.lose_unflushed(), models.request());
         }
         (self.is_lost_with_process, self.is_lost_before, self.is_cache_lost) = (false, false, false);
         let pool = self.pool.clone().ok_or("it is open")?;

@@ -170,6 +170,8 @@ impl Block {
             busy.possible = busy.stable.clone();
             busy.log.iter().for_each(|(_, id)| busy.possible.push(*id));
             busy.possible.sort();
+            // One half of a write may have been there.
+            busy.writes.iter_mut().for_each(|write| write.is_weak = true);
         }
     }
 

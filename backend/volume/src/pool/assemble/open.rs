@@ -169,6 +169,7 @@ async fn start(
         tail_used: Cell::new(0),
         seq: Cell::new(0),
         durable: Cell::new(0),
+        flushed: Cell::new(0),
         pending: RefCell::new(VecDeque::new()),
         log: Cell::new(Log::default()),
         intents: RefCell::new(Intents::default()),
@@ -368,6 +369,7 @@ impl Owner {
         *self.meta.borrow_mut() = meta;
         self.seq.set(seq);
         self.durable.set(seq);
+        self.flushed.set(seq);
         // A batch of this number may stand on somebody who was away.
         self.log.set(Log { batch: log.batch + 1, ..log });
         self.shared.set_view(View { table, ..View::clone(&view) });

@@ -1,9 +1,10 @@
 //! Records, from the tail to the log to a checkpoint. The order of durable writes is in docs/on-disk-format.md.
 
-use super::{Owner, Pending};
+use super::{Owner, Pending, Written};
 use crate::format::{self, NONE, PAGE_BYTES, Record};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::lost_caches::Seen;
 use crate::simulated::is_broken;
 use crate::thin::Mapped;
 use hawser_block::{Outcome, Status};
@@ -49,8 +50,13 @@ impl Owner {
 
     /// Makes a change: in the tail, then in the tables. Whoever asks has checked that it can be, and that there is room.
     pub(crate) fn make(&self, record: &Record) {
+        self.make_of(record, None);
+    }
+
+    /// The same, of units that were `written`.
+    pub(super) fn make_of(&self, record: &Record, written: Option<Written>) {
         let seq = self.seq.get();
-        let pending = Pending::new(seq, record);
+        let pending = Pending { written, ..Pending::new(seq, record) };
         if !is_broken("tail_skipped") {
             self.tail.borrow_mut().append(&pending.entry);
         }
@@ -206,14 +212,24 @@ impl Owner {
     /// Writes the tables as they are now, so that the log before is not needed any more.
     pub(crate) async fn checkpoint(self: &Rc<Self>, everything: bool) -> Outcome {
         let _turn = self.turns.checkpoint.take().await;
-        let (seq, log) = {
-            let _turn = self.turns.commit.take().await;
-            self.meta.borrow_mut().begin_checkpoint(everything);
-            (self.seq.get(), self.log.get())
+        let (seq, log) = loop {
+            // What the tables say of a lost cache is not for ever.
+            self.put_out_doubted().await?;
+            let (seq, log, seen) = {
+                let _turn = self.turns.commit.take().await;
+                let seen = self.shared.lost_caches.look();
+                if seen.is_open() && !is_broken("lost_units_checkpointed") {
+                    continue;
+                }
+                self.meta.borrow_mut().begin_checkpoint(everything);
+                (self.seq.get(), self.log.get(), seen)
+            };
+            let written = self.write_checkpoint((seq, seen), log).await;
+            self.meta.borrow_mut().end_checkpoint(written == Ok(true));
+            if written? {
+                break (seq, log);
+            }
         };
-        let written = self.write_checkpoint(seq, log).await;
-        self.meta.borrow_mut().end_checkpoint(written.is_ok());
-        written?;
         let mut now = self.log.get();
         now.tail = log.head;
         self.log.set(now);
@@ -222,7 +238,12 @@ impl Owner {
         Ok(())
     }
 
-    async fn write_checkpoint(self: &Rc<Self>, seq: u64, log: super::Log) -> Outcome {
+    /// Whether it was; not, when what it would say was lost meanwhile.
+    async fn write_checkpoint(
+        self: &Rc<Self>,
+        (seq, seen): (u64, Seen),
+        log: super::Log,
+    ) -> Result<bool, Status> {
         let layout = self.book.borrow().layout;
         if is_broken("checkpoint_frees_log_early") {
             let mut now = self.log.get();
@@ -260,6 +281,9 @@ impl Owner {
         // The pages, and the data of all records that are in them.
         if !is_broken("checkpoint_root_before_pages") {
             self.flush_members().await?;
+            if !self.are_flushed(seen, seq) && !is_broken("lost_units_checkpointed") {
+                return Ok(false);
+            }
         }
         let root = self.meta.borrow_mut().checkpoint_root(self.shared.uuid, seq, log.position, log.batch);
         let bounce = Rc::new(Bounce::holding(&root.encode()));
@@ -272,6 +296,6 @@ impl Owner {
             }
             self.runtime.sleep(Duration::from_millis(500)).await;
         }
-        Ok(())
+        Ok(true)
     }
 }

@@ -1,10 +1,11 @@
 //! Extents for who writes, and what becomes of those that nobody needs.
 
-use super::Owner;
+use super::{Owner, Written};
 use crate::format::{NONE, Record};
 use crate::pool::NoSpacePolicy;
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
+use crate::pool::lost_caches::Seen;
 use crate::pool::resolve::runs;
 use crate::pool::shared::{Class, View, lock};
 use crate::pool::stripes::{Change, Changed, IsValid};
@@ -221,17 +222,30 @@ impl Owner {
                 Mapped::None => NONE,
                 Mapped::Full { extent, .. } => extent,
                 Mapped::Partial { extent, fallback, bits, .. } => {
+                    let seen = self.shared.lost_caches.look();
                     let copied = Box::pin(self.copy_partial(new, (extent, fallback, bits))).await;
-                    let copied = match copied {
+                    // What it covers is let go of at once, and could not be shown again if the copy were lost with a cache.
+                    let flushed = match copied {
+                        Ok(()) if !is_broken("copy_not_durable") => Box::pin(self.flush_members()).await,
+                        _ => Ok(()),
+                    };
+                    let copied = match copied.and(flushed) {
                         Ok(()) => self.changeable(volume).await,
                         error => error,
                     };
-                    // Others who write whole units may have been faster.
-                    let is_late = self.meta.borrow().entry(volume, index) != mapped
+                    // It may have been lost. Or others who write whole units may have been faster.
+                    let is_late = self.shared.lost_caches.look() != seen
+                        || self.meta.borrow().entry(volume, index) != mapped
                         || !self.meta.borrow().has_room_for_metadata(1);
                     if copied.is_err() || is_late {
                         self.meta.borrow_mut().give_back(new);
-                        copied?;
+                        match copied {
+                            // Somebody else's abort, or another time.
+                            Err(Status::Aborted) => {
+                                self.runtime.sleep(Duration::from_millis(10)).await;
+                            }
+                            copied => copied?,
+                        }
                         continue;
                     }
                     let bits = if fallback == NONE { bits } else { self.all_units() };
@@ -433,35 +447,54 @@ impl Owner {
     }
 
     /// The write that was prepared has ended; these units are valid now.
+    ///
+    /// `seen`: the caches that had been lost when it began; `false`: it is to be written again, since one was lost meanwhile.
     pub(crate) async fn finish(
         self: Rc<Self>,
         volume: u32,
         index: u32,
         exclusive: bool,
-        bits: [u64; 4],
-    ) -> Outcome {
-        let outcome = self.validate_units(volume, index, bits).await;
+        (bits, seen): ([u64; 4], Seen),
+    ) -> Result<bool, Status> {
+        let outcome = self.validate_units(volume, index, (bits, seen)).await;
         self.locks.release((volume, index), exclusive);
         outcome
     }
 
     /// These units have been written.
-    pub(crate) async fn validate(self: Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Outcome {
-        self.validate_units(volume, index, bits).await
+    pub(crate) async fn validate(
+        self: Rc<Self>,
+        volume: u32,
+        index: u32,
+        written: ([u64; 4], Seen),
+    ) -> Result<bool, Status> {
+        self.validate_units(volume, index, written).await
     }
 
-    async fn validate_units(self: &Rc<Self>, volume: u32, index: u32, bits: [u64; 4]) -> Outcome {
+    async fn validate_units(
+        self: &Rc<Self>,
+        volume: u32,
+        index: u32,
+        (bits, seen): ([u64; 4], Seen),
+    ) -> Result<bool, Status> {
         if bits == [0; 4] {
-            return Ok(());
+            return Ok(true);
         }
         self.room().await?;
-        let mapped = self.meta.borrow().entry(volume, index);
-        if let Mapped::Partial { bits: before, .. } = mapped
-            && bits.iter().zip(before).any(|(bits, before)| bits & !before != 0)
-        {
-            self.make(&Record::Valid { volume, index, bits });
+        if self.shared.lost_caches.look() != seen && !is_broken("lost_unit_noted") {
+            return Ok(false);
         }
-        Ok(())
+        let mapped = self.meta.borrow().entry(volume, index);
+        let Mapped::Partial { extent, fallback, bits: before, .. } = mapped else { return Ok(true) };
+        let new: [u64; 4] = std::array::from_fn(|word| bits[word] & !before[word]);
+        if new != [0; 4] {
+            let bits = new;
+            let is_whole = std::array::from_fn(|word| before[word] | bits[word]) == self.all_units();
+            let covered = if is_whole { fallback } else { NONE };
+            let written = Written { volume, index, bits, extent, covered, lost_before: seen.number() };
+            self.make_of(&Record::Valid { volume, index, bits }, Some(written));
+        }
+        Ok(true)
     }
 
     /// These units read as zeroes from now on; `false`: only when they are written.
@@ -472,7 +505,10 @@ impl Owner {
         bits: [u64; 4],
     ) -> Result<bool, Status> {
         self.locks.take((volume, index), true).await;
-        let changeable = self.changeable(volume).await;
+        let changeable = match self.settle_written(|written| written.is_of(volume, index)).await {
+            Ok(()) => self.changeable(volume).await,
+            error => error,
+        };
         let mut done = changeable.map(|()| {
             let (mapped, is_exclusive) = {
                 let meta = self.meta.borrow();

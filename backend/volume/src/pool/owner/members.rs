@@ -3,6 +3,7 @@
 //! A member that failed a write is out when the superblocks of the others say so; only then does the write end. Whoever is the last to have some
 //! data is not put out: then the write fails.
 
+use super::caches::Cache;
 use super::{Owner, Replacing};
 use crate::format::{Layout, PAGE_BYTES, Superblock, Uuid};
 use crate::pool::bounce::Bounce;
@@ -14,7 +15,7 @@ use crate::pool::wait::all;
 use crate::pool::{MemberState, MemberView};
 use crate::raid::{Level, Mode, Set};
 use crate::simulated::is_broken;
-use hawser_block::{Device, DeviceState, Outcome, Status};
+use hawser_block::{DeviceState, Outcome, Status};
 use hawser_runtime::Instant;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -52,21 +53,6 @@ pub(crate) struct Member {
     pub(crate) is_doubted: Arc<AtomicBool>,
 }
 
-/// A member's volatile cache, as it was seen last.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Cache {
-    /// What names it, where that is known.
-    pub(crate) name: Option<[u8; 16]>,
-    /// [`Device::cache_losses`]; `None`: of another device.
-    pub(crate) losses: Option<u64>,
-}
-
-impl Cache {
-    pub(crate) fn of(device: &dyn Device) -> Cache {
-        Cache { name: device.cache_identity(), losses: Some(device.cache_losses()) }
-    }
-}
-
 impl Member {
     pub(crate) fn new(uuid: Uuid, leaf: Option<Leaf>, is_recorded: bool, now: Instant) -> Member {
         let cache = leaf.as_ref().map_or_else(Cache::default, |leaf| Cache::of(leaf.device.as_ref()));
@@ -89,6 +75,9 @@ impl Member {
         }
     }
 }
+
+/// How often in a row something is lost before a member is taken for one that cannot flush.
+const LOSSES_MAX: usize = 4;
 
 /// Members of a set that hold the same data as `member`, each group with it.
 fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
@@ -187,11 +176,22 @@ impl Owner {
         }
     }
 
-    /// Makes what members have durable.
+    /// Makes what members have durable. Where something was lost before, that is what it does not say: each volume's FLUSH does.
     pub(crate) async fn flush_members(self: &Rc<Self>) -> Outcome {
         if is_broken("skip_member_flush") {
             return Ok(());
         }
+        for _ in 0..LOSSES_MAX {
+            let losses = self.shared.losses();
+            match self.flush_members_once().await {
+                Ok(()) | Err(Status::Media) if self.shared.losses() != losses => {}
+                outcome => return outcome,
+            }
+        }
+        Err(Status::Media)
+    }
+
+    async fn flush_members_once(self: &Rc<Self>) -> Outcome {
         let logged = self.stripes_placed();
         let (targets, since) = (self.targets(), self.shared.joins());
         let flushes =
@@ -202,12 +202,18 @@ impl Owner {
             failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
         let mut outcome = Ok(());
         for (member, status) in failed {
+            let is_news = status == Status::Media && self.has_lost_now(member);
             // What it had not made durable may be lost: it has not got all the data any more.
-            if let Err(why) = self.report(1 << member, status, since).await {
-                if status == Status::Media {
-                    self.shared.has_lost();
+            match self.report(1 << member, status, since).await {
+                // That is seen to below.
+                Err(_) if is_news => {}
+                Err(why) => {
+                    if status == Status::Media {
+                        self.shared.has_lost();
+                    }
+                    outcome = outcome.and(Err(why));
                 }
-                outcome = outcome.and(Err(why));
+                Ok(()) => {}
             }
         }
         outcome?;
@@ -282,109 +288,6 @@ impl Owner {
             whole.filter_map(|member| Some((member.uuid, member.whole_cache?))).collect();
         caches.extend(self.replacing.borrow().as_ref().and_then(Replacing::old_cache));
         caches
-    }
-
-    /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
-    pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
-        // Whoever is just writing it down may have the turn: that counts when it is done.
-        drop(self.turns.superblock.take().await);
-        let doubted: Vec<u16> = {
-            let members = self.members.borrow();
-            let numbers = 0..u16::try_from(members.len()).unwrap_or(0);
-            numbers.filter(|number| self.has_lost_cache(&members[usize::from(*number)], *number)).collect()
-        };
-        for member in doubted {
-            let (set, index) = self.place_of(member);
-            if !survives(&set, 1 << index) && !self.after_last_cache(&set, index).await? {
-                continue;
-            }
-            if !self.put_out(member, "lost its volatile cache").await {
-                return Err(Status::Path);
-            }
-            self.members.borrow()[usize::from(member)].is_doubted.store(false, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
-    fn has_lost_cache(&self, member: &Member, number: u16) -> bool {
-        let (set, index) = self.place_of(number);
-        let is_behind = set.parity().is_some_and(|parity| parity.is_member_behind(index));
-        let is_told = member.is_doubted.load(Ordering::Acquire);
-        member.is_recorded && (is_told || is_behind || set.mode(index) == Mode::Syncing)
-    }
-
-    /// A member that cannot be done without has lost its cache: what it has lost is lost, but for what the parity log has. That is told once,
-    /// as an error. Else whether the others can do without it by now; or somebody has seen to it.
-    async fn after_last_cache(self: &Rc<Self>, set: &Arc<Set>, index: u16) -> Result<bool, Status> {
-        let _turn = self.turns.again.take().await;
-        let member = set.first_member() + index;
-        let leaf = {
-            let _one = lock(&self.shared.modes);
-            let members = self.members.borrow();
-            let entry = &members[usize::from(member)];
-            if !self.has_lost_cache(entry, member) {
-                return Ok(false);
-            }
-            if survives(set, 1 << index) {
-                return Ok(true);
-            }
-            if let Some(parity) = set.parity().filter(|_| !is_broken("computed_with_lost_cache")) {
-                parity.set_behind(index, true);
-            }
-            entry.leaf.clone().ok_or(Status::Path)?
-        };
-        let cache = Cache::of(leaf.device.as_ref());
-        if set.level() == Level::Raid10 && !is_broken("lost_copies_differ") {
-            // Where strips go round it shares some with a neighbour who has lost nothing.
-            self.shared.mark_unsynced();
-            set.intents.iter_set().for_each(|region| set.unsynced.set(region));
-        }
-        if let Some(parity) = set.parity() {
-            let is_lacking =
-                !(0..set.members()).all(|place| place == index || set.mode(place) == Mode::InSync);
-            // All that was begun and not flushed is in the log, then.
-            let is_logged = is_lacking && !parity.ring().is_unlogged_known;
-            let is_again = is_logged
-                && match self.put_in_place_again(set, index, &leaf).await {
-                    Ok(()) => true,
-                    Err(status @ (Status::Path | Status::Timeout | Status::Aborted)) => return Err(status),
-                    Err(_) => false,
-                };
-            if !is_again {
-                // Parity is not known to be right: it is made again from what there is now.
-                self.shared.mark_unsynced();
-                for region in set.intents.iter_set().collect::<Vec<_>>() {
-                    set.unsynced.set(region);
-                    parity.doubtful.set(region);
-                }
-            }
-        }
-        // Its replacement may have what it has lost.
-        if let Some(twin) = &leaf.twin {
-            twin.switch_off();
-        }
-        let _one = lock(&self.shared.modes);
-        let entry = &mut self.members.borrow_mut()[usize::from(member)];
-        if Cache::of(leaf.device.as_ref()) != cache {
-            // Again.
-            return Err(Status::Path);
-        }
-        entry.is_doubted.store(false, Ordering::Release);
-        entry.whole_cache = cache.name;
-        set.set_mode(index, Mode::InSync);
-        if let Some(parity) = set.parity() {
-            parity.set_behind(index, false);
-        }
-        self.shared.has_lost();
-        Err(Status::Media)
-    }
-
-    /// A member of this set has lost its cache, and is not put out yet.
-    pub(super) fn is_doubted(&self, set: &Set) -> bool {
-        let members = self.members.borrow();
-        let of_set = usize::from(set.first_member())..usize::from(set.first_member() + set.members());
-        members[of_set].iter().any(|member| member.is_doubted.load(Ordering::Acquire))
     }
 
     /// Goes on without a member; `false` when that cannot be.
@@ -666,53 +569,6 @@ impl Owner {
             self.members.borrow().iter().map(|member| member.leaf.clone()).collect();
         let is_copied = is_copied(old.is_redundant, &leaves);
         self.shared.set_view(View { is_copied, leaves, ..View::clone(&old) });
-    }
-
-    /// From now on a loss of the member's cache puts it out at once.
-    pub(crate) fn watch(self: &Rc<Self>, member: u16) {
-        let (set, index) = self.place_of(member);
-        let members = self.members.borrow();
-        let entry = &members[usize::from(member)];
-        let Some(leaf) = entry.leaf.clone() else { return };
-        if set.level().is_redundant() {
-            // The others can go on without it.
-            leaf.device.fail_after(self.options.member_timeout);
-        }
-        // Gone when another device has taken the place.
-        let (cache, doubted) = (Arc::downgrade(&entry.cache), Arc::downgrade(&entry.is_doubted));
-        let device = Arc::downgrade(&leaf.device);
-        let shared = Arc::downgrade(&self.shared);
-        let look = Arc::new(move || {
-            let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
-            let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
-            let now = Cache::of(device.as_ref());
-            let mut before = lock(&cache);
-            let is_another = matches!((before.name, now.name), (Some(old), Some(new)) if old != new);
-            if (is_another || before.losses.is_some() && before.losses < now.losses)
-                && set.level().is_redundant()
-            {
-                let _one = lock(&shared.modes);
-                doubted.store(true, Ordering::Release);
-                match (set.mode(index), set.parity()) {
-                    // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
-                    (Mode::InSync, _) if survives(&set, 1 << index) => set.set_mode(index, Mode::Syncing),
-                    // Nothing is computed with what it says.
-                    (Mode::InSync, Some(parity))
-                        if !shared.is_read_only && !is_broken("computed_with_lost_cache") =>
-                    {
-                        parity.set_behind(index, true);
-                    }
-                    _ => {}
-                }
-            }
-            *before = Cache { name: now.name.or(before.name), ..now };
-            drop(before);
-            drop(shared.ask(|owner| async move { owner.look_after_members().await }));
-        });
-        let again = Arc::clone(&look);
-        leaf.device.subscribe(Box::new(move || again()));
-        // What has happened since its identity was taken.
-        look();
     }
 
     /// For people.

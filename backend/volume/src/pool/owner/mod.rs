@@ -4,12 +4,13 @@
 //!   journal    records → tail → (members flush) → log → checkpoints
 //!   mapping    extents for writes, discards, space; discard: what members are told of those that are free
 //!   intents    regions that may differ
-//!   members    who has the data: superblocks
+//!   members    who has the data: superblocks; caches: members that have lost what they had not flushed
 //!   volumes    what people ask for
 //!   resync     what makes members the same again; rejoin, replace: members that come; scrub: whether they are the same
 //!   slide      copying along the members, from a window that moves with it
 //!   parity     stripes: their log, what makes them whole again
 //!   replacing  a member that is copied to another device while it stays in service
+//!   take_back  units that were written into a cache that is lost: they show what they covered again
 //! ```
 //!
 //! Invariants:
@@ -19,6 +20,7 @@
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
 
+mod caches;
 mod differing;
 mod discard;
 mod intents;
@@ -32,6 +34,7 @@ mod replacing;
 mod resync;
 mod scrub;
 mod slide;
+mod take_back;
 mod tick;
 mod volumes;
 
@@ -42,6 +45,7 @@ pub(crate) use members::Member;
 pub(crate) use members::{is_copied, survives};
 pub(crate) use replacing::Replacing;
 pub(crate) use resync::Work;
+pub(crate) use take_back::Written;
 
 use super::ask::{self};
 use super::lanes::{Lanes, Leaf};
@@ -75,13 +79,15 @@ pub(crate) struct Pending {
     pub(crate) seq: u64,
     /// As in the tail.
     entry: Vec<u8>,
+    /// What it says to be valid.
+    written: Option<Written>,
 }
 
 impl Pending {
     pub(crate) fn new(seq: u64, record: &Record) -> Pending {
         let mut entry = Vec::new();
         format::encode_tail_entry(seq, record, &mut entry);
-        Pending { seq, entry }
+        Pending { seq, entry, written: None }
     }
 
     /// As in the log.
@@ -135,6 +141,8 @@ pub(crate) struct Owner {
     pub(crate) seq: Cell<u64>,
     /// Records before this one are durable.
     pub(crate) durable: Cell<u64>,
+    /// The data of records before this one is.
+    pub(crate) flushed: Cell<u64>,
     pub(crate) pending: RefCell<VecDeque<Pending>>,
     pub(crate) log: Cell<Log>,
     pub(crate) intents: RefCell<Intents>,
@@ -309,14 +317,20 @@ impl Owner {
     }
 
     async fn flush_once(self: &Rc<Self>) -> Outcome {
-        if self.lost.borrow().is_some() {
-            // Whoever has it now need not have kept what was written.
-            return Err(Status::Conflict);
-        }
-        // Records that are made while the members flush may be of data that is not durable.
-        let upto = self.seq.get();
-        self.put_out_doubted().await?;
-        self.flush_members().await?;
+        let upto = loop {
+            if self.lost.borrow().is_some() {
+                // Whoever has it now need not have kept what was written.
+                return Err(Status::Conflict);
+            }
+            let seen = self.shared.lost_caches.look();
+            // Records that are made while the members flush may be of data that is not durable.
+            let upto = self.seq.get();
+            self.put_out_doubted().await?;
+            self.flush_members().await?;
+            if self.are_flushed(seen, upto) {
+                break upto;
+            }
+        };
         let upto = match crate::simulated::is_broken("log_records_made_after_flush_began") {
             true => self.seq.get(),
             false => upto,

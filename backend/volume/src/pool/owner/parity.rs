@@ -293,6 +293,7 @@ impl Owner {
         set: &Arc<Set>,
         index: u16,
         leaf: &Leaf,
+        has_log: impl Fn(u16) -> bool,
     ) -> Outcome {
         if is_broken("lost_cache_not_mended") {
             return Ok(());
@@ -306,7 +307,7 @@ impl Owner {
         };
         let mut entries = Entries::new();
         let pool = &self.shared.uuid;
-        for place in (0..set.members()).filter(|place| *place == index || set.mode(*place) == Mode::InSync) {
+        for place in (0..set.members()).filter(|place| has_log(*place)) {
             let Some(leaf) = &view.leaves[usize::from(set.first_member() + place)] else { continue };
             read_entries(&self.lanes, leaf, (set, pool), &header, &mut entries, &mut Vec::new()).await?;
         }

@@ -1,7 +1,7 @@
 //! Members that come back: from the first write that they get again to the superblocks that say that they have everything.
 
 use super::Owner;
-use super::members::Cache;
+use super::caches::Cache;
 use crate::format::{PAGE_BYTES, Superblock};
 use crate::pool::assemble::too_small;
 use crate::pool::bounce::Bounce;

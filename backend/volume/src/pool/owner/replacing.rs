@@ -13,7 +13,8 @@
 //! Invariant: what is below `done` and not in `stale` is the same on both, whoever is read: all that writes to the member writes to both.
 
 use super::Owner;
-use super::members::{Cache, write_superblock};
+use super::caches::Cache;
+use super::members::write_superblock;
 use super::slide::Slices;
 use crate::format::{Layout, PAGE_BYTES, Replacement, Superblock, Uuid};
 use crate::pool::PoolError;

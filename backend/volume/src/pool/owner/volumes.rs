@@ -218,7 +218,11 @@ impl Owner {
         if !is_broken("snapshot_without_barrier") {
             self.barrier().await;
         }
-        let made = self.room().await;
+        // What a lost cache may take with it is taken back where it was written, and nowhere else.
+        let made = match self.settle_written(|written| origins.contains(&written.volume)).await {
+            Ok(()) => self.room().await,
+            error => error,
+        };
         if made.is_ok() {
             self.make(&Record::Snapshot { items });
             self.show_volumes();

@@ -101,6 +101,59 @@ fn a_write_after_a_snapshot_keeps_the_old_extent_as_fallback_until_all_is_valid(
     assert_eq!((m.quarantined_extents(), m.free_extents()), (0, 1999));
 }
 
+/// Units were written into a cache that was lost. What the tables say then is what a replay of the log makes, where their records name no units;
+/// a fallback that nobody else had is there again.
+#[test]
+fn units_that_are_taken_back_show_what_they_covered_as_if_they_had_never_been_written() {
+    for has_snapshot in [true, false] {
+        for [first, second] in [[0b0011, 0b1100], [0b0111, 0b0011], [0b0001, 0b0010]] {
+            let begin = || {
+                let mut m = pool(10);
+                let old = map(&mut m, 1, 3, NONE, 0xf);
+                let snap = snapshot(&mut m, 1);
+                let new = map(&mut m, 1, 3, old, 0);
+                if !has_snapshot {
+                    m.apply(&Record::Delete { id: snap }).unwrap();
+                    assert!(!m.release_some(10));
+                }
+                (m, new, old)
+            };
+            let valid = |bits| Record::Valid { volume: 1, index: 3, bits: [bits, 0, 0, 0] };
+            let (mut m, new, old) = begin();
+            m.apply(&valid(first)).unwrap();
+            m.apply(&valid(second)).unwrap();
+            let is_whole = first | second == 0xf;
+            assert_eq!(matches!(m.entry(1, 3), Mapped::Full { .. }), is_whole);
+            let mut freed = m.take_freed();
+            assert_eq!(freed.extents().contains(&old), is_whole && !has_snapshot);
+            let let_go = if is_whole { old } else { NONE };
+            let is_back = m.take_back(1, 3, [second, 0, 0, 0], let_go);
+            assert_eq!(is_back, is_whole && !has_snapshot);
+            assert_eq!(freed.takes_back(old), is_back);
+            let (mut again, ..) = begin();
+            again.apply(&valid(first)).unwrap();
+            again.apply(&valid(0)).unwrap();
+            // The one unit that both have named is lost with the second.
+            let bits = [first & !second, 0, 0, 0];
+            assert_eq!(m.entry(1, 3), Mapped::Partial { extent: new, fallback: old, bits, birth: 2 });
+            if first & second == 0 {
+                assert_eq!(m.entry(1, 3), again.entry(1, 3));
+            }
+            for m in [&mut m, &mut again] {
+                assert_eq!(m.verify(), Vec::<String>::new());
+                assert_eq!((m.quarantined_extents(), m.free_extents()), (0, 1998));
+                // And its end is as ever.
+                m.apply(&Record::Valid { volume: 1, index: 3, bits: ALL }).unwrap();
+                m.apply(&Record::Delete { id: 1 }).unwrap();
+                m.settle();
+                assert_eq!(m.verify(), Vec::<String>::new());
+            }
+            m.recycle(freed);
+            assert_eq!(m.free_extents(), 2000 - u32::from(has_snapshot));
+        }
+    }
+}
+
 #[test]
 fn when_the_snapshot_is_gone_its_extents_are_born_again() {
     let mut m = pool(10);

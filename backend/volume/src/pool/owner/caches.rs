@@ -1,0 +1,255 @@
+//! Members' volatile caches: what becomes of a member that has lost its own. Where the others have what was in it, it is put out, and brought up to
+//! date again; else it stays, with what it has.
+
+use super::Owner;
+use super::members::{Member, survives};
+use crate::pool::shared::{Shared, lock};
+use crate::raid::{Level, Mode, Set};
+use crate::simulated::is_broken;
+use hawser_block::{Device, Outcome, Status};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// A member's volatile cache, as it was seen last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cache {
+    /// What names it, where that is known.
+    pub(crate) name: Option<[u8; 16]>,
+    /// [`Device::cache_losses`]; `None`: of another device.
+    pub(crate) losses: Option<u64>,
+}
+
+impl Cache {
+    pub(crate) fn of(device: &dyn Device) -> Cache {
+        Cache { name: device.cache_identity(), losses: Some(device.cache_losses()) }
+    }
+}
+
+impl Owner {
+    /// From now on a loss of the member's cache puts it out at once.
+    pub(crate) fn watch(self: &Rc<Self>, member: u16) {
+        let (set, index) = self.place_of(member);
+        let members = self.members.borrow();
+        let entry = &members[usize::from(member)];
+        let Some(leaf) = entry.leaf.clone() else { return };
+        if set.level().is_redundant() {
+            // The others can go on without it.
+            leaf.device.fail_after(self.options.member_timeout);
+        }
+        // Gone when another device has taken the place.
+        let (cache, doubted) = (Arc::downgrade(&entry.cache), Arc::downgrade(&entry.is_doubted));
+        let device = Arc::downgrade(&leaf.device);
+        let shared = Arc::downgrade(&self.shared);
+        let look = Arc::new(move || {
+            let (Some(device), Some(shared)) = (device.upgrade(), shared.upgrade()) else { return };
+            let (Some(cache), Some(doubted)) = (cache.upgrade(), doubted.upgrade()) else { return };
+            look_at(&shared, (&set, index), device.as_ref(), (&cache, &doubted));
+            drop(shared.ask(|owner| async move { owner.look_after_members().await }));
+        });
+        let again = Arc::clone(&look);
+        leaf.device.subscribe(Box::new(move || again()));
+        // What has happened since its identity was taken.
+        look();
+    }
+
+    /// A member says that something is lost, which is not always told before: whether that is news.
+    pub(super) fn has_lost_now(&self, member: u16) -> bool {
+        let (set, index) = self.place_of(member);
+        let members = self.members.borrow();
+        let entry = &members[usize::from(member)];
+        let Some(leaf) = &entry.leaf else { return false };
+        look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted))
+    }
+
+    /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
+    pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
+        // Whoever is just writing it down may have the turn: that counts when it is done.
+        drop(self.turns.superblock.take().await);
+        let seen = self.shared.lost_caches.look();
+        for set in self.view().array.sets().to_vec() {
+            let doubted = loop {
+                if let Some(doubted) = self.after_lost_caches(&set).await? {
+                    break doubted;
+                }
+            };
+            for place in doubted {
+                let member = set.first_member() + place;
+                if !self.put_out(member, "lost its volatile cache").await {
+                    return Err(Status::Path);
+                }
+                let members = self.members.borrow();
+                members[usize::from(member)].is_doubted.store(false, Ordering::Release);
+            }
+        }
+        if seen.is_open() && self.shared.lost_caches.is_seen_to(seen) {
+            // Who reads and writes has waited for it.
+            self.bell.ring();
+        }
+        Ok(())
+    }
+
+    /// Waits while it is not known what a lost cache has taken with it.
+    pub(crate) async fn caches_seen_to(&self) -> Outcome {
+        let is_open = || self.shared.lost_caches.look().is_open();
+        let look = || match (self.lost.borrow().is_some(), self.is_closing.get()) {
+            (true, _) => Some(Err(Status::Conflict)),
+            (_, true) => Some(Err(Status::ReadOnly)),
+            _ => (!is_open()).then_some(Ok(())),
+        };
+        self.bell.until(look).await
+    }
+
+    /// Whoever was taken out of those that are read, and is not put out, was doubted by somebody.
+    fn has_lost_cache(&self, member: &Member, number: u16) -> bool {
+        let (set, index) = self.place_of(number);
+        let is_behind = set.parity().is_some_and(|parity| parity.is_member_behind(index));
+        let is_told = member.is_doubted.load(Ordering::Acquire);
+        member.is_recorded && (is_told || is_behind || set.mode(index) == Mode::Syncing)
+    }
+
+    /// Places of a set whose members have lost their caches, and are not put out yet.
+    fn doubted_of(&self, set: &Set) -> Vec<u16> {
+        let members = self.members.borrow();
+        let number = |place: u16| set.first_member() + place;
+        let has_lost =
+            |place: &u16| self.has_lost_cache(&members[usize::from(number(*place))], number(*place));
+        (0..set.members()).filter(has_lost).collect()
+    }
+
+    /// Members of a set have lost their caches: those that the others can do without, to be put out. Where not all of them can go, none
+    /// does: what they have lost is lost, but for what the parity log has. Each volume's FLUSH tells it. `None`: once more.
+    async fn after_lost_caches(self: &Rc<Self>, set: &Arc<Set>) -> Result<Option<Vec<u16>>, Status> {
+        let bits = |places: &[u16]| places.iter().fold(0u64, |bits, place| bits | 1 << place);
+        let can_go = |doubted: &[u16]| doubted.is_empty() || survives(set, bits(doubted));
+        let doubted = self.doubted_of(set);
+        if can_go(&doubted) {
+            return Ok(Some(doubted));
+        }
+        let _turn = self.turns.again.take().await;
+        let leaf_of =
+            |place: u16| self.members.borrow()[usize::from(set.first_member() + place)].leaf.clone();
+        let (doubted, seen) = {
+            let _one = lock(&self.shared.modes);
+            let doubted = self.doubted_of(set);
+            if can_go(&doubted) {
+                return Ok(Some(doubted));
+            }
+            let mut seen = self.shared.lost_caches.look();
+            if !seen.is_open() && !is_broken("computed_with_lost_cache") {
+                // The others could do without it when it was told.
+                seen = self.shared.lost_caches.one_more();
+            }
+            if let Some(parity) = set.parity().filter(|_| !is_broken("computed_with_lost_cache")) {
+                doubted.iter().for_each(|place| parity.set_behind(*place, true));
+            }
+            (doubted, seen)
+        };
+        let mut leaves = Vec::with_capacity(doubted.len());
+        for place in &doubted {
+            let leaf = leaf_of(*place).ok_or(Status::Path)?;
+            leaves.push((*place, Cache::of(leaf.device.as_ref()), leaf));
+        }
+        let differ = doubted.len() > 1 || set.level() == Level::Raid10;
+        if set.parity().is_none() && differ && !is_broken("lost_copies_differ") {
+            // Each has lost something else. And where strips go round it shares some with a neighbour who has lost nothing.
+            self.shared.mark_unsynced();
+            set.intents.iter_set().for_each(|region| set.unsynced.set(region));
+        }
+        if let Some(parity) = set.parity() {
+            let is_there = |place: u16| doubted.contains(&place) || set.mode(place) == Mode::InSync;
+            let is_lacking = !(0..set.members()).all(is_there);
+            // All that was begun and not flushed is in the log, then; else some of it. An opening would put it in place: it is not shown to be lost.
+            let mut is_all_again = is_lacking && !parity.ring().is_unlogged_known;
+            for (place, _, leaf) in &leaves {
+                match self.put_in_place_again(set, *place, leaf, is_there).await {
+                    Ok(()) => {}
+                    Err(status @ (Status::Path | Status::Timeout | Status::Aborted)) => return Err(status),
+                    Err(_) => is_all_again = false,
+                }
+            }
+            if !is_all_again {
+                // Parity is not known to be right: it is made again from what there is now.
+                self.shared.mark_unsynced();
+                for region in set.intents.iter_set().collect::<Vec<_>>() {
+                    set.unsynced.set(region);
+                    parity.doubtful.set(region);
+                }
+            }
+        }
+        for (_, _, leaf) in &leaves {
+            // Its replacement may have what it has lost.
+            if let Some(twin) = &leaf.twin {
+                twin.switch_off();
+            }
+            // It tells each loss to whoever flushes next: that is done here, since all who may have lost something are told below.
+            match self.lanes.flush(leaf).await {
+                Ok(()) | Err(Status::Media) => {}
+                error => error?,
+            }
+        }
+        {
+            let _one = lock(&self.shared.modes);
+            if leaves.iter().any(|(_, cache, leaf)| Cache::of(leaf.device.as_ref()) != *cache) {
+                return Ok(None);
+            }
+            for (place, cache, _) in &leaves {
+                let entry = &mut self.members.borrow_mut()[usize::from(set.first_member() + place)];
+                if !entry.is_recorded {
+                    // It has failed meanwhile, and is out.
+                    continue;
+                }
+                entry.is_doubted.store(false, Ordering::Release);
+                entry.whole_cache = cache.name;
+                set.set_mode(*place, Mode::InSync);
+                if let Some(parity) = set.parity() {
+                    parity.set_behind(*place, false);
+                }
+            }
+        }
+        self.take_back(set, seen.number());
+        // At once with what names the caches now: a process after us would take the records for what was written into them.
+        self.begin_tail();
+        self.shared.has_lost();
+        Ok(Some(Vec::new()))
+    }
+
+    /// A member of this set has lost its cache, and is not put out yet.
+    pub(super) fn is_doubted(&self, set: &Set) -> bool {
+        let members = self.members.borrow();
+        let of_set = usize::from(set.first_member())..usize::from(set.first_member() + set.members());
+        members[of_set].iter().any(|member| member.is_doubted.load(Ordering::Acquire))
+    }
+}
+
+/// Looks at a member's cache; whether it is another one than at the last look.
+fn look_at(
+    shared: &Shared,
+    (set, index): (&Set, u16),
+    device: &dyn Device,
+    (cache, doubted): (&Mutex<Cache>, &AtomicBool),
+) -> bool {
+    let now = Cache::of(device);
+    let mut before = lock(cache);
+    let is_another = matches!((before.name, now.name), (Some(old), Some(new)) if old != new);
+    let is_lost = is_another || before.losses.is_some() && before.losses < now.losses;
+    if is_lost {
+        let _one = lock(&shared.modes);
+        doubted.store(true, Ordering::Release);
+        if set.mode(index) == Mode::InSync && survives(set, 1 << index) {
+            // Nobody reads from it any more, and it still gets all writes; the owner writes it down, and brings it back.
+            set.set_mode(index, Mode::Syncing);
+        } else if set.mode(index) == Mode::InSync
+            && !shared.is_read_only
+            && !is_broken("computed_with_lost_cache")
+        {
+            if let Some(parity) = set.parity() {
+                // Nothing is computed with what it says.
+                parity.set_behind(index, true);
+            }
+            shared.lost_caches.one_more();
+        }
+    }
+    *before = Cache { name: now.name.or(before.name), ..now };
+    is_lost
+}
