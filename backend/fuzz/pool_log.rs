@@ -65,7 +65,7 @@ fn decoded(input: &mut Input<'_>, records: &[Record]) -> Vec<Record> {
             None => Vec::new(),
         };
     }
-    let mut tail = encode_tail_header(&POOL, 3, &[([1; 16], [2; 16]), ([3; 16], [4; 16])]);
+    let mut tail = encode_tail_header(&POOL, 3, &[([1; 16], [2; 16]), ([3; 16], [4; 16])], &[5, 6]);
     if which & 4 != 0 {
         edit_some(input, &mut tail);
         seal(&mut tail);

@@ -65,6 +65,7 @@ pub(crate) const OTHERS: &[&str] = &[
     "joined_without_tables",
     "late_failure_counts",
     "loss_before_opening_not_told",
+    "loss_not_kept",
     "loss_told_to_one",
     "lost_cache_not_mended",
     "lost_copies_differ",

@@ -90,7 +90,7 @@ fn a_wrong_byte_anywhere_is_found() {
 #[test]
 fn a_wrong_byte_in_a_tail_ends_it_before_that_entry() {
     let records = some_records();
-    let mut bytes = encode_tail_header(&POOL, 5, &CACHES);
+    let mut bytes = encode_tail_header(&POOL, 5, &CACHES, &[7, 9]);
     let mut ends = vec![bytes.len()];
     let mut all = Vec::new();
     for (seq, record) in (100..).zip(records) {
@@ -98,7 +98,7 @@ fn a_wrong_byte_in_a_tail_ends_it_before_that_entry() {
         ends.push(bytes.len());
         all.push((seq, record));
     }
-    let whole = TailContent { epoch: 5, caches: CACHES.to_vec(), records: all.clone() };
+    let whole = TailContent { epoch: 5, caches: CACHES.to_vec(), untold: vec![7, 9], records: all.clone() };
     assert_eq!(decode_tail(&bytes, &POOL), Some(whole));
     assert_eq!(decode_tail(&bytes, &OTHER), None);
     each_flip(&bytes, |at, wrong| {
@@ -113,7 +113,7 @@ fn a_wrong_byte_in_a_tail_ends_it_before_that_entry() {
 
 #[test]
 fn a_tail_whose_numbers_do_not_grow_ends_there() {
-    let mut bytes = encode_tail_header(&POOL, 5, &CACHES);
+    let mut bytes = encode_tail_header(&POOL, 5, &CACHES, &[]);
     for seq in [4, 6, 6] {
         encode_tail_entry(seq, &Record::Delete { id: 1 }, &mut bytes);
     }
@@ -488,7 +488,7 @@ proptest! {
             1 => root().encode(),
             2 => encode_intents(&POOL, 3, &[5; 504]),
             3 => batch(&some_records(), 4096).0,
-            4 => [encode_tail_header(&POOL, 5, &CACHES), vec![0; 50]].concat(),
+            4 => [encode_tail_header(&POOL, 5, &CACHES, &[7]), vec![0; 50]].concat(),
             5 => encode_partials(&[PartialRecord { index: 3, extent: 4, fallback: 5, bits: [6; 4] }]),
             6 => encode_volumes(&[volume(1, 300)], &mut || Some(5)).unwrap().1.remove(0).1,
             _ => ChunkPage { partial_pages: [PagePtr::NONE; 6], entries: Box::new([3; CHUNK_ENTRIES]) }.encode(),

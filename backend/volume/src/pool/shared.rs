@@ -330,6 +330,15 @@ impl Shared {
         self.losses.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Volumes that have lost something, as far as is known, and whose users were not told.
+    pub(crate) fn untold(&self) -> Vec<u32> {
+        let (losses, volumes) = (self.losses(), lock(&self.volumes));
+        let is_untold = |volume: &&Arc<VolumeShared>| {
+            !volume.unflushed.is_none() && volume.told_losses.load(Ordering::Acquire) < losses
+        };
+        volumes.values().filter(is_untold).map(|volume| volume.id).collect()
+    }
+
     /// To be asked when it is known who is written to, and told with what they fail.
     pub(crate) fn joins(&self) -> u64 {
         self.joins.load(Ordering::Acquire)

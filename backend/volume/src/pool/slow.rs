@@ -7,7 +7,6 @@ use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
 use super::failure::{OUT_OF_REACH, is_out_of_reach};
 use super::lost_caches::Seen;
-use super::owner::Owner;
 use super::resolve::{self, by_extent, runs};
 use super::shared::{Class, Counted, View};
 use super::stripes::{Change, Changed, IsValid};
@@ -53,12 +52,12 @@ async fn carry_out_once(core: &Rc<Core>, request: &Request, counted: &Counted) -
         }
         Operation::Discard => {
             let range = bounds(core, request)?;
-            core.shared.request(check_writable).await?;
+            may_change(core).await?;
             Box::pin(discard(core, range)).await.map(drop)
         }
         Operation::WriteZeroes { unmap, fua } => {
             let range = bounds(core, request)?;
-            core.shared.request(check_writable).await?;
+            may_change(core).await?;
             let left = match unmap {
                 true => Box::pin(discard(core, range)).await?,
                 false => vec![range],
@@ -71,8 +70,11 @@ async fn carry_out_once(core: &Rc<Core>, request: &Request, counted: &Counted) -
     }
 }
 
-async fn check_writable(owner: Rc<Owner>) -> Outcome {
-    owner.check_writable()
+/// Waits until the tables may change.
+async fn may_change(core: &Core) -> Outcome {
+    // A process that finds the same loss does not take what was changed since for there.
+    caches_seen_to(core).await?;
+    core.shared.request(|owner| async move { owner.check_writable() }).await
 }
 
 fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
@@ -99,7 +101,11 @@ async fn flush(core: &Core) -> Outcome {
     };
     match outcome {
         Ok(()) => volume.unflushed.has_flushed(number),
-        Err(Status::Media) => drop(volume.told_losses.fetch_max(losses, Ordering::AcqRel)),
+        Err(Status::Media) => {
+            if volume.told_losses.fetch_max(losses, Ordering::AcqRel) < losses {
+                drop(core.shared.ask(|owner| async move { owner.loss_was_told() }));
+            }
+        }
         Err(_) => {}
     }
     outcome

@@ -526,3 +526,52 @@ fn a_cache_that_was_lost_between_two_processes_is_told() {
         Ok(())
     });
 }
+
+/// The only copy loses its cache, in a running pool or between two processes, and the process that has noticed it dies before anybody flushes. The next one
+/// tells it, to those who have lost something, and once.
+#[test]
+fn what_a_lost_cache_took_is_told_also_when_the_process_that_noticed_it_is_gone() {
+    holds("loss_not_kept", |seed| {
+        for is_open in [true, false] {
+            let mut scene = Scene::sized(seed, 1, 16 << 11);
+            scene.disks[0].state().cache_identity = Some([1; 16]);
+            scene.create(Level::Linear);
+            let mut pool = scene.open();
+            for volume in ["v", "quiet"] {
+                scene.ask(pool.create_volume(volume, 1 << 20)).unwrap();
+                scene.write(&pool, volume, 0, &noise(1, 4096));
+                scene.flush(&pool, volume);
+            }
+            scene.write(&pool, "v", 8192, &noise(2, 4096));
+            match is_open {
+                true => scene.disks[0].lose_power(),
+                false => {
+                    drop(pool);
+                    scene.kill();
+                    scene.disks[0].lose_power();
+                    pool = scene.open();
+                }
+            }
+            scene.wait(Duration::from_secs(1));
+            drop(pool);
+            scene.kill();
+            let pool = scene.open();
+            // Between two processes nobody knows whose it was.
+            let quiet = scene.io(&pool, "quiet", Operation::Flush, 0, &[]).0;
+            if quiet != if is_open { Ok(()) } else { Err(Status::Media) } {
+                return Err(format!("quiet, open {is_open}: {quiet:?}"));
+            }
+            let outcome = scene.io(&pool, "v", Operation::Flush, 0, &[]).0;
+            if outcome != Err(Status::Media) {
+                return Err(format!("open {is_open}: {outcome:?}"));
+            }
+            scene.wait(Duration::from_millis(1));
+            drop(pool);
+            scene.kill();
+            let pool = scene.open();
+            scene.flush(&pool, "v");
+            scene.flush(&pool, "quiet");
+        }
+        Ok(())
+    });
+}

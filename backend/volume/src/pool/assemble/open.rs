@@ -73,7 +73,9 @@ async fn start(
         )));
     }
     let tail = tail_of(&found.book, &options);
-    let (caches, mut entries) = tail.map_or_else(Default::default, |tail| (tail.caches, tail.records));
+    let tail = tail.unwrap_or_default();
+    let (caches, mut entries) = (tail.caches, tail.records);
+    let untold = if was_closed || is_broken("loss_not_kept") { Vec::new() } else { tail.untold };
     let book = next_book(runtime, &found.book, &options);
     let now = runtime.now();
     let mut lost_caches = Vec::new();
@@ -201,7 +203,7 @@ async fn start(
     if !is_read_only {
         // The tail is ready for us before anybody may take it for another's.
         if !is_broken("tail_not_kept") {
-            keep_tail(&owner, &caches, &kept_entries);
+            keep_tail(&owner, &caches, &untold, &kept_entries);
         }
         if !is_broken("opened_unrecorded") {
             let _turn = owner.turns.superblock.take().await;
@@ -243,19 +245,20 @@ async fn start(
     }
     owner.resume_replacing();
     let replayed = replay_tail(&owner, tables.seq, entries)?;
+    owner.register();
+    owner.show_volumes();
+    if is_cache_lost || !untold.is_empty() {
+        // With what the process before us had acknowledged, to guests that go on: the next FLUSH of each tells it.
+        owner.shared.has_lost();
+        let volumes = lock(&owner.shared.volumes);
+        let have_lost = volumes.values().filter(|volume| is_cache_lost || untold.contains(&volume.id));
+        have_lost.for_each(|volume| volume.unflushed.has_written());
+    }
     if !is_read_only {
         for (member, cache) in lost_caches {
             owner.members.borrow_mut()[member].whole_cache = cache;
         }
         owner.begin_tail();
-    }
-    owner.register();
-    owner.show_volumes();
-    if is_cache_lost {
-        // With what the process before us had acknowledged, to guests that go on: the next FLUSH of each tells it.
-        owner.shared.has_lost();
-        let volumes = lock(&owner.shared.volumes);
-        volumes.values().for_each(|volume| volume.unflushed.has_written());
     }
     if !is_read_only {
         let ready = async {
@@ -320,13 +323,14 @@ fn next_book(runtime: &Runtime, book: &Superblock, options: &OpenOptions) -> Sup
     next
 }
 
-fn keep_tail(owner: &Rc<Owner>, caches: &[(Uuid, [u8; 16])], entries: &[(u64, Record)]) {
+fn keep_tail(owner: &Rc<Owner>, caches: &[(Uuid, [u8; 16])], untold: &[u32], entries: &[(u64, Record)]) {
     let mut kept = owner.whole_caches();
     // Who has lost its cache is found out again, if we do not come to write that down.
     let lost = caches.iter().filter(|(member, _)| !kept.iter().any(|(other, _)| other == member));
     let lost: Vec<_> = lost.copied().collect();
     kept.extend(lost);
-    let mut content = format::encode_tail_header(&owner.shared.uuid, owner.book.borrow().epoch, &kept);
+    let epoch = owner.book.borrow().epoch;
+    let mut content = format::encode_tail_header(&owner.shared.uuid, epoch, &kept, untold);
     for (seq, record) in entries {
         format::encode_tail_entry(*seq, record, &mut content);
     }

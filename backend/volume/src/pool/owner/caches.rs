@@ -89,6 +89,13 @@ impl Owner {
         Ok(())
     }
 
+    /// A volume's users were told what it has lost: the next process need not do so again.
+    pub(crate) fn loss_was_told(&self) {
+        if !self.is_read_only && !self.is_closing.get() {
+            self.begin_tail();
+        }
+    }
+
     /// Waits while it is not known what a lost cache has taken with it.
     pub(crate) async fn caches_seen_to(&self) -> Outcome {
         let is_open = || self.shared.lost_caches.look().is_open();
@@ -209,8 +216,8 @@ impl Owner {
         }
         self.take_back(set, seen.number());
         // At once with what names the caches now: a process after us would take the records for what was written into them.
-        self.begin_tail();
         self.shared.has_lost();
+        self.begin_tail();
         Ok(Some(Vec::new()))
     }
 

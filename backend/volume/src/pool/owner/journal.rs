@@ -177,8 +177,8 @@ impl Owner {
     }
 
     fn tail_content(&self, pending: &VecDeque<Pending>) -> Vec<u8> {
-        let mut content =
-            format::encode_tail_header(&self.shared.uuid, self.book.borrow().epoch, &self.whole_caches());
+        let (epoch, untold) = (self.book.borrow().epoch, self.shared.untold());
+        let mut content = format::encode_tail_header(&self.shared.uuid, epoch, &self.whole_caches(), &untold);
         for pending in pending {
             content.extend_from_slice(&pending.entry);
         }

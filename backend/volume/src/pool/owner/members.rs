@@ -210,6 +210,7 @@ impl Owner {
                 Err(why) => {
                     if status == Status::Media {
                         self.shared.has_lost();
+                        self.begin_tail();
                     }
                     outcome = outcome.and(Err(why));
                 }
