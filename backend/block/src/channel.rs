@@ -98,6 +98,18 @@ pub trait Device: Send + Sync {
         Duration::ZERO
     }
 
+    /// Whether it keeps writes of which nobody knows whether they were, or will be, carried out: they do not end with the others when it fails,
+    /// nor when it is ready again, but when no trace of them is left on the way to it. Whoever has another copy of what they write need not wait for
+    /// that: see [`Channel::leave`].
+    fn has_unknown_writes(&self) -> bool {
+        false
+    }
+
+    /// Whether writes that were left ([`Channel::leave`]), on whichever channel, may still be carried out.
+    fn has_left_behind(&self) -> bool {
+        false
+    }
+
     /// Calls `listener` whenever geometry or state has changed, on whatever thread noticed. It must be quick and must not
     /// call back into the device. It is kept as long as the device lives; hold weak references in it.
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>);
@@ -180,4 +192,15 @@ pub trait Channel {
     /// Ends all requests as soon as that can be done safely (tearing an association down if need be): they are still
     /// reaped as usual, `Aborted` or however they ended. For a user that has waited long enough.
     fn abort(&mut self) {}
+
+    /// Like `abort`, and a write of which nobody knows what becomes of it ends as well, `Aborted`, as soon as its memory is not used any more: the
+    /// device may carry it out long after that, over whatever was written to the same blocks since. From this call until none can be any more,
+    /// [`Device::has_left_behind`] says so. Whoever leaves writes sees to it that nothing is written to that device before it
+    /// does not say so any more, through whatever channel; and that what stands there then, in any block that a write that was left named, old or
+    /// new or in part, is taken for garbage. So only who does not use the device any more can leave it.
+    ///
+    /// A device that needs the time itself may hold writes back that come too early; that is no promise.
+    fn leave(&mut self) {
+        self.abort();
+    }
 }

@@ -101,6 +101,14 @@ impl Device for HeldDevice {
         self.inner.quiesce_time()
     }
 
+    fn has_unknown_writes(&self) -> bool {
+        self.inner.has_unknown_writes()
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.inner.has_left_behind()
+    }
+
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
         self.inner.subscribe(listener);
     }
@@ -150,5 +158,9 @@ impl Channel for HeldChannel {
 
     fn abort(&mut self) {
         self.inner.abort();
+    }
+
+    fn leave(&mut self) {
+        self.inner.leave();
     }
 }

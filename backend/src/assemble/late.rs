@@ -107,6 +107,14 @@ impl Device for LateDevice {
         self.device.get().map_or(Duration::ZERO, |device| device.quiesce_time())
     }
 
+    fn has_unknown_writes(&self) -> bool {
+        self.device.get().is_some_and(|device| device.has_unknown_writes())
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.device.get().is_some_and(|device| device.has_left_behind())
+    }
+
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
         let mut waiting = self.waiting();
         match self.device.get() {

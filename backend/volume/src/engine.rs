@@ -61,6 +61,14 @@ impl Device for Volume {
         self.member.quiesce_time()
     }
 
+    fn has_unknown_writes(&self) -> bool {
+        self.member.has_unknown_writes()
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.member.has_left_behind()
+    }
+
     fn state(&self) -> DeviceState {
         self.member.state()
     }
@@ -200,6 +208,10 @@ impl Channel for VolumeChannel {
 
     fn abort(&mut self) {
         self.member.abort();
+    }
+
+    fn leave(&mut self) {
+        self.member.leave();
     }
 }
 

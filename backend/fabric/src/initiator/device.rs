@@ -11,6 +11,7 @@ use super::meter::{History, LaneNumbers, Loss, Moved, PathState};
 use super::quiet::{self, Kept, Record, Unquiet};
 use super::reserve;
 use super::signal::Mailbox;
+use super::unknown::Unknown;
 use crate::nvme::ana::AnaState;
 use crate::simulated::is_broken;
 use crate::uri::{NvmeUri, Transport};
@@ -105,6 +106,7 @@ pub(crate) struct Shared {
     /// By path.
     meters: Vec<Meters>,
     pub(crate) caches: Arc<Caches>,
+    unknown: Arc<Unknown>,
     status: Mutex<Status>,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -398,6 +400,7 @@ impl NvmeDevice {
             stats: Arc::default(),
             meters: (0..paths).map(|_| Meters::default()).collect(),
             caches,
+            unknown: Arc::default(),
             status: Mutex::new(status),
             listeners: Mutex::default(),
         });
@@ -405,7 +408,7 @@ impl NvmeDevice {
             let shared = Arc::clone(&shared);
             let predecessors = predecessors.clone();
             reactor.run(move |runtime| {
-                let cache = (Arc::clone(&shared.caches), index);
+                let own = (Arc::clone(&shared.caches), Arc::clone(&shared.unknown), index);
                 let config = &shared.config;
                 let stats = shared.stats.writer(runtime);
                 let now = runtime.now();
@@ -413,7 +416,7 @@ impl NvmeDevice {
                 let until: Vec<_> = predecessors.iter().map(until).collect();
                 let numbers = shared.meters.iter().map(|meters| meters.lane(runtime));
                 let ways = shared.notices.iter().cloned().zip(numbers).collect();
-                let lane = Lane::add(runtime, ways, stats, cache, config, &until);
+                let lane = Lane::add(runtime, ways, stats, own, config, &until);
                 runtime.local::<Lanes>().0.borrow_mut().insert(shared.key, lane);
             });
         }
@@ -518,6 +521,14 @@ impl Device for NvmeDevice {
         };
         // The next association may be with a target that says nothing.
         told.unwrap_or_default().max(quiet::lives(&self.shared.config.timers, 0))
+    }
+
+    fn has_unknown_writes(&self) -> bool {
+        self.shared.unknown.is_any_kept()
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.shared.unknown.is_any_left()
     }
 
     fn reserve(&self, command: ReservationCommand) -> Result<(), ReserveError> {

@@ -27,6 +27,8 @@ pub(super) struct Held {
     pub(super) unknown: Option<u64>,
     /// Its channel wants it back.
     pub(super) aborted: bool,
+    /// Its channel wants it back though it may still be carried out: a write, which counts in [`super::unknown`] for that.
+    pub(super) left: bool,
     /// A flush for the controller of this path and association.
     pub(super) only: Option<(usize, u64)>,
     /// How many writes it reaches there.
@@ -53,6 +55,7 @@ impl Held {
             avoid: None,
             unknown: None,
             aborted: false,
+            left: false,
             only: None,
             written: 0,
             lost_paths: LostPaths::default(),
@@ -61,7 +64,7 @@ impl Held {
         }
     }
 
-    /// Sending it again, or ending it, must wait until earlier associations are quiet.
+    /// Sending it again must wait until earlier associations are quiet; ending it too, unless it was left.
     pub(super) fn is_unknown_write(&self) -> bool {
         self.unknown.is_some() && self.request.operation.is_write()
     }

@@ -16,6 +16,8 @@
 //!   again nor ended before that association is quiet: its time is over (`ghosts`), or a task says so. While it waits,
 //!   writes to any of its blocks wait behind it, in the order in which they came; what a process before us wrote to is not
 //!   known, so then all writes wait. Reads are sent again at once.
+//! - One that its user has left ends before that. Where it would have been written is forgotten then, so all writes of all lanes wait
+//!   until its association is quiet.
 //! - Nothing is given back to a channel while an operation names its buffers.
 
 mod control;
@@ -30,6 +32,7 @@ use super::queue::{Answer, Ended, Transfer};
 use super::signal::Mailbox;
 use super::socket::ConnectedQueue;
 use super::transport::Connection;
+use super::unknown::Unknown;
 pub(crate) use super::way::Start;
 use super::way::Way;
 use crate::leaf;
@@ -50,6 +53,8 @@ use std::time::Duration;
 
 /// Key of the lane's one timer.
 const KEY_TICK: u32 = 0;
+/// How often it is looked whether what another lane has left is over.
+const LEFT_CHECK: Duration = Duration::from_millis(50);
 /// How often commands under way are looked at for `io_timeout`.
 const TIMEOUT_CHECK: Duration = Duration::from_secs(1);
 /// How often a command that the controller refused for now is tried again; as Linux's nvme_max_retries.
@@ -76,6 +81,8 @@ struct Ghosts {
     until: Instant,
     /// It was another process's: we do not know what it wrote to.
     anywhere: bool,
+    /// Writes in it that have ended, since nobody waits for them.
+    left: u64,
 }
 
 struct ChannelState {
@@ -97,6 +104,7 @@ pub(crate) struct Lane {
     id: Option<SourceId>,
     stats: Arc<IoStats>,
     caches: Arc<Caches>,
+    unknown: Arc<Unknown>,
     /// Which lane of the device this is.
     index: usize,
     write_through: bool,
@@ -114,6 +122,8 @@ pub(crate) struct Lane {
     /// No path is expected to come back in time: requests fail instead of waiting.
     failing: bool,
     ghosts: Vec<Ghosts>,
+    /// How many of `pending` wait for one of them, as was told last.
+    kept: u64,
     pending: VecDeque<Held>,
     /// Blocks that writes of unknown outcome may still change: kept to be filled anew without allocating.
     held_back: Vec<Range<u64>>,
@@ -121,6 +131,8 @@ pub(crate) struct Lane {
     sequence: u64,
     /// Flushes wait, at most until then; or none does.
     flushes_wait_until: Instant,
+    /// The same of writes, for what another lane has left.
+    writes_wait_until: Instant,
     wholes: Wholes,
     channels: Slab<ChannelState>,
     controls: BTreeMap<u64, Control>,
@@ -133,7 +145,7 @@ impl Lane {
         runtime: &Runtime,
         paths: Vec<(Arc<Mailbox<Notice>>, Arc<LaneNumbers>)>,
         stats: Arc<IoStats>,
-        (caches, index): (Arc<Caches>, usize),
+        (caches, unknown, index): (Arc<Caches>, Arc<Unknown>, usize),
         config: &NvmeConfig,
         predecessors: &[(u64, Instant)],
     ) -> Rc<RefCell<Lane>> {
@@ -143,6 +155,7 @@ impl Lane {
             association: *association,
             until: *until,
             anywhere: true,
+            left: 0,
         };
         let lane = Rc::new(RefCell::new(Lane {
             runtime: runtime.clone(),
@@ -150,6 +163,7 @@ impl Lane {
             id: None,
             stats,
             caches,
+            unknown,
             index,
             write_through: config.on_cache_doubt == CacheDoubt::WriteThrough,
             timers,
@@ -161,11 +175,13 @@ impl Lane {
             turn: 0,
             failing: false,
             ghosts: predecessors.iter().map(ghosts).collect(),
+            kept: 0,
             pending: VecDeque::with_capacity(1024),
             held_back: Vec::with_capacity(1024),
             delayed: Vec::new(),
             sequence: 0,
             flushes_wait_until: Instant::NEVER,
+            writes_wait_until: Instant::NEVER,
             wholes: Wholes::default(),
             channels: Slab::default(),
             controls: BTreeMap::new(),
@@ -185,6 +201,8 @@ impl Lane {
         if let Some((_, timer)) = self.tick.take() {
             self.runtime.cancel_timer(timer);
         }
+        // Nobody asks this device any more. A later one knows from the record.
+        self.unknown.are_over(self.ghosts.drain(..).map(|ghosts| ghosts.left).sum());
         self.runtime.remove_source(self.id());
     }
 
@@ -304,7 +322,7 @@ impl Lane {
             self.pending.make_contiguous().sort_by_key(|held| held.sequence);
             if ghosts {
                 let until = self.runtime.refresh_now() + lives;
-                self.ghosts.push(Ghosts { association, until, anywhere: false });
+                self.ghosts.push(Ghosts { association, until, anywhere: false, left: 0 });
             }
         }
         self.settle();
@@ -323,7 +341,9 @@ impl Lane {
 
     /// The commands of this association have ended: its writes of unknown outcome may be sent again.
     pub(crate) fn quiet(&mut self, association: u64) {
-        self.ghosts.retain(|ghosts| ghosts.association != association);
+        let over = self.ghosts.extract_if(.., |ghosts| ghosts.association == association);
+        let left = over.map(|ghosts| ghosts.left).sum();
+        self.unknown.are_over(left);
         for held in self.pending.iter_mut().filter(|held| held.unknown == Some(association)) {
             held.unknown = None;
         }
@@ -341,18 +361,33 @@ impl Lane {
 
     /// Ends what shall end and may.
     fn settle(&mut self) {
+        let mut kept = 0;
         for _ in 0..self.pending.len() {
-            let Some(held) = self.pending.pop_front() else { return };
+            let Some(mut held) = self.pending.pop_front() else { break };
             let status = match held.aborted {
                 true => Status::Aborted,
                 false => Status::Path,
             };
-            if (held.aborted || self.failing) && !held.is_unknown_write() {
+            let is_unknown = held.is_unknown_write();
+            let may_end = !is_unknown || self.is_left_to_ghosts(&mut held);
+            if (held.aborted || self.failing) && may_end {
                 self.end(&held, Err(status));
             } else {
+                kept += u64::from(is_unknown);
                 self.pending.push_back(held);
             }
         }
+        self.unknown.keeps(kept, self.kept);
+        self.kept = kept;
+    }
+
+    /// A write of unknown outcome that was left counts for its lost association from now on; false when it was not.
+    fn is_left_to_ghosts(&mut self, held: &mut Held) -> bool {
+        let ghosts = self.ghosts.iter_mut().find(|ghosts| Some(ghosts.association) == held.unknown);
+        let Some(ghosts) = ghosts.filter(|_| held.left && held.aborted) else { return false };
+        ghosts.left += 1;
+        held.left = false;
+        true
     }
 
     fn wake(&self) {
@@ -418,6 +453,23 @@ impl Lane {
         }
         self.settle();
         self.wake();
+    }
+
+    /// The same, and writes of unknown outcome are not waited for.
+    fn leave(&mut self, channel: usize) {
+        let under_way = self.ways.iter_mut().flat_map(|way| way.connection.iter_mut());
+        let under_way = under_way.flat_map(Connection::users_mut);
+        let delayed = self.delayed.iter_mut().map(|(_, held)| held);
+        let mut left = 0;
+        for held in under_way.chain(&mut self.pending).chain(delayed) {
+            if held.channel == channel && held.request.operation.is_write() && !held.left {
+                held.left = true;
+                left += 1;
+            }
+        }
+        // Before any of them ends.
+        self.unknown.leave(left);
+        self.abort(channel);
     }
 
     fn answered(&mut self, path: usize, ended: Ended<Held>) {
@@ -514,6 +566,9 @@ impl Lane {
         if held.is_control() {
             return self.control_failed(held, ReserveError::NotSent("no path is good".to_owned()));
         }
+        if held.left {
+            self.unknown.are_over(1);
+        }
         let (held, outcome) = match held.whole.map(|whole| self.wholes.piece_ended(whole, outcome)) {
             None => (*held, outcome),
             Some(None) => return,
@@ -551,7 +606,7 @@ impl Lane {
     fn schedule(&mut self) {
         let ghosts = if is_broken("never_wake_again") { &[][..] } else { &self.ghosts };
         let waits = self.delayed.iter().map(|(at, _)| *at).chain(ghosts.iter().map(|ghosts| ghosts.until));
-        let mut next = waits.fold(self.flushes_wait_until, Instant::min);
+        let mut next = waits.fold(self.flushes_wait_until.min(self.writes_wait_until), Instant::min);
         if self.ways.iter().any(|way| way.outstanding() > 0) {
             next = next.min(self.runtime.now() + TIMEOUT_CHECK);
         }
@@ -668,6 +723,10 @@ impl Channel for LaneChannel {
 
     fn abort(&mut self) {
         self.lane.borrow_mut().abort(self.channel);
+    }
+
+    fn leave(&mut self) {
+        self.lane.borrow_mut().leave(self.channel);
     }
 }
 

@@ -12,6 +12,7 @@
 //!   lane (one per reactor) ── requests of its channels: which path they take, resent after a loss, no ghost writes
 //!     │   ├ way ─────── a path's connection here; numa ── how near its interface is
 //!     │   ├ held ────── one request on its way, or several in the place of one
+//!     │   ├ unknown ─── how many writes of unknown outcome there are, and how many that were left
 //!     │   └ control ─── reservations, on the way of requests; reserve ── for who may wait for them
 //!   meter ───────── what is counted of a path
 //!   transport ───────── a queue pair on its connection, over either transport
@@ -38,6 +39,10 @@
 //! be a middle box's, which keeps the target's side open, with bytes in it that nobody has read. Without proof, twice
 //! `keep_alive_tmo` and CQT or `quiesce_tmo` must have passed since the loss; for a process before us that has kept nothing, the
 //! longest that a controller says.
+//!
+//! A user who does not need to know what became of its writes leaves them ([`hawser_block::Channel::leave`]). They end then as soon as nothing
+//! names their memory. Until the association is quiet the device says that it has left something behind, and no write goes out
+//! on any of its lanes: whoever writes to it too early waits, and loses nothing.
 
 mod admin;
 mod batch;
@@ -64,6 +69,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod unknown;
 mod way;
 
 pub use config::{CacheDoubt, HostIdentity, IoPolicy, NvmeConfig, PathTimers};

@@ -143,6 +143,14 @@ impl Device for Twin {
         self.old.quiesce_time().max(self.new.quiesce_time())
     }
 
+    fn has_unknown_writes(&self) -> bool {
+        self.old.has_unknown_writes() || self.new.has_unknown_writes()
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.old.has_left_behind() || self.new.has_left_behind()
+    }
+
     fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
         self.old.subscribe(listener);
     }
@@ -279,5 +287,10 @@ impl Channel for TwinChannel {
     fn abort(&mut self) {
         self.old.abort();
         self.new.abort();
+    }
+
+    fn leave(&mut self) {
+        self.old.leave();
+        self.new.leave();
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns: the order of sending and the choice of a path. Must not know: connections from the inside, tasks.
 
-use super::Lane;
+use super::{LEFT_CHECK, Lane};
 use crate::initiator::cache::{Fate, Flush};
 use crate::initiator::config::IoPolicy;
 use crate::initiator::held::{Fit, Held, fit};
@@ -73,7 +73,9 @@ impl Lane {
         if !self.ghosts.is_empty() {
             held_back.extend(self.pending.iter().filter(|held| held.is_unknown_write()).map(blocks_of));
         }
-        let anywhere = self.ghosts.iter().any(|ghosts| ghosts.anywhere);
+        // Of what was left, here or in another lane, nobody knows any more where it goes.
+        let is_left = self.unknown.is_any_left();
+        let anywhere = is_left || self.ghosts.iter().any(|ghosts| ghosts.anywhere);
         let waits = |held: &Held| {
             let blocks = blocks_of(held);
             let overlaps = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
@@ -81,9 +83,14 @@ impl Lane {
         };
         let now = self.runtime.now();
         self.flushes_wait_until = Instant::NEVER;
+        self.writes_wait_until = Instant::NEVER;
         let mut at = 0;
         while at < self.pending.len() {
-            if !self.ghosts.is_empty() && waits(&self.pending[at]) {
+            if (is_left || !self.ghosts.is_empty()) && waits(&self.pending[at]) {
+                if is_left {
+                    // Its end is told to the lane that it was in.
+                    self.writes_wait_until = now + LEFT_CHECK;
+                }
                 at += 1;
                 continue;
             }

@@ -233,6 +233,10 @@ impl Client {
     pub(super) fn abort(&self) {
         self.with(|user| user.channel.as_mut().expect("open").abort());
     }
+
+    pub(super) fn leave(&self) {
+        self.with(|user| user.channel.as_mut().expect("open").leave());
+    }
 }
 
 impl Drop for Client {

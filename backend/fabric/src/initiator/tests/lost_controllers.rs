@@ -10,17 +10,17 @@ use crate::nvme::command::io_opcode;
 use crate::nvme::cross_reset::{ControllerInstance, ResetState};
 use crate::nvme::identify::{OAES_ANA_CHANGE, VENDOR_MARK};
 
-const HOUR: Duration = Duration::from_secs(3600);
+pub(super) const HOUR: Duration = Duration::from_secs(3600);
 
 /// What is lost in these tests.
 const LOST: ControllerInstance = ControllerInstance { cntlid: 5, uniquifier: 9, random: 100 };
 
-fn data(seed: u8) -> Vec<u8> {
+pub(super) fn data(seed: u8) -> Vec<u8> {
     (0..4096usize).map(|at| seed ^ at.to_le_bytes()[0]).collect()
 }
 
 /// One whose Connect waits for what it knows to be over, and that resets other controllers, in its own time.
-fn target() -> Scripted {
+pub(super) fn target() -> Scripted {
     let target = Scripted::start(NQN);
     let mut state = target.state();
     state.controller.vendor[..8].copy_from_slice(&VENDOR_MARK);
@@ -34,14 +34,14 @@ fn target() -> Scripted {
 }
 
 /// The next association is another instance of the controller.
-fn next_instance(target: &Scripted) {
+pub(super) fn next_instance(target: &Scripted) {
     let mut state = target.state();
     state.controller.instance_random += 1;
     state.controller.cntlid += 1;
     state.cntlid += 1;
 }
 
-fn writes(target: &Scripted) -> usize {
+pub(super) fn writes(target: &Scripted) -> usize {
     target.state().log.iter().filter(|(_, sqe)| sqe.opcode == io_opcode::WRITE).count()
 }
 

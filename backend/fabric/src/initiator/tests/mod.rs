@@ -7,6 +7,7 @@ mod costs_over_rdma;
 mod counted;
 mod ghosts;
 mod lab;
+mod left_behind;
 mod links;
 mod lost_controllers;
 mod middle_box;
