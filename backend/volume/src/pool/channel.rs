@@ -313,8 +313,8 @@ impl VolumeChannel {
             self.retired.extend(retired.map(|mut lane| {
                 let is_kin = leaf.as_ref().is_some_and(|leaf| leaf.is_kin(&lane.leaf));
                 if !is_kin {
-                    // Nobody waits for a device that is no member any more.
-                    lane.channel.abort();
+                    // Nobody waits for a device that is no member any more; it was out before it was that.
+                    lane.channel.leave();
                 }
                 Retired { member: is_kin.then_some(member), lane }
             }));
@@ -536,7 +536,7 @@ impl VolumeChannel {
             let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
             if given_up != lane.given_up {
                 lane.given_up = given_up;
-                lane.channel.abort();
+                lane.channel.leave();
                 aborted |= 1 << member;
             }
             lane.channel.reap(&mut reaped);
@@ -566,7 +566,7 @@ impl VolumeChannel {
                 let given_up = self.core.shared.given_up[member].load(Ordering::Acquire);
                 if given_up != lane.given_up {
                     lane.given_up = given_up;
-                    lane.channel.abort();
+                    lane.channel.leave();
                 }
             }
             lane.channel.reap(&mut reaped);

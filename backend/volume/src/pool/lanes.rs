@@ -260,11 +260,20 @@ impl Lanes {
 
     /// Ends what is under way at a device as soon as that can be done safely.
     pub(crate) fn abort(&self, leaf: &Leaf) {
+        self.end_all(leaf, |channel| channel.abort());
+    }
+
+    /// The same at the device of a member that is out, which the superblocks say: what its writes do there later does not matter.
+    pub(crate) fn leave(&self, leaf: &Leaf) {
+        self.end_all(leaf, |channel| channel.leave());
+    }
+
+    fn end_all(&self, leaf: &Leaf, end: impl Fn(&mut dyn Channel)) {
         for lane in self.lanes.borrow_mut().iter_mut().filter(|lane| lane.leaf.is_kin(leaf)) {
             if !lane.batch.is_empty() {
                 lane.channel.submit(&mut lane.batch);
             }
-            lane.channel.abort();
+            end(lane.channel.as_mut());
         }
         // What has ended by it is seen now, not when something else ends.
         if let Some(source) = self.source.get() {

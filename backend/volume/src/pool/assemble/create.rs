@@ -1,7 +1,8 @@
 //! A new pool: what it looks like, and the order in which it is written. What has no superblock is no pool, so superblocks come last.
 
 use super::{
-    array_of, failed, leaves_of, new_set, random_uuid, read_only_line, read_superblock, spares_line, wrong,
+    array_of, failed, leaves_of, new_set, random_uuid, read_only_line, read_superblock, spares_line,
+    still_gets_writes, wrong,
 };
 use crate::format::superblock::PARITY_LOG_PAGES_MAX;
 use crate::format::{self, Layout, MemberRecord, PAGE_BYTES, ParityHeader, Superblock, Uuid, unit_bytes_for};
@@ -39,6 +40,9 @@ async fn make(
     options: CreateOptions,
 ) -> Result<(), PoolError> {
     let leaves = leaves_of(devices)?;
+    if let Some(leaf) = leaves.iter().find(|leaf| leaf.device.has_left_behind()) {
+        return Err(still_gets_writes(leaf.name()));
+    }
     let (book, spares) = plan_pool(runtime, &leaves, &options)?;
     for leaf in &leaves {
         match read_superblock(lanes, leaf).await {

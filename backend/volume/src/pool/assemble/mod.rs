@@ -30,6 +30,13 @@ pub(super) fn read_only_line(name: &str) -> String {
     format!("{name} is read-only, want a device that can be written")
 }
 
+/// Why a device is not taken that was given up by whoever had it.
+pub(crate) fn still_gets_writes(name: &str) -> PoolError {
+    PoolError::Conflict(format!(
+        "{name} may still get writes of before it was lost: want it tried again in a minute, or another device"
+    ))
+}
+
 /// Of spares where no member can be done without.
 pub(super) fn spares_line(level: Level) -> String {
     format!("{} has no second copy that a spare could be given, want no spares", level.name())

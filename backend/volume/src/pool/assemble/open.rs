@@ -2,8 +2,8 @@
 //! under way), then everything is read, then a checkpoint is made that all who have tables agree on.
 
 use super::found::Found;
-use super::parity_log;
 use super::tables::{is_within, read_intents, read_tables};
+use super::{parity_log, still_gets_writes};
 use crate::format::{self, Record, Superblock, TailContent, Uuid};
 use crate::pool::lanes::{Lanes, Leaf};
 use crate::pool::owner::{
@@ -71,6 +71,13 @@ async fn start(
             "pool {} lacks members and was not closed, and stripes that were being written are only put right when it is opened for writing",
             found.book.name
         )));
+    }
+    // Who is out gets nothing before it comes back. Nobody else may get what this process has left, for an earlier opening perhaps.
+    let members = found.book.members.iter().zip(&found.members).filter(|(record, _)| record.in_sync);
+    let taken = members.filter_map(|(_, place)| place.as_ref().map(|(leaf, _)| leaf));
+    let mut taken = taken.chain(&found.replacement).filter(|_| !options.read_only);
+    if let Some(leaf) = taken.find(|leaf| leaf.device.has_left_behind()) {
+        return Err(still_gets_writes(leaf.name()));
     }
     let tail = tail_of(&found.book, &options);
     let tail = tail.unwrap_or_default();
@@ -221,7 +228,7 @@ async fn start(
         // Who is out and there may say that it is not. Now that it was found to be behind, it says so itself: later it may not be to be seen.
         let is_there: Vec<bool> = owner.members.borrow().iter().map(|member| member.leaf.is_some()).collect();
         for (member, is_there) in (0u16..).zip(is_there) {
-            if is_there && owner.mode_of(member) == Mode::Away {
+            if is_there && owner.mode_of(member) == Mode::Away && !owner.has_left_behind(member) {
                 // Who cannot be is told when it joins.
                 let _ = owner.tell(member).await;
             }

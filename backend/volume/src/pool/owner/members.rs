@@ -37,6 +37,8 @@ pub(crate) struct Member {
     /// Units that a scrub has found to be wrong on it.
     pub(crate) wrong: u64,
     pub(crate) away_since: Option<Instant>,
+    /// Since when its device keeps writes of unknown outcome, as far as it was looked at.
+    keeps_since: Option<Instant>,
     /// When it was last tried to bring it back.
     pub(crate) tried: Instant,
     /// What named its volatile cache when it was last known to have all that was written.
@@ -65,6 +67,7 @@ impl Member {
             repaired: 0,
             wrong: 0,
             away_since: (!is_recorded).then_some(now),
+            keeps_since: None,
             tried: now,
             whole_cache: cache.name.filter(|_| is_recorded),
             cache: Arc::new(Mutex::new(cache)),
@@ -379,7 +382,7 @@ impl Owner {
     }
 
     /// A member is written to no more, and that is written down. What waits for its answer is not waited for: what it may still do is undone
-    /// when it is brought back.
+    /// when it is brought back, which is not before it cannot do it any more ([`Owner::has_left_behind`]).
     fn away(&self, set: &Set, index: u16, number: u16, why: &str) {
         {
             let _one = lock(&self.shared.modes);
@@ -406,17 +409,62 @@ impl Owner {
                 });
             }
         }
-        let Some(leaf) = leaf.filter(|leaf| leaf.device.state() != DeviceState::Ready) else { return };
-        self.lanes.abort(&leaf);
+        let is_waited_for =
+            |leaf: &Leaf| leaf.device.state() != DeviceState::Ready || leaf.device.has_unknown_writes();
+        if let Some(leaf) = leaf.filter(is_waited_for) {
+            self.give_up(number, &leaf);
+        }
+    }
+
+    /// Ends what is under way at a member that is away, on all reactors, though its writes may still be carried out.
+    fn give_up(&self, number: u16, leaf: &Leaf) {
+        self.lanes.leave(leaf);
         self.shared.given_up[usize::from(number)].fetch_add(1, Ordering::Release);
         for reactor in self.shared.reactors() {
             let (shared, leaf) = (Arc::clone(&self.shared), leaf.clone());
             reactor.run(move |runtime| {
                 if let Some(place) = Place::find(runtime, &shared) {
-                    place.lanes.abort(&leaf);
+                    place.lanes.leave(&leaf);
                     place.wake_users(runtime);
                 }
             });
+        }
+    }
+
+    /// Puts out members whose devices keep a write longer than a member is waited for, because nobody knows what becomes of it. When that
+    /// is all that is asked of them, nothing else fails; and a device that is ready again goes on to keep it.
+    pub(crate) async fn put_out_keepers(self: &Rc<Self>) {
+        if self.is_read_only || is_broken("kept_writes_waited_for") {
+            return;
+        }
+        let now = self.runtime.now();
+        let is_due = |(number, member): (u16, &mut Member)| {
+            let leaf = member.leaf.as_ref().filter(|leaf| leaf.device.has_unknown_writes());
+            let Some(leaf) = leaf.cloned() else {
+                member.keeps_since = None;
+                return None;
+            };
+            let since = *member.keeps_since.get_or_insert(now);
+            let is_failed = leaf.device.state() == DeviceState::Failed;
+            (is_failed || now >= since + self.options.member_timeout).then_some((number, leaf))
+        };
+        let due: Vec<_> = (0u16..).zip(self.members.borrow_mut().iter_mut()).filter_map(is_due).collect();
+        for (number, leaf) in due {
+            let (set, index) = self.place_of(number);
+            if set.mode(index) == Mode::Away {
+                self.give_up(number, &leaf);
+                continue;
+            }
+            let is_ready = |place: u16| {
+                let members = self.members.borrow();
+                let leaf = members[usize::from(set.first_member() + place)].leaf.as_ref();
+                leaf.is_some_and(|leaf| leaf.device.state() == DeviceState::Ready)
+            };
+            // Where nobody could write it down it is not tried.
+            let mut others = (0..set.members()).filter(|place| *place != index);
+            if others.any(|place| set.mode(place) == Mode::InSync && is_ready(place)) {
+                self.put_out(number, Status::Timeout.name()).await;
+            }
         }
     }
 
@@ -511,6 +559,8 @@ impl Owner {
         let uuids: Vec<Uuid> = self.members.borrow().iter().map(|member| member.uuid).collect();
         let spares: Vec<(Uuid, Leaf)> =
             self.spares.borrow().iter().filter_map(|(uuid, leaf)| Some((*uuid, leaf.clone()?))).collect();
+        // One that was something else before is told later.
+        let spares = spares.into_iter().filter(|(_, leaf)| !leaf.device.has_left_behind());
         let writes = targets.iter().map(|(member, leaf)| {
             let own = Superblock { this: uuids[usize::from(*member)], ..book.clone() };
             async move { (*member, write_superblock(self, leaf, &own).await) }

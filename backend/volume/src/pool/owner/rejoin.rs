@@ -148,8 +148,15 @@ impl Owner {
         if let Some(label) = label {
             self.check_no_split(number, label)?;
         }
-        // The same device, though it may be taken for a new one: what was sent to it before it was lost may still come there.
-        if is_same && self.has_left_behind(number) {
+        // The same device, though it may be taken for a new one: what was sent to it before it was lost may still come there. Not even its
+        // superblock is written before: an old one that comes later would call it whole.
+        let (before, given) = (self.members.borrow()[usize::from(number)].leaf.clone(), leaf.clone());
+        let has_left_behind = || {
+            let before = before.iter().filter(|_| is_same);
+            let devices = before.chain([&given]).any(|leaf| leaf.device.has_left_behind());
+            (devices && !is_broken("left_writes_forgotten")) || is_same && self.has_left_behind(number)
+        };
+        if has_left_behind() {
             return Err("writes of before it was lost may still reach it: tried again".to_owned());
         }
         let (set, index) = self.place_of(number);
@@ -194,9 +201,9 @@ impl Owner {
             Ok(()) => self.join(number, &set, index).await,
             Err(status) => Err(status),
         };
-        // Who was just leaving a write behind when this began has done so by now: a barrier has passed.
-        let is_clear = !is_same || !self.has_left_behind(number);
-        let joined = joined.and(if is_clear { Ok(()) } else { Err(Status::Path) });
+        // Who was just leaving a write behind when this began has done so by now: a barrier has passed. What the member was given meanwhile is
+        // marked, and its tables are made anew the next time.
+        let joined = joined.and(if has_left_behind() { Err(Status::Path) } else { Ok(()) });
         self.members.borrow_mut()[usize::from(number)].is_joining = false;
         if let Err(status) = joined {
             set.set_mode(index, Mode::Away);
@@ -211,8 +218,19 @@ impl Owner {
         self.members.borrow()[usize::from(number)].leaf.as_ref().is_some_and(|it| it.is_kin(leaf))
     }
 
-    /// Writes of before a member was lost may still reach its device.
-    pub(super) fn has_left_behind(&self, number: u16) -> bool {
+    /// Writes of before a member was lost may still reach its device: tasks of ours are still at it, or it was left
+    /// ([`hawser_block::Channel::leave`]) and says so. Until then nothing is written to it. The last of them may leave anything in
+    /// the blocks that it named, and all of these are given to the member again when it is brought back: data is in marked regions,
+    /// whose marks stay while a member of the set is out; tables, log and marks are written anew; of the two superblocks that are newer
+    /// those of the others count. Of the parity log nothing is needed that was written before a member came back.
+    pub(crate) fn has_left_behind(&self, number: u16) -> bool {
+        let is_of_device = |leaf: &Leaf| leaf.device.has_left_behind() && !is_broken("left_writes_forgotten");
+        self.have_tasks_left(number)
+            || self.members.borrow()[usize::from(number)].leaf.as_ref().is_some_and(is_of_device)
+    }
+
+    /// Tasks of ours are still at writes to a member that nobody waits for.
+    pub(super) fn have_tasks_left(&self, number: u16) -> bool {
         self.shared.left_behind[usize::from(number)].load(Ordering::Acquire) > 0
     }
 

@@ -4,7 +4,7 @@ use super::Owner;
 use super::members::write_superblock;
 use crate::format::{MemberRecord, Superblock, Uuid};
 use crate::pool::PoolError;
-use crate::pool::assemble::{new_set, read_only_line, spares_line};
+use crate::pool::assemble::{new_set, read_only_line, spares_line, still_gets_writes};
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::View;
 use crate::raid::Mode;
@@ -100,6 +100,9 @@ impl Owner {
         let is_member = (0u16..)
             .zip(self.members.borrow().iter())
             .any(|(number, member)| is_here(&member.leaf) && !is_emptied(number));
+        if leaf.device.has_left_behind() {
+            return Err(still_gets_writes(name));
+        }
         let is_replacement = self.replacing.borrow().as_ref().is_some_and(|it| is_here(&it.leaf));
         let is_ours =
             is_member || is_replacement || self.spares.borrow().iter().any(|(_, spare)| is_here(spare));
@@ -157,10 +160,7 @@ impl Owner {
             )));
         }
         if self.is_device_of(number, &leaf) && self.has_left_behind(number) {
-            return Err(PoolError::Conflict(format!(
-                "{} may still get writes of before it was lost: want it tried again in a minute, or another device",
-                leaf.name()
-            )));
+            return Err(still_gets_writes(leaf.name()));
         }
         self.check_new(&leaf, Some(number), self.needed_bytes(number), force).await?;
         match is_copied {
@@ -199,6 +199,10 @@ impl Owner {
                 "pool {} has no second copy of what member {number} has",
                 self.shared.name
             )));
+        }
+        // Of the device that it takes the place of nothing matters any more.
+        if leaf.device.has_left_behind() || is_same && self.have_tasks_left(number) {
+            return Err(still_gets_writes(&name));
         }
         if !self.put_out(number, "is being replaced").await {
             return Err(PoolError::Conflict(format!(
@@ -282,7 +286,8 @@ impl Owner {
             away.filter_map(|number| {
                 let needed = book.layout.data_offset() + self.needed_bytes(number);
                 let fits = |leaf: &Leaf| {
-                    let is_there = leaf.device.state() == DeviceState::Ready;
+                    let is_there =
+                        leaf.device.state() == DeviceState::Ready && !leaf.device.has_left_behind();
                     is_there && leaf.device.geometry().is_some_and(|it| it.size_bytes() >= needed)
                 };
                 let spare = spares.iter().position(|(_, leaf)| leaf.as_ref().is_some_and(fits))?;

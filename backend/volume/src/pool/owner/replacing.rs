@@ -131,6 +131,7 @@ impl Owner {
     pub(super) async fn label_replacement(self: &Rc<Self>, book: &Superblock) -> Outcome {
         let Some(Replacement { uuid, .. }) = book.replacement else { return Ok(()) };
         let leaf = self.replacing.borrow().as_ref().and_then(|it| it.leaf.clone());
+        let leaf = leaf.filter(|leaf| !leaf.device.has_left_behind());
         let Some(leaf) = leaf else { return Ok(()) };
         write_superblock(self, &leaf, &Superblock { this: uuid, ..book.clone() }).await
     }
@@ -226,6 +227,13 @@ impl Owner {
     /// A device is no member's any more, and does not say that it is.
     async fn wipe(self: &Rc<Self>, leaf: &Leaf) {
         let nothing = Rc::new(Bounce::zeroed(PAGE_BYTES));
+        if leaf.device.has_left_behind() {
+            let (pool, name) = (&self.shared.name, leaf.name());
+            log::warn!(
+                "pool {pool}: {name} is no member any more, and still says that it is: writes of before may still reach it"
+            );
+            return;
+        }
         for offset in Layout::SUPERBLOCKS {
             if let Err(status) = self.lanes.write(leaf, offset, &nothing, 0, PAGE_BYTES, true).await {
                 let (pool, name, why) = (&self.shared.name, leaf.name(), status.name());
@@ -252,7 +260,8 @@ impl Owner {
         let replacing = self.replacing.borrow();
         let Some(it) = replacing.as_ref() else { return Step::Wait };
         let Some(leaf) = &it.leaf else { return Step::Wait };
-        if self.runtime.now() < it.again || leaf.device.state() != DeviceState::Ready {
+        let is_ready = leaf.device.state() == DeviceState::Ready && !leaf.device.has_left_behind();
+        if self.runtime.now() < it.again || !is_ready {
             return Step::Wait;
         }
         let twin = self.twin_of(it.member);

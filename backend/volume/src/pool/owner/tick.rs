@@ -24,11 +24,19 @@ impl Owner {
 
     /// Runs until the pool is closed: looks after the members, and tells people.
     pub(crate) async fn tick(self: Rc<Self>) {
-        let is_at_it = Rc::new(Cell::new(false));
+        let [is_at_it, is_looking] = [(); 2].map(|()| Rc::new(Cell::new(false)));
         while !self.is_closing.get() {
             self.rest(TICK).await;
             if self.lost.borrow().is_none() && !self.is_closing.get() {
                 self.check_owner().await;
+                // Who is just brought back may be the one that keeps a write.
+                if !is_looking.replace(true) {
+                    let (owner, is_looking) = (Rc::clone(&self), Rc::clone(&is_looking));
+                    self.runtime.spawn(async move {
+                        owner.put_out_keepers().await;
+                        is_looking.set(false);
+                    });
+                }
                 // Who comes back may have to wait for a write that no member takes: whose the pool is, and how it is, is looked at all the same.
                 if !is_at_it.replace(true) {
                     let (owner, is_at_it) = (Rc::clone(&self), Rc::clone(&is_at_it));
@@ -78,6 +86,7 @@ impl Owner {
         }
         // What fails is tried again. Who reads waits for it.
         let _ = self.put_out_doubted().await;
+        self.put_out_keepers().await;
         if self.stopped.borrow().is_some() {
             return;
         }

@@ -183,8 +183,8 @@ impl Ways {
         }
     }
 
-    /// Writes to a slot's member, and waits while that is not out. A write to a dead target whose outcome is unknown ends only when that
-    /// must have forgotten it, which takes up to a minute: it is left to itself then, and the member is not brought back before it has ended.
+    /// Writes to a slot's member, and waits while that is not out. A write to a device that hangs may end minutes
+    /// later: it is left to itself then, and the member is not brought back before it has ended, nor before the device says that nothing of it can come any more.
     pub(super) async fn write_unless_out(
         &self,
         row: &Row<'_>,
@@ -201,7 +201,7 @@ impl Ways {
         if let Some(outcome) = self.place.bell.until_or(&mut write, is_out).await {
             return outcome;
         }
-        self.lanes.abort(leaf);
+        self.lanes.leave(leaf);
         let left = LeftBehind::new(&self.shared, row.member(slot));
         self.runtime.spawn(async move {
             // How it ended matters to nobody.
