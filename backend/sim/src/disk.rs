@@ -38,8 +38,19 @@ pub struct SimDiskState {
     pub stuck_permille: u64,
     /// See there.
     pub stuck_ns: u64,
-    /// An abort ends nothing: what is under way ends in its own time, as operations of the system do.
+    /// Reads and FLUSHes do not: who answers in the place of a target that is gone ends them at once.
+    pub writes_stick: bool,
+    /// An abort ends nothing: what is under way ends in its own time, as operations of the system do. Who leaves its writes gets them back, and
+    /// they are carried out in their time all the same.
     pub ignores_aborts: bool,
+    /// Writes that have come in this epoch and not ended,
+    waiting_writes: u64,
+    /// and those of earlier ones: nobody knows what becomes of them.
+    doubtful_writes: u64,
+    /// Writes that have ended, and that will still be carried out.
+    left_writes: u64,
+    /// Writes that were left and carried out since, after their end.
+    pub ghost_writes: u64,
     /// In 1000 requests, how many end with `error` and without effect.
     pub errors_permille: u64,
     /// See there.
@@ -173,13 +184,20 @@ impl SimDiskState {
     /// The same as [`SimDiskState::lose_cache`], without the process that uses it: it is to be told ([`SimDisk::tell`]). What is under way
     /// is sent again, or else may fail and have any effect.
     pub fn lose_cache_alone(&mut self, is_sent_again: bool) {
-        self.lose_cache();
+        self.lose_content();
         self.cache_losses += 1;
-        self.epoch -= u64::from(is_sent_again);
+        if !is_sent_again {
+            self.next_epoch();
+        }
     }
 
     /// Loses what is in the cache: each block that is not stable has any content that it had since it was, or the stable one.
     pub fn lose_cache(&mut self) {
+        self.lose_content();
+        self.next_epoch();
+    }
+
+    fn lose_content(&mut self) {
         let size = self.block_bytes();
         // Of each write: blocks that are there, or newer; blocks that are older.
         let mut left: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
@@ -200,9 +218,23 @@ impl SimDiskState {
         self.unstable.clear();
         self.torn_writes += left.values().filter(|(there, lost)| *there > 0 && *lost > 0).count() as u64;
         self.cuts += 1;
-        self.epoch += 1;
         if let Some(identity) = &mut self.cache_identity {
             identity[8..].copy_from_slice(&self.random.next_u64().to_le_bytes());
+        }
+    }
+
+    /// What is under way may not end as it should.
+    fn next_epoch(&mut self) {
+        self.epoch += 1;
+        self.doubtful_writes += std::mem::take(&mut self.waiting_writes);
+    }
+
+    /// One that had come has ended, or was left.
+    fn has_ended(&mut self, waiting: &Waiting) {
+        let writes = u64::from(waiting.request.operation.is_write());
+        match waiting.epoch == self.epoch {
+            true => self.waiting_writes -= writes,
+            false => self.doubtful_writes -= writes,
         }
     }
 
@@ -229,7 +261,7 @@ impl SimDiskState {
         self.content.clear();
         self.unstable.clear();
         self.media_errors.clear();
-        self.epoch += 1;
+        self.next_epoch();
     }
 
     /// What reads see now, to be restored later.
@@ -246,7 +278,7 @@ impl SimDiskState {
         self.content.write(0, content);
         self.unstable.clear();
         self.media_errors.clear();
-        self.epoch += 1;
+        self.next_epoch();
     }
 
     /// Requests are executed and answered between 0 and this long after they came.
@@ -337,7 +369,12 @@ impl SimDisk {
             latency_ns_max: 50_000,
             stuck_permille: 0,
             stuck_ns: 0,
+            writes_stick: false,
             ignores_aborts: false,
+            waiting_writes: 0,
+            doubtful_writes: 0,
+            left_writes: 0,
+            ghost_writes: 0,
             errors_permille: 0,
             error: Status::Media,
             flushes: 0,
@@ -391,7 +428,7 @@ impl SimDisk {
         {
             let mut state = self.state();
             if state.failing.is_none() && status.is_some() {
-                state.epoch += 1;
+                state.next_epoch();
             }
             state.failing = status;
         }
@@ -442,6 +479,15 @@ impl Device for SimDisk {
         self.state().cache_losses
     }
 
+    fn has_unknown_writes(&self) -> bool {
+        let state = self.state();
+        state.ignores_aborts && state.doubtful_writes > 0
+    }
+
+    fn has_left_behind(&self) -> bool {
+        self.state().left_writes > 0
+    }
+
     fn subscribe(&self, listener: Listener) {
         lock(&self.listeners).push(listener);
     }
@@ -451,6 +497,7 @@ impl Device for SimDisk {
             state: Arc::clone(&self.state),
             user,
             waiting: Vec::new(),
+            left: Vec::new(),
             ended: Vec::new(),
         }));
         runtime.local::<Channels>().0.borrow_mut().push(Rc::downgrade(&inner));
@@ -483,10 +530,41 @@ struct Waiting {
     is_void: bool,
 }
 
+/// A write that was left, with a copy of what it writes.
+struct Left {
+    waiting: Waiting,
+    payload: Vec<u8>,
+}
+
+impl Left {
+    fn new(waiting: Waiting) -> Left {
+        let mut payload = vec![0; waiting.request.buffers.len()];
+        // SAFETY: the request has not ended; the copy is as long, and new.
+        unsafe { waiting.request.buffers.copy_to(payload.as_mut_ptr()) };
+        Left { waiting, payload }
+    }
+
+    /// Does with the request what is to be done with it in the end.
+    fn end(mut self, state: &mut SimDiskState, how: impl FnOnce(&mut SimDiskState, &Request)) {
+        let iovec = libc::iovec { iov_base: self.payload.as_mut_ptr().cast(), iov_len: self.payload.len() };
+        let len = u32::try_from(self.payload.len()).expect("requests are small");
+        let buffers = match len {
+            0 => Buffers::EMPTY,
+            // SAFETY: iovec and payload live until the end of this function, and `how` keeps nothing.
+            _ => unsafe { Buffers::new(&raw const iovec, 1, len) },
+        };
+        if !self.waiting.is_void {
+            how(state, &Request { buffers, ..self.waiting.request });
+        }
+        state.left_writes -= 1;
+    }
+}
+
 struct Inner {
     state: Arc<Mutex<SimDiskState>>,
     user: SourceId,
     waiting: Vec<Waiting>,
+    left: Vec<Left>,
     ended: Vec<Completion>,
 }
 
@@ -494,12 +572,34 @@ impl Inner {
     /// Those that wait end now, each with its effect or without, as chance has it.
     fn give_up(&mut self) {
         let mut state = lock(&self.state);
-        for Waiting { request, is_void, .. } in self.waiting.drain(..) {
+        give_up_left(&mut self.left, &mut state);
+        for waiting in self.waiting.drain(..) {
+            state.has_ended(&waiting);
+            let Waiting { request, is_void, .. } = waiting;
             if !is_void && state.failing.is_none() {
                 give_up(&mut state, &request);
             }
             self.ended.push(Completion { token: request.token, outcome: Err(Status::Aborted) });
         }
+    }
+}
+
+impl Drop for Inner {
+    /// The end of a process that leaves something behind.
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        give_up_left(&mut self.left, &mut state);
+        self.waiting.iter().for_each(|waiting| state.has_ended(waiting));
+    }
+}
+
+fn give_up_left(left: &mut Vec<Left>, state: &mut SimDiskState) {
+    for left in left.drain(..) {
+        left.end(state, |state, request| {
+            if state.failing.is_none() {
+                give_up(state, request);
+            }
+        });
     }
 }
 
@@ -539,18 +639,21 @@ struct SimChannel {
 impl Channel for SimChannel {
     fn submit(&mut self, batch: &mut Vec<Request>) {
         let mut inner = self.inner.borrow_mut();
-        let (latency_ns_max, stuck_permille, stuck_ns, epoch, trap) = {
+        let (latency_ns_max, stuck_permille, stuck_ns, writes_stick, epoch, trap) = {
             let state = lock(&inner.state);
-            (state.latency_ns_max, state.stuck_permille, state.stuck_ns, state.epoch, state.trap.clone())
+            let stuck = (state.stuck_permille, state.stuck_ns, state.writes_stick);
+            (state.latency_ns_max, stuck.0, stuck.1, stuck.2, state.epoch, state.trap.clone())
         };
         for request in batch.drain(..) {
             let is_void = trap.as_ref().is_some_and(|trap| trap.is_sprung());
             if !is_void {
-                let is_stuck = stuck_permille > 0 && self.runtime.random() % 1000 < stuck_permille;
+                let may_stick = stuck_permille > 0 && (!writes_stick || request.operation.is_write());
+                let is_stuck = may_stick && self.runtime.random() % 1000 < stuck_permille;
                 let latency = if is_stuck { stuck_ns } else { self.runtime.random() % latency_ns_max.max(1) };
                 let wait = Duration::from_nanos(latency);
                 self.runtime.timer(self.source, self.runtime.now() + wait, self.next_key);
             }
+            lock(&inner.state).waiting_writes += u64::from(request.operation.is_write());
             inner.waiting.push(Waiting { key: self.next_key, request, epoch, is_void });
             self.next_key = self.next_key.wrapping_add(1);
             if let Some(trap) = &trap {
@@ -567,9 +670,35 @@ impl Channel for SimChannel {
         let mut inner = self.inner.borrow_mut();
         let ignored = lock(&inner.state).ignores_aborts;
         if !ignored {
-            inner.give_up();
-            self.runtime.wake(inner.user);
+            self.abort_now(&mut inner);
         }
+    }
+
+    fn leave(&mut self) {
+        let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
+        let mut state = lock(&inner.state);
+        if !state.ignores_aborts {
+            drop(state);
+            return self.abort_now(inner);
+        }
+        for waiting in inner.waiting.drain(..) {
+            inner.ended.push(Completion { token: waiting.request.token, outcome: Err(Status::Aborted) });
+            state.has_ended(&waiting);
+            if waiting.request.operation.is_write() {
+                state.left_writes += 1;
+                inner.left.push(Left::new(waiting));
+            }
+        }
+        drop(state);
+        self.runtime.wake(inner.user);
+    }
+}
+
+impl SimChannel {
+    fn abort_now(&self, inner: &mut Inner) {
+        inner.give_up();
+        self.runtime.wake(inner.user);
     }
 }
 
@@ -577,7 +706,10 @@ impl Drop for SimChannel {
     fn drop(&mut self) {
         let is_idle = self.inner.borrow().waiting.is_empty();
         assert!(is_idle || std::thread::panicking(), "a channel is dropped when it is idle");
-        self.runtime.remove_source(self.source);
+        // What was left is carried out though nobody is there any more: the source stays for that.
+        if self.inner.borrow().left.is_empty() {
+            self.runtime.remove_source(self.source);
+        }
     }
 }
 
@@ -585,17 +717,27 @@ impl Source for Inner {
     fn poll(&mut self, runtime: &Runtime, events: &mut Vec<Event>) {
         for event in events.drain(..) {
             let Event::Timer { key: due } = event else { continue };
+            if let Some(position) = self.left.iter().position(|left| left.waiting.key == due) {
+                let left = self.left.remove(position);
+                let epoch = left.waiting.epoch;
+                left.end(&mut lock(&self.state), |state, request| {
+                    state.ghost_writes += u64::from(answer(state, request, epoch, runtime).is_ok());
+                });
+                continue;
+            }
             let Some(position) = self.waiting.iter().position(|waiting| waiting.key == due) else { continue };
-            let Waiting { request, epoch, .. } = self.waiting.remove(position);
+            let waiting = self.waiting.remove(position);
             let outcome = {
                 let state = &mut *lock(&self.state);
+                state.has_ended(&waiting);
+                let Waiting { request, epoch, .. } = waiting;
                 let outcome = answer(state, &request, epoch, runtime);
                 if outcome.is_err() && request.operation.is_write() {
                     state.set_trap();
                 }
                 outcome
             };
-            self.ended.push(Completion { token: request.token, outcome });
+            self.ended.push(Completion { token: waiting.request.token, outcome });
             runtime.wake(self.user);
         }
     }

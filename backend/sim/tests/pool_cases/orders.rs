@@ -11,6 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 mod crashes;
 #[path = "orders/joining.rs"]
 mod joining;
+#[path = "orders/left.rs"]
+mod left;
 #[path = "orders/opening.rs"]
 mod opening;
 #[path = "orders/replacing.rs"]

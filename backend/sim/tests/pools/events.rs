@@ -94,7 +94,9 @@ fn fault(cast: &mut Cast, event: Event) {
         let stuck = cast.random.below(1_000_000_000 >> shift);
         let mut state = cast.members[at].disk.state();
         state.set_latency(Duration::from_nanos(most));
-        (state.stuck_permille, state.stuck_ns) = (permille, stuck);
+        // Longer than a member is waited for.
+        let longer = if state.ignores_aborts { 16 } else { 1 };
+        (state.stuck_permille, state.stuck_ns) = (permille, stuck * longer);
         drop(state);
         if cast.world.now() < cast.doubtful_until {
             cast.doubtful_until = noticed(cast);
@@ -300,7 +302,11 @@ fn back(cast: &mut Cast) {
 }
 
 fn back_empty(cast: &mut Cast) {
-    let dead = |cast: &Cast, at: usize| cast.members[at].health == Health::Dead && !is_taken(cast, at);
+    let dead = |cast: &Cast, at: usize| {
+        let member = &cast.members[at];
+        // One that is still to be written what was left there is refused.
+        member.health == Health::Dead && !is_taken(cast, at) && !member.disk.has_left_behind()
+    };
     let Some(pool) = cast.pool.clone().filter(|_| cast.asks.is_empty()) else { return };
     // Its replacement takes its place.
     let Some(at) = choose(cast, dead).filter(|_| cast.replacement().is_none()) else { return };

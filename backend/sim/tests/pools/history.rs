@@ -320,6 +320,7 @@ fn counts(cast: &Cast) -> std::collections::BTreeMap<&'static str, u64> {
         ("replayed_requests", rules.replayed),
         ("verifying_reads", rules.verified),
         ("torn_writes", disks().map(|disk| disk.torn_writes).sum()),
+        ("ghost_writes", disks().map(|disk| disk.ghost_writes).sum()),
         ("lost_blocks", disks().map(|disk| disk.lost_blocks).sum()),
         ("seconds", cast.world.now().0 / 1_000_000_000),
     ]);

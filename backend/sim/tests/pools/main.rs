@@ -38,11 +38,12 @@ const NAMES: [&str; SCENARIOS.len()] = {
 };
 
 /// What happens to pools from outside; what they do themselves is among the totals.
-const WANTED: [&str; 22] = [
+const WANTED: [&str; 23] = [
     "cuts",
     "kills",
     "crashes_at_steps",
     "torn_writes",
+    "ghost_writes",
     "lost_blocks",
     "tails_found",
     "deaths",

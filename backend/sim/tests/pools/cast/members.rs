@@ -57,6 +57,9 @@ impl Cast {
             let mut state = disk.state();
             state.cache_identity = self.plan.has_cache_identity.then_some([index + 5; 16]);
             state.tears = true;
+            // As of a target that is gone: writes that were sent to it are carried out late, or never.
+            let leaves_ghosts = self.plan.is_redundant() && self.plan.seed.is_multiple_of(3);
+            (state.ignores_aborts, state.writes_stick) = (leaves_ghosts, leaves_ghosts);
             state.trap = Some(Arc::clone(&self.shared.trap));
             if self.plan.has_junk {
                 state.fill_with_junk(self.plan.seed.wrapping_add(u64::from(index)));
