@@ -3,6 +3,7 @@
 use crate::common::{Place, Serving, until};
 use crate::frontend::{DATA, Guest, T_FLUSH, T_IN, T_OUT, Wish};
 use std::fs;
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
@@ -209,8 +210,11 @@ fn one_of_several(index: u16, port: u16) -> (Place, Serving) {
     (storage, target)
 }
 
+/// What was lost is soon taken for quiet.
+const QUICK: &str = "keep_alive_tmo = 1\nquiesce_tmo = 1\n";
+
 /// So many of them, and what a host says of them: devices `n0`…, which are soon given up.
-fn several(count: u16) -> (Vec<(Place, Serving)>, String) {
+fn several(count: u16, timers: &str) -> (Vec<(Place, Serving)>, String) {
     // All at once, so that no port is had twice.
     let listeners: Vec<_> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
     let ports = listeners.iter().map(|listener| listener.local_addr().unwrap().port());
@@ -219,7 +223,7 @@ fn several(count: u16) -> (Vec<(Place, Serving)>, String) {
     let device = |(index, port): (u16, &u16)| {
         format!(
             "[[device]]\nname = \"n{index}\"\nuri = \"nvme+tcp://127.0.0.1:{port}/nqn.2026-11.io.hawser:t{index}\"\n\
-             reconnect_delay = 1\nfast_io_fail_tmo = 1\nkeep_alive_tmo = 1\nquiesce_tmo = 1\n"
+             reconnect_delay = 1\nfast_io_fail_tmo = 1\n{timers}"
         )
     };
     let devices = (0..).zip(&ports).map(device).collect();
@@ -228,7 +232,7 @@ fn several(count: u16) -> (Vec<(Place, Serving)>, String) {
 
 #[test]
 fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place() {
-    let (mut targets, devices) = several(3);
+    let (mut targets, devices) = several(3, QUICK);
     let host = Place::new();
     let disk = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n";
     host.configure(&format!("{devices}{disk}[[pool]]\nname = \"p0\"\nspare_delay = 3\n"));
@@ -275,6 +279,52 @@ fn a_target_that_dies_is_done_without_until_it_is_back_or_a_spare_has_its_place(
     drop(guest);
     assert_eq!(daemon.end(), Some(0));
     drop(spare);
+}
+
+/// A target was killed with a write in it, and the mirror waited for as long as that could have been carried out. Here that is two minutes.
+#[test]
+fn a_write_that_a_target_dies_with_is_not_waited_for_where_another_has_it() {
+    for raid in ["raid1", "raid5"] {
+        let (mut targets, devices) = several(3, "keep_alive_tmo = 30\nquiesce_tmo = 60\n");
+        let host = Place::new();
+        let disk = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n";
+        host.configure(&format!("{devices}{disk}"));
+        make(&host, raid, &["n0", "n1", "n2"]);
+        let daemon = host.serve();
+        until("it is there", || daemon.disk("v").0 == "listening");
+        let mut guest = Guest::connect(&host.path("v.sock"), &wish());
+        let state = |want: &str| daemon.status()["pools"][0]["state"] == want;
+        for index in 0..20 {
+            assert!(write(&mut guest, index * 4096, 1));
+        }
+        let (storage, target) = targets.pop().unwrap();
+        // What comes to it from now on stays in its sockets.
+        target.stop();
+        let parts = guest.plain(T_OUT, 0, &vec![2; 20 * 4096], 0, DATA);
+        guest.submit(0, &parts);
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(guest.rings[0].used_idx(&guest.ram), guest.rings[0].last_used, "it is under way");
+        let since = Instant::now();
+        target.kill();
+        guest.rings[0].wait_used(&guest.ram);
+        assert!(since.elapsed() < Duration::from_secs(20), "{raid}: {:?} {}", since.elapsed(), host.log());
+        assert_eq!(guest.ram.read(DATA + 16, 1), [0], "the guest sees no error");
+        until("it is out", || state("degraded"));
+        for index in 0..20 {
+            holds(&mut guest, index * 4096, 2);
+            assert!(write(&mut guest, index * 4096, 3));
+        }
+        // It knows that nothing of before is left.
+        let target = storage.serve();
+        until("it has everything again", || state("ready"));
+        targets.remove(0).1.kill();
+        for index in 0..20 {
+            holds(&mut guest, index * 4096, 3);
+        }
+        drop(guest);
+        assert_eq!(daemon.end(), Some(0));
+        drop(target);
+    }
 }
 
 /// A target that keeps no reservations over its restart, or has lost them, lets everybody write: a host that has a pool there takes them again.
@@ -345,7 +395,7 @@ fn a_reservation_that_another_host_has_taken_is_not_taken_back() {
 /// member from the host that has the pool, which lost it in turn.
 #[test]
 fn who_has_lost_a_pool_takes_no_member_that_comes_back() {
-    let (mut targets, devices) = several(3);
+    let (mut targets, devices) = several(3, QUICK);
     let more = "[[disk]]\nname = \"v\"\nvolume = \"p0/v\"\nsocket = \"@/v.sock\"\n\
                 [[pool]]\nname = \"p0\"\nassume_exclusive = true\nassemble_timeout = 1\n";
     let (one, two) = (Place::new(), Place::new());
