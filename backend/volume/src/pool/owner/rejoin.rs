@@ -18,6 +18,8 @@ use std::sync::atomic::Ordering;
 
 /// What is zeroed at a time.
 const ZEROES_BYTES: usize = 1 << 20;
+/// Why a member that is there is not brought back yet.
+const STILL_REACHED: &str = "writes of before it was lost may still reach it: tried again";
 
 impl Owner {
     /// A member has everything: that is written down, and it is read from again.
@@ -101,6 +103,10 @@ impl Owner {
     pub(crate) async fn rejoin(self: &Rc<Self>, number: u16) {
         let leaf = self.members.borrow()[usize::from(number)].leaf.clone();
         let Some(leaf) = leaf else { return };
+        if self.has_left_behind(number) {
+            STILL_REACHED.clone_into(&mut self.members.borrow_mut()[usize::from(number)].why);
+            return;
+        }
         let (uuid, is_unlabelled) = {
             let members = self.members.borrow();
             (members[usize::from(number)].uuid, members[usize::from(number)].is_unlabelled)
@@ -157,7 +163,7 @@ impl Owner {
             (devices && !is_broken("left_writes_forgotten")) || is_same && self.has_left_behind(number)
         };
         if has_left_behind() {
-            return Err("writes of before it was lost may still reach it: tried again".to_owned());
+            return Err(STILL_REACHED.to_owned());
         }
         let (set, index) = self.place_of(number);
         if set.mode(index) != Mode::Away {

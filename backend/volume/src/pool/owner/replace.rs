@@ -169,7 +169,7 @@ impl Owner {
         }
     }
 
-    /// Lets a member that was put in say so itself. The superblocks' turn is the caller's.
+    /// Lets a member that was put in say so itself, when nothing of before can undo that. The superblocks' turn is the caller's.
     pub(super) async fn label(self: &Rc<Self>, number: u16) -> Outcome {
         let (uuid, leaf) = {
             let members = self.members.borrow();
@@ -177,6 +177,9 @@ impl Owner {
             (member.uuid, member.leaf.clone().ok_or(Status::Path)?)
         };
         self.check_ours()?;
+        if leaf.device.has_left_behind() && !is_broken("left_writes_forgotten") {
+            return Err(Status::Path);
+        }
         let own = Superblock { this: uuid, ..self.book.borrow().clone() };
         write_superblock(self, &leaf, &own).await?;
         self.members.borrow_mut()[usize::from(number)].is_unlabelled = false;
