@@ -1,7 +1,7 @@
 //! What does not take the hot path: straight-line tasks on the queue's own reactor, over the same members.
 //!
-//! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`Owner::prepare`]); the data
-//! is written; the owner notes which units are valid ([`Owner::finish`]). A reader sees the data from then on, and not before.
+//! Order of a write to blocks that are not there yet: the owner maps the extents and marks the regions ([`super::owner::Owner::prepare`]); the data
+//! is written; the owner notes which units are valid ([`super::owner::Owner::finish`]). A reader sees the data from then on, and not before.
 
 use super::bounce::{Bounce, fill_payload, zero_payload};
 use super::channel::Core;
