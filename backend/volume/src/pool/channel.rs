@@ -722,6 +722,9 @@ fn parity_of<'a>(view: &'a View, stripe: &Stripe) -> &'a Parity {
 /// Runs a slow request as a task. `changes`: it is no read, and no FLUSH.
 fn spawn(core: &Rc<Core>, (token, changes): (Token, bool), work: impl Future<Output = Outcome> + 'static) {
     core.slow.set(core.slow.get() + 1);
+    if changes {
+        core.volume.unflushed.has_written();
+    }
     let core = Rc::clone(core);
     let runtime = core.runtime.clone();
     runtime.spawn(async move {

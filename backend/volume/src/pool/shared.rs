@@ -165,7 +165,7 @@ pub(crate) struct Unflushed {
 }
 
 impl Unflushed {
-    /// A write has ended, and nobody has been told so yet.
+    /// A write has ended, and nobody has been told so yet; or one begins that may end in parts.
     #[inline]
     pub(crate) fn has_written(&self) {
         let now = self.begun.load(Ordering::Acquire) + 1;
@@ -325,17 +325,19 @@ impl Shared {
         self.losses.load(Ordering::Acquire)
     }
 
-    /// Something was. A device tells it once, to whoever flushes it next; here it is told to the users of each volume.
+    /// Something was. A device tells it once, to whoever flushes it next; here it is told to the users of each volume that may have had a part in it.
     pub(crate) fn has_lost(&self) {
-        self.losses.fetch_add(1, Ordering::AcqRel);
+        let losses = self.losses.fetch_add(1, Ordering::AcqRel) + 1;
+        for volume in lock(&self.volumes).values().filter(|volume| volume.unflushed.is_none()) {
+            // Whatever it writes from now on is not lost.
+            volume.told_losses.fetch_max(losses, Ordering::AcqRel);
+        }
     }
 
     /// Volumes that have lost something, as far as is known, and whose users were not told.
     pub(crate) fn untold(&self) -> Vec<u32> {
         let (losses, volumes) = (self.losses(), lock(&self.volumes));
-        let is_untold = |volume: &&Arc<VolumeShared>| {
-            !volume.unflushed.is_none() && volume.told_losses.load(Ordering::Acquire) < losses
-        };
+        let is_untold = |volume: &&Arc<VolumeShared>| volume.told_losses.load(Ordering::Acquire) < losses;
         volumes.values().filter(is_untold).map(|volume| volume.id).collect()
     }
 

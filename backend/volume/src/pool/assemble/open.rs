@@ -256,10 +256,10 @@ async fn start(
     owner.show_volumes();
     if is_cache_lost || !untold.is_empty() {
         // With what the process before us had acknowledged, to guests that go on: the next FLUSH of each tells it.
-        owner.shared.has_lost();
-        let volumes = lock(&owner.shared.volumes);
-        let have_lost = volumes.values().filter(|volume| is_cache_lost || untold.contains(&volume.id));
+        let volumes: Vec<_> = lock(&owner.shared.volumes).values().cloned().collect();
+        let have_lost = volumes.iter().filter(|volume| is_cache_lost || untold.contains(&volume.id));
         have_lost.for_each(|volume| volume.unflushed.has_written());
+        owner.shared.has_lost();
     }
     if !is_read_only {
         for (member, cache) in lost_caches {
