@@ -86,6 +86,11 @@ pub trait Device: Send + Sync {
         0
     }
 
+    /// Whether one of these losses was told by no FLUSH yet: of a process before this one, where that was not told of it.
+    fn owes_a_loss(&self) -> bool {
+        false
+    }
+
     /// Whether a read leaves its payload as it was (`null:`): whoever reads into memory that held somebody else's data must
     /// clear it first.
     fn leaves_payload(&self) -> bool {

@@ -93,6 +93,10 @@ impl Device for HeldDevice {
         self.inner.cache_losses()
     }
 
+    fn owes_a_loss(&self) -> bool {
+        self.inner.owes_a_loss()
+    }
+
     fn leaves_payload(&self) -> bool {
         self.inner.leaves_payload()
     }

@@ -63,6 +63,8 @@ pub struct SimDiskState {
     pub cache_identity: Option<[u8; 16]>,
     /// How often it has lost its power alone, which it tells, whether its cache has a name or not.
     pub cache_losses: u64,
+    /// One of these was told to nobody.
+    pub owes_a_loss: bool,
     /// Reads of these blocks end as `Media` until they are written again.
     pub media_errors: BTreeSet<u64>,
     /// Writes to these blocks end with `error` and without effect.
@@ -381,6 +383,7 @@ impl SimDisk {
             written_bytes: 0,
             cache_identity: None,
             cache_losses: 0,
+            owes_a_loss: false,
             media_errors: BTreeSet::new(),
             unwritable: 0..0,
             read_that_fails: None,
@@ -477,6 +480,10 @@ impl Device for SimDisk {
 
     fn cache_losses(&self) -> u64 {
         self.state().cache_losses
+    }
+
+    fn owes_a_loss(&self) -> bool {
+        self.state().owes_a_loss
     }
 
     fn has_unknown_writes(&self) -> bool {

@@ -99,6 +99,10 @@ impl Device for LateDevice {
         self.device.get().map_or(0, |device| device.cache_losses())
     }
 
+    fn owes_a_loss(&self) -> bool {
+        self.device.get().is_some_and(|device| device.owes_a_loss())
+    }
+
     fn leaves_payload(&self) -> bool {
         self.device.get().is_some_and(|device| device.leaves_payload())
     }

@@ -198,10 +198,14 @@ impl Caches {
         self.paths[path].flushed.fetch_max(written, Ordering::Relaxed);
     }
 
+    /// Something was lost that no FLUSH has told.
+    pub(crate) fn owes_a_loss(&self) -> bool {
+        self.told.load(Ordering::Relaxed) < self.losses.load(Ordering::Relaxed)
+    }
+
     /// Whether a FLUSH has to be asked about, whatever cache there is now.
     pub(crate) fn has_to_tell(&self) -> bool {
-        self.told.load(Ordering::Relaxed) < self.losses.load(Ordering::Relaxed)
-            || self.is_heir.load(Ordering::Relaxed)
+        self.owes_a_loss() || self.is_heir.load(Ordering::Relaxed)
     }
 
     /// Paths without an association to the cache behind `path`: what was written through them a FLUSH through `path` reaches.

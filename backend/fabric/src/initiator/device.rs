@@ -523,6 +523,10 @@ impl Device for NvmeDevice {
         told.unwrap_or_default().max(quiet::lives(&self.shared.config.timers, 0))
     }
 
+    fn owes_a_loss(&self) -> bool {
+        self.shared.caches.owes_a_loss()
+    }
+
     fn has_unknown_writes(&self) -> bool {
         self.shared.unknown.is_any_kept()
     }

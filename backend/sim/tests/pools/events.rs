@@ -192,7 +192,10 @@ fn lose(cast: &mut Cast) {
     let mut models = cast.shared.models.borrow_mut();
     {
         let mut rules = cast.shared.rules.borrow_mut();
+        rules.must_be_told.extend(models.unflushed());
         (rules.may_tell_loss, rules.lost_at) = (models.lose_unflushed(), models.request());
+        rules.lost_until = rules.lost_at;
+        rules.straddling = cast.queues.iter().map(|queue| queue.guest.borrow().writes_under_way()).sum();
     }
     drop(models);
     disks.iter().for_each(|disk| disk.tell());

@@ -5,7 +5,7 @@ use hawser_block::{BlockCount, Buffers, Channel, Completion, Lba, Operation, Req
 use hawser_runtime::{Event, Runtime, Source, SourceId};
 use hawser_sim::{Random, Trap, World};
 use std::cell::RefCell;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,8 +33,14 @@ pub(crate) struct Rules {
     pub(crate) may_fail: bool,
     /// Volumes whose next FLUSH may tell that something was lost.
     pub(crate) may_tell_loss: BTreeSet<String>,
+    /// Those that have to be told: acknowledged writes that nobody had flushed, up to this number.
+    pub(crate) must_be_told: BTreeMap<String, u64>,
     /// A request's number, as it was when that was lost: what began before tells nothing of it when it ends.
     pub(crate) lost_at: u64,
+    /// Writes that were under way then, and have not ended.
+    pub(crate) straddling: usize,
+    /// The same as `lost_at`, when the last of them has.
+    pub(crate) lost_until: u64,
     /// Writes that need space may not get it.
     pub(crate) may_lack_space: bool,
     /// How often they did not.
@@ -170,6 +176,11 @@ impl Guest {
             || !self.to_discard.is_empty() && is_free(&self.slots[SLOTS])
     }
 
+    pub(crate) fn writes_under_way(&self) -> usize {
+        let busy = self.slots.iter().filter_map(|slot| slot.busy.as_ref());
+        busy.filter(|busy| busy.request.operation.is_write()).count()
+    }
+
     pub(crate) fn is_done(&self) -> bool {
         !self.has_work() && self.is_idle()
     }
@@ -274,14 +285,31 @@ impl Guest {
             Operation::Flush | Operation::Write { fua: true } | Operation::WriteZeroes { fua: true, .. }
         );
         let tells = flushes && outcome == Err(Status::Media) && rules.may_tell_loss.contains(&self.volume);
+        if operation.is_write() && busy.number < rules.lost_at && rules.straddling > 0 {
+            rules.straddling -= 1;
+            rules.lost_until = self.shared.models.borrow_mut().request();
+        }
+        let owed = rules.must_be_told.get(&self.volume).copied().filter(|_| flushes);
+        let is_untold = ok && operation == Operation::Flush && owed.is_some() && busy.number > rules.lost_at;
+        // It had flushed before that was lost.
+        let is_durable = ok && operation == Operation::Flush && busy.number < rules.lost_at;
+        if owed.is_some_and(|last| busy.number > last) && (outcome == Err(Status::Media) || is_durable) {
+            rules.must_be_told.remove(&self.volume);
+        }
         // A write with FUA may have nothing to flush but itself.
-        if operation == Operation::Flush && ok && busy.number > rules.lost_at {
+        if operation == Operation::Flush && ok && rules.straddling == 0 && busy.number > rules.lost_until {
             rules.may_tell_loss.remove(&self.volume);
         }
         let may_fail = rules.may_fail || lacks_space || tells;
         drop(rules);
         if let Err(why) = checked {
             self.trouble(why);
+        }
+        if is_untold {
+            self.trouble(format!(
+                "a FLUSH of {} succeeds, and a cache was lost with what came before it",
+                self.volume
+            ));
         }
         if !ok && !may_fail {
             self.trouble(format!("{operation:?} of {range:?} of {} ends as {outcome:?}", self.volume));

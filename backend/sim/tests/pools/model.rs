@@ -65,6 +65,11 @@ pub(crate) fn identify(memory: &[u8], lba: u64) -> Result<u64, String> {
     Err(format!("{id:#x} at its start, {:#x} at word {wrong}: no write's content", at(wrong)))
 }
 
+/// What tells its writes apart.
+fn uid_of(name: &str) -> u64 {
+    name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff)
+}
+
 /// Whether all of it is.
 fn is_zero(memory: &[u8]) -> bool {
     const ZEROES: [u8; 512] = [0; 512];
@@ -97,6 +102,8 @@ struct Capture {
     name: String,
     /// Writes that were under way when it began, or began since, by block.
     pub(crate) touched: Touched,
+    /// Something was lost meanwhile.
+    has_no_instant: bool,
 }
 
 #[derive(Clone, Default)]
@@ -163,6 +170,8 @@ pub(crate) struct Models {
     pub(crate) metadata_pages: u64,
     /// What is written is remembered in pieces of so many: no extent is smaller.
     piece_blocks: u64,
+    /// The number when the pool was last opened.
+    opened_at: u64,
     /// A change of volumes is durable when it is answered.
     pub(crate) changes_are_durable: bool,
 }
@@ -181,6 +190,7 @@ impl Models {
             extent_blocks: 1,
             metadata_pages: 0,
             piece_blocks: (64 << 10) / block_bytes as u64,
+            opened_at: 0,
             changes_are_durable: true,
         }
     }
@@ -278,8 +288,7 @@ impl Models {
         if !is_zero {
             self.next_id += 1;
         }
-        let uid = name.bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) & 0xffff);
-        let id = if is_zero { 0 } else { self.next_id | uid << 32 };
+        let id = if is_zero { 0 } else { self.next_id | uid_of(name) << 32 };
         let (extent_blocks, piece_blocks) = (self.extent_blocks, self.piece_blocks);
         // Where the volume ends is not known while that may be changing, or be refused.
         let ends = !self.is_pending;
@@ -465,6 +474,18 @@ impl Models {
         self.process_died();
     }
 
+    /// Volumes with acknowledged writes that nobody has flushed, and the number of the last of them.
+    pub(crate) fn unflushed(&self) -> BTreeMap<String, u64> {
+        let last = |name: &str, volume: &Volume| {
+            let writes = volume.blocks.busy().flat_map(|(_, block)| block.log.iter());
+            // What a clone was made of was made durable then, and what was there when the pool was opened.
+            let its = writes.filter(|(seq, id)| *seq > self.opened_at && *id >> 32 == uid_of(name));
+            its.map(|(seq, _)| *seq).filter(|seq| self.ends.contains_key(seq)).max()
+        };
+        let written = self.volumes.iter().filter(|(_, volume)| !volume.is_snapshot);
+        written.filter_map(|(name, volume)| Some((name.clone(), last(name, volume)?))).collect()
+    }
+
     /// What nobody has flushed may be lost, though the guests' requests go on: of all volumes, which are named.
     pub(crate) fn lose_unflushed(&mut self) -> BTreeSet<String> {
         for volume in self.volumes.values_mut() {
@@ -480,6 +501,9 @@ impl Models {
                 }
             }
             blocks.change_busy(|_, block| block.lose_unflushed());
+            // It need not have what has ended, and may have what came later.
+            volume.captures.iter_mut().for_each(|capture| capture.has_no_instant = true);
+            volume.made = None;
         }
         self.volumes.keys().cloned().collect()
     }

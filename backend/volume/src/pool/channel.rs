@@ -342,6 +342,7 @@ impl VolumeChannel {
     fn has_lost(&mut self, seen: Seen) {
         if seen.number() != self.lost_caches.number() && !is_broken("lost_cache_read_on") {
             self.slots.iter_mut().for_each(|(_, slot)| slot.is_again = true);
+            self.wholes.iter_mut().for_each(|(_, whole)| whole.has_met_loss());
         }
         self.lost_caches = seen;
     }
@@ -609,7 +610,7 @@ impl VolumeChannel {
         }
         let (turn, is_write, members, token) =
             (slot.turn(), slot.request.operation.is_write(), slot.members, slot.request.token);
-        let is_again = slot.is_again && !is_write;
+        let is_again = slot.is_again;
         if slot.has_more {
             let more = &mut self.more[key];
             if let Some(status) = more.status {
@@ -626,6 +627,9 @@ impl VolumeChannel {
         }
         if is_write {
             self.core.volume.unflushed.has_written();
+            if is_again {
+                self.core.volume.owes_a_loss();
+            }
         }
         // What was read from a member that has been found to lack something meanwhile may be old.
         let is_old = !is_write && self.view.is_redundant && !self.are_in_sync(members);
@@ -634,13 +638,17 @@ impl VolumeChannel {
             // It may be another volume's data.
             self.slots.remove(key);
             let outcome = Err(Status::Conflict);
-            Self::has_ended(&mut self.wholes, Completion { token, outcome }, ended);
-        } else if is_again || is_old && !is_broken("stale_member_read") {
+            Self::has_ended((&mut self.wholes, &self.core.volume), Completion { token, outcome }, ended);
+        } else if is_again && !is_write || is_old && !is_broken("stale_member_read") {
             let request = self.slots.remove(key).expect("looked up just now").request;
             self.slowly(request, Class::Degraded);
         } else {
             self.slots.remove(key);
-            Self::has_ended(&mut self.wholes, Completion { token, outcome: Ok(()) }, ended);
+            Self::has_ended(
+                (&mut self.wholes, &self.core.volume),
+                Completion { token, outcome: Ok(()) },
+                ended,
+            );
         }
     }
 
@@ -727,10 +735,14 @@ fn spawn(core: &Rc<Core>, (token, changes): (Token, bool), work: impl Future<Out
     }
     let core = Rc::clone(core);
     let runtime = core.runtime.clone();
+    let lost = core.shared.lost_caches.look().number();
     runtime.spawn(async move {
         let outcome = work.await;
         if changes {
             core.volume.unflushed.has_written();
+            if core.shared.lost_caches.look().number() != lost {
+                core.volume.owes_a_loss();
+            }
         }
         core.slow.set(core.slow.get() - 1);
         core.end(token, outcome);
@@ -765,7 +777,7 @@ impl Channel for VolumeChannel {
             self.reap_retired(ended);
         }
         for completion in self.core.ended.borrow_mut().drain(..) {
-            Self::has_ended(&mut self.wholes, completion, ended);
+            Self::has_ended((&mut self.wholes, &self.core.volume), completion, ended);
         }
     }
 

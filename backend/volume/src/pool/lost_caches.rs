@@ -2,7 +2,7 @@
 //!
 //! Whoever hears of one says so, on any thread, before anything ends that came after it. Until the tables name nothing that was lost, reads and
 //! writes wait; and reads that were under way are done again, since they may have been of the time before ([`super::owner::Owner::take_back`]).
-//! A write that was under way is as one that had just ended: its volume's next FLUSH fails.
+//! A write that was under way is as one that had just ended: the next FLUSH that begins when it has fails.
 //!
 //! Queues look at it once for each batch that comes or ends.
 

@@ -184,6 +184,11 @@ impl Unflushed {
         self.flushed.fetch_max(number, Ordering::AcqRel);
     }
 
+    /// Writes have ended since this FLUSH began.
+    pub(crate) fn has_more_than(&self, number: u64) -> bool {
+        self.written.load(Ordering::Acquire) > number
+    }
+
     /// Nothing that has ended can be lost with a cache.
     pub(crate) fn is_none(&self) -> bool {
         self.written.load(Ordering::Acquire) <= self.flushed.load(Ordering::Acquire)
@@ -214,6 +219,12 @@ impl VolumeShared {
     /// So many bytes of payload were copied.
     pub(crate) fn count_copied(&self, bytes: usize) {
         self.copied_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// A write has ended that was under way when a cache was lost, and may have gone with it: the next FLUSH fails, whatever was told meanwhile.
+    pub(crate) fn owes_a_loss(&self) {
+        let owes = |told: u64| Some(told.saturating_sub(1));
+        let _ = self.told_losses.fetch_update(Ordering::AcqRel, Ordering::Acquire, owes);
     }
 
     pub(crate) fn count(&self, class: Class) {

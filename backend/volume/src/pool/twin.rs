@@ -135,6 +135,10 @@ impl Device for Twin {
         self.old.cache_losses()
     }
 
+    fn owes_a_loss(&self) -> bool {
+        self.old.owes_a_loss()
+    }
+
     fn leaves_payload(&self) -> bool {
         self.old.leaves_payload()
     }

@@ -66,6 +66,11 @@ impl Cast {
             }
         }
         self.end_process();
+        {
+            // They end as another process's, or never.
+            let mut rules = self.shared.rules.borrow_mut();
+            (rules.straddling, rules.lost_until) = (0, self.shared.models.borrow_mut().request());
+        }
         self.shared.trap.clear();
         let replays = crash == Crash::Kill && self.random.chance(600);
         if crash == Crash::Cut {
@@ -73,6 +78,7 @@ impl Cast {
                 member.disk.state().lose_cache();
             }
             self.tail.lose_power();
+            self.shared.rules.borrow_mut().must_be_told.clear();
         }
         self.count(if crash == Crash::Cut { "cuts" } else { "kills" });
         for queue in &self.queues {
@@ -294,6 +300,7 @@ impl Cast {
             let mut models = self.shared.models.borrow_mut();
             let mut rules = self.shared.rules.borrow_mut();
             (rules.may_tell_loss, rules.lost_at) = (models.lose_unflushed(), models.request());
+            rules.lost_until = rules.lost_at;
         }
         (self.is_lost_with_process, self.is_lost_before, self.is_cache_lost) = (false, false, false);
         let pool = self.pool.clone().ok_or("it is open")?;

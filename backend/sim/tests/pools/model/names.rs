@@ -63,7 +63,7 @@ impl Models {
                         }
                     });
                     let size_blocks = volume.size_blocks;
-                    volume.captures.push(Capture { name: name.clone(), touched });
+                    volume.captures.push(Capture { name: name.clone(), touched, has_no_instant: false });
                     let written = volume.written.clone();
                     let snapshot =
                         Volume { blocks, size_blocks, is_snapshot: true, written, ..Volume::default() };
@@ -104,7 +104,8 @@ impl Models {
                 let captures = std::mem::take(&mut self.volume(origin).captures);
                 let touched = captures.into_iter().find(|capture| capture.name == *name);
                 let snapshot = self.volume(name);
-                snapshot.made = touched.map(|capture| (group, capture.touched));
+                let whole = touched.filter(|capture| !capture.has_no_instant);
+                snapshot.made = whole.map(|capture| (group, capture.touched));
             }
         }
         if !ok {
@@ -140,6 +141,7 @@ impl Models {
     /// The pool was opened again, and these are its volumes. After a loss of power, what was not made durable may be undone, the
     /// last first.
     pub(crate) fn recovered(&mut self, actual: &Names, cut: bool) -> Result<(), String> {
+        self.opened_at = self.tick();
         let all = self.ops.len();
         let acknowledged = all - usize::from(self.is_pending);
         let least = if cut && !self.changes_are_durable { 0 } else { acknowledged };

@@ -79,10 +79,9 @@ async fn start(
     if let Some(leaf) = taken.find(|leaf| leaf.device.has_left_behind()) {
         return Err(still_gets_writes(leaf.name()));
     }
-    let tail = tail_of(&found.book, &options);
-    let tail = tail.unwrap_or_default();
+    let untold = untold_of(&found.book, &options);
+    let tail = tail_of(&found.book, &options).unwrap_or_default();
     let (caches, mut entries) = (tail.caches, tail.records);
-    let untold = if was_closed || is_broken("loss_not_kept") { Vec::new() } else { tail.untold };
     let book = next_book(runtime, &found.book, &options);
     let now = runtime.now();
     let mut lost_caches = Vec::new();
@@ -100,13 +99,17 @@ async fn start(
             let is_recorded = record.in_sync && leaf.is_some();
             let cache = leaf.as_ref().and_then(|leaf| leaf.device.cache_identity());
             let was = caches.iter().find(|(member, _)| *member == record.uuid).map(|(_, cache)| *cache);
-            let has_lost = is_recorded && was.is_some() && cache.is_some() && was != cache;
+            let is_another = was.is_some() && cache.is_some() && was != cache;
+            // One whose cache has no name that we can see tells it by its next FLUSH.
+            let owes = leaf.as_ref().is_some_and(|leaf| leaf.device.owes_a_loss()) && !was_closed;
+            let has_lost = is_recorded && (is_another || owes && !is_broken("owed_loss_ignored"));
             let is_needed = !was_closed
                 && logs.iter().any(|log| log.is_needed(number))
                 && !is_broken("needed_member_put_out");
             let is_out = has_lost && !options.read_only && !is_needed && found.goes_on_without(&record.uuid);
             let is_recorded = is_recorded && !is_out;
             let mut member = Member::new(record.uuid, leaf, is_recorded, now);
+            member.owes_a_loss = owes;
             if has_lost && is_recorded {
                 lost_caches.push((usize::from(number), member.whole_cache));
                 // Until it is seen to.
@@ -184,6 +187,7 @@ async fn start(
         intents: RefCell::new(Intents::default()),
         turns: Turns::default(),
         rounds: Rounds::default(),
+        copies: Rounds::default(),
         freed: RefCell::default(),
         let_go: Cell::new(0),
         locks: Locks::default(),
@@ -196,6 +200,7 @@ async fn start(
         is_low: Cell::new(false),
         is_metadata_low: Cell::new(false),
         is_open: Cell::new(false),
+        is_ready: Cell::new(false),
         is_closing: Cell::new(false),
         is_over: Cell::new(false),
         is_read_only,
@@ -277,8 +282,20 @@ async fn start(
         };
         if let Err(status) = ready.await {
             owner.unregister();
-            return Err(owner.failed("cannot be opened", status));
+            if !owner.has_lost_while_opening() {
+                return Err(owner.failed("cannot be opened", status));
+            }
+            // As if it had been lost before: what the process before us had written first to some units may be gone.
+            owner.pending.borrow_mut().clear();
+            lock(&owner.shared.volumes).values().for_each(|volume| volume.unflushed.has_written());
+            owner.shared.has_lost();
+            owner.begin_tail();
+            return Err(PoolError::Failed(format!(
+                "pool {}: a member has lost its volatile cache while it was being opened: want it opened again",
+                owner.shared.name
+            )));
         }
+        owner.is_ready.set(true);
         owner.shared.is_writable.store(true, Ordering::Release);
         if let Err(error) = owner.use_all_extents().await {
             owner.unregister();
@@ -295,6 +312,15 @@ async fn start(
         tables.replayed
     );
     Ok(Pool::of(Arc::clone(&owner.shared)))
+}
+
+/// Volumes that have lost something, which the process before us has told nobody of, whether it has closed the pool or not.
+fn untold_of(book: &Superblock, options: &OpenOptions) -> Vec<u32> {
+    let tail = format::decode_tail(&options.tail.content(), &book.pool_uuid).unwrap_or_default();
+    let is_last = tail.epoch == book.epoch;
+    let is_next = count_of(tail.epoch) == count_of(book.epoch) + 1 && book.opened_by == Some(options.host);
+    let counts = (is_last || is_next) && !is_broken("loss_not_kept");
+    if counts { tail.untold } else { Vec::new() }
 }
 
 /// What the process before us acknowledged and may not have made durable; of this pool, this host, and its last opening.

@@ -14,7 +14,7 @@ use super::{Slot, VolumeChannel, parity_of};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::{Plan, Step, Stripe};
-use crate::pool::shared::Class;
+use crate::pool::shared::{Class, VolumeShared};
 use hawser_block::{BlockCount, Buffers, Completion, Lba, Outcome, Request, Status, Token};
 use hawser_runtime::Slab;
 use std::ops::Range;
@@ -38,9 +38,15 @@ pub(super) struct Whole {
     outcome: Outcome,
     /// A member has failed a part of it.
     has_failed: bool,
+    /// A cache was lost meanwhile, which parts of it that have ended may have been in.
+    has_met_loss: bool,
 }
 
 impl Whole {
+    pub(super) fn has_met_loss(&mut self) {
+        self.has_met_loss = true;
+    }
+
     /// Members have failed what has this token: whether it is the first of its request.
     pub(super) fn fails_first(wholes: &mut Slab<Whole>, token: Token) -> bool {
         if token.0 & PART_BIT == 0 {
@@ -83,7 +89,13 @@ impl VolumeChannel {
             // One more, so that it does not end before all are begun.
             true => {
                 coverage::count(coverage::Event::InParts);
-                let whole = Whole { token: request.token, left: 1, outcome: Ok(()), has_failed: false };
+                let whole = Whole {
+                    token: request.token,
+                    left: 1,
+                    outcome: Ok(()),
+                    has_failed: false,
+                    has_met_loss: false,
+                };
                 Token(self.wholes.insert(whole) as u64 | PART_BIT)
             }
             false => request.token,
@@ -215,7 +227,11 @@ impl VolumeChannel {
     }
 
     /// A request has ended: it is among `ended`, unless it is a part of one that has not.
-    pub(super) fn has_ended(wholes: &mut Slab<Whole>, completion: Completion, ended: &mut Vec<Completion>) {
+    pub(super) fn has_ended(
+        (wholes, volume): (&mut Slab<Whole>, &VolumeShared),
+        completion: Completion,
+        ended: &mut Vec<Completion>,
+    ) {
         if completion.token.0 & PART_BIT == 0 {
             return ended.push(completion);
         }
@@ -227,7 +243,10 @@ impl VolumeChannel {
             whole.outcome = completion.outcome;
         }
         if whole.left == 0 {
-            let Whole { token, outcome, .. } = wholes.remove(key).expect("looked up just now");
+            let Whole { token, outcome, has_met_loss, .. } = wholes.remove(key).expect("looked up just now");
+            if has_met_loss {
+                volume.owes_a_loss();
+            }
             ended.push(Completion { token, outcome });
         }
     }

@@ -2,9 +2,9 @@
 //! date again; else it stays, with what it has.
 
 use super::Owner;
-use super::members::{Member, survives};
+use super::members::{Member, groups, survives};
 use crate::pool::shared::{Shared, lock};
-use crate::raid::{Level, Mode, Set};
+use crate::raid::{Mode, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Device, Outcome, Status};
 use std::rc::Rc;
@@ -53,38 +53,51 @@ impl Owner {
         look();
     }
 
-    /// A member says that something is lost, which is not always told before: whether that is news.
-    pub(super) fn has_lost_now(&self, member: u16) -> bool {
+    /// A member's FLUSH says that something is lost: whether that is a cache, which is seen to, or has been. It tells each loss once, to who flushes next; and
+    /// not always before.
+    pub(super) fn is_of_cache(&self, member: u16) -> bool {
         let (set, index) = self.place_of(member);
-        let members = self.members.borrow();
-        let entry = &members[usize::from(member)];
-        let Some(leaf) = &entry.leaf else { return false };
-        look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted))
+        let mut members = self.members.borrow_mut();
+        let entry = &mut members[usize::from(member)];
+        let Some(leaf) = entry.leaf.clone() else { return false };
+        let owed = std::mem::take(&mut entry.owes_a_loss);
+        look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted)) || owed
     }
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
     pub(crate) async fn put_out_doubted(self: &Rc<Self>) -> Outcome {
-        // Whoever is just writing it down may have the turn: that counts when it is done.
-        drop(self.turns.superblock.take().await);
-        let seen = self.shared.lost_caches.look();
-        for set in self.view().array.sets().to_vec() {
-            let doubted = loop {
-                if let Some(doubted) = self.after_lost_caches(&set).await? {
-                    break doubted;
-                }
-            };
-            for place in doubted {
-                let member = set.first_member() + place;
-                if !self.put_out(member, "lost its volatile cache").await {
-                    return Err(Status::Path);
-                }
-                let members = self.members.borrow();
-                members[usize::from(member)].is_doubted.store(false, Ordering::Release);
+        loop {
+            // Whoever is just writing it down may have the turn: that counts when it is done.
+            drop(self.turns.superblock.take().await);
+            let seen = self.shared.lost_caches.look();
+            let mut outcome = Ok(());
+            for set in self.view().array.sets().to_vec() {
+                // One that cannot be seen to now keeps none of the others.
+                outcome = self.see_to_caches(&set).await.and(outcome);
+            }
+            outcome?;
+            if seen.is_open() && self.shared.lost_caches.is_seen_to(seen) {
+                // Who reads and writes has waited for it.
+                self.bell.ring();
+            }
+            if !self.shared.lost_caches.look().is_open() {
+                return Ok(());
             }
         }
-        if seen.is_open() && self.shared.lost_caches.is_seen_to(seen) {
-            // Who reads and writes has waited for it.
-            self.bell.ring();
+    }
+
+    async fn see_to_caches(self: &Rc<Self>, set: &Arc<Set>) -> Outcome {
+        let going = loop {
+            if let Some(going) = self.after_lost_caches(set).await? {
+                break going;
+            }
+        };
+        for place in going {
+            let member = set.first_member() + place;
+            if !self.put_out(member, "lost its volatile cache").await {
+                return Err(Status::Path);
+            }
+            self.members.borrow()[usize::from(member)].is_doubted.store(false, Ordering::Release);
         }
         Ok(())
     }
@@ -94,6 +107,13 @@ impl Owner {
         if !self.is_read_only && !self.is_closing.get() {
             self.begin_tail();
         }
+    }
+
+    /// A cache was lost that had what the process before us had written, and that its tail says to be there.
+    pub(crate) fn has_lost_while_opening(&self) -> bool {
+        let has_lost =
+            self.shared.lost_caches.look().number() > 0 && !is_broken("loss_at_opening_overlooked");
+        has_lost && !self.is_ready.get()
     }
 
     /// Waits while it is not known what a lost cache has taken with it.
@@ -124,23 +144,36 @@ impl Owner {
         (0..set.members()).filter(has_lost).collect()
     }
 
-    /// Members of a set have lost their caches: those that the others can do without, to be put out. Where not all of them can go, none
-    /// does: what they have lost is lost, but for what the parity log has. Each volume's FLUSH tells it. `None`: once more.
-    async fn after_lost_caches(self: &Rc<Self>, set: &Arc<Set>) -> Result<Option<Vec<u16>>, Status> {
+    /// Of members of a set that have lost their caches those that are put out, since the others have all that they have; and those that stay.
+    fn going_and_staying(set: &Set, doubted: Vec<u16>) -> (Vec<u16>, Vec<u16>) {
         let bits = |places: &[u16]| places.iter().fold(0u64, |bits, place| bits | 1 << place);
-        let can_go = |doubted: &[u16]| doubted.is_empty() || survives(set, bits(doubted));
-        let doubted = self.doubted_of(set);
-        if can_go(&doubted) {
-            return Ok(Some(doubted));
+        if set.parity().is_some() {
+            // All or none: of what is computed none of them can lack.
+            return match survives(set, bits(&doubted)) {
+                true => (doubted, Vec::new()),
+                false => (Vec::new(), doubted),
+            };
+        }
+        let has_it = |other: &u16| !doubted.contains(other) && set.mode(*other) == Mode::InSync;
+        let can_go = |place: &u16| groups(set, *place).iter().all(|group| group.iter().any(has_it));
+        doubted.iter().partition(|place| can_go(place))
+    }
+
+    /// Members of a set have lost their caches: says who is to be put out. Where not all of them can go, some stay: what they have lost is lost, but for
+    /// what the parity log has. Each volume's FLUSH tells it. `None`: once more.
+    async fn after_lost_caches(self: &Rc<Self>, set: &Arc<Set>) -> Result<Option<Vec<u16>>, Status> {
+        let (going, staying) = Self::going_and_staying(set, self.doubted_of(set));
+        if staying.is_empty() {
+            return Ok(Some(going));
         }
         let _turn = self.turns.again.take().await;
         let leaf_of =
             |place: u16| self.members.borrow()[usize::from(set.first_member() + place)].leaf.clone();
-        let (doubted, seen) = {
+        let (going, doubted, seen) = {
             let _one = lock(&self.shared.modes);
-            let doubted = self.doubted_of(set);
-            if can_go(&doubted) {
-                return Ok(Some(doubted));
+            let (going, doubted) = Self::going_and_staying(set, self.doubted_of(set));
+            if doubted.is_empty() {
+                return Ok(Some(going));
             }
             let mut seen = self.shared.lost_caches.look();
             if !seen.is_open() && !is_broken("computed_with_lost_cache") {
@@ -150,16 +183,21 @@ impl Owner {
             if let Some(parity) = set.parity().filter(|_| !is_broken("computed_with_lost_cache")) {
                 doubted.iter().for_each(|place| parity.set_behind(*place, true));
             }
-            (doubted, seen)
+            (going, doubted, seen)
         };
         let mut leaves = Vec::with_capacity(doubted.len());
         for place in &doubted {
             let leaf = leaf_of(*place).ok_or(Status::Path)?;
             leaves.push((*place, Cache::of(leaf.device.as_ref()), leaf));
         }
-        let differ = doubted.len() > 1 || set.level() == Level::Raid10;
-        if set.parity().is_none() && differ && !is_broken("lost_copies_differ") {
-            // Each has lost something else. And where strips go round it shares some with a neighbour who has lost nothing.
+        let there = (0..set.members()).filter(|place| set.mode(*place) != Mode::Away).count();
+        if set.level().is_redundant()
+            && set.parity().is_none()
+            && there > 1
+            && !is_broken("lost_copies_differ")
+        {
+            // Each has lost something else. One that is being brought up to date may have been given what is lost. And where strips go round they are
+            // shared with a neighbour who has lost nothing.
             self.shared.mark_unsynced();
             set.intents.iter_set().for_each(|region| set.unsynced.set(region));
         }
@@ -184,17 +222,8 @@ impl Owner {
                 }
             }
         }
-        for (_, _, leaf) in &leaves {
-            // Its replacement may have what it has lost.
-            if let Some(twin) = &leaf.twin {
-                twin.switch_off();
-            }
-            // It tells each loss to whoever flushes next: that is done here, since all who may have lost something are told below.
-            match self.lanes.flush(leaf).await {
-                Ok(()) | Err(Status::Media) => {}
-                error => error?,
-            }
-        }
+        // Its replacement may have what it has lost.
+        leaves.iter().filter_map(|(_, _, leaf)| leaf.twin.as_ref()).for_each(|twin| twin.switch_off());
         {
             let _one = lock(&self.shared.modes);
             if leaves.iter().any(|(_, cache, leaf)| Cache::of(leaf.device.as_ref()) != *cache) {
@@ -207,18 +236,18 @@ impl Owner {
                     continue;
                 }
                 entry.is_doubted.store(false, Ordering::Release);
-                entry.whole_cache = cache.name;
+                (entry.whole_cache, entry.owes_a_loss) = (cache.name, true);
                 set.set_mode(*place, Mode::InSync);
                 if let Some(parity) = set.parity() {
                     parity.set_behind(*place, false);
                 }
             }
         }
-        self.take_back(set, seen.number());
+        self.take_back(set, &doubted, seen.number());
         // At once with what names the caches now: a process after us would take the records for what was written into them.
         self.shared.has_lost();
         self.begin_tail();
-        Ok(Some(Vec::new()))
+        Ok(Some(going))
     }
 
     /// A member of this set has lost its cache, and is not put out yet.

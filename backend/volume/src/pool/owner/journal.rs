@@ -215,6 +215,9 @@ impl Owner {
         let (seq, log) = loop {
             // What the tables say of a lost cache is not for ever.
             self.put_out_doubted().await?;
+            if self.has_lost_while_opening() {
+                return Err(Status::Media);
+            }
             let (seq, log, seen) = {
                 let _turn = self.turns.commit.take().await;
                 let seen = self.shared.lost_caches.look();

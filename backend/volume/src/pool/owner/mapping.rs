@@ -186,6 +186,7 @@ impl Owner {
             if can_rebirth {
                 // A power cut must not give it back to who held it too, with what is written to it from now on. Once is enough: it was let go of
                 // before we looked.
+                let seen = self.shared.lost_caches.look();
                 if self.durable.get() < self.let_go.get() && !is_broken("rebirth_before_durable") {
                     Box::pin(self.flush()).await?;
                 }
@@ -197,6 +198,8 @@ impl Owner {
                     meta.entry(volume, index) == mapped
                         && meta.can_rebirth(volume, index)
                         && meta.generation() == birth
+                        // Who has let go may have taken it back, and let go again.
+                        && self.shared.lost_caches.look() == seen
                 };
                 if !is_same {
                     continue;
@@ -226,7 +229,7 @@ impl Owner {
                     let copied = Box::pin(self.copy_partial(new, (extent, fallback, bits))).await;
                     // What it covers is let go of at once, and could not be shown again if the copy were lost with a cache.
                     let flushed = match copied {
-                        Ok(()) if !is_broken("copy_not_durable") => Box::pin(self.flush_members()).await,
+                        Ok(()) if !is_broken("copy_not_durable") => Box::pin(self.flush_copies()).await,
                         _ => Ok(()),
                     };
                     let copied = match copied.and(flushed) {

@@ -45,6 +45,8 @@ pub(crate) struct Member {
     pub(crate) whole_cache: Option<[u8; 16]>,
     /// The volatile cache that its writes are in.
     pub(crate) cache: Arc<Mutex<Cache>>,
+    /// It has lost one that was seen to, and which no FLUSH of it has told.
+    pub(crate) owes_a_loss: bool,
     /// It was put in, and does not say so itself yet.
     pub(crate) is_unlabelled: bool,
     /// It gets all writes, and is not ready to be taken for whole.
@@ -71,6 +73,7 @@ impl Member {
             tried: now,
             whole_cache: cache.name.filter(|_| is_recorded),
             cache: Arc::new(Mutex::new(cache)),
+            owes_a_loss: false,
             is_unlabelled: false,
             is_joining: false,
             joined: 0,
@@ -83,7 +86,7 @@ impl Member {
 const LOSSES_MAX: usize = 4;
 
 /// Members of a set that hold the same data as `member`, each group with it.
-fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
+pub(super) fn groups(set: &Set, member: u16) -> Vec<Vec<u16>> {
     let count = set.members();
     match set.level() {
         Level::Raid1 => vec![(0..count).collect()],
@@ -185,46 +188,50 @@ impl Owner {
             return Ok(());
         }
         for _ in 0..LOSSES_MAX {
-            let losses = self.shared.losses();
-            match self.flush_members_once().await {
-                Ok(()) | Err(Status::Media) if self.shared.losses() != losses => {}
-                outcome => return outcome,
+            if self.flush_members_once().await? {
+                return Ok(());
             }
         }
         Err(Status::Media)
     }
 
-    async fn flush_members_once(self: &Rc<Self>) -> Outcome {
-        let logged = self.stripes_placed();
+    /// Whether all that was there before is durable; not, where a cache was lost.
+    async fn flush_members_once(self: &Rc<Self>) -> Result<bool, Status> {
+        let (logged, seen) = (self.stripes_placed(), self.shared.lost_caches.look());
         let (targets, since) = (self.targets(), self.shared.joins());
         let flushes =
             targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
         let results = all(flushes).await;
-        let failed = results.iter().filter(|(_, outcome)| outcome.is_err());
-        let failed: Vec<(u16, Status)> =
-            failed.filter_map(|(member, outcome)| Some((*member, outcome.err()?))).collect();
-        let mut outcome = Ok(());
+        let mut failed = Vec::new();
+        for (member, outcome) in results {
+            match outcome {
+                Ok(()) => self.members.borrow_mut()[usize::from(member)].owes_a_loss = false,
+                Err(status) => failed.push((member, status)),
+            }
+        }
+        let (mut outcome, mut is_whole) = (Ok(()), true);
         for (member, status) in failed {
-            let is_news = status == Status::Media && self.has_lost_now(member);
+            if status == Status::Media && self.is_of_cache(member) {
+                is_whole = false;
+                continue;
+            }
             // What it had not made durable may be lost: it has not got all the data any more.
-            match self.report(1 << member, status, since).await {
-                // That is seen to below.
-                Err(_) if is_news => {}
-                Err(why) => {
-                    if status == Status::Media {
-                        self.shared.has_lost();
-                        self.begin_tail();
-                    }
-                    outcome = outcome.and(Err(why));
+            if let Err(why) = self.report(1 << member, status, since).await {
+                if status == Status::Media {
+                    self.shared.has_lost();
+                    self.begin_tail();
                 }
-                Ok(()) => {}
+                outcome = outcome.and(Err(why));
             }
         }
         outcome?;
         // A flush of another cache than the one that was written to is no flush.
         self.put_out_doubted().await?;
-        self.stripes_flushed(&logged);
-        Ok(())
+        is_whole &= self.shared.lost_caches.look().number() == seen.number();
+        if is_whole {
+            self.stripes_flushed(&logged);
+        }
+        Ok(is_whole)
     }
 
     /// Members have failed what others may have done: they are out when it ends, or it has failed. `since`: `Shared::joins` when it

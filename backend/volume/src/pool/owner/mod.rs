@@ -15,7 +15,7 @@
 //!
 //! Invariants:
 //! - State is changed without awaiting in between, so that every task sees it whole.
-//! - Turns are taken in this order, never the other way round: change, reclaim, flush, checkpoint, commit, intents,
+//! - Turns are taken in this order, never the other way round: change, reclaim, a round of flushes, checkpoint, commit, intents,
 //!   parity, superblock, again. The turns
 //!   of window and barrier are taken by who holds none of flush to superblock.
 //! - Nobody who is under way ([`super::place`]) waits for a barrier.
@@ -59,6 +59,7 @@ use hawser_block::{Outcome, Status};
 use hawser_runtime::Runtime;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
+use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -102,7 +103,6 @@ pub(crate) struct Turns {
     pub(crate) change: Turn,
     pub(crate) reclaim: Turn,
     pub(crate) checkpoint: Turn,
-    pub(crate) flush: Turn,
     pub(crate) commit: Turn,
     pub(crate) intents: Turn,
     pub(crate) parity: Turn,
@@ -119,6 +119,32 @@ pub(crate) struct Rounds {
     pub(crate) done: Cell<u64>,
     pub(crate) failed: Cell<u64>,
     pub(crate) status: Cell<Option<Status>>,
+    turn: Turn,
+}
+
+impl Rounds {
+    pub(crate) fn turn(&self) -> &Turn {
+        &self.turn
+    }
+
+    /// One that begins after this: its own, or somebody else's that comes as late.
+    async fn join<F: Future<Output = Outcome>>(&self, flush: impl FnOnce() -> F) -> Outcome {
+        let need = self.begun.get() + 1;
+        let _turn = self.turn.take().await;
+        if self.done.get() < need {
+            self.begun.set(need);
+            let outcome = flush().await;
+            self.done.set(need);
+            if let Err(status) = outcome {
+                self.failed.set(need);
+                self.status.set(Some(status));
+            }
+        }
+        match self.status.get() {
+            Some(status) if self.failed.get() >= need => Err(status),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A pool's owner.
@@ -148,6 +174,8 @@ pub(crate) struct Owner {
     pub(crate) intents: RefCell<Intents>,
     pub(crate) turns: Turns,
     pub(crate) rounds: Rounds,
+    /// The same of the members alone.
+    pub(crate) copies: Rounds,
     /// What lost its last reference with the record of this number.
     pub(crate) freed: RefCell<Vec<(u64, Freed)>>,
     /// Behind the last record by which somebody let go of an extent that another may hold too.
@@ -169,6 +197,8 @@ pub(crate) struct Owner {
     pub(crate) is_metadata_low: Cell<bool>,
     /// The superblocks say that we have it.
     pub(crate) is_open: Cell<bool>,
+    /// It has been opened: what the process before had is durable.
+    pub(crate) is_ready: Cell<bool>,
     pub(crate) is_closing: Cell<bool>,
     /// It was closed: whoever waits for a turn still comes too late.
     pub(crate) is_over: Cell<bool>,
@@ -299,21 +329,12 @@ impl Owner {
 
     /// Makes everything durable that has ended before: data, then mappings. Who comes while a round runs shares the next one.
     pub(crate) async fn flush(self: &Rc<Self>) -> Outcome {
-        let need = self.rounds.begun.get() + 1;
-        let _turn = self.turns.flush.take().await;
-        if self.rounds.done.get() < need {
-            self.rounds.begun.set(need);
-            let outcome = self.flush_once().await;
-            self.rounds.done.set(need);
-            if let Err(status) = outcome {
-                self.rounds.failed.set(need);
-                self.rounds.status.set(Some(status));
-            }
-        }
-        match self.rounds.status.get() {
-            Some(status) if self.rounds.failed.get() >= need => Err(status),
-            _ => Ok(()),
-        }
+        self.rounds.join(|| self.flush_once()).await
+    }
+
+    /// Makes durable what has been copied; who copies something else meanwhile shares the next round.
+    pub(crate) async fn flush_copies(self: &Rc<Self>) -> Outcome {
+        self.copies.join(|| self.flush_members()).await
     }
 
     async fn flush_once(self: &Rc<Self>) -> Outcome {
@@ -322,10 +343,13 @@ impl Owner {
                 // Whoever has it now need not have kept what was written.
                 return Err(Status::Conflict);
             }
+            self.put_out_doubted().await?;
             let seen = self.shared.lost_caches.look();
+            if seen.is_open() {
+                continue;
+            }
             // Records that are made while the members flush may be of data that is not durable.
             let upto = self.seq.get();
-            self.put_out_doubted().await?;
             self.flush_members().await?;
             if self.are_flushed(seen, upto) {
                 break upto;

@@ -212,7 +212,8 @@ impl Owner {
         let Self { turns, .. } = self;
         for turn in [
             &turns.reclaim,
-            &turns.flush,
+            self.rounds.turn(),
+            self.copies.turn(),
             &turns.checkpoint,
             &turns.commit,
             &turns.intents,

@@ -14,7 +14,7 @@ use super::{Owner, Pending};
 use crate::format::{NONE, Record};
 use crate::pool::coverage;
 use crate::pool::lost_caches::Seen;
-use crate::raid::Set;
+use crate::raid::{Piece, Set};
 use crate::simulated::is_broken;
 use crate::thin::{Bits, Mapped};
 use hawser_block::Outcome;
@@ -67,16 +67,24 @@ impl Owner {
         Ok(())
     }
 
-    /// Takes back what was written to members of this set before so many caches had been lost. The tail is to be written anew.
-    pub(super) fn take_back(&self, set: &Arc<Set>, lost: u64) {
+    /// Takes back what was written to these members of a set, by place, before so many caches had been lost. The tail is to be written anew.
+    pub(super) fn take_back(&self, set: &Arc<Set>, places: &[u16], lost: u64) {
         if is_broken("lost_units_kept") {
             return;
         }
         let view = self.view();
-        let is_of_set = |extent: u32| Arc::ptr_eq(view.array.set(view.array.locate(extent).0), set);
+        let is_there = |extent: u32| {
+            let (other, address) = view.array.locate(extent);
+            let is_on = |piece: Piece| {
+                let mut copies = piece.copies.as_slice().iter();
+                copies.any(|copy| places.contains(&(copy.member - set.first_member())))
+            };
+            Arc::ptr_eq(view.array.set(other), set)
+                && (set.parity().is_some() || set.pieces(address, view.thin.extent_bytes).any(is_on))
+        };
         let mut units: BTreeMap<(u32, u32, u32), (Bits, u32)> = BTreeMap::new();
         for pending in self.pending.borrow_mut().iter_mut().filter(|it| it.seq >= self.flushed.get()) {
-            let Some(written) = pending.written.filter(|written| is_of_set(written.extent)) else { continue };
+            let Some(written) = pending.written.filter(|written| is_there(written.extent)) else { continue };
             let key = (written.volume, written.index, written.extent);
             let (bits, covered) = units.entry(key).or_insert(([0; 4], NONE));
             if written.covered != NONE {
@@ -95,6 +103,13 @@ impl Owner {
                 Mapped::Full { extent: there, .. } | Mapped::Partial { extent: there, .. } => there == extent,
                 Mapped::None => false,
             };
+            if !is_there && covered != NONE {
+                // Whoever let go of the extent since lets go of what it covered too, and may be lost still.
+                let last = self.seq.get().saturating_sub(1);
+                let mut freed = self.freed.borrow_mut();
+                let its = freed.iter_mut().filter(|(_, freed)| freed.extents().contains(&covered));
+                its.for_each(|(seq, _)| *seq = last);
+            }
             if bits == [0; 4] || !is_there {
                 continue;
             }

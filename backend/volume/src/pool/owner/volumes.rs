@@ -212,6 +212,8 @@ impl Owner {
         }
         let items = self.snapshot_items(&snapshots)?;
         let origins: BTreeSet<u32> = items.iter().map(|item| item.origin).collect();
+        // What is to be durable then mostly is, before anybody has to wait for it.
+        let _ = self.flush().await;
         // Nobody gets anything mapped any more, and everything mapped goes the slow way, which waits. What is under way ends.
         self.frozen.borrow_mut().extend(&origins);
         self.hold(&origins, true);
