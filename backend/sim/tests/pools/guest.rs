@@ -60,6 +60,8 @@ struct Busy {
     is_verify: bool,
     /// The process died with it.
     to_replay: bool,
+    /// It was begun again by the next one, behind all that had ended.
+    is_replay: bool,
 }
 
 struct Slot {
@@ -293,7 +295,9 @@ impl Guest {
         let is_untold = ok && operation == Operation::Flush && owed.is_some() && busy.number > rules.lost_at;
         // It had flushed before that was lost.
         let is_durable = ok && operation == Operation::Flush && busy.number < rules.lost_at;
-        if owed.is_some_and(|last| busy.number > last) && (outcome == Err(Status::Media) || is_durable) {
+        if owed.is_some_and(|last| busy.number > last || busy.is_replay)
+            && (outcome == Err(Status::Media) || is_durable)
+        {
             rules.must_be_told.remove(&self.volume);
         }
         // A write with FUA may have nothing to flush but itself.
@@ -356,7 +360,7 @@ impl Guest {
         };
         let blocks = BlockCount(u32::try_from(range.1).unwrap());
         let request = Request { operation, lba: Lba(range.0), blocks, buffers, token };
-        slot.busy = Some(Busy { request, number, flush, is_verify, to_replay: false });
+        slot.busy = Some(Busy { request, number, flush, is_verify, to_replay: false, is_replay: false });
         if crate::tells() {
             let (now, volume) = (self.shared.world.now(), &self.volume);
             println!("{now:?} {volume} begins {operation:?} {range:?} #{number:#x}");
@@ -369,8 +373,12 @@ impl Guest {
 
     fn replays(&mut self) -> Vec<Request> {
         let busy = self.slots.iter_mut().filter_map(|slot| slot.busy.as_mut());
-        let mut replayed: Vec<Request> =
-            busy.filter_map(|busy| std::mem::take(&mut busy.to_replay).then_some(busy.request)).collect();
+        let mut replayed: Vec<Request> = busy
+            .filter_map(|busy| {
+                busy.is_replay |= busy.to_replay;
+                std::mem::take(&mut busy.to_replay).then_some(busy.request)
+            })
+            .collect();
         // As the in-flight log has them.
         replayed.sort_by_key(|request| request.token.0);
         self.shared.rules.borrow_mut().replayed += replayed.len() as u64;

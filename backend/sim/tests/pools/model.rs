@@ -170,8 +170,9 @@ pub(crate) struct Models {
     pub(crate) metadata_pages: u64,
     /// What is written is remembered in pieces of so many: no extent is smaller.
     piece_blocks: u64,
-    /// The number when the pool was last opened.
+    /// The number when the pool was last opened, and when something was last lost.
     opened_at: u64,
+    lost_at: u64,
     /// A change of volumes is durable when it is answered.
     pub(crate) changes_are_durable: bool,
 }
@@ -191,6 +192,7 @@ impl Models {
             metadata_pages: 0,
             piece_blocks: (64 << 10) / block_bytes as u64,
             opened_at: 0,
+            lost_at: 0,
             changes_are_durable: true,
         }
     }
@@ -331,7 +333,8 @@ impl Models {
     /// `ok`: it was acknowledged; else it has failed, and each of its blocks may be there or not.
     pub(crate) fn write_ends(&mut self, name: &str, seq: u64, (lba, count): (u64, u64), ok: bool, fua: bool) {
         let end = self.tick();
-        if ok {
+        // One that was under way when something was lost may be a part of it.
+        if ok && seq > self.lost_at {
             self.ends.insert(seq, end);
         }
         let volume = self.volume(name);
@@ -488,6 +491,7 @@ impl Models {
 
     /// What nobody has flushed may be lost, though the guests' requests go on: of all volumes, which are named.
     pub(crate) fn lose_unflushed(&mut self) -> BTreeSet<String> {
+        self.lost_at = self.tick();
         for volume in self.volumes.values_mut() {
             let Volume { blocks, readings, .. } = volume;
             for reading in readings.iter_mut() {

@@ -1,6 +1,7 @@
 //! Making a pool, opening and closing it, growing: rules 0, 1, 9 and 12.
 
 use super::*;
+use crate::promises::as_devices;
 
 /// Makes a pool of all disks, which may have been another's, and the power goes after so many steps.
 fn create_and_cut(scene: &mut Scene, steps: u64, options: CreateOptions) {
@@ -572,6 +573,115 @@ fn what_a_lost_cache_took_is_told_also_when_the_process_that_noticed_it_is_gone(
             scene.flush(&pool, "v");
             scene.flush(&pool, "quiet");
         }
+        Ok(())
+    });
+}
+
+/// A pool with one member whose cache has no name, used before: `v` has a new unit in the tail when its process dies.
+fn written_and_killed(seed: u64) -> Scene {
+    let mut scene = Scene::sized(seed, 1, 16 << 11);
+    scene.disks[0].seed(seed);
+    scene.disks[0].state().fill_with_junk(seed + 1);
+    scene.create(Level::Linear);
+    let pool = scene.open();
+    scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+    scene.write(&pool, "v", 0, &noise(1, 4096));
+    drop(pool);
+    scene.kill();
+    scene
+}
+
+/// What it reads is what it wrote, or nothing; and its next FLUSH tells that something was lost, once.
+fn is_nothing_strange_and_told(scene: &mut Scene, pool: &Pool) -> Result<(), String> {
+    let (found, new) = (scene.read(pool, "v", 0, 4096), noise(1, 4096));
+    for (at, block) in found.chunks(512).enumerate() {
+        if *block != new[at * 512..][..512] && block.iter().any(|byte| *byte != 0) {
+            return Err(format!("block {at} is what stood there before"));
+        }
+    }
+    let outcome = scene.io(pool, "v", Operation::Flush, 0, &[]).0;
+    if outcome != Err(Status::Media) {
+        return Err(format!("its FLUSH: {outcome:?}"));
+    }
+    scene.flush(pool, "v");
+    Ok(())
+}
+
+/// Between two processes the only copy loses a cache that has no name. The device knows that something was lost, from what the dead process has kept of it,
+/// and has told nobody.
+#[test]
+fn a_loss_that_a_device_owes_is_one_of_the_process_before() {
+    holds("owed_loss_ignored", |seed| {
+        let mut scene = written_and_killed(seed);
+        scene.disks[0].lose_power();
+        scene.disks[0].state().owes_a_loss = true;
+        let pool = scene.open();
+        scene.disks[0].state().owes_a_loss = false;
+        is_nothing_strange_and_told(&mut scene, &pool)
+    });
+}
+
+/// The same while the next process opens the pool, and has done again what the tail says.
+#[test]
+fn a_loss_while_a_pool_is_opened_is_one_of_the_process_before() {
+    holds("loss_at_opening_overlooked", |seed| {
+        let mut scene = written_and_killed(seed);
+        let (held, _) = scene.watched();
+        // That of the opening's checkpoint.
+        held[0].hold_one(|request| request.operation == Operation::Flush);
+        let handle = scene.reactors[0].runtime().handle();
+        let options = OpenOptions::new(HOST, Box::new(scene.tail.clone()));
+        let ask = Pool::open(&handle, as_devices(&held), options);
+        let opened = Rc::new(RefCell::new(None));
+        let place = Rc::clone(&opened);
+        scene.reactors[0].runtime().spawn(async move { *place.borrow_mut() = Some(ask.await) });
+        scene.wait(Duration::from_secs(1));
+        assert!(held[0].held() == 1 && opened.borrow().is_none());
+        scene.disks[0].lose_power();
+        held[0].release();
+        scene.wait(Duration::from_secs(5));
+        let pool = match opened.take().expect("it ends") {
+            Ok(pool) => pool,
+            Err(error) => {
+                assert!(format!("{error:?}").contains("while it was being opened"), "{error:?}");
+                scene.kill();
+                scene.open()
+            }
+        };
+        is_nothing_strange_and_told(&mut scene, &pool)
+    });
+}
+
+/// A FLUSH is under way, a write ends behind it, and both copies' caches are lost. The FLUSH that fails did not stand for that write: the next one has to
+/// tell it, too.
+#[test]
+fn a_write_behind_a_flush_that_tells_a_loss_is_told_by_the_next_one() {
+    holds("loss_of_later_writes_not_told", |seed| {
+        let mut scene = Scene::sized(seed, 2, 16 << 11);
+        scene.create(Level::Raid1);
+        let (held, _) = scene.watched();
+        let pool = scene.open_quietly(as_devices(&held), |_| {}).unwrap();
+        scene.ask(pool.create_volume("v", 1 << 20)).unwrap();
+        scene.write(&pool, "v", 0, &noise(1, 4096));
+        held[0].hold_one(|request| request.operation == Operation::Flush);
+        let client = Client::new(scene.reactors[0].runtime(), &pool.device("v").unwrap());
+        let ended: Rc<RefCell<Option<Outcome>>> = Rc::default();
+        let place = Rc::clone(&ended);
+        scene.reactors[0].runtime().spawn(async move {
+            *place.borrow_mut() = Some(client.io(Operation::Flush, 0, Vec::new()).await.0);
+        });
+        scene.wait(Duration::from_millis(1));
+        assert!(held[0].held() == 1 && ended.borrow().is_none());
+        scene.write(&pool, "v", 0, &noise(2, 4096));
+        scene.disks.iter().for_each(|disk| disk.lose_power());
+        held[0].release();
+        scene.wait(Duration::from_secs(1));
+        assert_eq!(*ended.borrow(), Some(Err(Status::Media)));
+        let outcome = scene.io(&pool, "v", Operation::Flush, 0, &[]).0;
+        if outcome != Err(Status::Media) {
+            return Err(format!("the next FLUSH: {outcome:?}"));
+        }
+        scene.flush(&pool, "v");
         Ok(())
     });
 }
