@@ -91,6 +91,8 @@ pub(crate) struct Lanes {
     runtime: Runtime,
     source: Cell<Option<SourceId>>,
     lanes: RefCell<Vec<Lane>>,
+    /// The lane that is looked at first.
+    turn: Cell<usize>,
     waiting: RefCell<Slab<Waiting>>,
     ended: RefCell<Vec<Completion>>,
 }
@@ -111,6 +113,7 @@ impl Lanes {
             runtime: runtime.clone(),
             source: Cell::new(None),
             lanes: RefCell::default(),
+            turn: Cell::new(0),
             waiting: RefCell::default(),
             ended: RefCell::default(),
         });
@@ -126,15 +129,30 @@ impl Lanes {
     fn poll(&self) {
         let mut lanes = self.lanes.borrow_mut();
         let mut ended = self.ended.borrow_mut();
-        for lane in lanes.iter_mut() {
-            if !lane.batch.is_empty() {
-                lane.channel.submit(&mut lane.batch);
+        for lane in lanes.iter_mut().filter(|lane| !lane.batch.is_empty()) {
+            lane.channel.submit(&mut lane.batch);
+        }
+        // Of members that do their work in this thread one has its turn: requests that have come meanwhile do not wait for all of them.
+        let (count, first) = (lanes.len(), self.turn.get());
+        let mut has_worked = false;
+        for step in 0..count {
+            let at = (first + step) % count;
+            let lane = &mut lanes[at];
+            if lane.outstanding == 0 {
+                continue;
             }
-            if lane.outstanding > 0 {
-                let before = ended.len();
-                lane.channel.reap(&mut ended);
-                lane.outstanding -= ended.len() - before;
+            let is_working = lane.channel.is_working();
+            if is_working && has_worked {
+                self.runtime.wake(self.source());
+                continue;
             }
+            if is_working {
+                has_worked = true;
+                self.turn.set(at + 1);
+            }
+            let before = ended.len();
+            lane.channel.reap(&mut ended);
+            lane.outstanding -= ended.len() - before;
         }
         drop(lanes);
         let mut waiting = self.waiting.borrow_mut();
