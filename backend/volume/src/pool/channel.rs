@@ -137,6 +137,13 @@ impl Core {
         }
     }
 
+    /// A write has ended that was under way when a cache was lost, and may have gone with it.
+    #[cold]
+    fn has_lost(&self) {
+        self.volume.has_lost();
+        drop(self.shared.ask(|owner| async move { owner.losses_have_changed() }));
+    }
+
     fn end(&self, token: Token, outcome: Outcome) {
         self.ended.borrow_mut().push(Completion { token, outcome });
         self.runtime.wake(self.user);
@@ -628,7 +635,7 @@ impl VolumeChannel {
         if is_write {
             self.core.volume.unflushed.has_written();
             if is_again {
-                self.core.volume.owes_a_loss();
+                self.core.has_lost();
             }
         }
         // What was read from a member that has been found to lack something meanwhile may be old.
@@ -638,17 +645,13 @@ impl VolumeChannel {
             // It may be another volume's data.
             self.slots.remove(key);
             let outcome = Err(Status::Conflict);
-            Self::has_ended((&mut self.wholes, &self.core.volume), Completion { token, outcome }, ended);
+            Self::has_ended((&mut self.wholes, &self.core), Completion { token, outcome }, ended);
         } else if is_again && !is_write || is_old && !is_broken("stale_member_read") {
             let request = self.slots.remove(key).expect("looked up just now").request;
             self.slowly(request, Class::Degraded);
         } else {
             self.slots.remove(key);
-            Self::has_ended(
-                (&mut self.wholes, &self.core.volume),
-                Completion { token, outcome: Ok(()) },
-                ended,
-            );
+            Self::has_ended((&mut self.wholes, &self.core), Completion { token, outcome: Ok(()) }, ended);
         }
     }
 
@@ -741,7 +744,7 @@ fn spawn(core: &Rc<Core>, (token, changes): (Token, bool), work: impl Future<Out
         if changes {
             core.volume.unflushed.has_written();
             if core.shared.lost_caches.look().number() != lost {
-                core.volume.owes_a_loss();
+                core.has_lost();
             }
         }
         core.slow.set(core.slow.get() - 1);
@@ -777,7 +780,7 @@ impl Channel for VolumeChannel {
             self.reap_retired(ended);
         }
         for completion in self.core.ended.borrow_mut().drain(..) {
-            Self::has_ended((&mut self.wholes, &self.core.volume), completion, ended);
+            Self::has_ended((&mut self.wholes, &self.core), completion, ended);
         }
     }
 

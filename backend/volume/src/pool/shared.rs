@@ -206,7 +206,8 @@ pub(crate) struct VolumeShared {
     pub(crate) slow: [AtomicU64; Class::ALL.len()],
     /// Payload of writes that was copied, because it went to several members.
     pub(crate) copied_bytes: AtomicU64,
-    /// [`Shared::losses`] that its users have been told of, or that are none of theirs.
+    /// How often something may have been lost that is its, and how much of that its FLUSHes have told.
+    pub(crate) losses: AtomicU64,
     pub(crate) told_losses: AtomicU64,
     pub(crate) unflushed: Unflushed,
     /// Channels that are open.
@@ -221,10 +222,15 @@ impl VolumeShared {
         self.copied_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// A write has ended that was under way when a cache was lost, and may have gone with it: the next FLUSH fails, whatever was told meanwhile.
-    pub(crate) fn owes_a_loss(&self) {
-        let owes = |told: u64| Some(told.saturating_sub(1));
-        let _ = self.told_losses.fetch_update(Ordering::AcqRel, Ordering::Acquire, owes);
+    /// Something may have been lost that is its: its FLUSHes fail, until one has that stands for all of it. Of a write that was under way then that
+    /// is said when it has ended, and before anybody is told that it has.
+    pub(crate) fn has_lost(&self) {
+        self.losses.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// That was told by no FLUSH.
+    pub(crate) fn is_untold(&self) -> bool {
+        self.told_losses.load(Ordering::Acquire) < self.losses.load(Ordering::Acquire)
     }
 
     pub(crate) fn count(&self, class: Class) {
@@ -266,9 +272,7 @@ pub(crate) struct Shared {
     pub(crate) is_stopped: AtomicBool,
     reactors: Mutex<Vec<ReactorHandle>>,
     unsynced_marks: AtomicU64,
-    /// How often what was written and not flushed was lost for good: with a cache that no other member makes good.
-    losses: AtomicU64,
-    /// The caches with which that was, as soon as anybody hears of it.
+    /// Caches that were lost with what no other member makes good, as soon as anybody hears of it.
     pub(crate) lost_caches: LostCaches,
     /// How often a member has come back. What began before tells nothing of a member that came back after it.
     joins: AtomicU64,
@@ -310,7 +314,6 @@ impl Shared {
             is_stopped: AtomicBool::new(false),
             reactors: Mutex::default(),
             unsynced_marks: AtomicU64::new(0),
-            losses: AtomicU64::new(0),
             lost_caches: LostCaches::default(),
             joins: AtomicU64::new(0),
             given_up: [const { AtomicU64::new(0) }; MEMBERS_MAX],
@@ -331,25 +334,16 @@ impl Shared {
         self.unsynced_marks.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// How often something was lost that may be any volume's.
-    pub(crate) fn losses(&self) -> u64 {
-        self.losses.load(Ordering::Acquire)
-    }
-
-    /// Something was. A device tells it once, to whoever flushes it next; here it is told to the users of each volume that may have had a part in it.
+    /// Something was lost. A device tells it to whoever flushes it next; here it is told to the users of each volume that may have had a part in it.
     pub(crate) fn has_lost(&self) {
-        let losses = self.losses.fetch_add(1, Ordering::AcqRel) + 1;
-        for volume in lock(&self.volumes).values().filter(|volume| volume.unflushed.is_none()) {
-            // Whatever it writes from now on is not lost.
-            volume.told_losses.fetch_max(losses, Ordering::AcqRel);
-        }
+        let volumes = lock(&self.volumes);
+        volumes.values().filter(|volume| !volume.unflushed.is_none()).for_each(|volume| volume.has_lost());
     }
 
     /// Volumes that have lost something, as far as is known, and whose users were not told.
     pub(crate) fn untold(&self) -> Vec<u32> {
-        let (losses, volumes) = (self.losses(), lock(&self.volumes));
-        let is_untold = |volume: &&Arc<VolumeShared>| volume.told_losses.load(Ordering::Acquire) < losses;
-        volumes.values().filter(is_untold).map(|volume| volume.id).collect()
+        let volumes = lock(&self.volumes);
+        volumes.values().filter(|volume| volume.is_untold()).map(|volume| volume.id).collect()
     }
 
     /// To be asked when it is known who is written to, and told with what they fail.

@@ -87,27 +87,22 @@ fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
 /// have met with it, or one of the pool's own.
 async fn flush(core: &Core) -> Outcome {
     let volume = &core.volume;
-    let (before, number) = (core.shared.losses(), volume.unflushed.begin());
-    if volume.unflushed.is_none() {
-        // What was lost until now was not its.
-        volume.told_losses.fetch_max(before, Ordering::AcqRel);
-    }
-    let told = volume.told_losses.load(Ordering::Acquire);
+    let (before, number) = (volume.losses.load(Ordering::Acquire), volume.unflushed.begin());
     let outcome = flush_pool(core).await;
-    let losses = core.shared.losses();
+    let losses = volume.losses.load(Ordering::Acquire);
     let outcome = match outcome {
-        Ok(()) if told < losses && !is_broken("loss_told_to_one") => Err(Status::Media),
+        Ok(()) if volume.is_untold() && !is_broken("loss_told_to_one") => Err(Status::Media),
         outcome => outcome,
     };
     match outcome {
         Ok(()) => volume.unflushed.has_flushed(number),
         Err(Status::Media) => {
-            // For a write that has ended since, and was lost too, it does not stand: that is told by the next one.
+            // For a write that has ended since it began, and was lost too, it does not stand: that is told by the next one.
             let stands_for_all =
                 !volume.unflushed.has_more_than(number) || is_broken("loss_of_later_writes_not_told");
-            let losses = if stands_for_all { losses } else { before };
-            if volume.told_losses.fetch_max(losses, Ordering::AcqRel) < losses {
-                drop(core.shared.ask(|owner| async move { owner.loss_was_told() }));
+            let told = if stands_for_all { losses } else { before };
+            if volume.told_losses.fetch_max(told, Ordering::AcqRel) < told {
+                drop(core.shared.ask(|owner| async move { owner.losses_have_changed() }));
             }
         }
         Err(_) => {}

@@ -101,8 +101,9 @@ async fn start(
             let was = caches.iter().find(|(member, _)| *member == record.uuid).map(|(_, cache)| *cache);
             let is_another = was.is_some() && cache.is_some() && was != cache;
             // One whose cache has no name that we can see tells it by its next FLUSH.
-            let owes = leaf.as_ref().is_some_and(|leaf| leaf.device.owes_a_loss()) && !was_closed;
-            let has_lost = is_recorded && (is_another || owes && !is_broken("owed_loss_ignored"));
+            let owes = leaf.as_ref().is_some_and(|leaf| leaf.device.owes_a_loss());
+            let has_lost =
+                is_recorded && (is_another || owes && !was_closed && !is_broken("owed_loss_ignored"));
             let is_needed = !was_closed
                 && logs.iter().any(|log| log.is_needed(number))
                 && !is_broken("needed_member_put_out");
@@ -263,8 +264,7 @@ async fn start(
         // With what the process before us had acknowledged, to guests that go on: the next FLUSH of each tells it.
         let volumes: Vec<_> = lock(&owner.shared.volumes).values().cloned().collect();
         let have_lost = volumes.iter().filter(|volume| is_cache_lost || untold.contains(&volume.id));
-        have_lost.for_each(|volume| volume.unflushed.has_written());
-        owner.shared.has_lost();
+        have_lost.for_each(|volume| volume.has_lost());
     }
     if !is_read_only {
         for (member, cache) in lost_caches {
@@ -287,8 +287,7 @@ async fn start(
             }
             // As if it had been lost before: what the process before us had written first to some units may be gone.
             owner.pending.borrow_mut().clear();
-            lock(&owner.shared.volumes).values().for_each(|volume| volume.unflushed.has_written());
-            owner.shared.has_lost();
+            lock(&owner.shared.volumes).values().for_each(|volume| volume.has_lost());
             owner.begin_tail();
             return Err(PoolError::Failed(format!(
                 "pool {}: a member has lost its volatile cache while it was being opened: want it opened again",

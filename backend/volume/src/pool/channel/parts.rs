@@ -10,11 +10,11 @@
 //! Invariants: nothing is awaited between the parts, and they are all of one plan. It is looked at again in one way: what would go to a
 //! member that was given up meanwhile, whose abort has been, takes the slow way as a last part.
 
-use super::{Slot, VolumeChannel, parity_of};
+use super::{Core, Slot, VolumeChannel, parity_of};
 use crate::pool::bounce::Bounce;
 use crate::pool::coverage;
 use crate::pool::resolve::{Plan, Step, Stripe};
-use crate::pool::shared::{Class, VolumeShared};
+use crate::pool::shared::Class;
 use hawser_block::{BlockCount, Buffers, Completion, Lba, Outcome, Request, Status, Token};
 use hawser_runtime::Slab;
 use std::ops::Range;
@@ -228,7 +228,7 @@ impl VolumeChannel {
 
     /// A request has ended: it is among `ended`, unless it is a part of one that has not.
     pub(super) fn has_ended(
-        (wholes, volume): (&mut Slab<Whole>, &VolumeShared),
+        (wholes, core): (&mut Slab<Whole>, &Core),
         completion: Completion,
         ended: &mut Vec<Completion>,
     ) {
@@ -245,7 +245,7 @@ impl VolumeChannel {
         if whole.left == 0 {
             let Whole { token, outcome, has_met_loss, .. } = wholes.remove(key).expect("looked up just now");
             if has_met_loss {
-                volume.owes_a_loss();
+                core.has_lost();
             }
             ended.push(Completion { token, outcome });
         }

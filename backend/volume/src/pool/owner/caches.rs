@@ -3,6 +3,7 @@
 
 use super::Owner;
 use super::members::{Member, groups, survives};
+use crate::pool::lanes::Leaf;
 use crate::pool::shared::{Shared, lock};
 use crate::raid::{Mode, Set};
 use crate::simulated::is_broken;
@@ -53,15 +54,33 @@ impl Owner {
         look();
     }
 
-    /// A member's FLUSH says that something is lost: whether that is a cache, which is seen to, or has been. It tells each loss once, to who flushes next; and
-    /// not always before.
-    pub(super) fn is_of_cache(&self, member: u16) -> bool {
+    /// Before a member's FLUSH: how often its device has lost a cache, and whether it has yet to tell one that was seen to.
+    pub(super) fn loss_of(&self, member: u16, leaf: &Leaf) -> (u64, bool) {
+        (leaf.device.cache_losses(), self.members.borrow()[usize::from(member)].owes_a_loss)
+    }
+
+    /// A member's FLUSH has ended: whether it tells that a cache was lost, or one was meanwhile, which is seen to.
+    pub(super) fn has_flushed(
+        &self,
+        member: u16,
+        leaf: &Leaf,
+        before: (u64, bool),
+        outcome: Outcome,
+    ) -> bool {
         let (set, index) = self.place_of(member);
         let mut members = self.members.borrow_mut();
         let entry = &mut members[usize::from(member)];
-        let Some(leaf) = entry.leaf.clone() else { return false };
-        let owed = std::mem::take(&mut entry.owes_a_loss);
-        look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted)) || owed
+        if !entry.leaf.as_ref().is_some_and(|now| now.same(leaf)) {
+            return false;
+        }
+        let (losses, owed) = before;
+        let is_news =
+            look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted));
+        let is_same = leaf.device.cache_losses() == losses && !is_news;
+        if is_same && owed && matches!(outcome, Ok(()) | Err(Status::Media)) {
+            entry.owes_a_loss = false;
+        }
+        is_news || outcome == Err(Status::Media) && (owed || !is_same)
     }
 
     /// A member whose cache was lost is not what the superblocks call it: that is mended before anybody relies on them.
@@ -102,8 +121,8 @@ impl Owner {
         Ok(())
     }
 
-    /// A volume's users were told what it has lost: the next process need not do so again.
-    pub(crate) fn loss_was_told(&self) {
+    /// A volume's users were told what it has lost, which the next process need not do again; or there is more to tell.
+    pub(crate) fn losses_have_changed(&self) {
         if !self.is_read_only && !self.is_closing.get() {
             self.begin_tail();
         }

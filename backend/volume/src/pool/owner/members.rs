@@ -199,22 +199,23 @@ impl Owner {
     async fn flush_members_once(self: &Rc<Self>) -> Result<bool, Status> {
         let (logged, seen) = (self.stripes_placed(), self.shared.lost_caches.look());
         let (targets, since) = (self.targets(), self.shared.joins());
-        let flushes =
-            targets.iter().map(|(member, leaf)| async move { (*member, self.lanes.flush(leaf).await) });
-        let results = all(flushes).await;
-        let mut failed = Vec::new();
-        for (member, outcome) in results {
+        let flushes = targets.iter().map(|(member, leaf)| async move {
+            let before = self.loss_of(*member, leaf);
+            let outcome = self.lanes.flush(leaf).await;
+            // It tells each loss to all who were flushing then; and not always somebody else before.
+            let is_of_cache = self.has_flushed(*member, leaf, before, outcome);
+            (*member, outcome, is_of_cache)
+        });
+        let (mut failed, mut is_whole) = (Vec::new(), true);
+        for (member, outcome, is_of_cache) in all(flushes).await {
+            is_whole &= !is_of_cache;
             match outcome {
-                Ok(()) => self.members.borrow_mut()[usize::from(member)].owes_a_loss = false,
-                Err(status) => failed.push((member, status)),
+                Err(status) if !is_of_cache => failed.push((member, status)),
+                _ => {}
             }
         }
-        let (mut outcome, mut is_whole) = (Ok(()), true);
+        let mut outcome = Ok(());
         for (member, status) in failed {
-            if status == Status::Media && self.is_of_cache(member) {
-                is_whole = false;
-                continue;
-            }
             // What it had not made durable may be lost: it has not got all the data any more.
             if let Err(why) = self.report(1 << member, status, since).await {
                 if status == Status::Media {

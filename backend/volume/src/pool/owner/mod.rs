@@ -329,6 +329,10 @@ impl Owner {
 
     /// Makes everything durable that has ended before: data, then mappings. Who comes while a round runs shares the next one.
     pub(crate) async fn flush(self: &Rc<Self>) -> Outcome {
+        if self.is_read_only {
+            // Nothing was written.
+            return Ok(());
+        }
         self.rounds.join(|| self.flush_once()).await
     }
 

@@ -186,6 +186,7 @@ impl Owner {
             let is_new = member.leaf.as_ref().is_none_or(|before| !before.same(&leaf));
             if is_new {
                 (member.cache, member.is_doubted) = (Arc::default(), Arc::default());
+                member.owes_a_loss = false;
             }
             *lock(&member.cache) = Cache::of(leaf.device.as_ref());
             // Whatever it has lost before is marked.
