@@ -88,10 +88,12 @@ fn bounds(core: &Core, request: &Request) -> Result<(u64, u64), Status> {
 async fn flush(core: &Core) -> Outcome {
     let volume = &core.volume;
     let (before, number) = (volume.losses.load(Ordering::Acquire), volume.unflushed.begin());
+    // All that are under way then stand for it, whichever ends first.
+    let told_before = volume.told_losses.load(Ordering::Acquire);
     let outcome = flush_pool(core).await;
     let losses = volume.losses.load(Ordering::Acquire);
     let outcome = match outcome {
-        Ok(()) if volume.is_untold() && !is_broken("loss_told_to_one") => Err(Status::Media),
+        Ok(()) if told_before < losses && !is_broken("loss_told_to_one") => Err(Status::Media),
         outcome => outcome,
     };
     match outcome {
