@@ -65,17 +65,29 @@ impl Owner {
             return Ok(());
         }
         let first = self.first_region(set_index);
-        {
-            let intents = &mut *self.intents.borrow_mut();
-            for region in &missing {
-                set(&mut intents.wanted, first + region, true);
-                intents.clearing.remove(&(first + region));
-            }
-        }
         if is_broken("ack_before_intent") {
             missing.iter().for_each(|region| array_set.intents.set(*region));
         }
-        self.write_intents().await?;
+        loop {
+            {
+                let intents = &mut *self.intents.borrow_mut();
+                for region in &missing {
+                    set(&mut intents.wanted, first + region, true);
+                    intents.clearing.remove(&(first + region));
+                }
+            }
+            self.write_intents().await?;
+            // Who clears marks may have found one that somebody else had set meanwhile, and taken it away again.
+            let intents = self.intents.borrow();
+            let is_there = |region: &u32| {
+                get(&intents.wanted, first + region)
+                    && intents.is_durable(first + region)
+                    && !intents.clearing.contains(&(first + region))
+            };
+            if missing.iter().all(is_there) {
+                break;
+            }
+        }
         for region in missing {
             array_set.touched.set(region);
             array_set.intents.set(region);
@@ -158,6 +170,7 @@ impl Owner {
         if hidden.is_empty() {
             return Ok(());
         }
+        let lost = self.shared.lost_caches.look();
         for (index, region) in &hidden {
             sets[*index].intents.clear(*region);
             self.intents.borrow_mut().clearing.insert(self.first_region(*index) + region);
@@ -167,9 +180,20 @@ impl Owner {
             true => Ok(()),
             false => self.flush_members().await,
         };
+        let is_lost = self.shared.lost_caches.look() != lost;
+        if is_lost {
+            self.shared.mark_unsynced();
+        }
         for (index, region) in &hidden {
             let flat = self.first_region(*index) + region;
             let array_set = &sets[*index];
+            if is_lost {
+                // Members that stayed have each lost something else. Who marked what is marked did not see this region.
+                array_set.unsynced.set(*region);
+                if let Some(parity) = array_set.parity().filter(|_| array_set.are_all_in_sync()) {
+                    parity.doubtful.set(*region);
+                }
+            }
             let is_still_wanted = !self.intents.borrow_mut().clearing.remove(&flat);
             if is_still_wanted {
                 continue;
