@@ -16,6 +16,8 @@ pub(crate) struct Member {
     pub(crate) is_new: bool,
     /// Another one was to take its place.
     pub(crate) is_leaving: bool,
+    /// It waited as a spare when it was last seen: while it takes a place it is in neither list.
+    pub(crate) is_spare: bool,
     /// While it was away others were replaced: those that it trusts may be gone, and then nobody can tell whether it went on alone.
     pub(crate) is_outdated: bool,
 }
@@ -71,6 +73,7 @@ impl Cast {
             is_retired: false,
             is_new: true,
             is_leaving: false,
+            is_spare: false,
             is_outdated: false,
         }
     }
@@ -180,6 +183,9 @@ impl Cast {
             member.is_outdated &= listed.clone().find(is_in_sync).is_none();
             if is_listed {
                 member.is_new = false;
+                member.is_spare = listed.clone().any(|it| it.state == MemberState::Spare);
+            } else if member.is_spare {
+                // It is on its way.
             } else if member.is_leaving || (all_there && !member.is_new) {
                 member.is_retired = true;
             }
