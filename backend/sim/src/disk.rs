@@ -7,6 +7,8 @@
 //!
 //! After a loss of power a block that is not stable has any content that it had since it was, or the stable one.
 
+mod left;
+
 use crate::memory::{Memory, OldPage, PAGE_BYTES};
 use crate::random::Random;
 use crate::trap::Trap;
@@ -15,6 +17,7 @@ use hawser_block::{
     Request, StatsSet, Status, channel,
 };
 use hawser_runtime::{Event, Runtime, Source, SourceId};
+use left::{Left, give_up_left};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -537,36 +540,6 @@ struct Waiting {
     is_void: bool,
 }
 
-/// A write that was left, with a copy of what it writes.
-struct Left {
-    waiting: Waiting,
-    payload: Vec<u8>,
-}
-
-impl Left {
-    fn new(waiting: Waiting) -> Left {
-        let mut payload = vec![0; waiting.request.buffers.len()];
-        // SAFETY: the request has not ended; the copy is as long, and new.
-        unsafe { waiting.request.buffers.copy_to(payload.as_mut_ptr()) };
-        Left { waiting, payload }
-    }
-
-    /// Does with the request what is to be done with it in the end.
-    fn end(mut self, state: &mut SimDiskState, how: impl FnOnce(&mut SimDiskState, &Request)) {
-        let iovec = libc::iovec { iov_base: self.payload.as_mut_ptr().cast(), iov_len: self.payload.len() };
-        let len = u32::try_from(self.payload.len()).expect("requests are small");
-        let buffers = match len {
-            0 => Buffers::EMPTY,
-            // SAFETY: iovec and payload live until the end of this function, and `how` keeps nothing.
-            _ => unsafe { Buffers::new(&raw const iovec, 1, len) },
-        };
-        if !self.waiting.is_void {
-            how(state, &Request { buffers, ..self.waiting.request });
-        }
-        state.left_writes -= 1;
-    }
-}
-
 struct Inner {
     state: Arc<Mutex<SimDiskState>>,
     user: SourceId,
@@ -597,16 +570,6 @@ impl Drop for Inner {
         let mut state = lock(&self.state);
         give_up_left(&mut self.left, &mut state);
         self.waiting.iter().for_each(|waiting| state.has_ended(waiting));
-    }
-}
-
-fn give_up_left(left: &mut Vec<Left>, state: &mut SimDiskState) {
-    for left in left.drain(..) {
-        left.end(state, |state, request| {
-            if state.failing.is_none() {
-                give_up(state, request);
-            }
-        });
     }
 }
 

@@ -480,8 +480,9 @@ mod tests {
         caches.wrote(0, 0);
         assert_eq!(caches.begin(0, B), Fate::Lost(2));
         assert_eq!(caches.flush(came, Instant(1), |_| true), Flush::Fails);
+        assert!(caches.owes_a_loss());
         assert!(!caches.may_flush(|_| true), "for the second write");
-        assert!(caches.may_flush(|_| true));
+        assert!(!caches.owes_a_loss() && caches.may_flush(|_| true));
     }
 
     /// A path died with unflushed writes, a FLUSH reached them through another path to the same cache, and hours later the target
@@ -529,9 +530,9 @@ mod tests {
 
         let lost = next();
         assert_eq!(lost.begin(0, B), Fate::Lost(0));
-        assert!(lost.bequeath().lost, "nobody was told yet");
+        assert!(lost.bequeath().lost && lost.owes_a_loss(), "nobody was told yet");
         assert!(!lost.may_flush(live));
-        assert!(lost.may_flush(live));
+        assert!(!lost.owes_a_loss() && lost.may_flush(live));
 
         let gone = next();
         gone.begin(1, B);

@@ -1,4 +1,4 @@
-//! A volume as a device, and a queue's way to it: the hot path.
+//! A queue's way to a volume: the hot path.
 //!
 //! A batch is resolved whole, then each member gets its part with one call. What resolves as slow becomes a task on the same reactor
 //! ([`super::slow`]), which delays nobody. A write to several members goes out from a copy of our own: the guest may change its pages
@@ -12,15 +12,14 @@ use super::lanes::Leaf;
 use super::lost_caches::Seen;
 use super::place::Place;
 use super::resolve::{Plan, Resolved, Step, Stripe, prefetch, resolve_one, resolve_parts};
-use super::shared::{Class, Counted, Shared, View, VolumeShared, lock};
+use super::shared::{Class, Counted, Shared, View, VolumeShared};
 use super::slow;
 use super::stripes::{Begun, Held, Ways};
 use crate::raid::{Mode, Parity};
 use crate::simulated::is_broken;
 use crate::thin::VolumeMap;
 use hawser_block::{
-    BlockCount, BlockSize, Channel, Completion, Device, DeviceState, DiscardLimits, Geometry, Lba, Operation,
-    Outcome, Request, StatsSet, Status, Token, WriteZeroesLimits, channel,
+    BlockCount, Channel, Completion, Device, Lba, Operation, Outcome, Request, Status, Token,
 };
 use hawser_runtime::{Runtime, Slab, SourceId};
 use parts::Whole;
@@ -29,89 +28,6 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// The most that one discard covers.
-const DISCARD_BYTES_MAX: u64 = 1 << 30;
-/// The most that one write-zeroes covers: it may have to be written.
-const ZERO_BYTES_MAX: u64 = 32 << 20;
-
-/// A volume, offered like any device.
-pub(crate) struct VolumeDevice {
-    name: String,
-    shared: Arc<Shared>,
-    volume: Arc<VolumeShared>,
-}
-
-impl VolumeDevice {
-    pub(crate) fn new(shared: Arc<Shared>, volume: Arc<VolumeShared>) -> VolumeDevice {
-        VolumeDevice { name: format!("{}/{}", shared.name, volume.name), shared, volume }
-    }
-}
-
-impl Device for VolumeDevice {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn geometry(&self) -> Option<Geometry> {
-        let view = self.shared.view();
-        let shift = view.block_shift;
-        let blocks = |bytes: u64| u32::try_from(bytes >> shift).unwrap_or(u32::MAX);
-        let size_bytes = self.volume.map().size_bytes();
-        let unit_bytes = u64::from(view.thin.unit_bytes);
-        Some(Geometry {
-            physical_block_bytes: 4096.max(1 << shift),
-            optimal_io_bytes: 0,
-            read_only: self.shared.is_read_only || self.volume.is_snapshot,
-            volatile_cache: true,
-            discard: Some(DiscardLimits {
-                blocks_max: blocks(DISCARD_BYTES_MAX),
-                granularity_blocks: blocks(unit_bytes),
-                reads_zeroes: false,
-            }),
-            write_zeroes: Some(WriteZeroesLimits { blocks_max: blocks(ZERO_BYTES_MAX), may_unmap: true }),
-            ..Geometry::new(BlockSize::new(1 << shift)?, size_bytes >> shift)
-        })
-    }
-
-    fn state(&self) -> DeviceState {
-        let is_reading = self.shared.is_read_only || self.volume.is_snapshot && !self.shared.view().is_lost;
-        let is_stopped = self.shared.is_stopped.load(Ordering::Acquire) && !self.shared.view().is_lost;
-        match self.shared.is_writable.load(Ordering::Acquire) || is_reading || is_stopped {
-            true => DeviceState::Ready,
-            false => DeviceState::Failed,
-        }
-    }
-
-    fn trouble(&self) -> String {
-        lock(&self.shared.told).pool.troubles.join("; ")
-    }
-
-    fn uuid(&self) -> [u8; 16] {
-        self.volume.uuid
-    }
-
-    fn subscribe(&self, listener: Box<dyn Fn() + Send + Sync>) {
-        lock(&self.volume.listeners).push(listener);
-    }
-
-    fn channel(&self, runtime: &Runtime, user: SourceId) -> Box<dyn channel::Channel> {
-        Box::new(VolumeChannel::new(runtime, user, &self.shared, &self.volume))
-    }
-
-    fn stats(&self) -> Arc<StatsSet> {
-        Arc::clone(&self.volume.stats)
-    }
-
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.volume.slow_counts()
-    }
-
-    fn copied_bytes(&self) -> Vec<(&'static str, u64)> {
-        let has_parity = self.shared.view().array.sets().iter().any(|set| set.parity().is_some());
-        vec![(if has_parity { "parity" } else { "mirror" }, self.volume.copied_bytes.load(Ordering::Relaxed))]
-    }
-}
 
 /// What a channel's slow requests need of it.
 pub(crate) struct Core {
@@ -227,7 +143,7 @@ struct Retired {
     lane: Lane,
 }
 
-struct VolumeChannel {
+pub(super) struct VolumeChannel {
     core: Rc<Core>,
     version: u64,
     view: Arc<View>,
@@ -253,7 +169,7 @@ struct VolumeChannel {
 }
 
 impl VolumeChannel {
-    fn new(
+    pub(super) fn new(
         runtime: &Runtime,
         user: SourceId,
         shared: &Arc<Shared>,
@@ -340,13 +256,13 @@ impl VolumeChannel {
     fn look_for_losses(&mut self) {
         let seen = self.core.shared.lost_caches.look();
         if seen != self.lost_caches {
-            self.has_lost(seen);
+            self.have_met_loss(seen);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn has_lost(&mut self, seen: Seen) {
+    fn have_met_loss(&mut self, seen: Seen) {
         if seen.number() != self.lost_caches.number() && !is_broken("lost_cache_read_on") {
             self.slots.iter_mut().for_each(|(_, slot)| slot.is_again = true);
             self.wholes.iter_mut().for_each(|(_, whole)| whole.has_met_loss());

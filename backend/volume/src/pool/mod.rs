@@ -18,6 +18,7 @@ mod assemble;
 pub(crate) mod bounce;
 mod channel;
 mod coverage;
+mod device;
 mod failure;
 mod lanes;
 mod lost_caches;
@@ -37,7 +38,7 @@ pub use shared::{Class, View};
 
 use crate::format::Superblock;
 use crate::raid::Level;
-use channel::VolumeDevice;
+use device::VolumeDevice;
 use hawser_block::Device;
 use hawser_runtime::ReactorHandle;
 use shared::{Shared, lock};

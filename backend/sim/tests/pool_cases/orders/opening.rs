@@ -529,11 +529,11 @@ fn a_cache_that_was_lost_between_two_processes_is_told() {
 }
 
 /// The only copy loses its cache, in a running pool or between two processes, and the process that has noticed it dies before anybody flushes. The next one
-/// tells it, to those who have lost something, and once.
+/// tells it, to those who have lost something, and once. Or the pool is closed, since the daemon is started anew.
 #[test]
 fn what_a_lost_cache_took_is_told_also_when_the_process_that_noticed_it_is_gone() {
     holds("loss_not_kept", |seed| {
-        for is_open in [true, false] {
+        for (is_open, is_closed) in [(true, false), (false, false), (true, true)] {
             let mut scene = Scene::sized(seed, 1, 16 << 11);
             scene.disks[0].state().cache_identity = Some([1; 16]);
             scene.create(Level::Linear);
@@ -554,6 +554,9 @@ fn what_a_lost_cache_took_is_told_also_when_the_process_that_noticed_it_is_gone(
                 }
             }
             scene.wait(Duration::from_secs(1));
+            if is_closed {
+                scene.ask(pool.close()).unwrap();
+            }
             drop(pool);
             scene.kill();
             let pool = scene.open();
@@ -564,7 +567,7 @@ fn what_a_lost_cache_took_is_told_also_when_the_process_that_noticed_it_is_gone(
             }
             let outcome = scene.io(&pool, "v", Operation::Flush, 0, &[]).0;
             if outcome != Err(Status::Media) {
-                return Err(format!("open {is_open}: {outcome:?}"));
+                return Err(format!("open {is_open}, closed {is_closed}: {outcome:?}"));
             }
             scene.wait(Duration::from_millis(1));
             drop(pool);

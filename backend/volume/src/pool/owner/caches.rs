@@ -5,7 +5,7 @@ use super::Owner;
 use super::members::{Member, groups, survives};
 use crate::pool::lanes::Leaf;
 use crate::pool::shared::{Shared, lock};
-use crate::raid::{Mode, Set};
+use crate::raid::{Mode, Parity, Set};
 use crate::simulated::is_broken;
 use hawser_block::{Device, Outcome, Status};
 use std::rc::Rc;
@@ -77,7 +77,8 @@ impl Owner {
         let is_news =
             look_at(&self.shared, (&set, index), leaf.device.as_ref(), (&entry.cache, &entry.is_doubted));
         let is_same = leaf.device.cache_losses() == losses && !is_news;
-        if is_same && owed && matches!(outcome, Ok(()) | Err(Status::Media)) {
+        if is_same && owed && outcome == Ok(()) {
+            // Not before: it tells a loss again for what was written while the first FLUSH that failed was under way.
             entry.owes_a_loss = false;
         }
         is_news || outcome == Err(Status::Media) && (owed || !is_same)
@@ -221,25 +222,7 @@ impl Owner {
             set.intents.iter_set().for_each(|region| set.unsynced.set(region));
         }
         if let Some(parity) = set.parity() {
-            let is_there = |place: u16| doubted.contains(&place) || set.mode(place) == Mode::InSync;
-            let is_lacking = !(0..set.members()).all(is_there);
-            // All that was begun and not flushed is in the log, then; else some of it. An opening would put it in place: it is not shown to be lost.
-            let mut is_all_again = is_lacking && !parity.ring().is_unlogged_known;
-            for (place, _, leaf) in &leaves {
-                match self.put_in_place_again(set, *place, leaf, is_there).await {
-                    Ok(()) => {}
-                    Err(status @ (Status::Path | Status::Timeout | Status::Aborted)) => return Err(status),
-                    Err(_) => is_all_again = false,
-                }
-            }
-            if !is_all_again {
-                // Parity is not known to be right: it is made again from what there is now.
-                self.shared.mark_unsynced();
-                for region in set.intents.iter_set().collect::<Vec<_>>() {
-                    set.unsynced.set(region);
-                    parity.doubtful.set(region);
-                }
-            }
+            self.see_to_stripes(set, parity, &leaves).await?;
         }
         // Its replacement may have what it has lost.
         leaves.iter().filter_map(|(_, _, leaf)| leaf.twin.as_ref()).for_each(|twin| twin.switch_off());
@@ -267,6 +250,36 @@ impl Owner {
         self.shared.has_lost();
         self.begin_tail();
         Ok(Some(going))
+    }
+
+    /// The same of stripes, of which these members, by place, have lost something: what the log has is put in place, and where that is not all parity is made again.
+    async fn see_to_stripes(
+        self: &Rc<Self>,
+        set: &Arc<Set>,
+        parity: &Parity,
+        lost: &[(u16, Cache, Leaf)],
+    ) -> Outcome {
+        let is_there =
+            |place: u16| lost.iter().any(|(it, ..)| *it == place) || set.mode(place) == Mode::InSync;
+        let is_lacking = !(0..set.members()).all(is_there);
+        // All that was begun and not flushed is in the log, then; else some of it. An opening would put it in place: it is not shown to be lost.
+        let mut is_all_again = is_lacking && !parity.ring().is_unlogged_known;
+        for (place, _, leaf) in lost {
+            match self.put_in_place_again(set, *place, leaf, is_there).await {
+                Ok(()) => {}
+                Err(status @ (Status::Path | Status::Timeout | Status::Aborted)) => return Err(status),
+                Err(_) => is_all_again = false,
+            }
+        }
+        if !is_all_again {
+            // Parity is not known to be right: it is made again from what there is now.
+            self.shared.mark_unsynced();
+            for region in set.intents.iter_set().collect::<Vec<_>>() {
+                set.unsynced.set(region);
+                parity.doubtful.set(region);
+            }
+        }
+        Ok(())
     }
 
     /// A member of this set has lost its cache, and is not put out yet.
